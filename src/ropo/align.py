@@ -1,0 +1,244 @@
+"""`run_rounds`: from a model and a dataset to an aligned model folder. The one call behind `ropo train`.
+
+In: names of a model and a dataset, a `ROPOConfig`. Out: the output folder, whose files are a contract:
+a Hugging Face model with its card, `ledger.parquet`, `summary.json`, `report.html`, `problems.jsonl`, `rounds/NN/`.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ropo.config import ROPOConfig
+from ropo.data.load import Loaded, load_pairs
+from ropo.data.problems import PROBLEMS, Problem, render, summarise
+from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
+from ropo.data.validate import validate_pairs
+from ropo.logps.cache import reference_logps
+from ropo.losses import LOSSES
+from ropo.outputs import publish
+from ropo.pairs import Pair, PairLogps
+from ropo.policy import PolicySource
+from ropo.provenance import hash_value, read_json, write_aside, write_json
+from ropo.rounds import batching, run_all
+from ropo.stages import Stages
+from ropo.trainer import PairDataset
+
+logger = logging.getLogger(__name__)
+
+# Options that do not change what is computed: they may differ when a run is taken up again.
+_NOT_IDENTITY = (
+    "output_dir", "reference_cache_dir", "rounds", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "run_name",
+    "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir", "logging_steps", "logging_strategy",
+    "logging_first_step", "save_strategy", "save_steps", "save_total_limit", "dataloader_num_workers", "hub_token",
+    "push_to_hub", "local_rank", "_n_gpu", "do_train", "do_eval", "do_predict",
+)  # fmt: skip
+
+
+class DataError(ValueError):
+    """The data holds rows that would corrupt training; the message lists them."""
+
+
+def run_rounds(
+    model: str | Path | PreTrainedModel,
+    dataset: Any,
+    args: ROPOConfig,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    peft_config: PeftConfig | None = None,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    load_options: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Align a model on preference pairs whose labels may be wrong (ROPO, arXiv:2404.04102v2).
+
+    The same call with the same output folder goes on after the last finished stage.
+
+    Args:
+        model: Folder or hub id of the initial model, which is also the reference; or a model, which is then saved in
+            the output folder first.
+        dataset: Anything that `ropo.data.load.load_pairs` reads.
+        args: Options.
+        processing_class: The tokenizer; loaded from where the model is when not given.
+        peft_config: Trains an adapter instead of the whole model.
+        split: Of the dataset.
+        columns: Names of the dataset's columns where they differ from `prompt`, `chosen`, `rejected`.
+        load_options: Passed to `from_pretrained` (dtype, attn_implementation, revision, ...).
+        command: What the user typed, for the report.
+
+    Returns:
+        The summary, as written to `summary.json`.
+
+    Raises:
+        DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
+        ValueError: If the output folder holds something else than this run.
+    """
+    folder = Path(str(args.output_dir))
+    loaded, pairs, problems = read_checked(dataset, split=split, columns=columns, on_bad_rows=args.on_bad_rows)
+    name = _name_of(model, processing_class, folder)
+    tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+    tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
+    problems = [*problems, *tokenized.problems]
+    if not tokenized.pairs:
+        raise DataError(f"No pair is left to train on.\n{render(problems)}")
+    source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
+    identity = {
+        "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
+        "model": [source.fingerprint(), source.load_options],
+        "data": loaded.sha256,
+        "adapter": None if peft_config is None else peft_config.to_dict(),
+    }
+    identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
+    _claim(folder, identity)
+    _report_problems(folder, problems)
+    reference_of = _reference_of(source, tokenizer, args)
+    digest = hash_value(identity)
+    needs_reference = LOSSES[args.loss].needs_reference
+    data = _with_reference(tokenized, folder / "rounds", reference_of if needs_reference else None, digest)
+    rounds = run_all(
+        data,
+        args,
+        folder=folder / "rounds",
+        source=source,
+        tokenizer=tokenizer,
+        reference_of=reference_of,
+        peft_config=peft_config,
+        digest=digest,
+    )
+    return publish(rounds, folder=folder, loaded=loaded, problems=problems, command=command)
+
+
+def read_checked(
+    dataset: Any, *, split: str = "train", columns: Mapping[str, str] | None = None, on_bad_rows: str = "refuse"
+) -> tuple[Loaded, list[Pair], list[Problem]]:
+    """Read a dataset and check its text.
+
+    Args:
+        dataset: Anything that `load_pairs` reads.
+        split: Of the dataset.
+        columns: See `load_pairs`.
+        on_bad_rows: "refuse" raises when a row has an error; "skip" goes on without it.
+
+    Returns:
+        What was read, the pairs to go on with, and every problem.
+
+    Raises:
+        DataError: As described at `on_bad_rows`, or if no pair is left.
+    """
+    loaded = load_pairs(dataset, split=split, columns=columns)
+    problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
+    errors = [problem for problem in problems if PROBLEMS[problem.kind].severity == "error"]
+    if errors and on_bad_rows == "refuse":
+        raise DataError(
+            f"{len({problem.row for problem in errors})} of {loaded.num_rows} rows would corrupt training. "
+            f"Fix them, or go on without them by on_bad_rows='skip'.\n{render(errors)}"
+        )
+    out = {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
+    pairs = [pair for pair in loaded.pairs if pair.row not in out]
+    if not pairs:
+        raise DataError(f"No pair is left to train on.\n{render(problems)}")
+    return loaded, pairs, problems
+
+
+def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
+    """Folder or hub id of the initial model; a model object is saved first, since rounds load it again and again."""
+    if isinstance(model, str | Path):
+        return str(model)
+    if tokenizer is None:
+        raise ValueError("run_rounds needs processing_class when it is given a model object; got none. Pass the tokenizer.")
+    path = folder / "initial_model"
+    if PartialState().is_main_process and not path.exists():
+        with write_aside(path) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+    PartialState().wait_for_everyone()
+    return str(path)
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Make the output folder this run's, or make sure that it already is.
+
+    Raises:
+        ValueError: If another run, or something else, is there.
+    """
+    path = folder / "ropo_config.json"
+    if path.exists():
+        old = read_json(path)
+        if old != identity:
+            raise ValueError(
+                f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
+                "Use another output_dir, or remove this one to start anew."
+            )
+    elif folder.exists() and any(entry.name not in ("initial_model", "reference_cache") for entry in folder.iterdir()):
+        raise ValueError(f"output_dir needs a new folder or one of our runs; {folder} holds other files. Use another one.")
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        write_json(path, identity)
+    PartialState().wait_for_everyone()
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    lines = []
+    for part in new:
+        before, after = old.get(part), new[part]
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += [
+                f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now"
+                for key in sorted({*before, *after})
+                if before.get(key) != after.get(key)
+            ]
+        elif before != after:
+            lines.append(f"  {part}: {before!r} there, {after!r} now")
+    return "\n".join(lines)
+
+
+def _report_problems(folder: Path, problems: Sequence[Problem]) -> None:
+    """List every problem in `problems.jsonl`, and say their number by kind."""
+    if PartialState().is_main_process:
+        with write_aside(folder / "problems.jsonl") as aside:
+            lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
+            aside.write_text("".join(lines), encoding="utf-8")
+        for kind, count in summarise(problems).items():
+            spec = PROBLEMS[kind]
+            logger.warning("%d rows: %s (%s). %s", count, kind, spec.severity.replace("_", " "), spec.meaning)
+
+
+def _reference_of(
+    source: PolicySource, tokenizer: PreTrainedTokenizerBase, args: ROPOConfig
+) -> Callable[[Sequence[TokenizedPair]], PairLogps]:
+    """A function that loads the reference, scores pairs and lets it go: it is never in memory during training."""
+    cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
+
+    def reference_of(tokens: Sequence[TokenizedPair]) -> PairLogps:
+        return reference_logps(source.load(), tokens, cache_dir=cache_dir, **batching(args, tokenizer))
+
+    return reference_of
+
+
+def _with_reference(
+    tokenized: TokenizedPairs,
+    folder: Path,
+    reference_of: Callable[[Sequence[TokenizedPair]], PairLogps] | None,
+    digest: str,
+) -> PairDataset:
+    """The data with reference log-probabilities, computed as a stage of its own; without them if no loss reads them."""
+    if reference_of is None:
+        return PairDataset(tokenized.pairs, tokenized.tokens)
+    path = folder / "reference_logps.safetensors"
+
+    def make() -> None:
+        logps = reference_of(tokenized.tokens)
+        if PartialState().is_main_process:
+            with write_aside(path) as aside:
+                save_file(asdict(logps), aside)
+
+    Stages(folder).run("reference", digest, [path.name], make)
+    return PairDataset(tokenized.pairs, tokenized.tokens, reference=PairLogps(**load_file(path)))

@@ -1,0 +1,146 @@
+"""`ROPOConfig`: every option of training, filtering and resampling, as flags, YAML and Python share them.
+
+In: what the user wrote. Out: a configuration that is known to be valid before any model is loaded.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ropo.losses import LOSSES, bind_loss
+from ropo.noise.decide import RULES
+from ropo.resample.select import SELECTION_RULES
+
+# Options of single losses. `None` means the default of the loss; a value that the chosen loss ignores is an error.
+LOSS_OPTIONS = ("alpha", "gamma", "flip_rate", "target_margin", "beta_prime", "holder_gamma", "reliability")
+ROUND_STARTS = ("restart", "carry_on")
+ON_BAD_ROWS = ("refuse", "skip")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ROPOConfig(TrainingArguments):
+    """Options of one alignment run; those of `transformers.TrainingArguments` are all there too.
+
+    Raises:
+        ValueError: If an option is out of range, unknown, or ignored by the chosen loss.
+    """
+
+    # Defaults of `TrainingArguments` that differ here.
+    learning_rate: float = _option(1e-6, "Peak learning rate. Usual 5e-7 to 5e-6 for a whole model, 1e-5 to 1e-4 for LoRA.")
+    num_train_epochs: float = _option(1.0, "Passes over the pairs in each round.")
+    warmup_steps: float = _option(0.1, "Steps of warm-up, or their share of all steps if below 1.")
+    lr_scheduler_type: str = _option("cosine", "How the learning rate falls.")
+    logging_steps: float = _option(10, "Steps between two lines of the training log.")
+    logging_first_step: bool = _option(True, "Log the first step too; its loss is known in advance, so it shows faults.")
+    save_strategy: str = _option("epoch", "When to write a checkpoint: no, steps, epoch.")
+    save_total_limit: int | None = _option(1, "Checkpoints kept in a training stage; they go when the stage is done.")
+    train_sampling_strategy: str = _option("group_by_length", "random, sequential or group_by_length (fastest).")
+    remove_unused_columns: bool = _option(False, "Kept for `transformers`; pairs are not columns.")
+
+    # The loss.
+    loss: str = _option("ropo", "Loss of the training stages: one of the names that `ropo losses` lists.")
+    beta: float = _option(0.1, "Strength of the pull to the reference, per nat. Usual 0.01-0.5.")
+    alpha: float | None = _option(None, "ropo, ropo_v1: weight of the noise-tolerant part. Default 14 for ropo.")
+    gamma: float | None = _option(None, "ropo_v1: weight of the DPO part.")
+    flip_rate: float | None = _option(None, "cdpo, rdpo, forward_corrected: share of labels assumed wrong, [0, 0.5).")
+    target_margin: float | None = _option(None, "simpo: margin to reach, nats per token times beta.")
+    beta_prime: float | None = _option(None, "dr_dpo: temperature over the pairs of a batch.")
+    holder_gamma: float | None = _option(None, "holder: how fast contradicted pairs lose weight.")
+    reliability: float | None = _option(None, "re_po: share of labels believed right at the start.")
+
+    # The data.
+    max_length: int = _option(1024, "Most tokens of prompt and one response together; longer responses lose their end.")
+    on_bad_rows: str = _option("refuse", "What to do with rows that cannot be read: refuse, or skip and count them.")
+    reference_cache_dir: str | None = _option(None, "Where reference log-probs are kept. Default: in the output folder.")
+
+    # The rounds.
+    rounds: int = _option(2, "Rounds of train, score, estimate, decide, resample. 1 trains once and only reports.")
+    round_start: str = _option("restart", "Each round's model: restart from the given one, or carry_on with the last.")
+    rho: str = _option("auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says.")
+    decision_rule: str = _option("lowest_loss", "How the pairs to filter out are chosen: " + ", ".join(RULES) + ".")
+
+    # Resampling.
+    num_candidates: int = _option(4, "Responses sampled for each prompt to win back; 0 turns resampling off.")
+    max_new_tokens: int = _option(256, "Longest sampled response.")
+    temperature: float = _option(1.0, "Sampling temperature.")
+    top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this much probability.")
+    selection_rule: str = _option("min_loss", "How new pairs are chosen: " + ", ".join(SELECTION_RULES) + ".")
+    max_abs_margin: float = _option(10.0, "Guard: new pairs with a larger absolute margin are refused as self-confirming.")
+    max_length_ratio: float = _option(3.0, "Guard: most that one response of a new pair may be longer than the other.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("round_start", ROUND_STARTS)
+        self._check_choice("on_bad_rows", ON_BAD_ROWS)
+        self._check_choice("decision_rule", tuple(RULES))
+        self._check_choice("selection_rule", tuple(SELECTION_RULES))
+        self.rho = str(self.rho)
+        if self.rho != "auto":
+            self._check_rho()
+        for name, lowest in (("rounds", 1), ("max_length", 2), ("num_candidates", 0), ("max_new_tokens", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} needs {lowest} or more; got {getattr(self, name)}.")
+        for name in ("temperature", "top_p", "max_abs_margin", "max_length_ratio"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} needs a number above 0; got {getattr(self, name)}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor needs 0; got {self.label_smoothing_factor}. It belongs to language-model "
+                "training; for preference labels use --loss cdpo --flip_rate."
+            )
+        bind_loss(self.loss, beta=self.beta, options=self.loss_options)
+        if LOSSES[self.loss].needs_whole_batch and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"{self.loss} needs the whole batch at once; got gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}. Set it to 1 and raise per_device_train_batch_size or the processes."
+            )
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name} needs one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}")
+
+    def _check_rho(self) -> None:
+        try:
+            is_valid = 0 <= float(self.rho) <= 0.5
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise ValueError(f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite.")
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """The options of single losses that were given, by name."""
+        given = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def fixed_rho(self) -> float | None:
+        """The share of pairs to filter out, or None when it follows the estimate."""
+        return None if self.rho == "auto" else float(self.rho)
+
+
+def did_you_mean(name: str, known: tuple[str, ...] | list[str] | Mapping[str, Any]) -> str:
+    """A sentence that suggests the closest known names, or nothing.
+
+    Args:
+        name: What was written.
+        known: What exists.
+
+    Returns:
+        " Did you mean ...?" or an empty string.
+
+    Examples:
+        >>> did_you_mean("lowest_los", ["lowest_loss", "posterior"])
+        ' Did you mean lowest_loss?'
+    """
+    close = get_close_matches(str(name), list(known), n=2)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

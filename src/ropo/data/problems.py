@@ -1,0 +1,255 @@
+"""What can be wrong with a row of preference data, and what happens to it.
+
+In: nothing; this is the table that reading, checking and tokenising share.
+Out: `Problem`, one finding about one row; `PROBLEMS`, what each kind of finding means and what to do about it; the
+findings as counts, as plain text, and the table as Markdown.
+
+Add a kind of problem: one entry in `PROBLEMS`, the place that finds it, one test. `docs/formats.md` shows the table
+as `problems_table` prints it; a test compares the two.
+"""
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Severity = Literal["error", "left_out", "warning"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemSpec:
+    """What a kind of problem means.
+
+    Attributes:
+        severity: "error" if training refuses the data until it is fixed or the row is skipped on request,
+            "left_out" if training goes on without the row, "warning" if the row is kept.
+        meaning: What is the matter, in one sentence.
+        remedy: What the user can do about it.
+    """
+
+    severity: Severity
+    meaning: str
+    remedy: str
+
+
+PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
+    {
+        "empty_file": ProblemSpec(
+            severity="error",
+            meaning="The source holds no rows.",
+            remedy="Check the path and the split.",
+        ),
+        "not_utf8": ProblemSpec(
+            severity="error",
+            meaning="The text holds bytes that are not UTF-8, or half of a character.",
+            remedy="Save the file as UTF-8.",
+        ),
+        "not_json": ProblemSpec(
+            severity="error",
+            meaning="The line is not JSON.",
+            remedy="Write one object per line (.jsonl), or one list of objects (.json).",
+        ),
+        "not_csv": ProblemSpec(
+            severity="error",
+            meaning="The record is not CSV with as many fields as the header, or a quote is never closed.",
+            remedy="Separate fields by commas; quote fields with commas, quotes or line ends in them; double their quotes.",
+        ),
+        "not_an_object": ProblemSpec(
+            severity="error",
+            meaning="The row is not an object with named fields.",
+            remedy="Give each row as an object: {chosen, rejected} and, if it is not part of both, prompt.",
+        ),
+        "missing_field": ProblemSpec(
+            severity="error",
+            meaning="A field that the row needs is absent or null.",
+            remedy="Fill the field, or say which column holds it.",
+        ),
+        "wrong_type": ProblemSpec(
+            severity="error",
+            meaning="A field is neither text nor a list of messages, or the fields do not go together.",
+            remedy="Use text for all, or lists of messages (role, content) whose responses begin with the assistant.",
+        ),
+        "mixed_formats": ProblemSpec(
+            severity="error",
+            meaning="The row has another layout than the rows before it.",
+            remedy="Bring all rows into one layout.",
+        ),
+        "no_shared_prompt": ProblemSpec(
+            severity="error",
+            meaning="There is no prompt: the two conversations do not agree up to an assistant turn that both have.",
+            remedy="Give the prompt as a column of its own, or let both conversations begin with the same turns.",
+        ),
+        "bad_weight": ProblemSpec(
+            severity="error",
+            meaning="The weight is not a finite number of 0 or more.",
+            remedy="Correct the weight; leave it empty for 1.",
+        ),
+        "empty_prompt": ProblemSpec(
+            severity="left_out",
+            meaning="The prompt has no text, so there is nothing to answer and nothing to sample a new answer from.",
+            remedy="Give the prompt at least one word.",
+        ),
+        "empty_response": ProblemSpec(
+            severity="left_out",
+            meaning="A response has no text; training on it would compare a lone end-of-text token with an answer.",
+            remedy="Fill in the response, or the words with which the model should refuse.",
+        ),
+        "identical": ProblemSpec(
+            severity="left_out",
+            meaning="Chosen and rejected are the same, or are so once cut to the maximal length; it prefers nothing.",
+            remedy="Remove the pair; many of them point to ties, or to a mistake in how the data was made.",
+        ),
+        "prompt_too_long": ProblemSpec(
+            severity="left_out",
+            meaning="The prompt alone has as many tokens as a sequence may have, or more.",
+            remedy="Raise the maximal length or shorten the prompt.",
+        ),
+        "completion_emptied": ProblemSpec(
+            severity="left_out",
+            meaning="Cutting the pair to the maximal length leaves a response without tokens.",
+            remedy="Raise the maximal length or shorten the prompt.",
+        ),
+        "truncated": ProblemSpec(
+            severity="warning",
+            meaning="A response is cut to the maximal length; its end is not learned from.",
+            remedy="Raise the maximal length if many are cut.",
+        ),
+        "duplicate": ProblemSpec(
+            severity="warning",
+            meaning="The pair repeats an earlier row: same prompt, chosen, rejected and annotator. It counts twice.",
+            remedy="Remove the repetition, unless it is meant as a weight.",
+        ),
+        "contradictory": ProblemSpec(
+            severity="warning",
+            meaning="The pair prefers the opposite of an earlier row. Both are kept: this is the noise to be found.",
+            remedy="Nothing, or remove the label that you trust less.",
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One finding about one row.
+
+    Attributes:
+        kind: A key of `PROBLEMS`.
+        row: Place of the row in the input, counted from 0; None if the finding is about the whole source.
+        line: Line of a text file at which the row begins, counted from 1; None for other sources.
+        message: What was needed and what was found.
+
+    Raises:
+        ValueError: If `kind` is not in `PROBLEMS`.
+    """
+
+    kind: str
+    row: int | None
+    line: int | None = None
+    message: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROBLEMS:
+            raise ValueError(f"Problem needs a kind of {', '.join(PROBLEMS)}; got {self.kind!r}. Add it to PROBLEMS.")
+
+    @property
+    def severity(self) -> Severity:
+        """How much it matters; see `ProblemSpec`."""
+        return PROBLEMS[self.kind].severity
+
+
+class BadRow(Exception):
+    """A problem that does not know its place yet: code that looks at one row raises it, or hands it on as the row.
+
+    Attributes:
+        kind: A key of `PROBLEMS`.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def short(value: object) -> str:
+    """A value for a message: its type and how it begins.
+
+    Args:
+        value: objectthing, of any length.
+
+    Returns:
+        At most some 80 characters.
+
+    Examples:
+        >>> short("Hello"), short(3.5)
+        ("str 'Hello'", 'float 3.5')
+    """
+    text = repr(value[:60] if isinstance(value, str) else value)
+    return f"{type(value).__name__} {text if len(text) <= 70 else text[:70] + '...'}"
+
+
+def summarise(problems: Iterable[Problem]) -> dict[str, int]:
+    """Count problems by kind.
+
+    Args:
+        problems: The findings, in any order.
+
+    Returns:
+        Number of findings of each kind that occurs, in the order of `PROBLEMS`.
+
+    Examples:
+        >>> summarise([Problem(kind="identical", row=3, message=""), Problem(kind="identical", row=5, message="")])
+        {'identical': 2}
+    """
+    counts = Counter(problem.kind for problem in problems)
+    return {kind: counts[kind] for kind in PROBLEMS if counts[kind]}
+
+
+def render(problems: Iterable[Problem], *, limit: int = 20) -> str:
+    """Write problems as plain text: one block per kind with its meaning, what to do and the first rows.
+
+    Args:
+        problems: The findings, in any order.
+        limit: Number of findings to show of each kind; the others are counted.
+
+    Returns:
+        The text, without a line end at its end; "No problems found." if there are none.
+
+    Examples:
+        >>> print(render([Problem(kind="bad_weight", row=4, line=5, message="weight needs a number; got 'x'.")]))
+        bad_weight: 1 error
+          The weight is not a finite number of 0 or more.
+          What to do: Correct the weight; leave it empty for 1.
+          - row 4 (line 5): weight needs a number; got 'x'.
+    """
+    by_kind: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_kind.setdefault(problem.kind, []).append(problem)
+    blocks = [_render_kind(kind, by_kind[kind], limit) for kind in PROBLEMS if kind in by_kind]
+    return "\n\n".join(blocks) or "No problems found."
+
+
+def problems_table() -> str:
+    """Write `PROBLEMS` as the Markdown table of `docs/formats.md`.
+
+    Returns:
+        The table, without a line end at its end.
+    """
+    rows = [f"| `{kind}` | {spec.severity} | {spec.meaning} | {spec.remedy} |" for kind, spec in PROBLEMS.items()]
+    return "\n".join(["| kind | severity | meaning | what to do |", "|---|---|---|---|", *rows])
+
+
+def _render_kind(kind: str, problems: list[Problem], limit: int) -> str:
+    spec = PROBLEMS[kind]
+    noun = {"error": "error", "left_out": "left out", "warning": "warning"}[spec.severity]
+    plural = "s" if len(problems) > 1 and spec.severity != "left_out" else ""
+    lines = [f"{kind}: {len(problems)} {noun}{plural}"]
+    lines += textwrap.wrap(spec.meaning, width=110, initial_indent="  ", subsequent_indent="  ")
+    lines += textwrap.wrap(f"What to do: {spec.remedy}", width=110, initial_indent="  ", subsequent_indent="  ")
+    for problem in problems[:limit]:
+        place = "the source" if problem.row is None else f"row {problem.row}"
+        place += f" (line {problem.line})" if problem.line is not None else ""
+        lines.append(f"  - {place}: {problem.message}")
+    if len(problems) > limit:
+        lines.append(f"  - and {len(problems) - limit} more")
+    return "\n".join(lines)

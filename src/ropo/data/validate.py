@@ -1,0 +1,83 @@
+"""What is wrong with the texts of pairs that could be read.
+
+In: `Pair`s. Out: a `Problem` for each text that is empty, each pair that prefers nothing, and each pair that an
+earlier one already held, in the same order or the opposite one.
+
+The one idea: two pairs are the same question if they have the same id, whichever response is called chosen; so one
+pass with a dictionary finds all repetitions.
+"""
+
+from collections.abc import Iterable
+
+from ropo.data.problems import Problem, short
+from ropo.pairs import Pair, Text
+
+
+def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
+    """Find what is wrong with the texts, in one pass.
+
+    White space around a text does not count: a response of blanks is empty, and two responses that differ by it are
+    identical. Votes of different annotators on one pair are no duplicates. A pair that will be left out is not
+    compared with others.
+
+    Args:
+        pairs: In the order of the data.
+
+    Returns:
+        Findings in the order of the data; a pair may have several.
+
+    Examples:
+        >>> pairs = [
+        ...     Pair(prompt="2 + 2 =", chosen=" 4", rejected=" 5", row=0),
+        ...     Pair(prompt="2 + 2 =", chosen=" 5", rejected=" 4", row=1),
+        ... ]
+        >>> [(problem.kind, problem.row) for problem in validate_pairs(pairs)]
+        [('contradictory', 1)]
+    """
+    problems: list[Problem] = []
+    first: dict[str, Pair] = {}  # by id
+    first_order: dict[tuple[str, bool], Pair] = {}  # by id, and whether `first` calls chosen what this calls rejected
+    first_vote: dict[tuple[str, bool, str | None], Pair] = {}  # by annotator as well
+    for pair in pairs:
+        useless = _useless(pair)
+        problems += useless
+        if useless:
+            continue
+        is_swapped = pair.chosen != first.setdefault(pair.id, pair).chosen
+        first_order.setdefault((pair.id, is_swapped), pair)
+        earlier = first_vote.setdefault((pair.id, is_swapped, pair.annotator), pair)
+        if earlier is not pair:
+            problems.append(Problem(kind="duplicate", row=pair.row, message=f"the pair is that of row {earlier.row}."))
+        opposite = first_order.get((pair.id, not is_swapped))
+        if opposite is not None:
+            message = f"the pair prefers the opposite of row {opposite.row}."
+            problems.append(Problem(kind="contradictory", row=pair.row, message=message))
+    return problems
+
+
+def _useless(pair: Pair) -> list[Problem]:
+    """Why nothing can be learned from the pair, whatever the others are."""
+    prompt, chosen, rejected = _bare(pair.prompt), _bare(pair.chosen), _bare(pair.rejected)
+    problems = []
+    if _is_empty(prompt):
+        message = f"prompt needs text; got {short(pair.prompt)}."
+        problems.append(Problem(kind="empty_prompt", row=pair.row, message=message))
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if _is_empty(response):
+            message = f"{name} needs text; got {short(getattr(pair, name))}."
+            problems.append(Problem(kind="empty_response", row=pair.row, message=message))
+    if chosen == rejected:
+        message = f"chosen and rejected need to differ; got {short(pair.chosen)} twice."
+        problems.append(Problem(kind="identical", row=pair.row, message=message))
+    return problems
+
+
+def _bare(text: Text) -> Text:
+    """The text without the white space around it, or around the content of each message."""
+    if isinstance(text, str):
+        return text.strip()
+    return [{**message, "content": message["content"].strip()} for message in text]
+
+
+def _is_empty(text: Text) -> bool:
+    return not text if isinstance(text, str) else not any(message["content"] for message in text)

@@ -1,0 +1,129 @@
+"""Pairs to one batch of tensors, in either of two layouts.
+
+In: `TokenizedPair`s. Out: a dict of tensors for `forward.plain_logps` or `shared_prefix.shared_prefix_logps`.
+
+Both layouts describe their response tokens alike, with flat tensors over all response tokens N of the batch:
+`source` (place in the flattened B·T positions whose output predicts the token), `target` (the token id) and
+`response` (2·pair for a token of `chosen`, 2·pair + 1 for one of `rejected`).
+
+Shapes: B rows, T positions, N response tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ropo.data.tokenize import TokenizedPair
+
+Batch = dict[str, Tensor]
+
+
+def plain_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:
+    """Two rows per pair, prompt and one response each: what every causal language model understands.
+
+    Args:
+        tokens: The pairs.
+        pad_token_id: Fills the end of shorter rows; its value has no influence.
+
+    Returns:
+        `input_ids`, `attention_mask` (2·pairs, T) and `source`, `target`, `response` (N,).
+    """
+    rows = [
+        (pair.prompt, response) for pair in tokens for response in (pair.chosen, pair.rejected)
+    ]
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    input_ids_BT = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    attention_mask_BT = np.zeros((len(rows), width), dtype=np.int64)
+    source, target, owner = [], [], []
+    for i, (prompt, response) in enumerate(rows):
+        length = len(prompt) + len(response)
+        input_ids_BT[i, :length] = np.concatenate([prompt, response])
+        attention_mask_BT[i, :length] = 1
+        source.append(i * width + np.arange(len(prompt) - 1, length - 1))
+        target.append(response)
+        owner.append(np.full(len(response), i))
+    return {
+        "input_ids": torch.from_numpy(input_ids_BT),
+        "attention_mask": torch.from_numpy(attention_mask_BT),
+        **_response_tokens(source, target, owner),
+    }
+
+
+def shared_prefix_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:
+    """One row per pair: the prompt once, then `chosen`, then `rejected`, as two branches of one tree.
+
+    Positions restart after the prompt in each branch, and `branch` says who may see whom. The last token of a
+    response predicts nothing, so it is not part of the input.
+
+    Args:
+        tokens: The pairs.
+        pad_token_id: Fills the end of shorter rows; its value has no influence.
+
+    Returns:
+        `input_ids`, `position_ids`, `branch` (pairs, T; 0 prompt, 1 chosen, 2 rejected, -1 padding) and `source`,
+        `target`, `response` (N,).
+    """
+    width = max(len(pair) - 2 for pair in tokens)
+    input_ids_BT = np.full((len(tokens), width), pad_token_id, dtype=np.int64)
+    position_ids_BT = np.zeros((len(tokens), width), dtype=np.int64)
+    branch_BT = np.full((len(tokens), width), -1, dtype=np.int64)
+    source, target, owner = [], [], []
+    for i, pair in enumerate(tokens):
+        num_prompt, num_chosen, num_rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        end_chosen = num_prompt + num_chosen - 1
+        length = end_chosen + num_rejected - 1
+        input_ids_BT[i, :length] = np.concatenate([pair.prompt, pair.chosen[:-1], pair.rejected[:-1]])
+        position_ids_BT[i, :end_chosen] = np.arange(end_chosen)
+        position_ids_BT[i, end_chosen:length] = np.arange(num_prompt, num_prompt + num_rejected - 1)
+        branch_BT[i, :num_prompt] = 0
+        branch_BT[i, num_prompt:end_chosen] = 1
+        branch_BT[i, end_chosen:length] = 2
+        first = i * width + num_prompt - 1  # the last prompt token predicts the first token of both responses
+        source += [
+            np.arange(first, first + num_chosen),
+            np.concatenate([[first], i * width + np.arange(end_chosen, length)]),
+        ]
+        target += [pair.chosen, pair.rejected]
+        owner += [np.full(num_chosen, 2 * i), np.full(num_rejected, 2 * i + 1)]
+    return {
+        "input_ids": torch.from_numpy(input_ids_BT),
+        "position_ids": torch.from_numpy(position_ids_BT),
+        "branch": torch.from_numpy(branch_BT),
+        **_response_tokens(source, target, owner),
+    }
+
+
+def _response_tokens(source: list[np.ndarray], target: list[np.ndarray], owner: list[np.ndarray]) -> Batch:
+    return {
+        "source": torch.from_numpy(np.concatenate(source)),
+        "target": torch.from_numpy(np.concatenate(target).astype(np.int64)),
+        "response": torch.from_numpy(np.concatenate(owner)),
+    }
+
+
+def batches_by_length(lengths: Sequence[int], *, max_tokens: int, max_pairs: int = 256) -> Iterator[list[int]]:
+    """Group pairs of similar length, longest first, so that little is padded and memory trouble shows at once.
+
+    Args:
+        lengths: Unique tokens of each pair.
+        max_tokens: Most positions in a batch, padding included. A single pair may exceed it.
+        max_pairs: Most pairs in a batch.
+
+    Yields:
+        Positions of the pairs of one batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        longest = max(lengths[order[start]], 1)
+        count = min(max(max_tokens // longest, 1), max_pairs)
+        yield order[start : start + count]
+        start += count
+
+
+LAYOUTS: MappingProxyType[str, Callable[..., Batch]] = MappingProxyType(
+    {"plain": plain_batch, "shared_prefix": shared_prefix_batch}
+)

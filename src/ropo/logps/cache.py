@@ -1,0 +1,142 @@
+"""Reference log-probabilities on disk, under a hash of everything that makes them.
+
+In: the reference model, tokenized pairs, a folder. Out: `PairLogps`; the model runs only for pairs never seen.
+
+A folder per reference (hash of its weights, its configuration and the precision) holds shards; a shard maps the
+hash of a pair's token ids to its log-probabilities. So a changed learning rate or output folder costs nothing, a
+changed template, truncation or weight is a miss, appended rows are the only ones computed, and a pass that is killed
+goes on where its last shard ends.
+"""
+
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ropo.data.tokenize import TokenizedPair
+from ropo.logps.score import Rows, logps_of_rows, score_pairs
+from ropo.pairs import PairLogps
+from ropo.provenance import hash_tensors, hash_value, write_aside
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_PER_SHARD = 30.0  # at most this much work is lost when a pass is killed
+_KEY_BYTES = 16
+
+
+def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
+    """Name a reference by its weights, its configuration and the precision it is run in.
+
+    Args:
+        model: The reference.
+        use_bf16: Whether it is run under bfloat16 autocast.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=False)) if hasattr(model, "config") else {}
+    # Where it was loaded from and by which version do not change what it computes.
+    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    return hash_value([hash_tensors(model.state_dict()), config, use_bf16])[:16]
+
+
+def reference_logps(
+    model: nn.Module,
+    tokens: Sequence[TokenizedPair],
+    *,
+    cache_dir: Path,
+    pad_token_id: int,
+    max_length: int,
+    use_bf16: bool = False,
+) -> PairLogps:
+    """Log-probabilities under the reference, from the cache where it has them.
+
+    Args:
+        model: The reference, on its device.
+        tokens: The pairs.
+        cache_dir: Folder of the cache; made when it is missing.
+        pad_token_id: For the batches.
+        max_length: Longest sequence allowed.
+        use_bf16: Compute in bfloat16 by autocast.
+
+    Returns:
+        One value per pair, in the order of `tokens`.
+    """
+    state = PartialState()
+    folder = cache_dir / reference_hash(model, use_bf16=use_bf16)
+    keys = [_key(pair) for pair in tokens]
+    known = _load(folder)
+    missing = [i for i, key in enumerate(keys) if key not in known]
+    logger.info("Reference log-probs: %d of %d pairs are cached in %s", len(keys) - len(missing), len(keys), folder)
+    if missing:
+        writer = _ShardWriter(folder, [keys[i] for i in missing])
+        score_pairs(
+            model,
+            [tokens[i] for i in missing],
+            pad_token_id=pad_token_id,
+            max_length=max_length,
+            title="Reference log-probs",
+            use_bf16=use_bf16,
+            on_batch=writer.add,
+        )
+        writer.flush()
+        state.wait_for_everyone()
+        known = _load(folder)
+    return logps_of_rows(
+        [
+            (i, *known[key], len(pair.chosen), len(pair.rejected))
+            for i, (key, pair) in enumerate(zip(keys, tokens, strict=True))
+        ]
+    )
+
+
+def _key(pair: TokenizedPair) -> bytes:
+    """Digest of one pair's token ids; the lengths keep (a, bc) and (ab, c) apart."""
+    digest = hashlib.blake2b(digest_size=_KEY_BYTES)
+    digest.update(f"{len(pair.prompt)} {len(pair.chosen)} {len(pair.rejected)} ".encode())
+    for ids in (pair.prompt, pair.chosen, pair.rejected):
+        digest.update(ids.tobytes())
+    return digest.digest()
+
+
+def _load(folder: Path) -> dict[bytes, tuple[float, float]]:
+    known: dict[bytes, tuple[float, float]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shard = load_file(path)
+        keys = shard["keys"].numpy()
+        for key, (chosen, rejected) in zip(keys, shard["logps"].tolist(), strict=True):
+            known[key.tobytes()] = (chosen, rejected)
+    return known
+
+
+class _ShardWriter:
+    """Collects finished rows and writes them as a new shard every now and then."""
+
+    def __init__(self, folder: Path, keys: list[bytes]) -> None:
+        self._folder, self._keys = folder, keys
+        self._rows: Rows = []
+        self._last = time.monotonic()
+
+    def add(self, rows: Rows) -> None:
+        self._rows += rows
+        if time.monotonic() - self._last > _SECONDS_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            keys = b"".join(self._keys[row[0]] for row in self._rows)
+            shard = {
+                "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, _KEY_BYTES),
+                "logps": torch.tensor([row[1:3] for row in self._rows], dtype=torch.float32),
+            }
+            with write_aside(self._folder / f"{uuid.uuid4().hex}.safetensors") as aside:
+                save_file(shard, aside)
+        self._rows, self._last = [], time.monotonic()

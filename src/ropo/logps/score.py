@@ -1,0 +1,120 @@
+"""One pass over many pairs without gradients: the stage that reads the reference and the filter's margins.
+
+In: a model and `TokenizedPair`s. Out: `PairLogps` in the order of the pairs, on the CPU, in float32.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from ropo.data.tokenize import TokenizedPair
+from ropo.logps.batch import LAYOUTS, batches_by_length
+from ropo.logps.shared_prefix import FORWARDS, choose_layout
+from ropo.pairs import PairLogps
+
+Rows = list[tuple[int, float, float, int, int]]  # position, chosen, rejected, chosen tokens, rejected tokens
+
+# Positions per batch. On a CPU small batches keep activations in its cache; a GPU wants to be filled.
+_MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
+
+
+def score_pairs(
+    model: nn.Module,
+    tokens: Sequence[TokenizedPair],
+    *,
+    pad_token_id: int,
+    max_length: int,
+    title: str = "Scoring pairs",
+    use_bf16: bool = False,
+    on_batch: Callable[[Rows], None] | None = None,
+) -> PairLogps:
+    """Log-probabilities of all pairs under one model, in evaluation mode.
+
+    With several processes each scores its share of the batches and all return everything.
+
+    Args:
+        model: A causal language model on its device.
+        tokens: The pairs.
+        pad_token_id: For the batches.
+        max_length: Longest sequence allowed, for the choice of the layout.
+        title: What the progress bar says.
+        use_bf16: Compute in bfloat16 by autocast, as training with `bf16` does.
+        on_batch: Called in each process with the rows of every batch it finishes (the cache writes them).
+
+    Returns:
+        One value per pair, in the order of `tokens`.
+    """
+    if not len(tokens):
+        empty = torch.empty(0)
+        return PairLogps(chosen=empty, rejected=empty, chosen_tokens=empty.long(), rejected_tokens=empty.long())
+    state = PartialState()
+    device = next(model.parameters()).device
+    layout, _ = choose_layout(model, tokens[:2], pad_token_id=pad_token_id, max_length=max_length)
+    limit = _MAX_TOKENS.get(device.type, _MAX_TOKENS["cuda"])
+    batches = list(batches_by_length([len(pair) for pair in tokens], max_tokens=limit))
+    mine = batches[state.process_index :: state.num_processes]
+    rows: Rows = []
+    was_training = model.training
+    model.eval()
+    precision = torch.autocast(device.type, dtype=torch.bfloat16) if use_bf16 else contextlib.nullcontext()
+    with torch.no_grad(), precision, progress_bar(title, sum(map(len, mine)), is_shown=state.is_main_process) as advance:
+        for where in mine:
+            batch = LAYOUTS[layout]([tokens[i] for i in where], pad_token_id=pad_token_id)
+            logps = FORWARDS[layout](model, {name: tensor.to(device) for name, tensor in batch.items()})
+            found = _rows(where, logps)
+            if on_batch is not None:
+                on_batch(found)
+            rows += found
+            advance(len(where))
+    model.train(was_training)
+    if state.num_processes > 1:
+        rows = gather_object(rows)
+    return logps_of_rows(rows)
+
+
+def _rows(where: list[int], logps: PairLogps) -> Rows:
+    assert logps.chosen_tokens is not None  # noqa: S101 - both forwards count tokens
+    assert logps.rejected_tokens is not None  # noqa: S101
+    columns = (logps.chosen, logps.rejected, logps.chosen_tokens, logps.rejected_tokens)
+    return list(zip(where, *(column.tolist() for column in columns), strict=True))
+
+
+def logps_of_rows(rows: Rows) -> PairLogps:
+    """Put rows back into the order of their positions.
+
+    Args:
+        rows: Every position from 0 on, once, in any order.
+
+    Returns:
+        Log-probabilities by position.
+    """
+    _, chosen, rejected, chosen_tokens, rejected_tokens = zip(*sorted(rows), strict=True)
+    return PairLogps(
+        chosen=torch.tensor(chosen, dtype=torch.float32),
+        rejected=torch.tensor(rejected, dtype=torch.float32),
+        chosen_tokens=torch.tensor(chosen_tokens),
+        rejected_tokens=torch.tensor(rejected_tokens),
+    )
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int, *, is_shown: bool = True):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """Show what is being done and how long it will take; gone when done.
+
+    Args:
+        title: What is being done.
+        total: How many items there are.
+        is_shown: False on all but the main process.
+
+    Yields:
+        A function that takes the number of items just finished.
+    """
+    columns = (*Progress.get_default_columns()[:-1], TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not is_shown) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)

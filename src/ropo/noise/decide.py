@@ -1,0 +1,225 @@
+"""What to do with each pair: keep, drop or flip it, and how much it weighs, within a budget.
+
+In: margin and P(flipped) of each pair, and ρ, the share of pairs that the budget takes away. Out: `Decisions`.
+
+The one idea: ROPO minimises Σ w·ℓ over weights in [0, 1] with Σ w = N_ρ. Every loss that falls with the margin ranks
+pairs alike, so a rule needs no loss, only the margins; the rules differ in what else they believe.
+
+Add a rule: one function, one line in `RULES`, one recovery test.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import MappingProxyType
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ropo.noise.estimate import PerPair, check_margins
+
+Rule = Callable[..., "Decisions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decisions:
+    """What happens to each pair.
+
+    Attributes:
+        decision: "keep", "drop" or "flip" (swap chosen and rejected, then keep); shape (pairs,).
+        weight: Weight of the pair in training, in [0, 1]; 0 exactly where it is dropped.
+    """
+
+    decision: Shaped[np.ndarray, " pairs"]
+    weight: PerPair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleSpec:
+    """A decision rule and what it needs.
+
+    Attributes:
+        fn: (margins, p_flip, num_kept, its options) -> Decisions.
+        meaning: One sentence for the docs and the report.
+        total_weight: What the weights sum to, N_ρ being N − ⌊ρN⌋.
+        options: The options it takes, with their defaults.
+    """
+
+    fn: Rule
+    meaning: str
+    total_weight: str
+    options: Mapping[str, float] = field(default_factory=dict)
+
+
+def num_keep(num_pairs: int, rho: float) -> int:
+    """N_ρ = N − ⌊ρN⌋, the number of pairs that the budget leaves.
+
+    In floats 0.29·100 is 28.999..., of which the floor would be one too few; hence the 1e-9.
+
+    Args:
+        num_pairs: N.
+        rho: ρ, the share taken away.
+
+    Returns:
+        Number of pairs kept.
+
+    Examples:
+        >>> num_keep(10, 0.3), num_keep(100, 0.29), num_keep(7, 0.1)
+        (7, 71, 7)
+    """
+    return num_pairs - int(np.floor(rho * num_pairs + 1e-9))
+
+
+def decide(
+    margins: np.ndarray,
+    p_flip: np.ndarray,
+    *,
+    rho: float,
+    rule: str = "lowest_loss",
+    drop_above: float | None = None,
+    flip_above: float | None = None,
+) -> Decisions:
+    """Decide about every pair by one of the `RULES`.
+
+    With the default rule this is ROPO's filtering step, exactly: the weights that minimise Σ w·ℓ with Σ w = N_ρ and
+    0 ≤ w ≤ 1 are 1 for the N_ρ smallest losses (the largest margins) and 0 for the rest. The other rules are ours.
+    At ρ = 0 every rule keeps every pair with weight exactly 1.
+
+    Args:
+        margins: Margin of each pair, whatever its unit.
+        p_flip: P(flipped) of each pair, from `estimate_flips`.
+        rho: ρ, the share of pairs that the budget takes away, in [0, 0.5].
+        rule: A name in `RULES`.
+        drop_above: Only for `threshold`: pairs with a larger `p_flip` are dropped. 0.5 if not given.
+        flip_above: Only for `relabel`: pairs with a larger `p_flip` are flipped instead of dropped. 0.95 if not given.
+
+    Returns:
+        A decision and a weight per pair.
+
+    Raises:
+        ValueError: If a value is out of its range, the shapes differ, a margin is not finite, the rule is unknown, or
+            an option is given that the rule would ignore.
+
+    Examples:
+        >>> found = decide(np.array([2.0, -1.0, 0.5, -3.0]), np.array([0.0, 0.6, 0.1, 0.9]), rho=0.25)
+        >>> found.decision.tolist(), found.weight.tolist()
+        (['keep', 'keep', 'keep', 'drop'], [1.0, 1.0, 1.0, 0.0])
+    """
+    if rule not in RULES:
+        close = get_close_matches(rule, RULES, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"decide needs a rule of RULES; got {rule!r}. {hint}There are: {', '.join(RULES)}.")
+    spec = RULES[rule]
+    given = {
+        name: value for name, value in (("drop_above", drop_above), ("flip_above", flip_above)) if value is not None
+    }
+    for name, value in given.items():
+        if name not in spec.options:
+            takers = ", ".join(repr(other) for other in RULES if name in RULES[other].options)
+            raise ValueError(f"decide needs no {name} for rule {rule!r}; got {value}. Leave it out, or use {takers}.")
+        _check_share(name, value, highest=1.0, advice="It is a probability of being flipped.")
+    _check_share("rho", rho, highest=0.5, advice="Above one half most labels would be wrong: swap chosen and rejected.")
+    margins = check_margins(margins, what="decide")
+    p_flip = np.asarray(p_flip, dtype=np.float64)
+    if p_flip.shape != margins.shape:
+        raise ValueError(
+            f"decide needs one p_flip per margin, {len(margins)}; got {p_flip.shape}. Both from the same pairs."
+        )
+    bad = np.flatnonzero(~((p_flip >= 0.0) & (p_flip <= 1.0)))
+    if len(bad):
+        raise ValueError(
+            f"decide needs p_flip in [0, 1]; got {p_flip[bad[0]]} at position {bad[0]}. Pass probabilities."
+        )
+    return spec.fn(margins, p_flip, num_keep(len(margins), rho), **{**spec.options, **given})
+
+
+def _check_share(name: str, value: float, *, highest: float, advice: str) -> None:
+    if not 0.0 <= value <= highest:
+        raise ValueError(f"decide needs {name} in [0, {highest:g}]; got {value}. {advice}")
+
+
+def lowest_loss(margins: PerPair, p_flip: PerPair, num_kept: int) -> Decisions:
+    """Keep the `num_kept` largest margins; of equal ones the earlier stays."""
+    del p_flip  # the paper's rule looks at the loss alone
+    weight = np.zeros(len(margins))
+    weight[np.argsort(-margins, kind="stable")[:num_kept]] = 1.0
+    return Decisions(decision=np.where(weight == 1.0, "keep", "drop"), weight=weight)
+
+
+def posterior(margins: PerPair, p_flip: PerPair, num_kept: int) -> Decisions:
+    """Weigh each pair by the probability that its label is right, scaled to the budget.
+
+    ::
+
+        w = min(1, λ·(1 − p_flip)) with the λ at which Σ w = N_ρ
+
+    Found as water fills a vessel: the surest pairs reach 1 first, and what is left of the budget is shared by the
+    others in proportion. At ρ equal to the mean of `p_flip` λ is 1 and the weights are 1 − p_flip. When fewer pairs
+    than N_ρ have any chance of being right, those have weight 1 and the others share the rest evenly.
+    """
+    del margins
+    p_right = 1.0 - p_flip
+    weight = np.zeros(len(p_right))
+    hopeful = p_right > 0
+    if np.count_nonzero(hopeful) <= num_kept:
+        weight[hopeful] = 1.0
+        if not hopeful.all():
+            weight[~hopeful] = (num_kept - np.count_nonzero(hopeful)) / np.count_nonzero(~hopeful)
+    else:
+        falling = np.sort(p_right)[::-1]
+        left = np.cumsum(falling[::-1])[::-1]  # mass of the pairs that are not full, if the first k are
+        level = (num_kept - np.arange(num_kept)) / left[:num_kept]
+        weight = np.minimum(1.0, level[np.flatnonzero(level * falling[:num_kept] <= 1.0 + 1e-12)[0]] * p_right)
+    return Decisions(decision=np.where(weight > 0, "keep", "drop"), weight=weight)
+
+
+def threshold(margins: PerPair, p_flip: PerPair, num_kept: int, *, drop_above: float) -> Decisions:
+    """Drop pairs that are more likely flipped than `drop_above`, the likeliest first, and no more than the budget.
+
+    Here the budget is a ceiling: on clean data nothing exceeds the threshold and nothing is lost, whatever ρ says.
+    """
+    order = np.lexsort((-np.arange(len(margins)), margins, -p_flip))  # equal ones: smaller margin first, then the later
+    dropped = order[: len(margins) - num_kept]
+    weight = np.ones(len(margins))
+    weight[dropped[p_flip[dropped] > drop_above]] = 0.0
+    return Decisions(decision=np.where(weight == 1.0, "keep", "drop"), weight=weight)
+
+
+def relabel(margins: PerPair, p_flip: PerPair, num_kept: int, *, flip_above: float) -> Decisions:
+    """Take the same pairs as `lowest_loss`, but flip instead of dropping where the flip is nearly certain.
+
+    A flipped pair teaches again, with weight 1. Keep `flip_above` high: a right label that is flipped costs as much
+    as a wrong one that is kept.
+    """
+    found = lowest_loss(margins, p_flip, num_kept)
+    flipped = (found.weight == 0.0) & (p_flip > flip_above)
+    return Decisions(decision=np.where(flipped, "flip", found.decision), weight=np.where(flipped, 1.0, found.weight))
+
+
+RULES: Mapping[str, RuleSpec] = MappingProxyType(
+    {
+        "lowest_loss": RuleSpec(
+            fn=lowest_loss,
+            meaning="Drop the ⌊ρN⌋ pairs with the largest loss; ROPO's own rule.",
+            total_weight="N_ρ",
+        ),
+        "posterior": RuleSpec(
+            fn=posterior,
+            meaning="Drop nothing, but weigh each pair by the probability that its label is right.",
+            total_weight="N_ρ",
+        ),
+        "threshold": RuleSpec(
+            fn=threshold,
+            meaning="Drop pairs that are likelier flipped than a threshold, at most ⌊ρN⌋ of them.",
+            total_weight="N_ρ or more: what the threshold spares stays",
+            options=MappingProxyType({"drop_above": 0.5}),
+        ),
+        "relabel": RuleSpec(
+            fn=relabel,
+            meaning="Of the ⌊ρN⌋ pairs with the largest loss, flip the nearly certain ones and drop the others.",
+            total_weight="N_ρ plus the number of flipped pairs",
+            options=MappingProxyType({"flip_above": 0.95}),
+        ),
+    }
+)
+"""The decision rules by name."""

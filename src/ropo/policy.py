@@ -1,0 +1,61 @@
+"""Where models come from: the initial one, and the ones that rounds have trained.
+
+In: a folder or hub id and how to load it. Out: a causal language model on this process's device.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ropo.provenance import hash_value
+
+
+class PolicySource:
+    """Loads the initial model, alone or with what a round has trained.
+
+    Args:
+        name_or_path: Folder or hub id of the initial model.
+        load_options: Passed to `from_pretrained` (dtype, attn_implementation, revision, ...).
+        is_adapter: Whether trained folders hold PEFT adapters of the initial model.
+    """
+
+    def __init__(
+        self, name_or_path: str, *, load_options: Mapping[str, Any] | None = None, is_adapter: bool = False
+    ) -> None:
+        self.name_or_path = name_or_path
+        self.load_options = dict(load_options or {})
+        self.is_adapter = is_adapter
+
+    def load(self, trained: Path | None = None, *, is_trainable: bool = False) -> PreTrainedModel:
+        """Load the initial model, or the one in the folder `trained`.
+
+        Args:
+            trained: What a round wrote; None for the initial model.
+            is_trainable: Whether an adapter is to be trained further.
+
+        Returns:
+            The model on this process's device, in evaluation mode.
+        """
+        path = self.name_or_path if trained is None or self.is_adapter else str(trained)
+        model = AutoModelForCausalLM.from_pretrained(path, **self.load_options)
+        if trained is not None and self.is_adapter:
+            model = PeftModel.from_pretrained(model, str(trained), is_trainable=is_trainable)
+        if "device_map" not in self.load_options and "quantization_config" not in self.load_options:
+            model = model.to(PartialState().device)
+        return model.eval()
+
+    def fingerprint(self) -> str:
+        """Cheap name of the initial model's content: names and sizes of its files and the text of its configuration.
+
+        For a hub id the id and the revision. The reference cache hashes the weights themselves.
+        """
+        folder = Path(self.name_or_path)
+        if not folder.is_dir():
+            return hash_value([self.name_or_path, self.load_options.get("revision")])[:16]
+        files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+        config = folder / "config.json"
+        return hash_value([files, config.read_text() if config.exists() else ""])[:16]

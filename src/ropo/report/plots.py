@@ -1,0 +1,309 @@
+"""Arrays -> SVG strings that live inside the page: text stays text, colours come from the page's style sheet.
+
+In: sections of the dict that `tables.build_tables` makes. Out: one `<svg>` per figure.
+
+The one idea: a figure only names what its parts are (`class="drop"`); `templates/report.css` gives them colours for light,
+dark and print. Kinds of bars differ by pattern as well as by colour, lines by dashes and by a label at their end.
+A figure has two widths where it is too wide for a phone, because scaled-down text cannot be read.
+
+Add a figure: one function here, one call in `html.figures`, one caption in the template.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from ropo.report.sentences import count, decimal, percent
+from ropo.report.tables import DECISIONS, round_step
+
+Table = Mapping[str, Any]
+
+# The order in which bars are stacked, from the axis upwards.
+STACK = ("keep", "drop", "resample", "flip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """The rectangle that data is drawn in, and the range of data that fills it; all in SVG units or data units."""
+
+    width: float
+    height: float
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    left: float = 44.0
+    right: float = 14.0
+    top: float = 14.0
+    bottom: float = 40.0
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return self.left + (value - low) / (high - low) * (self.width - self.left - self.right)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
+
+
+def decision_bar(counts: Table) -> str:
+    """One bar of all pairs, split by decision; as wide as its place, so in percent and without a view box."""
+    height, x, body = 18, 0.0, [_patterns("bar")]
+    for decision in STACK:
+        share = 100 * counts[decision] / counts["num_pairs"]
+        fill = _fill(decision, "bar")
+        if share > 0:
+            body.append(f'<rect class="{decision}" x="{x:.2f}%" y="1" width="{share:.2f}%" height="{height - 2}"{fill}/>')
+            x += share
+    parts = [f"{count(counts[decision])} {DECISIONS[decision][0]}" for decision in STACK if counts[decision]]
+    label = escape("All pairs by decision: " + ", ".join(parts), quote=True)
+    return f'<svg class="bar" width="100%" height="{height}" role="img" aria-label="{label}">{"".join(body)}</svg>'
+
+
+def interval_gauge(estimate: Table, *, width: float = 320.0) -> str:
+    """The estimated flip rate with its interval on the scale from 0 to one half, where labels carry nothing."""
+    frame = _Frame(width=width, height=46, x_range=(0.0, 0.5), y_range=(0.0, 1.0), left=10, right=10, top=6, bottom=24)
+    y = frame.y(0.5)
+    body = [_line(frame.x(0), y, frame.x(0.5), y, "axis")]
+    for tick in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
+        body.append(_line(frame.x(tick), y - 3, frame.x(tick), y + 3, "axis"))
+        body.append(_text(frame.x(tick), frame.height - 4, f"{100 * tick:.0f}" + ("%" if tick == 0.5 else ""), "middle"))
+    label = "Flip rate: unknown"
+    if estimate["is_informative"]:
+        low, high = frame.x(min(estimate["low"], 0.5)), frame.x(min(estimate["high"], 0.5))
+        body.append(f'<rect class="accent soft" x="{low:.1f}" y="{y - 6:.1f}" width="{max(high - low, 2):.1f}" height="12" rx="2"/>')
+        body.append(f'<circle class="accent" cx="{frame.x(min(estimate["rate"], 0.5)):.1f}" cy="{y:.1f}" r="5"/>')
+        label = f"Flip rate {percent(estimate['rate'])}, interval {percent(estimate['low'])} to {percent(estimate['high'])}"
+    return _svg("".join(body), width, frame.height, label=label)
+
+
+def margin_histogram(margins: Table, *, width: float = 940.0, height: float = 280.0) -> str:
+    """Stacked histogram of the margins by decision, with a line at 0 where the model stops agreeing with the label."""
+    edges = [float(edge) for edge in margins["edges"]]
+    stacked = np.cumsum([margins["counts"][decision] for decision in STACK], axis=0)
+    frame = _Frame(
+        width=width,
+        height=height,
+        x_range=(edges[0], edges[-1]),
+        y_range=(0.0, float(stacked[-1].max()) * 1.04 or 1.0),
+        left=8 + 8.0 * len(count(float(stacked[-1].max()))),
+        top=26,
+    )
+    name = f"hist{width:.0f}"
+    body = [_patterns(name), _axes(frame, x_label="margin, nats", y_label="pairs", num_x=10 if width > 600 else 5)]
+    for layer, decision in enumerate(STACK):
+        below = stacked[layer - 1] if layer else np.zeros(len(edges) - 1)
+        for i in np.flatnonzero(stacked[layer] > below):
+            left, top, base = frame.x(edges[i]), frame.y(float(stacked[layer][i])), frame.y(float(below[i]))
+            body.append(_rect(left + 0.5, top, frame.x(edges[i + 1]) - left - 1, base - top, decision, name))
+    zero = frame.x(0.0)
+    body.append(_line(zero, frame.top - 10, zero, frame.y(0), "zero"))
+    if width > 600:
+        body.append(_text(zero - 6, frame.top - 8, "← model contradicts the label", "end", "strong"))
+        body.append(_text(zero + 6, frame.top - 8, "agrees →", "start", "strong"))
+    else:
+        body.append(_text(zero - 5, frame.top - 8, "← contradicts", "end", "strong"))
+        body.append(_text(zero + 5, frame.top - 8, "agrees →", "start", "strong"))
+    label = f"Histogram of {count(margins['num_pairs'])} margins, {percent(margins['share_negative'])} of them below 0"
+    return _svg("".join(body), width, height, label=label)
+
+
+def review_curve(review: Table) -> str:
+    """Flips expected to be found over pairs read, the most suspect first."""
+    read, found = review["num_read"], review["num_found"]
+    frame = _Frame(
+        width=460, height=250, x_range=(0, read[-1]), y_range=(0, max(found[-1] * 1.05, 1)), left=14 + 8 * len(count(found[-1])), right=20
+    )
+    share = found[-1] / read[-1]
+    body = [
+        _axes(frame, x_label="pairs read, most suspect first", y_label="flips found (expected)"),
+        _path(frame, [0, read[-1]], [0, found[-1]], "reference"),
+        _path(frame, read, found, "accent"),
+        _text(frame.x(read[-1] * 0.72), frame.y(share * read[-1] * 0.72) + 18, "in any order", "middle"),
+    ]
+    if review["num_likely"]:
+        x, y = frame.x(review["num_likely"]), frame.y(review["found_likely"])
+        body.append(_line(x, y, x, frame.y(0), "zero"))
+        body.append(f'<circle class="accent" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        # To the right of the line when there is room under the curve, else to the left.
+        side, anchor = (6, "start") if review["num_likely"] < 0.6 * read[-1] else (-6, "end")
+        body.append(_text(x + side, frame.y(0) - 8, f"P(flipped) = 0.5 after {count(review['num_likely'])}", anchor))
+    label = f"{count(review['found_likely'])} flips expected in the first {count(review['num_likely'])} pairs of {count(read[-1])}"
+    return _svg("".join(body), frame.width, frame.height, label=label)
+
+
+def rounds_estimate(rounds: Sequence[Table]) -> str:
+    """The estimated flip rate after each round, with intervals, and the share that was filtered out."""
+    known = [entry for entry in rounds if entry["rate"] is not None]
+    high = max([entry["high"] or entry["rate"] for entry in known] + [entry["rho"] or 0 for entry in known] + [0.05])
+    last = max(len(rounds) - 1, 1)
+    frame = _Frame(width=460, height=250, x_range=(-0.35, last + 0.35), y_range=(0.0, high * 1.12), left=48)
+    names = [(index, f"round {entry['round']}") for index, entry in enumerate(rounds)]
+    body = [_axes(frame, x_label="", y_label="share of pairs", x_ticks=names[:: max(1, len(names) // 6)], y_format=percent)]
+    points = [(index, entry) for index, entry in enumerate(rounds) if entry["rate"] is not None]
+    body.append(_path(frame, [i for i, _ in points], [entry["rate"] for _, entry in points], "accent thin"))
+    for index, entry in points:
+        x = frame.x(index)
+        if entry["low"] is not None and entry["high"] is not None:
+            body.append(_line(x, frame.y(entry["low"]), x, frame.y(entry["high"]), "accent whisker"))
+        body.append(f'<circle class="accent" cx="{x:.1f}" cy="{frame.y(entry["rate"]):.1f}" r="4"/>')
+        body.append(_text(x + 8, frame.y(entry["rate"]) - 6, percent(entry["rate"]), "start", "strong"))
+        if entry["rho"] is not None:
+            y = frame.y(entry["rho"])
+            body.append(_line(x - 9, y, x + 9, y, "ink"))
+    label = "Estimated flip rate by round: " + ", ".join(percent(entry["rate"]) for entry in rounds)
+    return _svg("".join(body), frame.width, frame.height, label=label)
+
+
+def training_curve(curve: Table, starts: Sequence[int], num_steps: int) -> str:
+    """One metric over the steps of all rounds, rounds one after another."""
+    values = [value for line in curve["lines"] for value in line["y"]]
+    reference = curve["reference"]
+    shown = values + ([reference] if reference is not None else [])
+    low, high = min(shown), max(shown)
+    room = 0.08 * (high - low) or 0.5
+    low, high = (0.0 if low == 0 else low - room), high + room
+    frame = _Frame(width=460, height=220, x_range=(0, max(num_steps, 1)), y_range=(low, high), left=52, top=22)
+    body = [_axes(frame, x_label="training step", y_label="")]
+    if reference is not None:
+        body.append(_line(frame.left, frame.y(reference), frame.width - frame.right, frame.y(reference), "reference"))
+    for line, start in zip(curve["lines"], starts, strict=True):
+        if len(starts) > 1:
+            body.append(_line(frame.x(start), frame.top - 12, frame.x(start), frame.y(low), "zero"))
+            body.append(_text(frame.x(start) + 4, frame.top - 6, f"round {line['round']}", "start"))
+        if len(line["x"]) == 1:
+            body.append(f'<circle class="accent" cx="{frame.x(line["x"][0]):.1f}" cy="{frame.y(line["y"][0]):.1f}" r="3"/>')
+        body.append(_path(frame, line["x"], line["y"], "accent"))
+    ends = [decimal(line["y"][-1], 3) for line in curve["lines"] if line["y"]]
+    label = f"{curve['title']} over {count(num_steps)} steps; at the end of each round: {', '.join(ends)}"
+    return _svg("".join(body), frame.width, frame.height, label=label)
+
+
+def weight_curve(curve: Table) -> str:
+    """How hard a pair pulls, by its margin, under the loss used and under DPO."""
+    margin, weight, dpo = curve["margin"], curve["weight"], curve["dpo"]
+    shown = [value for value in [*weight, *dpo, 0.0] if value is not None]
+    frame = _Frame(
+        width=460, height=250, x_range=(margin[0], margin[-1]), y_range=(min(shown), max(shown) * 1.15), left=44, right=16
+    )
+    body = [
+        _axes(frame, x_label="margin, nats", y_label="gradient weight"),
+        _line(frame.x(0), frame.top, frame.x(0), frame.y(min(shown)), "zero"),
+    ]
+    if curve["loss"] != "dpo":
+        body.append(_path(frame, margin, dpo, "reference"))
+        body.append(_text(frame.x(margin[0]) + 6, frame.y(dpo[0]) + 16, "dpo", "start"))
+    body.append(_path(frame, margin, weight, "accent"))
+    body.append(_text(frame.x(margin[0]) + 6, frame.y(weight[0]) - 8, curve["loss"], "start", "strong"))
+    label = f"Gradient weight of {curve['loss']} by margin, {decimal(weight[0])} at {decimal(margin[0], 0)} nats"
+    return _svg("".join(body), frame.width, frame.height, label=label)
+
+
+def length_shares(lengths: Sequence[Table]) -> str:
+    """How often chosen is the longer response, by group, with intervals around one half."""
+    height = 44.0 + 30 * len(lengths)
+    frame = _Frame(width=460, height=height, x_range=(0, 1), y_range=(len(lengths), 0), left=92, right=20, top=10, bottom=36)
+    ticks = [(share, percent(share)) for share in (0, 0.25, 0.5, 0.75, 1)]
+    body = [
+        _axes(frame, x_label="pairs whose chosen response is the longer one", y_label="", x_ticks=ticks, has_y=False),
+        _line(frame.x(0.5), frame.top, frame.x(0.5), height - frame.bottom, "zero"),
+    ]
+    for index, entry in enumerate(lengths):
+        y = frame.y(index + 0.5)
+        body.append(_line(frame.x(entry["low"]), y, frame.x(entry["high"]), y, "accent whisker"))
+        body.append(f'<circle class="accent" cx="{frame.x(entry["share_chosen_longer"]):.1f}" cy="{y:.1f}" r="4"/>')
+        body.append(_text(frame.left - 10, y + 4, entry["group"], "end"))
+    label = "Share with the longer response chosen: " + ", ".join(
+        f"{entry['group']} {percent(entry['share_chosen_longer'])}" for entry in lengths
+    )
+    return _svg("".join(body), frame.width, height, label=label)
+
+
+def swatch(decision: str) -> str:
+    """A small square in the look that bars of a decision have, for legends."""
+    name = f"swatch-{decision}"
+    return _svg(_patterns(name) + _rect(0.5, 0.5, 13, 13, decision, name), 14, 14, label=None, name="swatch")
+
+
+def _axes(
+    frame: _Frame,
+    *,
+    x_label: str,
+    y_label: str,
+    num_x: int = 5,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
+    y_format: Any = None,
+    has_y: bool = True,
+) -> str:
+    bottom, right = frame.height - frame.bottom, frame.width - frame.right
+    parts = []
+    if has_y:
+        for tick, name in _ticks(*frame.y_range, 4, y_format):
+            y = frame.y(tick)
+            parts.append(_line(frame.left, y, right, y, "grid"))
+            parts.append(_text(frame.left - 6, y + 4, name, "end"))
+        if y_label:
+            parts.append(_text(frame.left, frame.top - 2 if frame.top < 20 else 10, y_label, "start"))
+    for tick, name in x_ticks if x_ticks is not None else _ticks(*frame.x_range, num_x, None):
+        parts.append(_line(frame.x(tick), bottom, frame.x(tick), bottom + 4, "axis"))
+        parts.append(_text(frame.x(tick), bottom + 17, name, "middle"))
+    parts.append(_line(frame.left, bottom, right, bottom, "axis"))
+    if x_label:
+        parts.append(_text((frame.left + right) / 2, frame.height - 4, x_label, "middle"))
+    return "".join(parts)
+
+
+def _ticks(low: float, high: float, wanted: int, form: Any) -> list[tuple[float, str]]:
+    """Round numbers inside a range, with their names."""
+    step = round_step((high - low) / wanted)
+    places = max(0, -int(np.floor(np.log10(step) + 1e-9)), 1 if step == 2.5 else 0)
+    places += 1 if 0 < step < 1 and round(step * 10**places, 6) % 1 else 0
+    values = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step + 0.0  # + 0.0 turns −0 into 0
+    return [(float(value), form(float(value)) if form else _tick_name(float(value), places)) for value in values]
+
+
+def _tick_name(value: float, places: int) -> str:
+    return f"{value:,.{places}f}".replace("-", "−")
+
+
+def _patterns(name: str) -> str:
+    """Fills that tell the decisions apart without colour; `name` keeps ids of several figures in one page apart."""
+    return (
+        "<defs>"
+        f'<pattern id="{name}-flip" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<rect class="paper" width="5" height="5"/><rect class="accent" width="2.4" height="5"/></pattern>'
+        f'<pattern id="{name}-resample" width="5" height="5" patternUnits="userSpaceOnUse">'
+        '<rect class="paper" width="5" height="5"/><circle class="accent" cx="2.5" cy="2.5" r="1.4"/></pattern>'
+        "</defs>"
+    )
+
+
+def _rect(x: float, y: float, width: float, height: float, decision: str, name: str) -> str:
+    box = f'x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{height:.1f}"'
+    return f'<rect class="{decision}" {box}{_fill(decision, name)}/>'
+
+
+def _fill(decision: str, name: str) -> str:
+    return f' fill="url(#{name}-{decision})"' if decision in ("flip", "resample") else ""
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _path(frame: _Frame, xs: Sequence[float], ys: Sequence[float], kind: str) -> str:
+    points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(xs, ys, strict=True))
+    return f'<polyline class="{kind}" points="{points}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
+    style = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(text)}</text>'
+
+
+def _svg(body: str, width: float, height: float, *, label: str | None, name: str = "plot") -> str:
+    """The outer element; without a label it is decoration and hidden from screen readers."""
+    reading = 'aria-hidden="true"' if label is None else f'role="img" aria-label="{escape(label, quote=True)}"'
+    size = f'width="{width:.0f}" height="{height:.0f}"'
+    return f'<svg class="{name}" viewBox="0 0 {width:.0f} {height:.0f}" {size} {reading}>{body}</svg>'

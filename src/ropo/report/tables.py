@@ -1,0 +1,455 @@
+"""Ledger, summary and texts -> everything the report says, as one dict of plain values.
+
+In: the ledger of a run, its summary, its pairs and its training log. Out: a JSON-able dict with one key per section;
+HTML, Markdown and JSON are three ways of printing it. Numbers are rounded to six digits, unknown ones are None.
+
+The one idea: nothing is computed after this file. A sentence, a figure or a table of the report can be traced to a key.
+
+Add a section: one function here, one line in `build_tables`, one block in each template.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from ropo.data.problems import PROBLEMS
+from ropo.pairs import Pair
+from ropo.report import sentences
+from ropo.report.texts import compare, excerpt, plain, show_prompt
+
+NUM_SUSPECTS = 10
+NUM_DROPPED_ROWS = 200
+NUM_RESAMPLED = 10
+NUM_BINS = 44  # about; the width of a bin is a round number
+NUM_CURVE_POINTS = 150
+
+# decision: (name in the report, what it means for training)
+DECISIONS: Mapping[str, tuple[str, str]] = {
+    "keep": ("kept", "Trained on as labelled."),
+    "drop": ("dropped", "Left out: the label speaks against what the other pairs teach."),
+    "flip": ("flipped", "Trained on with chosen and rejected swapped."),
+    "resample": ("won back", "Left out; its prompt is back with a newly sampled pair."),
+}
+
+# key of the training log: (title, unit, reference value to draw or None, how to read it)
+CURVES: Mapping[str, tuple[str, str, float | None, str]] = {
+    "loss": ("Loss", "nats per pair", None, "Comparable within one run only; other losses start elsewhere."),
+    "rewards/accuracies": (
+        "Pairs ordered as labelled",
+        "share of a batch",
+        0.5,
+        "0.5 is a coin toss. Near 1 on noisy labels, the wrong ones are being learned by heart.",
+    ),
+    "rewards/margins": ("Margin", "nats, mean of a batch", 0.0, "How clearly the policy agrees with the labels."),
+    "gradient_weight/mean": (
+        "Gradient weight",
+        "mean of a batch",
+        None,
+        "How hard the pairs of a batch still pull; falls as they are learned or given up.",
+    ),
+}
+
+SEVERITIES = ("error", "left_out", "warning")
+
+Table = dict[str, Any]
+Floats = NDArray[np.float64]
+
+
+def build_tables(ledger: pa.Table, summary: Mapping[str, Any], pairs: Sequence[Pair], training_log: Sequence[Table]) -> Table:
+    """Compute everything the report says.
+
+    Args:
+        ledger: One row per pair and round.
+        summary: What `summary.json` holds; missing keys read as unknown.
+        pairs: All original pairs, and the resampled ones (origin "resampled").
+        training_log: Entries of the trainer's log with their round under "round".
+
+    Returns:
+        Plain values, one key per section of the report.
+
+    Raises:
+        ValueError: If the ledger is empty or names a row that `pairs` lacks.
+    """
+    scores = last_round(ledger)
+    originals = {pair.row: pair for pair in pairs if pair.origin == "data"}
+    missing = [int(row) for row in scores["row"] if int(row) not in originals]
+    if missing:
+        raise ValueError(
+            f"write_report needs the pair of every ledger row; got none for row {missing[0]} "
+            f"({len(missing)} missing). Pass the pairs that the ledger was made from."
+        )
+    estimate = _estimate(summary, len(scores["row"]))
+    tables: Table = {
+        "estimate": estimate,
+        "counts": _counts(scores, pairs),
+        "review": _review(scores["p_flip"], is_informative=estimate["is_informative"]),
+        "suspects": _suspects(scores, originals, is_informative=estimate["is_informative"]),
+        "margins": _margins(scores),
+        "rounds": _rounds(ledger, summary),
+        "training": _training(training_log),
+        "weight_curve": _weight_curve(summary),
+        "problems": _problems(summary),
+        "decisions": _decisions(scores),
+        "dropped": _dropped(scores, originals),
+        "resampled": _resampled(ledger, scores, originals, pairs),
+        "lengths": _lengths(scores, originals),
+        "provenance": _provenance(summary),
+    }
+    tables["sentences"] = sentences.write_sentences(tables)
+    return tables
+
+
+def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
+    """Columns of the ledger for the original pairs in the last round, in the order of the input."""
+    columns = {name: ledger[name].to_numpy(zero_copy_only=False) for name in ledger.column_names}
+    is_data = columns["origin"] == "data"
+    if not is_data.any():
+        raise ValueError("write_report needs a ledger with at least one original pair; got none. Score the pairs first.")
+    is_last = is_data & (columns["round"] == columns["round"][is_data].max())
+    positions = np.flatnonzero(is_last)
+    positions = positions[np.argsort(columns["row"][positions], kind="stable")]
+    return {name: column[positions] for name, column in columns.items()}
+
+
+def number(value: Any) -> float | None:
+    """A finite number rounded to six digits, or None."""
+    if value is None or not np.isfinite(value):
+        return None
+    return float(f"{float(value):.6g}")
+
+
+def numbers(values: Iterable[Any]) -> list[float | None]:
+    """`number` of each."""
+    return [number(value) for value in values]
+
+
+def _mean(values: Floats) -> float | None:
+    finite = values[np.isfinite(values)]
+    return number(finite.mean()) if len(finite) else None
+
+
+def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
+    rate = summary.get("flip_rate") or {}
+    config = summary.get("config") or {}
+    values = {key: number(rate.get(source)) for key, source in (("rate", "estimate"), ("low", "low"), ("high", "high"))}
+    return {
+        **values,
+        "level": number(rate.get("level", 0.9)),
+        "is_informative": bool(summary.get("is_informative")) and None not in values.values(),
+        "reason": str(summary.get("reason") or ""),
+        "rho": number(summary.get("rho")),
+        "is_rho_auto": str(config.get("rho", "auto")) == "auto",
+        "num_pairs": num_pairs,
+    }
+
+
+def _counts(scores: Mapping[str, NDArray[Any]], pairs: Sequence[Pair]) -> Table:
+    counts = {decision: int((scores["decision"] == decision).sum()) for decision in DECISIONS}
+    return {
+        "num_pairs": len(scores["row"]),
+        **counts,
+        "new_pairs": sum(pair.origin == "resampled" for pair in pairs),
+        "weight_kept_mean": _mean(scores["weight"][scores["decision"] == "keep"]),
+    }
+
+
+def _review(p_flip: Floats, *, is_informative: bool) -> Table | None:
+    """How many flips a reader finds who goes through the pairs from the most suspect downwards."""
+    finite = p_flip[np.isfinite(p_flip)]
+    if not is_informative or not len(finite):
+        return None
+    falling = np.sort(finite)[::-1]
+    found = np.concatenate([[0.0], np.cumsum(falling)])
+    num_likely = int((falling >= 0.5).sum())
+    read = np.unique(np.linspace(0, len(falling), NUM_CURVE_POINTS).round().astype(int))
+    return {
+        "num_likely": num_likely,
+        "found_likely": number(found[num_likely]),
+        "found_all": number(found[-1]),
+        "share_clear": number(np.mean((falling < 0.1) | (falling > 0.9))),
+        "num_read": [int(value) for value in read],
+        "num_found": numbers(found[read]),
+    }
+
+
+def _suspects(scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair], *, is_informative: bool) -> list[Table]:
+    if not is_informative:
+        return []
+    order = np.lexsort((scores["row"], scores["margin"], -scores["p_flip"]))
+    order = order[np.isfinite(scores["p_flip"][order])][:NUM_SUSPECTS]
+    return [_shown_pair(scores, int(i), originals[int(scores["row"][i])]) for i in order]
+
+
+def _shown_pair(scores: Mapping[str, NDArray[Any]], i: int, pair: Pair) -> Table:
+    return {
+        "row": int(scores["row"][i]),
+        "pair_id": pair.id,
+        "annotator": pair.annotator,
+        "margin": number(scores["margin"][i]),
+        "p_flip": number(scores["p_flip"][i]),
+        "decision": str(scores["decision"][i]),
+        "prompt": show_prompt(pair.prompt),
+        **compare(pair.chosen, pair.rejected),
+    }
+
+
+def _margins(scores: Mapping[str, NDArray[Any]]) -> Table:
+    margin = scores["margin"].astype(np.float64)
+    is_finite = np.isfinite(margin)
+    finite = margin[is_finite]
+    table: Table = {"num_pairs": len(finite), "num_not_finite": int((~is_finite).sum()), "edges": [], "counts": {}}
+    if not len(finite):
+        return table
+    low, high = np.quantile(finite, [0.003, 0.997])
+    width = round_step((max(high, 0) - min(low, 0)) / NUM_BINS or 1.0)
+    first, last = int(np.floor(min(low, 0) / width)), int(np.ceil(max(high, 0) / width))
+    last = max(last, first + 1)
+    edges = np.arange(first, last + 1) * width  # multiples of the width, so 0 is an edge and no bar hides a sign
+    inside = np.clip(finite, edges[0], np.nextafter(edges[-1], -np.inf))
+    for decision in DECISIONS:
+        values = inside[scores["decision"][is_finite] == decision]
+        table["counts"][decision] = [int(count) for count in np.histogram(values, edges)[0]]
+    return {
+        **table,
+        "edges": numbers(edges),
+        "num_below": int((finite < edges[0]).sum()),
+        "num_above": int((finite > edges[-1]).sum()),
+        "median": number(np.median(finite)),
+        "share_negative": number(np.mean(finite < 0)),
+    }
+
+
+def round_step(step: float) -> float:
+    """The next number 1, 2, 2.5 or 5 times a power of ten.
+
+    Examples:
+        >>> round_step(0.13), round_step(3.0)
+        (0.2, 5.0)
+    """
+    power = float(10.0 ** np.floor(np.log10(step)))
+    return next(float(factor * power) for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
+
+
+def _rounds(ledger: pa.Table, summary: Mapping[str, Any]) -> list[Table]:
+    is_data = ledger["origin"].to_numpy(zero_copy_only=False) == "data"
+    in_round, margin = ledger["round"].to_numpy()[is_data], ledger["margin"].to_numpy()[is_data]
+    found = []
+    for index, entry in enumerate(summary.get("rounds") or []):
+        rate = entry.get("flip_rate") or {}
+        name = int(entry.get("round", index))
+        margins = margin[(in_round == name) & np.isfinite(margin)]
+        found.append(
+            {
+                "round": name,
+                "rate": number(rate.get("estimate")),
+                "low": number(rate.get("low")),
+                "high": number(rate.get("high")),
+                "rho": number(entry.get("rho")),
+                **{key: entry.get(key) for key in ("num_kept", "num_dropped", "num_flipped", "num_resampled")},
+                "median_margin": number(np.median(margins)) if len(margins) else None,
+                "share_negative": number(np.mean(margins < 0)) if len(margins) else None,
+            }
+        )
+    return found
+
+
+def _training(log: Sequence[Table]) -> Table:
+    """Curves by metric; the steps of the rounds follow one another on one axis."""
+    rounds = sorted({int(entry.get("round", 0)) for entry in log if "step" in entry})
+    offsets, end = {}, 0
+    for name in rounds:
+        steps = [int(entry["step"]) for entry in log if entry.get("round", 0) == name and "step" in entry]
+        offsets[name] = end if min(steps) <= end else 0  # a trainer that is carried on counts on by itself
+        end = offsets[name] + max(steps)
+    curves = []
+    for key, (title, unit, reference, meaning) in CURVES.items():
+        lines = [_line(log, key, name, offsets[name]) for name in rounds]
+        if any(line["x"] for line in lines):
+            texts = {"key": key, "title": title, "unit": unit, "reference": reference, "meaning": meaning}
+            curves.append({**texts, "lines": lines})
+    return {"num_steps": end, "starts": [offsets[name] for name in rounds], "curves": curves}
+
+
+def _line(log: Sequence[Table], key: str, name: int, offset: int) -> Table:
+    points = [
+        (offset + int(entry["step"]), float(entry[key]))
+        for entry in log
+        if entry.get("round", 0) == name and "step" in entry and isinstance(entry.get(key), int | float)
+    ]
+    points = [point for point in points if np.isfinite(point[1])]
+    # A long log is averaged in equal pieces: a line of more points than the figure has pixels shows nothing more.
+    pieces = np.array_split(np.array(points), min(len(points), NUM_CURVE_POINTS)) if points else []
+    means = [piece.mean(axis=0) for piece in pieces]
+    return {"round": name, "num_logged": len(points), "x": numbers(m[0] for m in means), "y": numbers(m[1] for m in means)}
+
+
+def _weight_curve(summary: Mapping[str, Any]) -> Table | None:
+    curve = summary.get("weight_curve")
+    if not curve or not len(curve["margin"]):
+        return None
+    step = max(1, len(curve["margin"]) // NUM_CURVE_POINTS)
+    margin = np.asarray(curve["margin"], dtype=np.float64)[::step]
+    weight = np.asarray(curve["weight"], dtype=np.float64)[::step]
+    return {
+        "loss": str(curve["loss"]),
+        "margin": numbers(margin),
+        "weight": numbers(weight),
+        "dpo": numbers(expit(-margin)),  # w(h) = σ(−h), arXiv:2305.18290, eq. 7
+    }
+
+
+def _problems(summary: Mapping[str, Any]) -> list[Table]:
+    found = []
+    for kind, count in (summary.get("problems") or {}).items():
+        spec = PROBLEMS.get(kind)
+        found.append(
+            {
+                "kind": str(kind),
+                "count": int(count),
+                "severity": spec.severity if spec else "",
+                "meaning": spec.meaning if spec else "",
+                "remedy": spec.remedy if spec else "",
+            }
+        )
+    rank = {severity: index for index, severity in enumerate(SEVERITIES)}
+    shown = [problem for problem in found if problem["count"]]
+    return sorted(shown, key=lambda problem: (rank.get(problem["severity"], len(rank)), -problem["count"], problem["kind"]))
+
+
+def _decisions(scores: Mapping[str, NDArray[Any]]) -> list[Table]:
+    found = []
+    for decision, (name, meaning) in DECISIONS.items():
+        of_kind = scores["decision"] == decision
+        margin = scores["margin"][of_kind]
+        margin = margin[np.isfinite(margin)]
+        found.append(
+            {
+                "decision": decision,
+                "name": name,
+                "meaning": meaning,
+                "count": int(of_kind.sum()),
+                "share": number(of_kind.mean()),
+                "margin_median": number(np.median(margin)) if len(margin) else None,
+                "margin_low": number(margin.min()) if len(margin) else None,
+                "margin_high": number(margin.max()) if len(margin) else None,
+                "p_flip_mean": _mean(scores["p_flip"][of_kind]),
+                "weight_mean": _mean(scores["weight"][of_kind]),
+            }
+        )
+    return found
+
+
+def _dropped(scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair]) -> Table:
+    """The pairs not kept, smallest margin first (NaN last)."""
+    positions = np.flatnonzero(scores["decision"] != "keep")
+    positions = positions[np.argsort(scores["margin"][positions], kind="stable")]
+    rows = [
+        {
+            "row": int(scores["row"][i]),
+            "pair_id": originals[int(scores["row"][i])].id,
+            "margin": number(scores["margin"][i]),
+            "p_flip": number(scores["p_flip"][i]),
+            "decision": str(scores["decision"][i]),
+            "prompt": excerpt(originals[int(scores["row"][i])].prompt),
+        }
+        for i in positions[:NUM_DROPPED_ROWS]
+    ]
+    return {"num_rows": len(positions), "rows": rows}
+
+
+def _resampled(
+    ledger: pa.Table, scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair], pairs: Sequence[Pair]
+) -> Table:
+    """New pairs beside the pairs whose prompts they win back; a few of them, evenly spaced over the data."""
+    new = sorted((pair for pair in pairs if pair.origin == "resampled"), key=lambda pair: pair.row)
+    columns = [ledger[name].to_pylist() for name in ("origin", "pair_id", "margin")] if new else [[], [], []]
+    margins = {name: value for origin, name, value in zip(*columns, strict=True) if origin == "resampled"}
+    position = {int(row): i for i, row in enumerate(scores["row"])}
+    chosen = np.unique(np.linspace(0, len(new) - 1, NUM_RESAMPLED).round().astype(int)) if new else []
+    return {
+        "num_pairs": len(new),
+        "median_margin": number(np.nanmedian(list(margins.values()))) if margins else None,
+        "pairs": [_new_pair(new[int(i)], margins, scores, position, originals) for i in chosen],
+    }
+
+
+def _new_pair(
+    pair: Pair,
+    margins: Mapping[str, float],
+    scores: Mapping[str, NDArray[Any]],
+    position: Mapping[int, int],
+    originals: Mapping[int, Pair],
+) -> Table:
+    parent = originals.get(pair.row)
+    names = {plain(parent.chosen): "was chosen", plain(parent.rejected): "was rejected"} if parent else {}
+    return {
+        "row": pair.row,
+        "pair_id": pair.id,
+        "annotator": None,  # nobody has labelled or judged a new pair yet
+        "p_flip": None,
+        "decision": None,
+        "margin": number(margins.get(pair.id)),
+        "chosen_source": names.get(plain(pair.chosen), "sampled"),
+        "rejected_source": names.get(plain(pair.rejected), "sampled"),
+        "prompt": show_prompt(pair.prompt),
+        **compare(pair.chosen, pair.rejected),
+        "parent": _shown_pair(scores, position[pair.row], parent) if parent and pair.row in position else None,
+    }
+
+
+def _lengths(scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair]) -> list[Table]:
+    """Characters of both responses, and how often the longer one carries the label "chosen"."""
+    pairs = [originals[int(row)] for row in scores["row"]]
+    chosen = np.array([len(plain(pair.chosen)) for pair in pairs], dtype=np.float64)
+    rejected = np.array([len(plain(pair.rejected)) for pair in pairs], dtype=np.float64)
+    decision = scores["decision"]
+    is_dropped = (decision == "drop") | (decision == "resample")
+    groups = {"all pairs": decision != "", "kept": decision == "keep", "dropped": is_dropped, "flipped": decision == "flip"}
+    found = []
+    for name, of_group in groups.items():
+        if not of_group.any():
+            continue
+        longer = np.mean((chosen > rejected)[of_group]) + 0.5 * np.mean((chosen == rejected)[of_group])
+        low, high = wilson_interval(float(longer), int(of_group.sum()))
+        found.append(
+            {
+                "group": name,
+                "num_pairs": int(of_group.sum()),
+                "mean_chosen": number(chosen[of_group].mean()),
+                "mean_rejected": number(rejected[of_group].mean()),
+                "share_chosen_longer": number(longer),
+                "low": number(low),
+                "high": number(high),
+            }
+        )
+    return found
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """90 % interval of a share seen in `count` cases (Wilson's, which stays inside [0, 1]).
+
+    Examples:
+        >>> [round(value, 3) for value in wilson_interval(0.5, 100)]
+        [0.419, 0.581]
+    """
+    z = 1.6449
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _provenance(summary: Mapping[str, Any]) -> Table:
+    config = summary.get("config") or {}
+    return {
+        "command": str(summary.get("command") or ""),
+        "data_sha256": str(summary.get("data_sha256") or ""),
+        "reference_sha256": str(summary.get("reference_sha256") or ""),
+        "versions": {str(key): str(value) for key, value in (summary.get("versions") or {}).items()},
+        "seconds": {str(key): number(value) for key, value in (summary.get("seconds") or {}).items()},
+        # A report is passed on; whatever grants access to an account stays out of it.
+        "config": {str(k): "…" if str(k).endswith("_token") and v else str(v) for k, v in config.items()},
+    }

@@ -1,0 +1,1 @@
+"""Win back the prompts of discarded pairs: `generate` samples responses, `select` chooses new pairs."""

@@ -1,0 +1,407 @@
+"""The loop: train, score, estimate, decide, resample, and again.
+
+In: an initial model, pairs with reference log-probabilities, a `ROPOConfig`. Out: one folder per round.
+
+::
+
+    minimise over θ, w   Σ w_i ℓ(θ; s_i)   subject to   Σ w_i = N − ⌊ρN⌋,  0 ≤ w_i ≤ 1     (arXiv:2404.04102v2)
+
+by alternation: θ with w fixed (stage train), w with θ fixed (stages score, estimate, decide), and new pairs for the
+prompts that w discards (stage resample). Every stage reads files and writes files.
+
+Where the paper leaves a choice open, it is ours and named here: ρ follows the estimated flip rate unless it is given,
+and is 0 while the estimate's interval touches 0; the reference is the initial model throughout; a round restarts from
+the initial model unless told to carry on.
+"""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from scipy.special import expit, logit
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from ropo.config import ROPOConfig
+from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
+from ropo.logps.score import score_pairs
+from ropo.losses import LOSSES, bind_loss
+from ropo.noise.decide import decide
+from ropo.noise.estimate import estimate_flips
+from ropo.pairs import Pair, PairLogps, margin, margin_per_token
+from ropo.policy import PolicySource
+from ropo.provenance import read_json, write_aside, write_json
+from ropo.resample.generate import sample_responses
+from ropo.resample.win_back import WonBack, win_back
+from ropo.stages import Stages
+from ropo.trainer import PairDataset, ROPOTrainer
+
+logger = logging.getLogger(__name__)
+
+_TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
+
+
+class Round:
+    """One round in its folder.
+
+    Args:
+        number: From 0.
+        folder: Where its stages write.
+        args: Options of the run.
+        source: Loads the initial model and trained ones.
+        tokenizer: The model's.
+        data: All pairs of the data that fit, as the data labels them, then the resampled pairs that this round trains
+            on, with reference log-probabilities.
+        reference_of: Reference log-probabilities of tokenized pairs; loads the reference only for pairs never seen.
+        peft_config: For adapters.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        folder: Path,
+        args: ROPOConfig,
+        source: PolicySource,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PairDataset,
+        reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
+        peft_config: PeftConfig | None,
+    ) -> None:
+        self.number, self.folder, self.args = number, folder, args
+        self.source, self.tokenizer, self.data, self.peft_config = source, tokenizer, data, peft_config
+        self.reference_of = reference_of
+        self.num_data = sum(pair.origin == "data" for pair in data.pairs)
+        self.stages = Stages(folder)
+        self.model_folder = folder / "model"
+
+    def run(self, dataset: PairDataset, *, start: Path | None, digest: str, is_last: bool) -> str:
+        """Run every stage of the round.
+
+        Args:
+            dataset: What to train on: the kept and flipped pairs and the resampled ones, with weights.
+            start: Folder of the model to carry on with; None starts from the initial model.
+            digest: Of everything that made `dataset` and `start`.
+            is_last: The last round does not resample; no training would follow.
+
+        Returns:
+            Digest of the round, for the next one.
+        """
+        digest = self.stages.run("train", digest, _TRAIN_FILES, lambda: self._train(dataset, start))
+        digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
+        digest = self.stages.run("estimate", digest, ["flip_estimate.json", "flips.safetensors"], self._estimate)
+        digest = self.stages.run("decide", digest, ["decisions.json"], self._decide)
+        if not is_last:
+            digest = self.stages.run("resample", digest, ["resampled.jsonl", "resampling.json"], self._resample)
+        return digest
+
+    def margins(self) -> NDArray[np.float64]:
+        """Margin of every pair of `data` under the trained model, shape (pairs,), nats."""
+        return margins_of(self._scores(), self.data.reference, self.args)
+
+    def losses(self) -> NDArray[np.float64]:
+        """Training loss of every pair of `data` at its margin, shape (pairs,)."""
+        return losses_of(self.margins(), self.args)
+
+    def p_flip(self) -> NDArray[np.float64]:
+        """Probability that the label is wrong, of every pair of `data`, shape (pairs,)."""
+        return load_file(self.folder / "flips.safetensors")["p_flip"].double().numpy()
+
+    def decisions(self) -> dict[str, Any]:
+        """What `_decide` wrote: `rho`, `reason`, and per pair `decisions` and `weights`.
+
+        A dropped pair whose prompt was won back reads "resample".
+        """
+        found: dict[str, Any] = read_json(self.folder / "decisions.json")
+        won_back = {pair.row for pair in self.new_pairs()}
+        found["decisions"] = [
+            "resample" if what == "drop" and pair.origin == "data" and pair.row in won_back else what
+            for what, pair in zip(found["decisions"], self.data.pairs, strict=True)
+        ]
+        return found
+
+    def new_pairs(self) -> list[Pair]:
+        """Pairs that this round made; none before its resampling or in the last round."""
+        path = self.folder / "resampled.jsonl"
+        return [Pair(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+    def next_datasets(self) -> tuple[PairDataset, PairDataset]:
+        """What the next round scores and what it trains on.
+
+        Returns:
+            All pairs of the data and the resampled pairs that go on, as labelled; and the weighted training set, with
+            dropped pairs left out and flipped ones turned round.
+        """
+        found = self.decisions()
+        stays = [i for i, what in enumerate(found["decisions"]) if i < self.num_data or what == "keep"]
+        scored = select_pairs_of(self.data, stays)
+        if new := self.new_pairs():
+            tokenized = tokenize_pairs(new, self.tokenizer, max_length=self.args.max_length)
+            scored = scored.joined(tokenized, self.reference_of(tokenized.tokens))
+        weights = [found["weights"][i] for i in stays] + [1.0] * (len(scored) - len(stays))
+        is_flipped = [found["decisions"][i] == "flip" for i in stays] + [False] * (len(scored) - len(stays))
+        return scored, training_set(scored, weights, is_flipped)
+
+    def _train(self, dataset: PairDataset, start: Path | None) -> None:
+        args = copy.copy(self.args)
+        args.output_dir = str(self.folder / "checkpoints")
+        args.seed = self.args.seed + self.number
+        trainer = ROPOTrainer(
+            self.source.load(start, is_trainable=True),
+            args,
+            train_dataset=dataset,
+            processing_class=self.tokenizer,
+            peft_config=self.peft_config if start is None else None,
+        )
+        done = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
+        trainer.train(resume_from_checkpoint=done)
+        # Several processes may write one model together, so the name that is put in place later is known to all.
+        aside = self.folder / ".model.partial"
+        trainer.save_model(str(aside))
+        first_margins = trainer.gather_first_margins()
+        if PartialState().is_main_process:
+            shutil.rmtree(self.model_folder, ignore_errors=True)
+            aside.rename(self.model_folder)
+            with write_aside(self.folder / "first_margins.safetensors") as path:
+                save_file({"margins": first_margins}, path)
+            write_json(self.folder / "training_log.json", trainer.state.log_history)
+            shutil.rmtree(args.output_dir, ignore_errors=True)
+
+    def _score(self) -> None:
+        policy = self.source.load(self.model_folder)
+        logps = score_pairs(policy, self.data.tokens, title=f"Round {self.number}: scoring", **batching(self.args, self.tokenizer))
+        tensors = {name: value for name, value in asdict(logps).items() if value is not None}
+        self._write_tensors("scores.safetensors", tensors)
+
+    def _scores(self) -> PairLogps:
+        return PairLogps(**load_file(self.folder / "scores.safetensors"))
+
+    def _estimate(self) -> None:
+        # The rate comes from the data's pairs alone: resampled ones carry the model's own labels.
+        margins = self.margins()
+        estimate = estimate_flips(margins[: self.num_data])
+        p_resampled = expit(logit(estimate.rate) - estimate.scale * margins[self.num_data :])
+        p_flip = np.concatenate([estimate.p_flip, p_resampled])
+        self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(p_flip)})
+        if PartialState().is_main_process:
+            write_json(self.folder / "flip_estimate.json", estimate.to_dict())
+
+    def _decide(self) -> None:
+        rho, reason = resolve_rho(self.args.fixed_rho, read_json(self.folder / "flip_estimate.json"))
+        logger.info("Round %d: rho = %.4f, since %s.", self.number, rho, reason)
+        margins, p_flip, size = self.margins(), self.p_flip(), self.num_data
+        decided = decide(margins[:size], p_flip[:size], rho=rho, rule=self.args.decision_rule)
+        # A resampled pair goes on as long as the policy sides with it; the budget is about the data's labels.
+        stays = margins[size:] > 0
+        weights = np.concatenate([decided.weight, stays]) * [pair.weight for pair in self.data.pairs]
+        decisions = [*decided.decision.tolist(), *np.where(stays, "keep", "drop").tolist()]
+        found = {"rho": rho, "reason": reason, "decisions": decisions, "weights": weights.tolist()}
+        if PartialState().is_main_process:
+            write_json(self.folder / "decisions.json", found)
+
+    def _resample(self) -> None:
+        found = read_json(self.folder / "decisions.json")["decisions"]
+        has_new = {self.data.pairs[i].row for i in range(self.num_data, len(found)) if found[i] == "keep"}
+        lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
+        won = self._win_back(lost) if lost and self.args.num_candidates else WonBack(pairs=[], margins=np.zeros(0), refused={})
+        if PartialState().is_main_process:
+            with write_aside(self.folder / "resampled.jsonl") as path:
+                rows = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in won.pairs]
+                path.write_text("".join(rows), encoding="utf-8")
+            write_json(self.folder / "resampling.json", {"num_prompts": len(lost), "refused": won.refused})
+
+    def _win_back(self, lost: Sequence[int]) -> WonBack:
+        args = self.args
+        found = read_json(self.folder / "decisions.json")["decisions"]
+        losses = self.losses()
+        parents = [self.data.pairs[i] for i in lost]
+        policy = self.source.load(self.model_folder)
+        samples = sample_responses(
+            policy,
+            self.tokenizer,
+            encode_prompts([pair.prompt for pair in parents], self.tokenizer),
+            num_candidates=args.num_candidates,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed + 1000 * self.number,
+            title=f"Round {self.number}: sampling",
+        )
+        return win_back(
+            parents,
+            samples,
+            self._scores()[list(lost)],
+            self.data.reference[list(lost)],
+            score_policy=lambda tokens: score_pairs(
+                policy, tokens, title=f"Round {self.number}: scoring samples", **batching(args, self.tokenizer)
+            ),
+            score_reference=self.reference_of,
+            margins_of=lambda own, reference: margins_of(own, reference, args),
+            loss_of=lambda margins: losses_of(margins, args),
+            tokenizer=self.tokenizer,
+            max_length=args.max_length,
+            rule=args.selection_rule,
+            worst_kept_loss=max((loss for loss, what in zip(losses, found, strict=True) if what == "keep"), default=0.0),
+            max_abs_margin=args.max_abs_margin,
+            max_length_ratio=args.max_length_ratio,
+        )
+
+    def _write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        if PartialState().is_main_process:
+            with write_aside(self.folder / name) as path:
+                save_file(dict(tensors), path)
+
+
+
+
+def run_all(
+    data: PairDataset,
+    args: ROPOConfig,
+    *,
+    folder: Path,
+    source: PolicySource,
+    tokenizer: PreTrainedTokenizerBase,
+    reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
+    peft_config: PeftConfig | None,
+    digest: str,
+) -> list[Round]:
+    """Run `args.rounds` rounds, each in a folder of its own.
+
+    Args:
+        data: All pairs of the data that fit, with reference log-probabilities.
+        args: Options.
+        folder: The rounds become `00`, `01`, ... in it.
+        source: Loads the initial model and trained ones.
+        tokenizer: The model's.
+        reference_of: Reference log-probabilities of tokenized pairs.
+        peft_config: For adapters.
+        digest: Of everything that made `data`, and of the options.
+
+    Returns:
+        The rounds, in order; the last one's model is the result.
+    """
+    rounds: list[Round] = []
+    scored, trained_on = data, training_set(data, data.weights, [False] * len(data))
+    for number in range(args.rounds):
+        if rounds:
+            scored, trained_on = rounds[-1].next_datasets()
+        this = Round(
+            number,
+            folder=folder / f"{number:02d}",
+            args=args,
+            source=source,
+            tokenizer=tokenizer,
+            data=scored,
+            reference_of=reference_of,
+            peft_config=peft_config,
+        )
+        start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
+        digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)
+        rounds.append(this)
+    return rounds
+
+
+def margins_of(policy: PairLogps, reference: PairLogps | None, args: ROPOConfig) -> NDArray[np.float64]:
+    """Margins as the chosen loss reads them, shape (pairs,), nats.
+
+    Args:
+        policy: Log-probabilities under the policy.
+        reference: The same under the reference; not used by reference-free losses.
+        args: `loss` and `beta` count.
+    """
+    if LOSSES[args.loss].per_token:
+        return margin_per_token(policy, beta=args.beta).double().numpy()
+    assert reference is not None  # noqa: S101 - `prepare` computes it for every loss that reads it
+    return margin(policy, reference, beta=args.beta).double().numpy()
+
+
+def losses_of(margins: NDArray[np.float64], args: ROPOConfig) -> NDArray[np.float64]:
+    """Training loss at each margin, shape (pairs,)."""
+    loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
+    values: NDArray[np.float64] = loss(torch.from_numpy(np.ascontiguousarray(margins))).numpy()
+    return values
+
+
+def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> tuple[float, str]:
+    """The share of pairs to filter out, and the reason in words.
+
+    Args:
+        fixed: What the user gave, or None to follow the estimate.
+        estimate: `FlipEstimate.to_dict()`.
+
+    Returns:
+        ρ in [0, 0.5] and a clause that completes "ρ is ..., since ...".
+
+    Examples:
+        >>> resolve_rho(None, {"is_informative": True, "rate": 0.01, "low": 0.0, "high": 0.02})[0]
+        0.0
+    """
+    if fixed is not None:
+        return fixed, "it was given"
+    if not estimate["is_informative"]:
+        return 0.0, f"the margins cannot tell how many labels are flipped: {estimate['reason']}"
+    if estimate["low"] <= 0.0:
+        return 0.0, "the labels may all be right: the interval of the estimate reaches down to 0"
+    return min(float(estimate["rate"]), 0.5), "this is the estimated flip rate"
+
+
+def training_set(data: PairDataset, weights: Sequence[float], is_flipped: Sequence[bool]) -> PairDataset:
+    """What to train on: pairs with a positive weight, with chosen and rejected swapped where `is_flipped`.
+
+    Args:
+        data: Pairs as labelled.
+        weights: One per pair, 0 leaves the pair out.
+        is_flipped: One per pair.
+
+    Returns:
+        Weighted pairs in the order of `data`.
+
+    Raises:
+        ValueError: If no pair is left.
+    """
+    kept = [i for i, weight in enumerate(weights) if weight > 0]
+    if not kept:
+        raise ValueError("Training needs at least one pair with a weight above 0; got none. Lower rho.")
+    chosen = select_pairs_of(data, kept)
+    turned = [i for i, place in enumerate(kept) if is_flipped[place]]
+    for i in turned:
+        pair, ids = chosen.pairs[i], chosen.tokens[i]
+        chosen.pairs[i] = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        chosen.tokens[i] = replace(ids, chosen=ids.rejected, rejected=ids.chosen)
+    if chosen.reference is not None and turned:
+        flipped = torch.tensor([is_flipped[place] for place in kept])
+        old = chosen.reference
+        chosen.reference = PairLogps(
+            chosen=torch.where(flipped, old.rejected, old.chosen),
+            rejected=torch.where(flipped, old.chosen, old.rejected),
+        )
+    chosen.weights = [float(weights[i]) for i in kept]
+    return chosen
+
+
+def select_pairs_of(data: PairDataset, places: Sequence[int]) -> PairDataset:
+    """The pairs at `places`, with their weights and reference log-probabilities."""
+    places = list(places)
+    return PairDataset(
+        [data.pairs[i] for i in places],
+        [data.tokens[i] for i in places],
+        reference=None if data.reference is None else data.reference[places],
+        weights=[data.weights[i] for i in places],
+    )
+
+
+def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How pairs are put into batches for scoring, as keyword arguments."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {"pad_token_id": pad, "max_length": args.max_length, "use_bf16": args.bf16}

@@ -1,0 +1,398 @@
+"""`ROPOTrainer`: one noise-tolerant training stage on weighted preference pairs.
+
+In: a model, pairs with weights and reference log-probabilities, a `ROPOConfig`. Out: a trained model, a log, and the
+margin each pair had when the model first saw it.
+
+It stands on the public surface of `transformers.Trainer`: `compute_loss`, `get_batch_samples`, `prediction_step`,
+`log` and callbacks. What `Trainer` and `accelerate` give (mixed precision, accumulation, checkpoints, loggers,
+several devices) is therefore there.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ropo.config import ROPOConfig
+from ropo.data.load import load_pairs
+from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
+from ropo.logps.batch import LAYOUTS, Batch
+from ropo.logps.cache import reference_logps
+from ropo.logps.shared_prefix import FORWARDS, choose_layout
+from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
+from ropo.pairs import Pair, PairLogps, margin, margin_per_token
+
+logger = logging.getLogger(__name__)
+
+# Logged name -> meaning. Every one is a mean over the pairs since the last line of the log.
+METRICS: Mapping[str, str] = MappingProxyType(
+    {
+        "rewards/chosen": "β·(log π − log π_ref) of the chosen response, nats; 0 at the start.",
+        "rewards/rejected": "The same of the rejected response.",
+        "rewards/margins": "Margin h: the difference of the two, nats. Above 0 the policy sides with the label.",
+        "rewards/accuracies": "Share of pairs with h > 0. On noisy labels this should not reach 1.",
+        "logps/chosen": "log π of the chosen response, nats, summed over its tokens.",
+        "logps/rejected": "The same of the rejected response.",
+        "loss/dpo": "DPO loss of the same margins, whatever loss is trained; 0.693 at the start. Comparable across losses.",
+        "loss/na": "Noise-tolerant part σ(−h): the policy's probability that the label is wrong; 0.5 at the start.",
+        "gradient_weight": "−dℓ/dh: how hard the loss pushes a pair. Falls on contradicted pairs if the loss is robust.",
+    }
+)
+
+_RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
+
+
+class PairDataset(Dataset[dict[str, Any]]):
+    """Tokenized pairs with what training needs beside the tokens.
+
+    Args:
+        pairs: The pairs, for names in messages and for annotators.
+        tokens: Their token ids, same order.
+        reference: Log-probabilities under the reference, same order; None for losses without one.
+        weights: Weight of each pair in the loss; default the pair's own.
+
+    Raises:
+        ValueError: If the lengths differ.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        tokens: Sequence[TokenizedPair],
+        *,
+        reference: PairLogps | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.pairs, self.tokens, self.reference = list(pairs), list(tokens), reference
+        self.weights = [pair.weight for pair in pairs] if weights is None else list(weights)
+        self.annotators = sorted({pair.annotator or "" for pair in pairs})
+        sizes = {len(pairs), len(tokens), len(self.weights), len(pairs) if reference is None else len(reference)}
+        if len(sizes) != 1:
+            raise ValueError(f"PairDataset needs one entry per pair everywhere; got lengths {sorted(sizes)}.")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def joined(self, new: TokenizedPairs, reference: PairLogps | None) -> "PairDataset":
+        """This dataset followed by new pairs; `reference` is theirs."""
+        if self.reference is not None and reference is not None:
+            columns = ((getattr(self.reference, name), getattr(reference, name)) for name in ("chosen", "rejected"))
+            chosen, rejected = (torch.cat(column) for column in columns)
+            reference = PairLogps(chosen=chosen, rejected=rejected)
+        return PairDataset(
+            [*self.pairs, *new.pairs],
+            [*self.tokens, *new.tokens],
+            reference=reference,
+            weights=[*self.weights, *(pair.weight for pair in new.pairs)],
+        )
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        # "input_ids" is the name under which `Trainer` looks for the length of an item when it groups by length.
+        return {"input_ids": self.tokens[i], "position": i}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairCollator:
+    """Items of a `PairDataset` to one batch of tensors in the given layout."""
+
+    dataset: PairDataset
+    layout: str
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+        """Return the tensors of `ropo.logps.batch` and `position`, `weight`, `annotator`, `reference_*`, (pairs,)."""
+        dataset, where = self.dataset, [item["position"] for item in items]
+        batch = LAYOUTS[self.layout]([item["input_ids"] for item in items], pad_token_id=self.pad_token_id)
+        batch["position"] = torch.tensor(where)
+        batch["weight"] = torch.tensor([dataset.weights[i] for i in where], dtype=torch.float32)
+        batch["annotator"] = torch.tensor([dataset.annotators.index(dataset.pairs[i].annotator or "") for i in where])
+        if dataset.reference is not None:
+            batch["reference_chosen"] = dataset.reference.chosen[where]
+            batch["reference_rejected"] = dataset.reference.rejected[where]
+        return batch
+
+
+class ROPOTrainer(Trainer):
+    """Train a causal language model on preference pairs with one of `ropo.losses.LOSSES`.
+
+    Assumptions: the model given is the reference, unless `train_dataset` is a `PairDataset` that carries reference
+    log-probabilities. It does not filter or resample; `ropo.rounds.run_rounds` does, and uses this class.
+
+    Args:
+        model: A causal language model, or the folder or hub id of one.
+        args: Options.
+        train_dataset: Pairs, a `PairDataset`, or anything that `ropo.data.load.load_pairs` reads.
+        eval_dataset: Likewise.
+        processing_class: The tokenizer; loaded from where the model is when not given.
+        peft_config: Wraps the model with an adapter; the model without it is then the reference.
+        callbacks: As for `Trainer`.
+        optimizers: As for `Trainer`.
+
+    Raises:
+        ValueError: If the data is empty or not fit for training; if several GPUs are used in one process.
+        FloatingPointError: If a loss is not finite; the message names the pairs.
+    """
+
+    # Read by `Trainer.training_step`: the loss is already the mean over the pairs of all accumulated batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: ROPOConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"ROPOTrainer needs one process per GPU; got {args.n_gpu} GPUs in this one. Start it with "
+                "`accelerate launch`, or hide the others with CUDA_VISIBLE_DEVICES."
+            )
+        name = model if isinstance(model, str) else model.config.name_or_path
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model)
+        self.tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        self.pad_token_id: int = self.tokenizer.pad_token_id
+        if self.pad_token_id is None:
+            self.pad_token_id = self.tokenizer.eos_token_id
+        _turn_dropout_off(model)
+        model.to(args.device)
+        train_dataset = self._prepare(train_dataset, model, args)
+        eval_dataset = self._prepare(eval_dataset, model, args)
+        sample = train_dataset or eval_dataset
+        if not sample:
+            raise ValueError("ROPOTrainer needs at least one pair; got none. `ropo validate` says what is wrong with a file.")
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        self.layout, reason = choose_layout(
+            model, sample.tokens[:2], pad_token_id=self.pad_token_id, max_length=args.max_length
+        )
+        logger.info("Forward: %s, since %s.", self.layout, reason)
+        self.spec = LOSSES[args.loss]
+        self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
+        self.reliability = torch.full((len(sample.annotators),), args.reliability or 0.9, device=args.device)
+        self.first_margins = torch.full((len(sample),), float("nan"))
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(dataset=sample, layout=self.layout, pad_token_id=self.pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=self.tokenizer,
+            callbacks=[*(callbacks or []), _KeepWithCheckpoint(self)],
+            optimizers=optimizers,
+        )
+        self.label_names = []
+
+    def _prepare(self, source: Any, model: PreTrainedModel, args: ROPOConfig) -> PairDataset | None:
+        """Whatever was given as data, as a `PairDataset` with reference log-probabilities if the loss needs them."""
+        if source is None or isinstance(source, PairDataset):
+            return source
+        loaded = load_pairs(source)
+        tokenized = tokenize_pairs(loaded.pairs, self.tokenizer, max_length=args.max_length)
+        if problems := [*loaded.problems, *tokenized.problems]:
+            logger.warning("%d rows have problems; `ropo validate` lists them. First: %s", len(problems), problems[0])
+        reference = None
+        if LOSSES[args.loss].needs_reference:
+            cache_dir = Path(args.reference_cache_dir or Path(args.output_dir) / "reference_cache")
+            reference = reference_logps(
+                model,
+                tokenized.tokens,
+                cache_dir=cache_dir,
+                pad_token_id=self.pad_token_id,
+                max_length=args.max_length,
+                use_bf16=args.bf16,
+            )
+        return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """Collect the batches of one optimizer step and count their pairs over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_pairs = torch.tensor(sum(len(batch["weight"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(num_pairs).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 - the signature of Trainer
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Weighted mean loss over the pairs of the whole step: every accumulated batch of every process."""
+        logps = FORWARDS[self.layout](model, inputs)
+        h = self._margin(logps, inputs)
+        loss = self._loss(h, inputs)
+        self._stop_if_not_finite(loss, inputs)
+        self._remember(h, logps, inputs)
+        total = (loss * inputs["weight"]).sum()
+        if num_items_in_batch is None:
+            mean = total / len(loss)
+        else:
+            # Processes average their gradients, so each gives its share of the global mean times their number.
+            mean = total / num_items_in_batch * self.accelerator.num_processes
+        return (mean, {"margins": h.detach()}) if return_outputs else mean
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,  # noqa: FBT001, ARG002 - the signature of Trainer
+        ignore_keys: list[str] | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss of one evaluation batch; the metrics are collected on the way."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `Trainer`; an evaluation set that is not the training set brings its own collator."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(dataset, PairDataset):
+            own = PairCollator(dataset=dataset, layout=self.layout, pad_token_id=self.pad_token_id)
+            self.data_collator, kept = own, self.data_collator
+            try:
+                return super().get_eval_dataloader(dataset)
+            finally:
+                self.data_collator = kept
+        return super().get_eval_dataloader(eval_dataset)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean of every metric in METRICS over the pairs since the last time."""
+        mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
+        sums = self._sums[mode]
+        if sums:
+            stacked = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+            values = dict(zip(sums, stacked.tolist(), strict=True))
+            num_pairs = values.pop("num_pairs")
+            logs |= {prefix + name: value / num_pairs for name, value in values.items()}
+            sums.clear()
+        super().log(logs, start_time)
+
+    def gather_first_margins(self) -> Tensor:
+        """Margin of each training pair when the model first saw it, shape (pairs,); NaN for pairs never seen.
+
+        In the first epoch these come from a model that has not been trained on the pair.
+        """
+        mine = self.first_margins.to(self.args.device)
+        if self.accelerator.num_processes == 1:
+            return mine.cpu()
+        gathered = self.accelerator.gather(mine[None])
+        return gathered.nan_to_num(nan=-torch.inf).max(dim=0).values.masked_fill(gathered.isnan().all(dim=0), torch.nan).cpu()
+
+    def _margin(self, logps: PairLogps, inputs: Batch) -> Tensor:
+        if self.spec.per_token:
+            return margin_per_token(logps, beta=self.args.beta)
+        if "reference_chosen" not in inputs:
+            if self.spec.needs_reference:
+                raise ValueError(f"{self.args.loss} needs reference log-probs; the PairDataset has none. Pass reference=.")
+            return self.args.beta * (logps.chosen - logps.rejected)
+        reference = PairLogps(chosen=inputs["reference_chosen"], rejected=inputs["reference_rejected"])
+        return margin(logps, reference, beta=self.args.beta)
+
+    def _loss(self, h: Tensor, inputs: Batch) -> Tensor:
+        if self.spec.needs_whole_batch:
+            return self.loss_of_margin(h, gathered=self.accelerator.gather(h.detach()))
+        if self.spec.learns_reliability:
+            who = inputs["annotator"]
+            loss = self.loss_of_margin(h, reliability=self.reliability[who])
+            if self.model.training:
+                self._update_reliability(h.detach(), who)
+            return loss
+        return self.loss_of_margin(h)
+
+    def _update_reliability(self, h: Tensor, who: Tensor) -> None:
+        """Moving average of the posterior that a label is right, per annotator (arXiv:2509.24159, eq. 7)."""
+        posterior = re_po_posterior(h, self.reliability[who])
+        zeros = torch.zeros_like(self.reliability)
+        sums = torch.stack([zeros.index_add(0, who, posterior), zeros.index_add(0, who, torch.ones_like(posterior))])
+        total, count = self.accelerator.reduce(sums, reduction="sum")
+        moved = (1 - _RELIABILITY_RATE) * self.reliability + _RELIABILITY_RATE * total / count.clamp(min=1)
+        self.reliability = torch.where(count > 0, moved, self.reliability)
+
+    def _stop_if_not_finite(self, loss: Tensor, inputs: Batch) -> None:
+        if bool(torch.isfinite(loss).all()):
+            return
+        dataset = self.data_collator.dataset
+        where = inputs["position"][~torch.isfinite(loss)].tolist()
+        names = ", ".join(f"row {dataset.pairs[i].row} (pair {dataset.pairs[i].id})" for i in where[:10])
+        raise FloatingPointError(
+            f"The loss is not finite for {names} at step {self.state.global_step}. Lower the learning rate, use "
+            "bf16 instead of fp16, or look at these pairs with `ropo validate`."
+        )
+
+    def _remember(self, h: Tensor, logps: PairLogps, inputs: Batch) -> None:
+        """Add the batch to the running metrics, and keep the margins of pairs that are seen for the first time."""
+        h, chosen, rejected = h.detach().float(), logps.chosen.detach(), logps.rejected.detach()
+        is_training = self.model.training
+        found = {"logps/chosen": chosen, "logps/rejected": rejected}
+        if "reference_chosen" in inputs:
+            found["rewards/chosen"] = self.args.beta * (chosen - inputs["reference_chosen"])
+            found["rewards/rejected"] = self.args.beta * (rejected - inputs["reference_rejected"])
+        found["rewards/margins"] = h
+        found["rewards/accuracies"] = (h > 0).float()
+        found["loss/dpo"] = nn.functional.softplus(-h)
+        found["loss/na"] = torch.sigmoid(-h)
+        if not (self.spec.needs_whole_batch or self.spec.learns_reliability):
+            found["gradient_weight"] = gradient_weight(self.loss_of_margin, h)
+        sums = self._sums["train" if is_training else "eval"]
+        for name, values in {**found, "num_pairs": torch.ones_like(h)}.items():
+            sums[name] = sums.get(name, 0) + values.sum()
+        if is_training:
+            where, values = inputs["position"].cpu(), h.cpu()
+            is_new = self.first_margins[where].isnan()
+            self.first_margins[where[is_new]] = values[is_new]
+
+
+def _turn_dropout_off(model: nn.Module) -> None:
+    """A margin compares two probabilities of one text; dropout would make both depend on chance."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+class _KeepWithCheckpoint(TrainerCallback):
+    """Saves what this trainer learns beside the weights (reliability, first margins) and restores it on resume."""
+
+    def __init__(self, trainer: ROPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        if state.is_world_process_zero:
+            kept = {"reliability": self.trainer.reliability.tolist(), "first_margins": self.trainer.first_margins.tolist()}
+            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "ropo_state.json"
+            path.write_text(json.dumps(kept))
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "ropo_state.json"
+        if state.global_step and path.exists():
+            kept = json.loads(path.read_text())
+            self.trainer.reliability = torch.tensor(kept["reliability"], device=self.trainer.reliability.device)
+            self.trainer.first_margins = torch.tensor(kept["first_margins"])

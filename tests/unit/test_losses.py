@@ -1,0 +1,528 @@
+"""Golden numbers of every loss, proof that they would notice a mistake, and the claim of every paper.
+
+`golden.json` holds worked values in float64 to 12 digits: for each case the loss, its parameters, margins h, losses and
+gradient weights −dL/dh (for dr_dpo those of the batch loss). For ipo, h = β·Δ.
+"""
+
+import inspect
+import json
+import math
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from ropo.losses import (
+    LOSSES,
+    bind_loss,
+    cdpo,
+    dpo,
+    dr_dpo,
+    forward_corrected,
+    gradient_weight,
+    hinge,
+    holder,
+    methods_table,
+    na,
+    rdpo,
+    re_po,
+    re_po_posterior,
+    ropo,
+    ropo_v1,
+    simpo,
+)
+from ropo.pairs import PairLogps, margin, margin_per_token
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text(encoding="utf-8"))
+CASES = GOLDEN["cases"]
+PARAMS = {case["loss"]: case["params"] for case in reversed(CASES.values())}  # those of the first case of each loss
+GRID = torch.linspace(-8, 8, 3201, dtype=torch.float64)
+RATES = (0.1, 0.2, 0.3, 0.4)
+
+# The cases go down to alpha = 2 on purpose; the warning has a test of its own.
+quiet = pytest.mark.filterwarnings("ignore:.*damp wrong labels:UserWarning")
+
+
+def float64(numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def close(actual, expected, rtol=1e-10, atol=0.0):
+    actual, expected = (torch.as_tensor(numbers, dtype=torch.float64) for numbers in (actual, expected))
+    return torch.allclose(actual, expected, rtol=rtol, atol=atol)
+
+
+def matches(case, loss):
+    """Whether `loss`, a function of the margin, reproduces the numbers of a case."""
+    h = float64(case["margins"])
+    values, weights = loss(h), gradient_weight(loss, h)
+    if "batch_value" in case:
+        return close(values.mean(), case["batch_value"]) and close(weights / len(h), case["batch_weights"])
+    return close(weights, case["weights"]) and ("values" not in case or close(values, case["values"]))
+
+
+def noisy_weight(loss, h, rate, **params):
+    """−d/dh of the expected loss of a pair whose label is flipped with probability `rate`."""
+    return (1 - rate) * gradient_weight(loss, h, **params) - rate * gradient_weight(loss, -h, **params)
+
+
+@quiet
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradient_weights_are_the_golden_ones(name):
+    case = CASES[name]
+    assert matches(case, partial(LOSSES[case["loss"]].fn, **case["params"]))
+
+
+@pytest.mark.parametrize("reliability", [0.9, 0.8])
+def test_re_po_posterior_and_its_mean_are_the_golden_ones(reliability):
+    case = CASES[f"re_po reliability={reliability}"]
+    posterior = re_po_posterior(float64(case["margins"]), reliability)
+    assert close(posterior, case["posterior"])
+    assert close(0.9 * reliability + 0.1 * posterior.mean(), case["next_reliability"])
+
+
+# Teeth: each of these mistakes must be noticed by at least one case of each loss that can make it.
+
+MUTANTS = {
+    "roles swapped": lambda loss, h: loss(-h),
+    "scaled by 1.01": lambda loss, h: 1.01 * loss(h),
+    "shifted by 0.01": lambda loss, h: loss(h) + 0.01,
+    "gradient scaled by 1.01": lambda loss, h: 1.01 * loss(h) - 0.01 * loss(h).detach(),
+}
+PARAM_MUTANTS = {
+    "flip_rate": {"flip rate ignored": lambda _: 0.0, "flip rate doubled": lambda value: 2 * value},
+    "alpha": {"alpha ignored": lambda _: 14.0, "alpha doubled": lambda value: 2 * value},
+    "gamma": {"gamma ignored": lambda _: 1.0, "gamma doubled": lambda value: 2 * value},
+    "holder_gamma": {"gamma ignored": lambda _: 2.0, "gamma doubled": lambda value: 2 * value},
+    "target_margin": {"target ignored": lambda _: 0.0, "target doubled": lambda value: 2 * value},
+    "beta_prime": {"beta' ignored": lambda _: 1.0, "beta' doubled": lambda value: 2 * value},
+    "reliability": {"reliability ignored": lambda _: 1.0, "taken for the flip rate": lambda value: 1 - value},
+    "beta": {"beta ignored": lambda _: 1.0, "beta doubled": lambda value: 2 * value},
+}
+
+
+def attached_re_po(h, *, reliability):
+    posterior = re_po_posterior(h, reliability)
+    return posterior * dpo(h) + (1 - posterior) * dpo(-h)
+
+
+FORMULA_MUTANTS = {
+    ("ropo", "scale left out"): lambda h, alpha: dpo(h) + alpha * na(h),
+    ("ropo", "parts exchanged"): lambda h, alpha: 4 * alpha / (1 + alpha) ** 2 * (alpha * dpo(h) + na(h)),
+    ("ropo_v1", "parts exchanged"): lambda h, alpha, gamma: alpha * dpo(h) + gamma * na(h),
+    ("rdpo", "taken for cdpo"): lambda h, flip_rate: cdpo(h, flip_rate=flip_rate),
+    ("cdpo", "taken for rdpo"): lambda h, flip_rate: rdpo(h, flip_rate=flip_rate),
+    ("forward_corrected", "taken for cdpo"): lambda h, flip_rate: cdpo(h, flip_rate=flip_rate),
+    ("re_po", "posterior not held fixed"): attached_re_po,
+    ("holder", "first term left out"): lambda h, holder_gamma: -(1 + holder_gamma) * torch.sigmoid(h) ** holder_gamma,
+    ("dr_dpo", "taken for the mean of dpo"): lambda h, **_: dpo(h),
+    ("ipo", "target not halved"): lambda h, beta: ((h - 1) / beta) ** 2,
+    ("hinge", "squared"): lambda h: hinge(h) ** 2,
+    ("simpo", "target subtracted twice"): lambda h, target_margin: simpo(
+        h - target_margin, target_margin=target_margin
+    ),
+}
+
+
+def assert_noticed(loss, mistake, wrong, cases):
+    """Fail unless a case of `loss` differs from what `wrong(h, **params)` computes."""
+    of_loss = [case for case in cases if case["loss"] == loss]
+    noticed = any(not matches(case, partial(wrong, **case["params"])) for case in of_loss)
+    assert noticed, f"no case of {loss} notices: {mistake}"
+
+
+def mistakes_of(loss):
+    """All mistakes that one can make in `loss`: what went wrong, and the wrong function of h and the parameters."""
+    fn = LOSSES[loss].fn
+    for mistake, mutant in MUTANTS.items():
+        yield mistake, lambda h, mutant=mutant, **params: mutant(partial(fn, **params), h)
+    for param in PARAMS[loss]:
+        for mistake, change in PARAM_MUTANTS[param].items():
+            yield mistake, lambda h, p=param, change=change, **params: fn(h, **params | {p: change(params[p])})
+    for (mutated, mistake), mutant in FORMULA_MUTANTS.items():
+        if mutated == loss:
+            yield mistake, mutant
+
+
+@quiet
+@pytest.mark.parametrize("loss", LOSSES)
+def test_golden_numbers_notice_mistakes(loss):
+    assert set(PARAMS[loss]) >= set(LOSSES[loss].params), f"the cases of {loss} leave an option out"
+    for mistake, wrong in mistakes_of(loss):
+        assert_noticed(loss, mistake, wrong, CASES.values())
+
+
+def test_cases_without_flips_would_be_called_toothless():
+    dpo_as_rdpo = CASES["dpo"] | {"loss": "rdpo", "params": {"flip_rate": 0.0}}
+    with pytest.raises(AssertionError, match="no case of rdpo notices: flip rate ignored"):
+        assert_noticed("rdpo", "flip rate ignored", dict(mistakes_of("rdpo"))["flip rate ignored"], [dpo_as_rdpo])
+
+
+POLICY = {"chosen": -12.0, "rejected": -13.5}
+REFERENCE = {"chosen": -12.5, "rejected": -12.8}
+END_TO_END = {
+    "dpo": ({}, 0.634946101596),
+    "cdpo": ({"flip_rate": 0.1}, 0.646946101596),
+    "rdpo": ({"flip_rate": 0.1}, 0.619946101596),
+    "ipo": ({}, 14.44),
+    "hinge": ({}, 0.88),
+    "na": ({}, 0.470035948235),
+    "ropo": ({"alpha": 14.0}, 1.79584517825),
+    "ropo_v1": ({"alpha": 2.0, "gamma": 0.1}, 1.00356650663),
+    "holder": ({"holder_gamma": 2.0}, -0.544892271535),
+    "forward_corrected": ({"flip_rate": 0.1}, 0.646318478969),
+}
+
+
+def one_pair(chosen, rejected):
+    return PairLogps(chosen=float64([chosen]).requires_grad_(), rejected=float64([rejected]).requires_grad_())
+
+
+def end_to_end(loss, policy, reference, beta=0.1):
+    options = END_TO_END[loss][0]
+    return bind_loss(loss, beta=beta, options=options)(margin(policy, reference, beta=beta))
+
+
+@pytest.mark.parametrize("loss", END_TO_END)
+def test_from_log_probabilities_to_the_loss(loss):
+    policy, reference, value = one_pair(**POLICY), one_pair(**REFERENCE), END_TO_END[loss][1]
+    assert close(end_to_end(loss, policy, reference), [value])
+    swapped = one_pair(POLICY["rejected"], POLICY["chosen"]), one_pair(REFERENCE["rejected"], REFERENCE["chosen"])
+    mistakes = {
+        "roles swapped": end_to_end(loss, *swapped),
+        "models swapped": end_to_end(loss, reference, policy),
+        "reference ignored": end_to_end(loss, policy, one_pair(0.0, 0.0)),
+        "beta doubled": end_to_end(loss, policy, reference, beta=0.2),
+    }
+    for mistake, wrong in mistakes.items():
+        assert not close(wrong, [value], rtol=1e-6), f"{loss} does not notice: {mistake}"
+
+
+def test_gradient_reaches_the_log_probabilities():
+    policy = one_pair(**POLICY)
+    end_to_end("ropo", policy, one_pair(**REFERENCE)).sum().backward()
+    assert close(policy.chosen.grad, [-0.098496934708])
+    assert close(policy.rejected.grad, [0.098496934708])
+
+
+def test_simpo_works_on_means_per_token():
+    tokens = {"chosen_tokens": float64([6.0]), "rejected_tokens": float64([9.0])}
+    m = margin_per_token(PairLogps(chosen=float64([-12.0]), rejected=float64([-13.5]), **tokens), beta=2.0)
+    assert close(simpo(m, target_margin=0.5), [math.log1p(math.exp(1.5))])  # m = 2·(−12/6 + 13.5/9) = −1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_extreme_margins_stay_finite_and_float32_agrees_with_float64(loss):
+    extremes = float64([-1e4, -1e3, -100.0, -50.0, -20.0, 0.0, 20.0, 50.0, 100.0, 1e3, 1e4])
+    exact = LOSSES[loss].fn(extremes, **PARAMS[loss])
+    exact_weight = gradient_weight(loss, extremes, **PARAMS[loss])
+    single = LOSSES[loss].fn(extremes.float(), **PARAMS[loss])
+    single_weight = gradient_weight(loss, extremes.float(), **PARAMS[loss])
+    assert single.dtype == single_weight.dtype == torch.float32
+    for number in (exact, exact_weight, single, single_weight):
+        assert torch.isfinite(number).all()
+    torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(single_weight.double(), exact_weight, rtol=1e-5, atol=1e-6)
+
+
+def test_extreme_values_of_ropo():
+    h = float64([-1000.0, -50.0, 50.0, 1000.0])
+    assert close(ropo(h), [252.373333333333, 15.9288888889, 7.200666099065e-22, 0.0], rtol=1e-11)
+    assert close(gradient_weight("ropo", h)[0], 0.248888888889, rtol=1e-11)
+
+
+def test_dpo_has_no_threshold_beyond_which_it_is_approximate():
+    h = [-30.0, -21.0, -19.0, 21.0, 50.0]
+    assert close(dpo(float64(h)), [math.log1p(math.exp(-x)) for x in h], rtol=1e-14)
+
+
+def assert_minimum(loss, h, rate, **params):
+    """The expected loss under flips falls before h, rises behind it."""
+    below, at, above = noisy_weight(loss, float64([h - 0.01, h, h + 0.01]), rate, **params)
+    assert below > 0 > above
+    assert abs(at) < 1e-10
+
+
+@pytest.mark.parametrize("alpha", [6.0, 14.0, 30.0])
+def test_ropo_weighs_at_most_1_at_its_peak(alpha):
+    weights = gradient_weight("ropo", GRID, alpha=alpha)
+    peak = math.log((alpha - 1) / (alpha + 1))
+    assert weights.max() <= 1 + 1e-12
+    assert abs(GRID[weights.argmax()] - peak) <= 0.0026  # half a step of the grid, and a little
+    assert close(gradient_weight("ropo", float64([peak]), alpha=alpha), [1.0], rtol=1e-14)
+
+
+def test_ropo_tends_to_na_and_to_dpo():
+    assert close(ropo(GRID, alpha=1e9), 4 * na(GRID), rtol=1e-7, atol=1e-7)
+    with pytest.warns(UserWarning, match="damp wrong labels"):
+        assert close(ropo(GRID, alpha=1e-9) / 4e-9, dpo(GRID), rtol=1e-7)
+
+
+@pytest.mark.parametrize("row", GOLDEN["ropo_minimisers"], ids=lambda row: f"{row['alpha']:g}-{row['flip_rate']}")
+def test_ropo_nearly_tolerates_flips(row):
+    alpha, rate, h = row["alpha"], row["flip_rate"], row["margin"]
+    a = alpha * (1 - 2 * rate)
+    assert close((a - 1 + math.sqrt((a - 1) ** 2 + 4 * a * (1 - rate))) / (2 * a), row["probability"])
+    if h is None:  # without flips the margin may grow for ever
+        assert (noisy_weight("ropo", GRID, rate, alpha=alpha) > 0).all()
+    else:
+        assert_minimum("ropo", h, rate, alpha=alpha)
+        assert close(torch.sigmoid(float64(h)), row["probability"])
+        assert_minimum("dpo", math.log(row["dpo_probability"] / (1 - row["dpo_probability"])), rate)
+
+
+@quiet
+@pytest.mark.parametrize(("alpha", "gamma"), [(2.0, 0.1), (0.2, 0.1), (3.0, 0.5)])
+def test_ropo_v1_is_ropo_up_to_scale(alpha, gamma):
+    a = alpha / gamma
+    expected = gamma * (1 + a) ** 2 / (4 * a) * ropo(GRID, alpha=a)
+    assert close(ropo_v1(GRID, alpha=alpha, gamma=gamma), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_na_keeps_the_direction_of_the_gradient_under_flips(rate):
+    assert close(na(GRID) + na(-GRID), torch.ones_like(GRID), rtol=1e-14)
+    assert close(noisy_weight("na", GRID, rate), (1 - 2 * rate) * gradient_weight("na", GRID), rtol=1e-9)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_rdpo_is_unbiased(rate):
+    expected = (1 - rate) * rdpo(GRID, flip_rate=rate) + rate * rdpo(-GRID, flip_rate=rate)
+    assert close(expected, dpo(GRID), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_cdpo_shrinks_confidence(rate):
+    p = (1 - rate) * 0.9 + rate * 0.1
+    assert_minimum("cdpo", math.log(p / (1 - p)), rate, flip_rate=0.1)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_ipo_shrinks_the_target_by_one_minus_two_rates(rate):
+    assert_minimum("ipo", (1 - 2 * rate) * 0.5, rate, beta=0.1)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_hinge_has_its_minimum_at_1_whatever_the_rate(rate):
+    risk = (1 - rate) * hinge(GRID) + rate * hinge(-GRID)
+    assert abs(GRID[risk.argmin()] - 1) < 1e-9
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_holder_keeps_the_direction_of_the_gradient_at_gamma_2_alone(rate):
+    assert close(holder(GRID) + holder(-GRID), -torch.ones_like(GRID), rtol=1e-13)
+    assert close(noisy_weight("holder", GRID, rate), (1 - 2 * rate) * gradient_weight("holder", GRID), rtol=1e-8)
+    for gamma in (1.0, 3.0, 4.0):
+        sums = holder(GRID, holder_gamma=gamma) + holder(-GRID, holder_gamma=gamma)
+        assert sums.max() - sums.min() > 0.01
+
+
+@pytest.mark.parametrize(("loss", "params"), [("holder", {}), ("na", {}), ("forward_corrected", {"flip_rate": 0.1})])
+def test_redescending_losses_let_go_of_contradicted_pairs(loss, params):
+    far, near = gradient_weight(loss, float64([-40.0, 0.0]), **params)
+    assert 0 <= far < 1e-15 * near
+
+
+def test_holder_tends_to_dpo_minus_na():
+    """Not to dpo: the weight γ·(1+γ)·p^γ·(1−p)² tends to γ·(1−p)²."""
+    weights = gradient_weight("holder", GRID, holder_gamma=1e-8) / 1e-8
+    assert close(weights, gradient_weight("dpo", GRID) - gradient_weight("na", GRID), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_forward_correction_undoes_flips_of_its_rate(rate):
+    assert (noisy_weight("forward_corrected", GRID, rate, flip_rate=rate) > 0).all()  # as clean labels: h may grow
+    p = (1 - rate - 0.05) / 0.9  # with ε = 0.05: (1−ε)·p + ε·(1−p) = 1 − rate
+    assert_minimum("forward_corrected", math.log(p / (1 - p)), rate, flip_rate=0.05)
+    assert forward_corrected(GRID, flip_rate=rate).max() < -math.log(rate)
+
+
+@pytest.mark.parametrize("flip_rate", [0.0, 0.05, 0.2, 0.45])
+def test_re_po_has_the_gradient_of_the_forward_correction(flip_rate):
+    weights = gradient_weight("re_po", GRID, reliability=1 - flip_rate)
+    assert close(weights, gradient_weight("forward_corrected", GRID, flip_rate=flip_rate), rtol=1e-9, atol=1e-14)
+    assert (weights >= 0).all()
+
+
+def test_re_po_takes_a_reliability_per_pair():
+    h, reliability = float64([-1.0, 0.0, 2.0]), float64([0.6, 0.9, 1.0])
+    one_by_one = [re_po(h[i : i + 1], reliability=reliability[i].item()).item() for i in range(3)]
+    assert close(re_po(h, reliability=reliability), one_by_one)
+
+
+@pytest.mark.parametrize("row", GOLDEN["re_po_fixed_points"])
+def test_re_po_posteriors_converge_to_the_golden_reliability(row):
+    reliability = row["start"]
+    for _ in range(3000):
+        reliability = re_po_posterior(float64(row["margins"]), reliability).mean().item()
+    assert close(reliability, row["reliability"])
+
+
+@pytest.mark.parametrize("loss", ["cdpo", "rdpo", "forward_corrected"])
+def test_losses_that_know_the_flip_rate_are_dpo_without_flips(loss):
+    assert close(LOSSES[loss].fn(GRID, flip_rate=0.0), dpo(GRID), rtol=1e-14)
+    assert close(gradient_weight(loss, GRID, flip_rate=0.0), gradient_weight("dpo", GRID), rtol=1e-14)
+
+
+def test_simpo_gives_half_the_weight_at_its_target():
+    assert close(gradient_weight("simpo", float64([1.5]), target_margin=1.5), [0.5])
+
+
+def test_dr_dpo_lies_between_the_mean_and_the_best_pair_and_ignores_an_outlier():
+    h = float64([-5.0, -1.0, 0.0, 0.5, 3.0])
+    assert close(dr_dpo(h, beta_prime=1e7).mean(), dpo(h).mean(), rtol=1e-6)
+    assert close(dr_dpo(h, beta_prime=1e-4).mean(), dpo(h).min(), rtol=1e-2)
+    assert gradient_weight("dr_dpo", float64([-50.0, 0.0, 1.0]))[0] < 1e-15
+
+
+@pytest.mark.parametrize("first", [3, 2])
+def test_dr_dpo_in_parts_is_dr_dpo_of_the_whole_batch(first):
+    """As in data-parallel training: each process averages its pairs, then the gradients are averaged over processes."""
+    h = float64([-2.0, 0.3, 1.0, -0.5, 4.0, 0.1])
+    parts = (h[:first], h[first:])
+
+    def value_and_gradient(**gathered):
+        leaves = [part.clone().requires_grad_() for part in parts]
+        means = [dr_dpo(leaf, beta_prime=0.5, **gathered).mean() for leaf in leaves]
+        total = sum(len(part) / len(h) * mean for part, mean in zip(parts, means, strict=True))
+        return total, torch.cat(torch.autograd.grad(total, leaves))
+
+    value, gradient = dr_dpo(h, beta_prime=0.5).mean(), -gradient_weight("dr_dpo", h, beta_prime=0.5) / len(h)
+    together, alone = value_and_gradient(gathered=h), value_and_gradient()
+    assert close(together[0], value)
+    assert close(together[1], gradient)
+    assert not close(alone[0], value, rtol=0.01)
+    assert not close(alone[1], gradient, rtol=0.01)
+
+
+def test_all_monotone_losses_rank_pairs_alike_and_cdpo_does_not():
+    h = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    order = (-h).argsort()
+    for losses in (dpo(h), na(h), ropo(h, alpha=6.0), ropo(h), ropo(h, alpha=30.0)):
+        assert torch.equal(losses.argsort(), order)
+    assert not torch.equal(cdpo(h, flip_rate=0.1).argsort(), order)
+
+
+def test_gradient_weight_works_without_gradients_and_leaves_the_margin_alone():
+    h = float64([0.0]).requires_grad_()
+    with torch.no_grad():
+        by_name = gradient_weight("ipo", h, beta=0.1)
+        bound = gradient_weight(bind_loss("ipo", beta=0.1, options={}), h)
+    assert close(by_name, [100.0])
+    assert close(bound, [100.0])
+    assert h.grad is None
+    assert not by_name.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("call", "is_warned"),
+    [
+        (lambda: ropo(torch.zeros(1), alpha=2.0), True),
+        (lambda: ropo(torch.zeros(1), alpha=2.1), False),
+        (lambda: ropo_v1(torch.zeros(1), alpha=0.2, gamma=0.1), True),
+        (lambda: ropo_v1(torch.zeros(1), alpha=2.0, gamma=0.1), False),
+        (lambda: bind_loss("ropo", beta=0.1, options={"alpha": 1}), True),
+    ],
+)
+def test_a_ropo_that_does_not_damp_wrong_labels_warns(call, is_warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert [warning.category for warning in caught] == [UserWarning] * is_warned
+    assert all("at least the weight of an undecided one" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("holdr", {}, "got 'holdr'. Did you mean holder? Choose one of: ropo, "),
+        ("kto", {}, "got 'kto'. Choose one of: ropo, "),
+        (
+            "dpo",
+            {"flip_rate": 0.3},
+            "got flip_rate. Leave it out, or choose a loss that takes it: cdpo, rdpo, forward_",
+        ),
+        ("ropo", {"flip_rate": 0.3}, "ropo needs options among alpha; got flip_rate. Leave it out"),
+        ("ropo", {"alhpa": 14.0}, "got alhpa. Did you mean alpha?"),
+        ("ipo", {"beta": 0.1}, "ipo needs no options; got beta"),
+        ("dr_dpo", {"gathered": 1.0}, "dr_dpo needs options among beta_prime; got gathered"),
+        ("rdpo", {}, "rdpo needs flip_rate; got none"),
+        ("ropo_v1", {"alpha": 2.0}, "ropo_v1 needs gamma; got none"),
+        ("rdpo", {"flip_rate": 0.6}, "rdpo needs flip_rate in [0, 0.5); got 0.6. At 0.5 the labels carry no"),
+        ("cdpo", {"flip_rate": -0.1}, "got -0.1"),
+        ("cdpo", {"flip_rate": 0.5}, "got 0.5"),
+        ("forward_corrected", {"flip_rate": math.nan}, "got nan"),
+        ("ropo", {"alpha": 0.0}, "ropo needs a finite alpha > 0; got 0.0. The paper uses 14"),
+        ("ropo", {"alpha": math.inf}, "got inf"),
+        ("ropo_v1", {"alpha": 2.0, "gamma": 0.0}, "use na"),
+        ("ropo_v1", {"alpha": 0.0, "gamma": 0.1}, "use dpo"),
+        ("holder", {"holder_gamma": -2.0}, "holder needs a finite holder_gamma > 0; got -2.0"),
+        ("dr_dpo", {"beta_prime": 0.0}, "dr_dpo needs a finite beta_prime > 0"),
+        ("simpo", {"target_margin": -0.5}, "simpo needs a finite target_margin >= 0; got -0.5"),
+        ("re_po", {"reliability": 0.0}, "re_po needs reliability in (0, 1]; got 0.0"),
+        ("re_po", {"reliability": 1.1}, "got 1.1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_it_is_bound(name, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bind_loss(name, beta=0.1, options=options)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, [0.1]])
+def test_options_are_numbers(value):
+    with pytest.raises(TypeError, match="rdpo needs a number for flip_rate"):
+        bind_loss("rdpo", beta=0.1, options={"flip_rate": value})
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
+def test_beta_is_positive(loss, beta):
+    with pytest.raises(ValueError, match=f"{loss} needs a finite beta > 0"):
+        bind_loss(loss, beta=beta, options={param: value for param, value in PARAMS[loss].items() if param != "beta"})
+
+
+def test_what_changes_between_batches_is_given_at_the_call():
+    h = float64([-1.0, 0.0, 2.0])
+    re_po_loss = bind_loss("re_po", beta=0.1, options={"reliability": 0.8})
+    reliability = float64([0.6, 0.7, 0.8])
+    assert close(re_po_loss(h), re_po(h, reliability=0.8))
+    assert close(re_po_loss(h, reliability=reliability), re_po(h, reliability=reliability))
+    with pytest.raises(ValueError, match="reliability in"):
+        re_po_loss(h, reliability=float64([0.6, 0.7, 1.8]))
+    dr_dpo_loss = bind_loss("dr_dpo", beta=0.1, options={"beta_prime": 1})
+    assert close(dr_dpo_loss(h[:1], gathered=h), dr_dpo(h)[:1])
+    with pytest.raises(ValueError, match="got 2 pairs for 3 here"):
+        dr_dpo_loss(h, gathered=h[:2])
+
+
+def test_every_loss_declares_what_it_needs():
+    for name, spec in LOSSES.items():
+        arguments = inspect.signature(spec.fn).parameters
+        assert spec.fn.__name__ == name
+        assert spec.needs_flip_rate == ("flip_rate" in arguments)
+        assert spec.learns_reliability == ("reliability" in arguments)
+        assert spec.needs_whole_batch == ("gathered" in arguments)
+        assert spec.needs_reference != spec.per_token
+        assert spec.params == tuple(param for param in arguments if param not in ("margin", "beta", "gathered"))
+        assert spec.formula.startswith(("L(h) = ", "L(m) = ", "L = "))
+        assert spec.paper.startswith(("arXiv:", "Mitchell 2023"))
+        assert spec.when.endswith(".")
+    with pytest.raises(TypeError):
+        LOSSES["mine"] = LOSSES["dpo"]
+
+
+def test_methods_table_has_a_row_for_each_loss():
+    header, _, *rows = [line for line in methods_table().splitlines() if line.startswith("|")]
+    assert [row.split("`")[1] for row in rows] == list(LOSSES)
+    assert {row.count("|") for row in rows} == {header.count("|")}
+    cells = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[1:-1]] for row in rows}
+    assert cells["rdpo"][1:5] == [
+        "L(h) = [(1−ε)·dpo(h) − ε·dpo(−h)]/(1−2ε)",
+        "arXiv:2403.00409",
+        "reference, flip rate",
+        "`flip_rate`",
+    ]
+    assert cells["simpo"][3:5] == ["per token", "`target_margin` = 0.5"]
