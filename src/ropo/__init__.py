@@ -1,3 +1,63 @@
-"""Robust preference optimization: align language models on pairs whose labels are partly wrong."""
+"""Robust preference optimization: align language models on preference data whose labels are partly wrong.
+
+The rooms in the order of the data: `pairs` (a pair, its log-probs, its margin), `data` (read, check, tokenize,
+inject noise), `logps` (model to log-probs), `losses`, `noise` (how many labels are wrong, which, what to do),
+`resample` (new pairs for lost prompts), `trainer` (one training stage), `rounds` (the loop), `align` (all of it),
+`report`, `bench` (measure against truth), `cli`.
+
+Names are imported when they are first used, so that `import ropo` and `ropo --help` are quick.
+"""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Nothing we call may report back; the libraries read this when they are imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from ropo.align import DataError as DataError
+    from ropo.align import run_rounds as run_rounds
+    from ropo.config import ROPOConfig as ROPOConfig
+    from ropo.data.inject import flip_labels as flip_labels
+    from ropo.data.load import load_pairs as load_pairs
+    from ropo.data.validate import validate_pairs as validate_pairs
+    from ropo.losses import LOSSES as LOSSES
+    from ropo.noise.decide import decide as decide
+    from ropo.noise.estimate import estimate_flips as estimate_flips
+    from ropo.pairs import Pair as Pair
+    from ropo.pairs import PairLogps as PairLogps
+    from ropo.pairs import margin as margin
+    from ropo.trainer import PairDataset as PairDataset
+    from ropo.trainer import ROPOTrainer as ROPOTrainer
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "DataError": "ropo.align",
+    "LOSSES": "ropo.losses",
+    "Pair": "ropo.pairs",
+    "PairDataset": "ropo.trainer",
+    "PairLogps": "ropo.pairs",
+    "ROPOConfig": "ropo.config",
+    "ROPOTrainer": "ropo.trainer",
+    "decide": "ropo.noise.decide",
+    "estimate_flips": "ropo.noise.estimate",
+    "flip_labels": "ropo.data.inject",
+    "load_pairs": "ropo.data.load",
+    "margin": "ropo.pairs",
+    "run_rounds": "ropo.align",
+    "validate_pairs": "ropo.data.validate",
+}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - `_HOME` holds the names as strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ropo' has no attribute {name!r}; it has {', '.join(_HOME)}.")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -175,7 +175,7 @@ def re_po_posterior(
     """
     prior = torch.as_tensor(reliability, dtype=margin.dtype)
     if not bool(((prior > 0) & (prior <= 1)).all()):
-        raise ValueError(f"re_po needs reliability in (0, 1]; got {reliability}. It is the share of right labels.")
+        raise ValueError(f"re_po needs reliability in (0, 1]; got {reliability}. Pass the share of right labels.")
     return torch.sigmoid(margin + torch.logit(prior))
 
 

@@ -50,6 +50,7 @@ from ropo.trainer import PairDataset, ROPOTrainer
 logger = logging.getLogger(__name__)
 
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
+_RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
 
 class Round:
@@ -103,7 +104,7 @@ class Round:
         digest = self.stages.run("estimate", digest, ["flip_estimate.json", "flips.safetensors"], self._estimate)
         digest = self.stages.run("decide", digest, ["decisions.json"], self._decide)
         if not is_last:
-            digest = self.stages.run("resample", digest, ["resampled.jsonl", "resampling.json"], self._resample)
+            digest = self.stages.run("resample", digest, _RESAMPLE_FILES, self._resample)
         return digest
 
     def margins(self) -> NDArray[np.float64]:
@@ -148,7 +149,8 @@ class Round:
         scored = select_pairs_of(self.data, stays)
         if new := self.new_pairs():
             tokenized = tokenize_pairs(new, self.tokenizer, max_length=self.args.max_length)
-            scored = scored.joined(tokenized, self.reference_of(tokenized.tokens))
+            reference = load_file(self.folder / "resampled_reference.safetensors")
+            scored = scored.joined(tokenized, PairLogps(**reference) if reference else None)
         weights = [found["weights"][i] for i in stays] + [1.0] * (len(scored) - len(stays))
         is_flipped = [found["decisions"][i] == "flip" for i in stays] + [False] * (len(scored) - len(stays))
         return scored, training_set(scored, weights, is_flipped)
@@ -181,8 +183,7 @@ class Round:
     def _score(self) -> None:
         policy = self.source.load(self.model_folder)
         logps = score_pairs(policy, self.data.tokens, title=f"Round {self.number}: scoring", **batching(self.args, self.tokenizer))
-        tensors = {name: value for name, value in asdict(logps).items() if value is not None}
-        self._write_tensors("scores.safetensors", tensors)
+        self._write_tensors("scores.safetensors", _tensors(logps))
 
     def _scores(self) -> PairLogps:
         return PairLogps(**load_file(self.folder / "scores.safetensors"))
@@ -215,6 +216,11 @@ class Round:
         has_new = {self.data.pairs[i].row for i in range(self.num_data, len(found)) if found[i] == "keep"}
         lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
         won = self._win_back(lost) if lost and self.args.num_candidates else WonBack(pairs=[], margins=np.zeros(0), refused={})
+        reference: dict[str, torch.Tensor] = {}
+        if won.pairs and self.data.reference is not None:
+            tokenized = tokenize_pairs(won.pairs, self.tokenizer, max_length=self.args.max_length)
+            reference = _tensors(self.reference_of(tokenized.tokens))
+        self._write_tensors("resampled_reference.safetensors", reference)
         if PartialState().is_main_process:
             with write_aside(self.folder / "resampled.jsonl") as path:
                 rows = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in won.pairs]
@@ -242,11 +248,11 @@ class Round:
             parents,
             samples,
             self._scores()[list(lost)],
-            self.data.reference[list(lost)],
+            None if self.data.reference is None else self.data.reference[list(lost)],
             score_policy=lambda tokens: score_pairs(
                 policy, tokens, title=f"Round {self.number}: scoring samples", **batching(args, self.tokenizer)
             ),
-            score_reference=self.reference_of,
+            score_reference=self.reference_of if self.data.reference is not None else None,
             margins_of=lambda own, reference: margins_of(own, reference, args),
             loss_of=lambda margins: losses_of(margins, args),
             tokenizer=self.tokenizer,
@@ -263,6 +269,10 @@ class Round:
                 save_file(dict(tensors), path)
 
 
+
+
+def _tensors(logps: PairLogps) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in asdict(logps).items() if value is not None}
 
 
 def run_all(

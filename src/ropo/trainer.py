@@ -8,7 +8,6 @@ It stands on the public surface of `transformers.Trainer`: `compute_loss`, `get_
 several devices) is therefore there.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -31,9 +31,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
+from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.logps.batch import LAYOUTS, Batch
 from ropo.logps.cache import reference_logps
@@ -58,6 +60,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+_STATE_FILE = "ropo_state.safetensors"
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
 
 
@@ -183,9 +186,9 @@ class ROPOTrainer(Trainer):
         model.to(args.device)
         train_dataset = self._prepare(train_dataset, model, args)
         eval_dataset = self._prepare(eval_dataset, model, args)
-        sample = train_dataset or eval_dataset
-        if not sample:
-            raise ValueError("ROPOTrainer needs at least one pair; got none. `ropo validate` says what is wrong with a file.")
+        sample = eval_dataset if train_dataset is None else train_dataset
+        if sample is None:
+            raise ValueError("ROPOTrainer needs train_dataset or eval_dataset; got neither.")
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         self.layout, reason = choose_layout(
@@ -204,7 +207,7 @@ class ROPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.tokenizer,
-            callbacks=[*(callbacks or []), _KeepWithCheckpoint(self)],
+            callbacks=[*(callbacks or []), _SaveWithCheckpoint(self)],
             optimizers=optimizers,
         )
         self.label_names = []
@@ -217,6 +220,8 @@ class ROPOTrainer(Trainer):
         tokenized = tokenize_pairs(loaded.pairs, self.tokenizer, max_length=args.max_length)
         if problems := [*loaded.problems, *tokenized.problems]:
             logger.warning("%d rows have problems; `ropo validate` lists them. First: %s", len(problems), problems[0])
+        if not tokenized.pairs:
+            raise ValueError(f"ROPOTrainer needs at least one pair; got none.\n{render(problems)}")
         reference = None
         if LOSSES[args.loss].needs_reference:
             cache_dir = Path(args.reference_cache_dir or Path(args.output_dir) / "reference_cache")
@@ -229,6 +234,15 @@ class ROPOTrainer(Trainer):
                 use_bf16=args.bf16,
             )
         return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As in `Trainer`; a checkpoint also brings back annotator reliability and first margins."""
+        folder = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+        if folder and (path := Path(folder) / _STATE_FILE).exists():
+            kept = load_file(path)
+            self.reliability = kept["reliability"].to(self.args.device)
+            self.first_margins = kept["first_margins"]
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -378,21 +392,15 @@ def _turn_dropout_off(model: nn.Module) -> None:
             module.p = 0.0
 
 
-class _KeepWithCheckpoint(TrainerCallback):
-    """Saves what this trainer learns beside the weights (reliability, first margins) and restores it on resume."""
+class _SaveWithCheckpoint(TrainerCallback):
+    """Saves what the trainer learns beside the weights; `ROPOTrainer.train` restores it."""
 
     def __init__(self, trainer: ROPOTrainer) -> None:
         self.trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        first_margins = self.trainer.gather_first_margins()
         if state.is_world_process_zero:
-            kept = {"reliability": self.trainer.reliability.tolist(), "first_margins": self.trainer.first_margins.tolist()}
-            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "ropo_state.json"
-            path.write_text(json.dumps(kept))
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "ropo_state.json"
-        if state.global_step and path.exists():
-            kept = json.loads(path.read_text())
-            self.trainer.reliability = torch.tensor(kept["reliability"], device=self.trainer.reliability.device)
-            self.trainer.first_margins = torch.tensor(kept["first_margins"])
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            tensors = {"reliability": self.trainer.reliability.cpu(), "first_margins": first_margins}
+            save_file(tensors, folder / _STATE_FILE)

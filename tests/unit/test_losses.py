@@ -104,11 +104,6 @@ PARAM_MUTANTS = {
 }
 
 
-def attached_re_po(h, *, reliability):
-    posterior = re_po_posterior(h, reliability)
-    return posterior * dpo(h) + (1 - posterior) * dpo(-h)
-
-
 FORMULA_MUTANTS = {
     ("ropo", "scale left out"): lambda h, alpha: dpo(h) + alpha * na(h),
     ("ropo", "parts exchanged"): lambda h, alpha: 4 * alpha / (1 + alpha) ** 2 * (alpha * dpo(h) + na(h)),
@@ -116,14 +111,12 @@ FORMULA_MUTANTS = {
     ("rdpo", "taken for cdpo"): lambda h, flip_rate: cdpo(h, flip_rate=flip_rate),
     ("cdpo", "taken for rdpo"): lambda h, flip_rate: rdpo(h, flip_rate=flip_rate),
     ("forward_corrected", "taken for cdpo"): lambda h, flip_rate: cdpo(h, flip_rate=flip_rate),
-    ("re_po", "posterior not held fixed"): attached_re_po,
+    ("re_po", "posterior not held fixed"): lambda h, reliability: dpo(h) + (1 - re_po_posterior(h, reliability)) * h,
     ("holder", "first term left out"): lambda h, holder_gamma: -(1 + holder_gamma) * torch.sigmoid(h) ** holder_gamma,
     ("dr_dpo", "taken for the mean of dpo"): lambda h, **_: dpo(h),
     ("ipo", "target not halved"): lambda h, beta: ((h - 1) / beta) ** 2,
     ("hinge", "squared"): lambda h: hinge(h) ** 2,
-    ("simpo", "target subtracted twice"): lambda h, target_margin: simpo(
-        h - target_margin, target_margin=target_margin
-    ),
+    ("simpo", "target added"): lambda h, target_margin: dpo(h + target_margin),
 }
 
 
@@ -161,8 +154,7 @@ def test_cases_without_flips_would_be_called_toothless():
         assert_noticed("rdpo", "flip rate ignored", dict(mistakes_of("rdpo"))["flip rate ignored"], [dpo_as_rdpo])
 
 
-POLICY = {"chosen": -12.0, "rejected": -13.5}
-REFERENCE = {"chosen": -12.5, "rejected": -12.8}
+POLICY, REFERENCE = (-12.0, -13.5), (-12.5, -12.8)  # chosen, rejected
 END_TO_END = {
     "dpo": ({}, 0.634946101596),
     "cdpo": ({"flip_rate": 0.1}, 0.646946101596),
@@ -188,11 +180,10 @@ def end_to_end(loss, policy, reference, beta=0.1):
 
 @pytest.mark.parametrize("loss", END_TO_END)
 def test_from_log_probabilities_to_the_loss(loss):
-    policy, reference, value = one_pair(**POLICY), one_pair(**REFERENCE), END_TO_END[loss][1]
+    policy, reference, value = one_pair(*POLICY), one_pair(*REFERENCE), END_TO_END[loss][1]
     assert close(end_to_end(loss, policy, reference), [value])
-    swapped = one_pair(POLICY["rejected"], POLICY["chosen"]), one_pair(REFERENCE["rejected"], REFERENCE["chosen"])
     mistakes = {
-        "roles swapped": end_to_end(loss, *swapped),
+        "roles swapped": end_to_end(loss, one_pair(*POLICY[::-1]), one_pair(*REFERENCE[::-1])),
         "models swapped": end_to_end(loss, reference, policy),
         "reference ignored": end_to_end(loss, policy, one_pair(0.0, 0.0)),
         "beta doubled": end_to_end(loss, policy, reference, beta=0.2),
@@ -202,8 +193,8 @@ def test_from_log_probabilities_to_the_loss(loss):
 
 
 def test_gradient_reaches_the_log_probabilities():
-    policy = one_pair(**POLICY)
-    end_to_end("ropo", policy, one_pair(**REFERENCE)).sum().backward()
+    policy = one_pair(*POLICY)
+    end_to_end("ropo", policy, one_pair(*REFERENCE)).sum().backward()
     assert close(policy.chosen.grad, [-0.098496934708])
     assert close(policy.rejected.grad, [0.098496934708])
 
@@ -216,27 +207,22 @@ def test_simpo_works_on_means_per_token():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_extreme_margins_stay_finite_and_float32_agrees_with_float64(loss):
+    def values_and_weights(h):
+        return torch.stack([LOSSES[loss].fn(h, **PARAMS[loss]), gradient_weight(loss, h, **PARAMS[loss])])
+
     extremes = float64([-1e4, -1e3, -100.0, -50.0, -20.0, 0.0, 20.0, 50.0, 100.0, 1e3, 1e4])
-    exact = LOSSES[loss].fn(extremes, **PARAMS[loss])
-    exact_weight = gradient_weight(loss, extremes, **PARAMS[loss])
-    single = LOSSES[loss].fn(extremes.float(), **PARAMS[loss])
-    single_weight = gradient_weight(loss, extremes.float(), **PARAMS[loss])
-    assert single.dtype == single_weight.dtype == torch.float32
-    for number in (exact, exact_weight, single, single_weight):
-        assert torch.isfinite(number).all()
+    exact, single = values_and_weights(extremes), values_and_weights(extremes.float())
+    assert single.dtype == torch.float32
+    assert torch.isfinite(exact).all()
     torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(single_weight.double(), exact_weight, rtol=1e-5, atol=1e-6)
 
 
-def test_extreme_values_of_ropo():
+def test_no_threshold_beyond_which_the_logarithm_is_approximate():
+    h = [-30.0, -21.0, -19.0, 21.0, 50.0]
+    assert close(dpo(float64(h)), [math.log1p(math.exp(-x)) for x in h], rtol=1e-14)
     h = float64([-1000.0, -50.0, 50.0, 1000.0])
     assert close(ropo(h), [252.373333333333, 15.9288888889, 7.200666099065e-22, 0.0], rtol=1e-11)
     assert close(gradient_weight("ropo", h)[0], 0.248888888889, rtol=1e-11)
-
-
-def test_dpo_has_no_threshold_beyond_which_it_is_approximate():
-    h = [-30.0, -21.0, -19.0, 21.0, 50.0]
-    assert close(dpo(float64(h)), [math.log1p(math.exp(-x)) for x in h], rtol=1e-14)
 
 
 def assert_minimum(loss, h, rate, **params):
@@ -295,13 +281,9 @@ def test_rdpo_is_unbiased(rate):
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_cdpo_shrinks_confidence(rate):
+def test_cdpo_and_ipo_shrink_margins_by_a_known_amount(rate):
     p = (1 - rate) * 0.9 + rate * 0.1
     assert_minimum("cdpo", math.log(p / (1 - p)), rate, flip_rate=0.1)
-
-
-@pytest.mark.parametrize("rate", RATES)
-def test_ipo_shrinks_the_target_by_one_minus_two_rates(rate):
     assert_minimum("ipo", (1 - 2 * rate) * 0.5, rate, beta=0.1)
 
 
@@ -356,7 +338,7 @@ def test_re_po_takes_a_reliability_per_pair():
 @pytest.mark.parametrize("row", GOLDEN["re_po_fixed_points"])
 def test_re_po_posteriors_converge_to_the_golden_reliability(row):
     reliability = row["start"]
-    for _ in range(3000):
+    for _ in range(400):
         reliability = re_po_posterior(float64(row["margins"]), reliability).mean().item()
     assert close(reliability, row["reliability"])
 
@@ -365,10 +347,6 @@ def test_re_po_posteriors_converge_to_the_golden_reliability(row):
 def test_losses_that_know_the_flip_rate_are_dpo_without_flips(loss):
     assert close(LOSSES[loss].fn(GRID, flip_rate=0.0), dpo(GRID), rtol=1e-14)
     assert close(gradient_weight(loss, GRID, flip_rate=0.0), gradient_weight("dpo", GRID), rtol=1e-14)
-
-
-def test_simpo_gives_half_the_weight_at_its_target():
-    assert close(gradient_weight("simpo", float64([1.5]), target_margin=1.5), [0.5])
 
 
 def test_dr_dpo_lies_between_the_mean_and_the_best_pair_and_ignores_an_outlier():
@@ -407,14 +385,12 @@ def test_all_monotone_losses_rank_pairs_alike_and_cdpo_does_not():
 
 
 def test_gradient_weight_works_without_gradients_and_leaves_the_margin_alone():
-    h = float64([0.0]).requires_grad_()
+    h = float64([0.0])
     with torch.no_grad():
-        by_name = gradient_weight("ipo", h, beta=0.1)
-        bound = gradient_weight(bind_loss("ipo", beta=0.1, options={}), h)
-    assert close(by_name, [100.0])
-    assert close(bound, [100.0])
-    assert h.grad is None
-    assert not by_name.requires_grad
+        assert close(gradient_weight("ipo", h, beta=0.1), [100.0])
+        assert close(gradient_weight(bind_loss("ipo", beta=0.1, options={}), h), [100.0])
+    assert not h.requires_grad
+    assert not gradient_weight("dpo", h.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -440,11 +416,7 @@ def test_a_ropo_that_does_not_damp_wrong_labels_warns(call, is_warned):
     [
         ("holdr", {}, "got 'holdr'. Did you mean holder? Choose one of: ropo, "),
         ("kto", {}, "got 'kto'. Choose one of: ropo, "),
-        (
-            "dpo",
-            {"flip_rate": 0.3},
-            "got flip_rate. Leave it out, or choose a loss that takes it: cdpo, rdpo, forward_",
-        ),
+        ("dpo", {"flip_rate": 0.3}, "Leave it out, or choose a loss that takes it: cdpo, rdpo, forward_corrected."),
         ("ropo", {"flip_rate": 0.3}, "ropo needs options among alpha; got flip_rate. Leave it out"),
         ("ropo", {"alhpa": 14.0}, "got alhpa. Did you mean alpha?"),
         ("ipo", {"beta": 0.1}, "ipo needs no options; got beta"),
@@ -477,11 +449,11 @@ def test_options_are_numbers(value):
         bind_loss("rdpo", beta=0.1, options={"flip_rate": value})
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
-def test_beta_is_positive(loss, beta):
-    with pytest.raises(ValueError, match=f"{loss} needs a finite beta > 0"):
-        bind_loss(loss, beta=beta, options={param: value for param, value in PARAMS[loss].items() if param != "beta"})
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf])
+def test_beta_is_positive_even_where_only_the_margin_uses_it(beta):
+    for loss in ("dpo", "ipo"):
+        with pytest.raises(ValueError, match=f"{loss} needs a finite beta > 0; got {beta}"):
+            bind_loss(loss, beta=beta, options={})
 
 
 def test_what_changes_between_batches_is_given_at_the_call():
@@ -519,10 +491,5 @@ def test_methods_table_has_a_row_for_each_loss():
     assert [row.split("`")[1] for row in rows] == list(LOSSES)
     assert {row.count("|") for row in rows} == {header.count("|")}
     cells = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[1:-1]] for row in rows}
-    assert cells["rdpo"][1:5] == [
-        "L(h) = [(1−ε)·dpo(h) − ε·dpo(−h)]/(1−2ε)",
-        "arXiv:2403.00409",
-        "reference, flip rate",
-        "`flip_rate`",
-    ]
+    assert cells["rdpo"][2:5] == ["arXiv:2403.00409", "reference, flip rate", "`flip_rate`"]
     assert cells["simpo"][3:5] == ["per token", "`target_margin` = 0.5"]

@@ -170,7 +170,7 @@ REVIEWS = Grammar(
             "OPINION OPINION OPINION": 1,
         },
         "SENTENCE": _equally("OPINION", "FILLER", "CLOSING"),
-        "OPINION": {"CLAIM .": 5, "FRAME , CLAIM .": 2, "CLAIM and CLAIM .": 2, "CONTRAST .": 2},
+        "OPINION": {"CLAIM .": 5, "FRAME , CLAIM .": 2, "CLAIM and CLAIM .": 2, "CONTRAST .": 2, "CLAIM but CLAIM .": 0.5},
         "CONTRAST": _equally("FOR but AGAINST", "AGAINST but FOR"),
         "FOR": {"the SUBJECT VERB DEGREE PRAISE": 2, "WHO LIKED the SUBJECT": 1},
         "AGAINST": {"the SUBJECT VERB DEGREE BLAME": 2, "WHO DISLIKED the SUBJECT": 1},

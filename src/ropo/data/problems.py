@@ -54,7 +54,7 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
         "not_csv": ProblemSpec(
             severity="error",
             meaning="The record is not CSV with as many fields as the header, or a quote is never closed.",
-            remedy="Separate fields by commas; quote fields with commas, quotes or line ends in them; double their quotes.",
+            remedy="Separate fields by commas; quote a field with commas, quotes or line ends, doubling its quotes.",
         ),
         "not_an_object": ProblemSpec(
             severity="error",

@@ -19,7 +19,7 @@ from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
@@ -92,7 +92,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         raise ValueError(f"load_pairs needs a file that ends in {', '.join(READERS)}; got {path.name}. Convert it.")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            yield from reader(cast("IO[bytes]", stream))
+            yield from reader(stream)
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(
             f"load_pairs needs a file that can be read to its end; got {path}: {error}. Is it complete?"
@@ -123,7 +123,7 @@ def _read_json_lines(stream: Iterable[bytes]) -> Iterator[Row]:
             yield number, row
 
 
-def _read_json(stream: IO[bytes]) -> Iterator[Row]:
+def _read_json(stream: io.BufferedIOBase) -> Iterator[Row]:
     """One list of objects, read object by object so that each has its line; or one object per line after all."""
     content = stream.read()
     text = content.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape")
@@ -160,7 +160,7 @@ def _after_space(text: str, place: int) -> int:
     return place
 
 
-def _read_csv(stream: IO[bytes]) -> Iterator[Row]:
+def _read_csv(stream: io.BufferedIOBase) -> Iterator[Row]:
     csv.field_size_limit(_MAX_CSV_FIELD)
     reader = csv.reader((text for _, text in _lines(stream)), strict=True)
     header: list[str] | None = None
@@ -183,7 +183,7 @@ def _read_csv(stream: IO[bytes]) -> Iterator[Row]:
             yield line, dict(zip(header, record, strict=True))
 
 
-def _read_parquet(stream: IO[bytes]) -> Iterator[Row]:
+def _read_parquet(stream: io.BufferedIOBase) -> Iterator[Row]:
     for batch in pq.ParquetFile(stream).iter_batches(batch_size=_ROWS_PER_BATCH):
         yield from ((None, row) for row in batch.to_pylist())
 
@@ -218,6 +218,6 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
         ) from error
 
 
-READERS: Mapping[str, Callable[[IO[bytes]], Iterator[Row]]] = MappingProxyType(
+READERS: Mapping[str, Callable[[io.BufferedIOBase], Iterator[Row]]] = MappingProxyType(
     {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 )

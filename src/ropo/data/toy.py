@@ -253,7 +253,7 @@ def pretrain(
     texts.sort(key=lambda text: len(text[0]) + len(text[1]))  # a batch holds texts of one length: little padding
     batches = [texts[start : start + batch_size] for start in range(0, num_texts, batch_size)]
     rng.shuffle(batches)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=len(batches), pct_start=0.1, cycle_momentum=False
     )

@@ -26,10 +26,11 @@ Estimator = Callable[[PerPair], float]
 MIN_PAIRS = 50
 """Below this the chi-square approximation behind the interval is not worth trusting."""
 
-MIN_SIGNAL = 12.0
-"""Twice the log-likelihood that must be gained over coin-flip labels. Margins that know nothing of the labels gain it
-in fewer than 1 of 200 data sets. The usual 90 % quantile, 2.7, is too low: without signal the rate is not identified,
-and the best of many rates fits noise."""
+MIN_SIGNAL = 25.0
+"""Twice the log-likelihood that must be gained over coin-flip labels. The usual 90 % quantile, 2.7, is too low: without
+signal the rate is not identified, and the best of many rates fits noise. Margins that know nothing of the labels pass 12
+about once in 3,000 data sets; up to 25, a small true rate with a weak model still passes for a large one with a sure
+model."""
 
 MAX_WIDTH = 0.25
 """An interval wider than half of all possible rates says nothing that one could act on."""
@@ -129,6 +130,10 @@ def estimate_flips(margins: np.ndarray, *, level: float = 0.90) -> FlipEstimate:
       to almost ½, and `is_informative` is false.
     - Margins that point against the labels end at ε = ½ and are not informative: a rate above ½ means that chosen
       and rejected are swapped as a whole.
+    - In simulations with 500 to 5,000 pairs and up to 40 % flips, intervals of 90 % cover 84-93 % where the model's errors
+      are logistic or Gaussian; from 20,000 pairs on a bias of up to 0.004 shows for Gaussian ones (76 % at worst). With
+      errors of heavy tails (Student's t, 3 degrees of freedom) clean labels look 3-4 % flipped and the interval fails.
+      Resampling the pairs covers the same within what the simulations resolve, at 200 times the cost.
 
     Args:
         margins: Held-out margin h of each pair, in any unit: multiplying all by a constant changes only `scale`.
@@ -234,7 +239,8 @@ class _ProfileLikelihood:
         on_grid = float(_RELATIVE_SCALES[top])
         candidates = [(self._at(rate, on_grid), on_grid), (-float(found.fun), float(np.exp(found.x)))]
         value, scale = max(candidates)
-        return (value, float(scale)) if value > self.no_signal else (self.no_signal, 0.0)
+        is_better = value > (1 - 1e-12) * self.no_signal  # than coin flips, by more than rounding
+        return (value, float(scale)) if is_better else (self.no_signal, 0.0)
 
     def maximise(self) -> tuple[float, float, float]:
         """Return the best rate, its scale in the margins' own unit, and the log-likelihood there."""

@@ -2,21 +2,21 @@
 
 In: sections of the dict that `tables.build_tables` makes. Out: one `<svg>` per figure.
 
-The one idea: a figure only names what its parts are (`class="drop"`); `templates/report.css` gives them colours for light,
-dark and print. Kinds of bars differ by pattern as well as by colour, lines by dashes and by a label at their end.
-A figure has two widths where it is too wide for a phone, because scaled-down text cannot be read.
+The one idea: a figure only names what its parts are (`class="drop"`); `templates/report.css` gives them colours for
+light, dark and print. Kinds of bars differ by pattern as well as by colour, lines by dashes and by a label at their
+end. A figure has two widths where it is too wide for a phone, because scaled-down text cannot be read.
 
 Add a figure: one function here, one call in `html.figures`, one caption in the template.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from ropo.report.sentences import count, decimal, percent
+from ropo.report.sentences import count, decimal, percent, percent_range
 from ropo.report.tables import DECISIONS, round_step
 
 Table = Mapping[str, Any]
@@ -29,10 +29,10 @@ STACK = ("keep", "drop", "resample", "flip")
 class _Frame:
     """The rectangle that data is drawn in, and the range of data that fills it; all in SVG units or data units."""
 
-    width: float
-    height: float
     x_range: tuple[float, float]
     y_range: tuple[float, float]
+    width: float = 460.0
+    height: float = 250.0
     left: float = 44.0
     right: float = 14.0
     top: float = 14.0
@@ -54,7 +54,8 @@ def decision_bar(counts: Table) -> str:
         share = 100 * counts[decision] / counts["num_pairs"]
         fill = _fill(decision, "bar")
         if share > 0:
-            body.append(f'<rect class="{decision}" x="{x:.2f}%" y="1" width="{share:.2f}%" height="{height - 2}"{fill}/>')
+            box = f'x="{x:.2f}%" y="1" width="{share:.2f}%" height="{height - 2}"'
+            body.append(f'<rect class="{decision}" {box}{fill}/>')
             x += share
     parts = [f"{count(counts[decision])} {DECISIONS[decision][0]}" for decision in STACK if counts[decision]]
     label = escape("All pairs by decision: " + ", ".join(parts), quote=True)
@@ -68,13 +69,16 @@ def interval_gauge(estimate: Table, *, width: float = 320.0) -> str:
     body = [_line(frame.x(0), y, frame.x(0.5), y, "axis")]
     for tick in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
         body.append(_line(frame.x(tick), y - 3, frame.x(tick), y + 3, "axis"))
-        body.append(_text(frame.x(tick), frame.height - 4, f"{100 * tick:.0f}" + ("%" if tick == 0.5 else ""), "middle"))
+        name = percent(tick) if tick == 0.5 else f"{100 * tick:.0f}"
+        body.append(_text(frame.x(tick), frame.height - 4, name, "middle"))
     label = "Flip rate: unknown"
     if estimate["is_informative"]:
         low, high = frame.x(min(estimate["low"], 0.5)), frame.x(min(estimate["high"], 0.5))
-        body.append(f'<rect class="accent soft" x="{low:.1f}" y="{y - 6:.1f}" width="{max(high - low, 2):.1f}" height="12" rx="2"/>')
-        body.append(f'<circle class="accent" cx="{frame.x(min(estimate["rate"], 0.5)):.1f}" cy="{y:.1f}" r="5"/>')
-        label = f"Flip rate {percent(estimate['rate'])}, interval {percent(estimate['low'])} to {percent(estimate['high'])}"
+        box = f'x="{low:.1f}" y="{y - 6:.1f}" width="{max(high - low, 2):.1f}" height="12"'
+        body.append(f'<rect class="accent soft" {box} rx="2"/>')
+        body.append(_dot(frame.x(min(estimate["rate"], 0.5)), y, 5))
+        shown = percent_range(estimate["low"], estimate["high"])
+        label = f"Flip rate {percent(estimate['rate'])}, interval {shown}"
     return _svg("".join(body), width, frame.height, label=label)
 
 
@@ -112,24 +116,23 @@ def margin_histogram(margins: Table, *, width: float = 940.0, height: float = 28
 def review_curve(review: Table) -> str:
     """Flips expected to be found over pairs read, the most suspect first."""
     read, found = review["num_read"], review["num_found"]
-    frame = _Frame(
-        width=460, height=250, x_range=(0, read[-1]), y_range=(0, max(found[-1] * 1.05, 1)), left=14 + 8 * len(count(found[-1])), right=20
-    )
-    share = found[-1] / read[-1]
+    left = 14 + 8.0 * len(count(found[-1]))
+    frame = _Frame(x_range=(0, read[-1]), y_range=(0, max(found[-1] * 1.05, 1)), left=left, right=20)
     body = [
         _axes(frame, x_label="pairs read, most suspect first", y_label="flips found (expected)"),
         _path(frame, [0, read[-1]], [0, found[-1]], "reference"),
         _path(frame, read, found, "accent"),
-        _text(frame.x(read[-1] * 0.72), frame.y(share * read[-1] * 0.72) + 18, "in any order", "middle"),
+        _text(frame.x(read[-1] * 0.7) + 8, frame.y(found[-1] * 0.7) + 12, "in any order", "start"),
     ]
     if review["num_likely"]:
         x, y = frame.x(review["num_likely"]), frame.y(review["found_likely"])
         body.append(_line(x, y, x, frame.y(0), "zero"))
-        body.append(f'<circle class="accent" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        body.append(_dot(x, y, 4))
         # To the right of the line when there is room under the curve, else to the left.
         side, anchor = (6, "start") if review["num_likely"] < 0.6 * read[-1] else (-6, "end")
         body.append(_text(x + side, frame.y(0) - 8, f"P(flipped) = 0.5 after {count(review['num_likely'])}", anchor))
-    label = f"{count(review['found_likely'])} flips expected in the first {count(review['num_likely'])} pairs of {count(read[-1])}"
+    first = f"the first {count(review['num_likely'])} pairs of {count(read[-1])}"
+    label = f"{count(review['found_likely'])} flips expected in {first}"
     return _svg("".join(body), frame.width, frame.height, label=label)
 
 
@@ -138,17 +141,19 @@ def rounds_estimate(rounds: Sequence[Table]) -> str:
     known = [entry for entry in rounds if entry["rate"] is not None]
     high = max([entry["high"] or entry["rate"] for entry in known] + [entry["rho"] or 0 for entry in known] + [0.05])
     last = max(len(rounds) - 1, 1)
-    frame = _Frame(width=460, height=250, x_range=(-0.35, last + 0.35), y_range=(0.0, high * 1.12), left=48)
-    names = [(index, f"round {entry['round']}") for index, entry in enumerate(rounds)]
-    body = [_axes(frame, x_label="", y_label="share of pairs", x_ticks=names[:: max(1, len(names) // 6)], y_format=percent)]
+    frame = _Frame(x_range=(-0.35, last + 0.35), y_range=(0.0, high * 1.12), left=48, bottom=24)
+    names = [(float(index), f"round {entry['round']}") for index, entry in enumerate(rounds)]
+    shown = names[:: max(1, len(names) // 6)]
+    body = [_axes(frame, x_label="", y_label="share of pairs", x_ticks=shown, y_format=percent)]
     points = [(index, entry) for index, entry in enumerate(rounds) if entry["rate"] is not None]
     body.append(_path(frame, [i for i, _ in points], [entry["rate"] for _, entry in points], "accent thin"))
     for index, entry in points:
         x = frame.x(index)
         if entry["low"] is not None and entry["high"] is not None:
             body.append(_line(x, frame.y(entry["low"]), x, frame.y(entry["high"]), "accent whisker"))
-        body.append(f'<circle class="accent" cx="{x:.1f}" cy="{frame.y(entry["rate"]):.1f}" r="4"/>')
-        body.append(_text(x + 8, frame.y(entry["rate"]) - 6, percent(entry["rate"]), "start", "strong"))
+        body.append(_dot(x, frame.y(entry["rate"]), 4))
+        below = frame.y(entry["rate"] if entry["low"] is None else entry["low"]) + 16
+        body.append(_text(x, below, percent(entry["rate"]), "middle", "strong"))
         if entry["rho"] is not None:
             y = frame.y(entry["rho"])
             body.append(_line(x - 9, y, x + 9, y, "ink"))
@@ -164,7 +169,7 @@ def training_curve(curve: Table, starts: Sequence[int], num_steps: int) -> str:
     low, high = min(shown), max(shown)
     room = 0.08 * (high - low) or 0.5
     low, high = (0.0 if low == 0 else low - room), high + room
-    frame = _Frame(width=460, height=220, x_range=(0, max(num_steps, 1)), y_range=(low, high), left=52, top=22)
+    frame = _Frame(height=220, x_range=(0, max(num_steps, 1)), y_range=(low, high), left=52, top=22)
     body = [_axes(frame, x_label="training step", y_label="")]
     if reference is not None:
         body.append(_line(frame.left, frame.y(reference), frame.width - frame.right, frame.y(reference), "reference"))
@@ -173,7 +178,7 @@ def training_curve(curve: Table, starts: Sequence[int], num_steps: int) -> str:
             body.append(_line(frame.x(start), frame.top - 12, frame.x(start), frame.y(low), "zero"))
             body.append(_text(frame.x(start) + 4, frame.top - 6, f"round {line['round']}", "start"))
         if len(line["x"]) == 1:
-            body.append(f'<circle class="accent" cx="{frame.x(line["x"][0]):.1f}" cy="{frame.y(line["y"][0]):.1f}" r="3"/>')
+            body.append(_dot(frame.x(line["x"][0]), frame.y(line["y"][0]), 3))
         body.append(_path(frame, line["x"], line["y"], "accent"))
     ends = [decimal(line["y"][-1], 3) for line in curve["lines"] if line["y"]]
     label = f"{curve['title']} over {count(num_steps)} steps; at the end of each round: {', '.join(ends)}"
@@ -184,9 +189,7 @@ def weight_curve(curve: Table) -> str:
     """How hard a pair pulls, by its margin, under the loss used and under DPO."""
     margin, weight, dpo = curve["margin"], curve["weight"], curve["dpo"]
     shown = [value for value in [*weight, *dpo, 0.0] if value is not None]
-    frame = _Frame(
-        width=460, height=250, x_range=(margin[0], margin[-1]), y_range=(min(shown), max(shown) * 1.15), left=44, right=16
-    )
+    frame = _Frame(x_range=(margin[0], margin[-1]), y_range=(min(shown), max(shown) * 1.15))
     body = [
         _axes(frame, x_label="margin, nats", y_label="gradient weight"),
         _line(frame.x(0), frame.top, frame.x(0), frame.y(min(shown)), "zero"),
@@ -203,8 +206,8 @@ def weight_curve(curve: Table) -> str:
 def length_shares(lengths: Sequence[Table]) -> str:
     """How often chosen is the longer response, by group, with intervals around one half."""
     height = 44.0 + 30 * len(lengths)
-    frame = _Frame(width=460, height=height, x_range=(0, 1), y_range=(len(lengths), 0), left=92, right=20, top=10, bottom=36)
-    ticks = [(share, percent(share)) for share in (0, 0.25, 0.5, 0.75, 1)]
+    frame = _Frame(height=height, x_range=(0, 1), y_range=(len(lengths), 0), left=92, right=20, top=10, bottom=36)
+    ticks = [(share, percent(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     body = [
         _axes(frame, x_label="pairs whose chosen response is the longer one", y_label="", x_ticks=ticks, has_y=False),
         _line(frame.x(0.5), frame.top, frame.x(0.5), height - frame.bottom, "zero"),
@@ -212,7 +215,7 @@ def length_shares(lengths: Sequence[Table]) -> str:
     for index, entry in enumerate(lengths):
         y = frame.y(index + 0.5)
         body.append(_line(frame.x(entry["low"]), y, frame.x(entry["high"]), y, "accent whisker"))
-        body.append(f'<circle class="accent" cx="{frame.x(entry["share_chosen_longer"]):.1f}" cy="{y:.1f}" r="4"/>')
+        body.append(_dot(frame.x(entry["share_chosen_longer"]), y, 4))
         body.append(_text(frame.left - 10, y + 4, entry["group"], "end"))
     label = "Share with the longer response chosen: " + ", ".join(
         f"{entry['group']} {percent(entry['share_chosen_longer'])}" for entry in lengths
@@ -233,7 +236,7 @@ def _axes(
     y_label: str,
     num_x: int = 5,
     x_ticks: Sequence[tuple[float, str]] | None = None,
-    y_format: Any = None,
+    y_format: Callable[[float], str] | None = None,
     has_y: bool = True,
 ) -> str:
     bottom, right = frame.height - frame.bottom, frame.width - frame.right
@@ -254,13 +257,13 @@ def _axes(
     return "".join(parts)
 
 
-def _ticks(low: float, high: float, wanted: int, form: Any) -> list[tuple[float, str]]:
+def _ticks(low: float, high: float, wanted: int, form: Callable[[float], str] | None) -> list[tuple[float, str]]:
     """Round numbers inside a range, with their names."""
     step = round_step((high - low) / wanted)
-    places = max(0, -int(np.floor(np.log10(step) + 1e-9)), 1 if step == 2.5 else 0)
-    places += 1 if 0 < step < 1 and round(step * 10**places, 6) % 1 else 0
-    values = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step + 0.0  # + 0.0 turns −0 into 0
-    return [(float(value), form(float(value)) if form else _tick_name(float(value), places)) for value in values]
+    places = len(f"{step:.9f}".rstrip("0").split(".")[1])
+    first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
+    values = [float(value) for value in np.arange(first, last + 1) * step + 0.0]  # + 0.0 turns −0 into 0
+    return [(value, form(value) if form else _tick_name(value, places)) for value in values]
 
 
 def _tick_name(value: float, places: int) -> str:
@@ -290,6 +293,10 @@ def _fill(decision: str, name: str) -> str:
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _dot(x: float, y: float, radius: int) -> str:
+    return f'<circle class="accent" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
 
 
 def _path(frame: _Frame, xs: Sequence[float], ys: Sequence[float], kind: str) -> str:

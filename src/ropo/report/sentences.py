@@ -69,7 +69,20 @@ def decimal(value: float | None, places: int = 2) -> str:
         >>> decimal(-1.5)
         '−1.50'
     """
-    return "–" if value is None else f"{value:.{places}f}".replace("-", "−")
+    # z writes what rounds to −0.00 as 0.00
+    return "–" if value is None else f"{value:z.{places}f}".replace("-", "−")
+
+
+def probability(value: float | None) -> str:
+    """A probability with two decimals that never reads as certainty.
+
+    Examples:
+        >>> probability(0.999), probability(0.25)
+        ('>0.99', '0.25')
+    """
+    if value is None:
+        return "–"
+    return "<0.01" if value < 0.005 else ">0.99" if value > 0.995 else f"{value:.2f}"
 
 
 def write_sentences(tables: Table) -> dict[str, Any]:
@@ -78,6 +91,7 @@ def write_sentences(tables: Table) -> dict[str, Any]:
         "title": title(tables),
         "interval": interval(tables),
         "look": look(tables),
+        "budget": budget(tables),
         "done": done(tables),
         "trust": trust(tables),
         "next": [advice for rule in ADVICE if (advice := rule(tables))],
@@ -113,21 +127,27 @@ def look(tables: Table) -> str:
     if not review["num_likely"]:
         return "No pair is more likely flipped than right, so none needs to be read."
     return (
-        f"{counted(review['num_likely'], 'pair')} to read first: each is more likely flipped than right. "
-        f"About {count(review['found_likely'])} of them should be, out of "
-        f"{counted(review['found_all'], 'flip')} expected in all."
+        "Read these first: each is more likely flipped than right. About "
+        f"{count(review['found_likely'])} should be wrong, out of {counted(review['found_all'], 'flip')} expected in all."
     )
+
+
+def budget(tables: Table) -> str:
+    """What share of the pairs was to be filtered out, and who said so."""
+    estimate = tables["estimate"]
+    if estimate["rho"] is None:
+        return ""
+    source = "follows the estimate" if estimate["is_rho_auto"] else "was set by `--rho`"
+    return f"ρ = {decimal(estimate['rho'])}, the share to filter out, {source}."
 
 
 def done(tables: Table) -> str:
     """What was done with the pairs."""
-    counts, estimate = tables["counts"], tables["estimate"]
-    budget = f"filtering out {percent(estimate['rho'])}" if estimate["rho"] is not None else "filtering"
-    source = ", which follows the estimate," if estimate["is_rho_auto"] else ", as set by `--rho`,"
+    counts = tables["counts"]
     pieces = [f"{count(counts['keep'])} kept", f"{count(counts['drop'])} dropped"]
     pieces += [f"{count(counts['flip'])} flipped"] if counts["flip"] else []
     pieces += [f"{count(counts['resample'])} dropped and won back by a new pair"] if counts["resample"] else []
-    text = f"Of {counted(counts['num_pairs'], 'pair')}, {budget}{source} left {_join(pieces)}."
+    text = f"Of {counted(counts['num_pairs'], 'pair')}, {_join(pieces)}. {budget(tables)}".rstrip()
     weight = counts["weight_kept_mean"]
     if weight is not None and weight < 0.999:
         text += f" A kept pair counts {decimal(weight)} on average, less the more suspect it is."
@@ -139,7 +159,7 @@ def trust(tables: Table) -> list[str]:
     estimate, review = tables["estimate"], tables["review"]
     if review is None:
         return [
-            "This does not mean that the labels are right. It means that right and wrong ones look the same to this model.",
+            "This does not mean that the labels are right: right and wrong ones look the same to this model.",
             "Decisions below, if any, come from the filter's budget and not from evidence about single labels.",
         ]
     half_width = (estimate["high"] - estimate["low"]) / 2
@@ -148,12 +168,12 @@ def trust(tables: Table) -> list[str]:
     if review["num_likely"]:
         wrong = 1 - review["found_likely"] / review["num_likely"]
         found.append(
-            f"For {percent(review['share_clear'])} of the pairs the verdict is clear (P(flipped) below 0.1 or above 0.9); "
-            f"of the suspects above 0.5, about {percent(wrong)} should turn out right after all."
+            f"For {percent(review['share_clear'])} of the pairs the verdict is clear (P(flipped) below 0.1 or above "
+            f"0.9); of the suspects above 0.5, about {percent(wrong)} should turn out right after all."
         )
     found.append(
-        "Both rest on flips that fall at random. Errors with a pattern (one annotator, one topic, one style) can be taken "
-        "for a preference, and a hard pair with a right label can look wrong: read before you delete."
+        "Both rest on flips that fall at random. Errors with a pattern (one annotator, one topic, one style) can be "
+        "taken for a preference, and a hard pair with a right label can look wrong: read before you delete."
     )
     return found
 
@@ -195,18 +215,18 @@ def _advise_review(tables: Table) -> str | None:
 
 def _advise_rho(tables: Table) -> str | None:
     estimate = tables["estimate"]
-    rho = estimate["rho"]
+    rho, shown = estimate["rho"], percent_range(estimate["low"], estimate["high"])
     if not estimate["is_informative"] or rho is None:
         return None
     if rho > estimate["high"] + 0.005:
         return (
-            f"ρ = {decimal(rho)} filters out more than the interval allows ({percent_range(estimate['low'], estimate['high'])}): "
-            "right pairs are being lost. `--rho auto` follows the estimate."
+            f"ρ = {decimal(rho)} filters out more than the interval allows ({shown}): right pairs are being lost. "
+            "`--rho auto` follows the estimate."
         )
     if rho < estimate["low"] - 0.005:
         return (
-            f"ρ = {decimal(rho)} filters out less than the interval suggests "
-            f"({percent_range(estimate['low'], estimate['high'])}): wrong pairs stay in. `--rho auto` follows the estimate."
+            f"ρ = {decimal(rho)} filters out less than the interval suggests ({shown}): wrong pairs stay in. "
+            "`--rho auto` follows the estimate."
         )
     return None
 
@@ -215,7 +235,8 @@ def _advise_information(tables: Table) -> str | None:
     estimate = tables["estimate"]
     if not estimate["is_informative"] or estimate["rate"] < 0.25:
         return None
-    worth = (1 - 2 * estimate["rate"]) ** 2  # a label flipped at rate η carries (1 − 2η)² of the information of a clean one
+    # A label that is flipped at rate η carries about (1 − 2η)² of the information of a clean one.
+    worth = (1 - 2 * estimate["rate"]) ** 2
     return (
         f"If the flips are random, {counted(estimate['num_pairs'], 'label')} teach about as much as "
         f"{count(worth * estimate['num_pairs'])} clean ones. A label that a person has checked counts in full again."
@@ -234,8 +255,8 @@ def _advise_rounds(tables: Table) -> str | None:
     if len(known) < 2 or known[-2]["low"] <= known[-1]["rate"] <= known[-2]["high"]:
         return None
     return (
-        f"The estimate still moved in the last round, from {percent(known[-2]['rate'])} to {percent(known[-1]['rate'])}: "
-        "add a round (`--rounds`) and see whether it settles."
+        f"The estimate still moved in the last round, from {percent(known[-2]['rate'])} to "
+        f"{percent(known[-1]['rate'])}: add a round (`--rounds`) and see whether it settles."
     )
 
 
@@ -253,14 +274,14 @@ def _advise_length(tables: Table) -> str | None:
     kept, dropped = groups.get("kept"), groups.get("dropped")
     if kept and dropped and (kept["low"] > dropped["high"] or kept["high"] < dropped["low"]):
         return (
-            f"The filter leans on length: chosen is the longer response in {percent(kept['share_chosen_longer'])} of the kept "
-            f"pairs and in {percent(dropped['share_chosen_longer'])} of the dropped ones. Some of this may be the model's "
-            "own taste for length; look at dropped pairs with a short chosen response."
+            f"The filter leans on length: chosen is the longer response in {percent(kept['share_chosen_longer'])} of "
+            f"the kept pairs and in {percent(dropped['share_chosen_longer'])} of the dropped ones. Some of this may be "
+            "the model's own taste for length; look at dropped pairs with a short chosen response."
         )
     if kept and kept["low"] > 0.6:
         return (
-            f"In {percent(kept['share_chosen_longer'])} of the kept pairs the longer response is the chosen one: the model "
-            "will learn to write at length. Compare with a loss that counts per token (`--loss simpo`)."
+            f"In {percent(kept['share_chosen_longer'])} of the kept pairs the longer response is the chosen one: the "
+            "model will learn to write at length. Compare with a loss that counts per token (`--loss simpo`)."
         )
     return None
 

@@ -26,6 +26,8 @@ NUM_DROPPED_ROWS = 200
 NUM_RESAMPLED = 10
 NUM_BINS = 44  # about; the width of a bin is a round number
 NUM_CURVE_POINTS = 150
+WEIGHT_MARGINS = (-8.0, -5.0, -2.0, 0.0, 2.0, 5.0)  # nats
+REVIEW_DEPTHS = (10, 20, 50, 100, 200, 500, 1000, 5000, 20000)  # pairs that somebody may have time to read
 
 # decision: (name in the report, what it means for training)
 DECISIONS: Mapping[str, tuple[str, str]] = {
@@ -57,9 +59,12 @@ SEVERITIES = ("error", "left_out", "warning")
 
 Table = dict[str, Any]
 Floats = NDArray[np.float64]
+Columns = Mapping[str, NDArray[Any]]
 
 
-def build_tables(ledger: pa.Table, summary: Mapping[str, Any], pairs: Sequence[Pair], training_log: Sequence[Table]) -> Table:
+def build_tables(
+    ledger: pa.Table, summary: Mapping[str, Any], pairs: Sequence[Pair], training_log: Sequence[Table]
+) -> Table:
     """Compute everything the report says.
 
     Args:
@@ -108,28 +113,33 @@ def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
     columns = {name: ledger[name].to_numpy(zero_copy_only=False) for name in ledger.column_names}
     is_data = columns["origin"] == "data"
     if not is_data.any():
-        raise ValueError("write_report needs a ledger with at least one original pair; got none. Score the pairs first.")
+        raise ValueError("write_report needs a ledger with an original pair; got none. Score the pairs first.")
     is_last = is_data & (columns["round"] == columns["round"][is_data].max())
     positions = np.flatnonzero(is_last)
     positions = positions[np.argsort(columns["row"][positions], kind="stable")]
     return {name: column[positions] for name, column in columns.items()}
 
 
-def number(value: Any) -> float | None:
+def number(value: float | None) -> float | None:
     """A finite number rounded to six digits, or None."""
     if value is None or not np.isfinite(value):
         return None
     return float(f"{float(value):.6g}")
 
 
-def numbers(values: Iterable[Any]) -> list[float | None]:
+def numbers(values: Iterable[float | None]) -> list[float | None]:
     """`number` of each."""
     return [number(value) for value in values]
 
 
-def _mean(values: Floats) -> float | None:
+def _mean(values: Floats | NDArray[np.bool_]) -> float | None:
     finite = values[np.isfinite(values)]
-    return number(finite.mean()) if len(finite) else None
+    return number(float(finite.mean())) if len(finite) else None
+
+
+def _median(values: Floats) -> float | None:
+    finite = values[np.isfinite(values)]
+    return number(float(np.median(finite))) if len(finite) else None
 
 
 def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
@@ -147,7 +157,7 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
     }
 
 
-def _counts(scores: Mapping[str, NDArray[Any]], pairs: Sequence[Pair]) -> Table:
+def _counts(scores: Columns, pairs: Sequence[Pair]) -> Table:
     counts = {decision: int((scores["decision"] == decision).sum()) for decision in DECISIONS}
     return {
         "num_pairs": len(scores["row"]),
@@ -170,13 +180,18 @@ def _review(p_flip: Floats, *, is_informative: bool) -> Table | None:
         "num_likely": num_likely,
         "found_likely": number(found[num_likely]),
         "found_all": number(found[-1]),
-        "share_clear": number(np.mean((falling < 0.1) | (falling > 0.9))),
+        "share_clear": _mean((falling < 0.1) | (falling > 0.9)),
         "num_read": [int(value) for value in read],
         "num_found": numbers(found[read]),
+        "depths": [
+            {"num_read": depth, "num_found": number(found[depth]), "share": number(found[depth] / (found[-1] or 1.0))}
+            for depth in REVIEW_DEPTHS
+            if depth < len(falling)
+        ],
     }
 
 
-def _suspects(scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair], *, is_informative: bool) -> list[Table]:
+def _suspects(scores: Columns, originals: Mapping[int, Pair], *, is_informative: bool) -> list[Table]:
     if not is_informative:
         return []
     order = np.lexsort((scores["row"], scores["margin"], -scores["p_flip"]))
@@ -184,7 +199,7 @@ def _suspects(scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair],
     return [_shown_pair(scores, int(i), originals[int(scores["row"][i])]) for i in order]
 
 
-def _shown_pair(scores: Mapping[str, NDArray[Any]], i: int, pair: Pair) -> Table:
+def _shown_pair(scores: Columns, i: int, pair: Pair) -> Table:
     return {
         "row": int(scores["row"][i]),
         "pair_id": pair.id,
@@ -197,7 +212,7 @@ def _shown_pair(scores: Mapping[str, NDArray[Any]], i: int, pair: Pair) -> Table
     }
 
 
-def _margins(scores: Mapping[str, NDArray[Any]]) -> Table:
+def _margins(scores: Columns) -> Table:
     margin = scores["margin"].astype(np.float64)
     is_finite = np.isfinite(margin)
     finite = margin[is_finite]
@@ -218,8 +233,8 @@ def _margins(scores: Mapping[str, NDArray[Any]]) -> Table:
         "edges": numbers(edges),
         "num_below": int((finite < edges[0]).sum()),
         "num_above": int((finite > edges[-1]).sum()),
-        "median": number(np.median(finite)),
-        "share_negative": number(np.mean(finite < 0)),
+        "median": _median(finite),
+        "share_negative": _mean(finite < 0),
     }
 
 
@@ -241,7 +256,7 @@ def _rounds(ledger: pa.Table, summary: Mapping[str, Any]) -> list[Table]:
     for index, entry in enumerate(summary.get("rounds") or []):
         rate = entry.get("flip_rate") or {}
         name = int(entry.get("round", index))
-        margins = margin[(in_round == name) & np.isfinite(margin)]
+        margins = margin[in_round == name]
         found.append(
             {
                 "round": name,
@@ -250,8 +265,8 @@ def _rounds(ledger: pa.Table, summary: Mapping[str, Any]) -> list[Table]:
                 "high": number(rate.get("high")),
                 "rho": number(entry.get("rho")),
                 **{key: entry.get(key) for key in ("num_kept", "num_dropped", "num_flipped", "num_resampled")},
-                "median_margin": number(np.median(margins)) if len(margins) else None,
-                "share_negative": number(np.mean(margins < 0)) if len(margins) else None,
+                "median_margin": _median(margins),
+                "share_negative": _mean(margins < 0),
             }
         )
     return found
@@ -284,7 +299,8 @@ def _line(log: Sequence[Table], key: str, name: int, offset: int) -> Table:
     # A long log is averaged in equal pieces: a line of more points than the figure has pixels shows nothing more.
     pieces = np.array_split(np.array(points), min(len(points), NUM_CURVE_POINTS)) if points else []
     means = [piece.mean(axis=0) for piece in pieces]
-    return {"round": name, "num_logged": len(points), "x": numbers(m[0] for m in means), "y": numbers(m[1] for m in means)}
+    x, y = numbers(mean[0] for mean in means), numbers(mean[1] for mean in means)
+    return {"round": name, "num_logged": len(points), "x": x, "y": y}
 
 
 def _weight_curve(summary: Mapping[str, Any]) -> Table | None:
@@ -299,6 +315,11 @@ def _weight_curve(summary: Mapping[str, Any]) -> Table | None:
         "margin": numbers(margin),
         "weight": numbers(weight),
         "dpo": numbers(expit(-margin)),  # w(h) = σ(−h), arXiv:2305.18290, eq. 7
+        "at": [
+            {"margin": at, "weight": number(np.interp(at, margin, weight)), "dpo": number(expit(-at))}
+            for at in WEIGHT_MARGINS
+            if margin[0] <= at <= margin[-1]
+        ],
     }
 
 
@@ -316,11 +337,11 @@ def _problems(summary: Mapping[str, Any]) -> list[Table]:
             }
         )
     rank = {severity: index for index, severity in enumerate(SEVERITIES)}
-    shown = [problem for problem in found if problem["count"]]
-    return sorted(shown, key=lambda problem: (rank.get(problem["severity"], len(rank)), -problem["count"], problem["kind"]))
+    found = [problem for problem in found if problem["count"]]
+    return sorted(found, key=lambda one: (rank.get(one["severity"], len(rank)), -one["count"], one["kind"]))
 
 
-def _decisions(scores: Mapping[str, NDArray[Any]]) -> list[Table]:
+def _decisions(scores: Columns) -> list[Table]:
     found = []
     for decision, (name, meaning) in DECISIONS.items():
         of_kind = scores["decision"] == decision
@@ -333,7 +354,7 @@ def _decisions(scores: Mapping[str, NDArray[Any]]) -> list[Table]:
                 "meaning": meaning,
                 "count": int(of_kind.sum()),
                 "share": number(of_kind.mean()),
-                "margin_median": number(np.median(margin)) if len(margin) else None,
+                "margin_median": _median(margin),
                 "margin_low": number(margin.min()) if len(margin) else None,
                 "margin_high": number(margin.max()) if len(margin) else None,
                 "p_flip_mean": _mean(scores["p_flip"][of_kind]),
@@ -343,7 +364,7 @@ def _decisions(scores: Mapping[str, NDArray[Any]]) -> list[Table]:
     return found
 
 
-def _dropped(scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair]) -> Table:
+def _dropped(scores: Columns, originals: Mapping[int, Pair]) -> Table:
     """The pairs not kept, smallest margin first (NaN last)."""
     positions = np.flatnonzero(scores["decision"] != "keep")
     positions = positions[np.argsort(scores["margin"][positions], kind="stable")]
@@ -361,26 +382,24 @@ def _dropped(scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair]) 
     return {"num_rows": len(positions), "rows": rows}
 
 
-def _resampled(
-    ledger: pa.Table, scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair], pairs: Sequence[Pair]
-) -> Table:
+def _resampled(ledger: pa.Table, scores: Columns, originals: Mapping[int, Pair], pairs: Sequence[Pair]) -> Table:
     """New pairs beside the pairs whose prompts they win back; a few of them, evenly spaced over the data."""
     new = sorted((pair for pair in pairs if pair.origin == "resampled"), key=lambda pair: pair.row)
     columns = [ledger[name].to_pylist() for name in ("origin", "pair_id", "margin")] if new else [[], [], []]
     margins = {name: value for origin, name, value in zip(*columns, strict=True) if origin == "resampled"}
     position = {int(row): i for i, row in enumerate(scores["row"])}
-    chosen = np.unique(np.linspace(0, len(new) - 1, NUM_RESAMPLED).round().astype(int)) if new else []
+    shown = sorted({round(place) for place in np.linspace(0, len(new) - 1, NUM_RESAMPLED)}) if new else []
     return {
         "num_pairs": len(new),
-        "median_margin": number(np.nanmedian(list(margins.values()))) if margins else None,
-        "pairs": [_new_pair(new[int(i)], margins, scores, position, originals) for i in chosen],
+        "median_margin": _median(np.array(list(margins.values()), dtype=np.float64)),
+        "pairs": [_new_pair(new[i], margins, scores, position, originals) for i in shown],
     }
 
 
 def _new_pair(
     pair: Pair,
     margins: Mapping[str, float],
-    scores: Mapping[str, NDArray[Any]],
+    scores: Columns,
     position: Mapping[int, int],
     originals: Mapping[int, Pair],
 ) -> Table:
@@ -401,14 +420,15 @@ def _new_pair(
     }
 
 
-def _lengths(scores: Mapping[str, NDArray[Any]], originals: Mapping[int, Pair]) -> list[Table]:
+def _lengths(scores: Columns, originals: Mapping[int, Pair]) -> list[Table]:
     """Characters of both responses, and how often the longer one carries the label "chosen"."""
     pairs = [originals[int(row)] for row in scores["row"]]
     chosen = np.array([len(plain(pair.chosen)) for pair in pairs], dtype=np.float64)
     rejected = np.array([len(plain(pair.rejected)) for pair in pairs], dtype=np.float64)
     decision = scores["decision"]
     is_dropped = (decision == "drop") | (decision == "resample")
-    groups = {"all pairs": decision != "", "kept": decision == "keep", "dropped": is_dropped, "flipped": decision == "flip"}
+    is_pair = np.ones(len(pairs), dtype=bool)
+    groups = {"all pairs": is_pair, "kept": decision == "keep", "dropped": is_dropped, "flipped": decision == "flip"}
     found = []
     for name, of_group in groups.items():
         if not of_group.any():

@@ -1,4 +1,4 @@
-"""Text of a pair -> plain parts that a page can show: turn by turn, of bounded length, with the words that differ marked.
+"""Text of a pair -> plain parts that a page can show: turn by turn, of bounded length, differing words marked.
 
 In: `Text` of pairs; it is untrusted and may hold anything. Out: dicts of strings, still unescaped: escaping belongs
 to the template that knows whether it writes HTML or Markdown.
@@ -9,6 +9,7 @@ text back, save for white space around it.
 
 import json
 import re
+from collections import Counter
 from difflib import SequenceMatcher
 from itertools import groupby
 from typing import Any
@@ -18,6 +19,7 @@ from ropo.pairs import Text
 MAX_CHARACTERS = 5000  # of one text; ten suspects of three texts then stay well below a megabyte of page
 EXCERPT_CHARACTERS = 90
 SHORTEST_SHARED_RUN = 3  # words
+MOST_MATCHES = 200_000  # equal words at any two places; the time of a comparison grows with it
 # Above this share of differing words, marks would cover the texts; a handful of words is still worth marking.
 MOST_MARKED = 0.85
 FEW_WORDS = 30
@@ -29,10 +31,10 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 
 
 def clean(text: str) -> str:
-    """Make `text` safe to encode and visible: control characters become pictures, lone surrogates question marks.
+    r"""Make `text` safe to encode and visible: control characters become pictures, lone surrogates question marks.
 
     Examples:
-        >>> clean("a\\x00b")
+        >>> clean("a\x00b")
         'a␀b'
     """
     text = text.replace("\r\n", "\n").translate(_PICTURES)
@@ -128,31 +130,46 @@ def _words(text: Text) -> list[tuple[int, str]]:
 def _differing(first: list[str], second: list[str]) -> tuple[list[bool], list[bool]]:
     """For each word of each text, whether it is missing in the other one."""
     left, right = [word.strip() for word in first], [word.strip() for word in second]
-    # The common beginning and end are found first: they are cheap, and SequenceMatcher, which leaves frequent words of
-    # long texts aside to stay fast, would miss them in a text of few distinct words.
     shortest = min(len(left), len(right))
     begin = next((i for i in range(shortest) if left[i] != right[i]), shortest)
     end = next((i for i in range(shortest - begin) if left[-1 - i] != right[-1 - i]), shortest - begin)
     middle = left[begin : len(left) - end], right[begin : len(right) - end]
-    blocks = SequenceMatcher(None, *middle).get_matching_blocks()
+    # Its heuristic for speed ignores frequent words; it is left off unless a text repeats itself without end.
+    counts = Counter(middle[0]), Counter(middle[1])
+    num_matches = sum(number * counts[1][word] for word, number in counts[0].items())
+    blocks = SequenceMatcher(None, *middle, autojunk=num_matches > MOST_MATCHES).get_matching_blocks()
     if 2 * sum(block.size for block in blocks) < min(map(len, middle)):
         # Two texts that say different things share "the" and "," by chance; only runs of words mean something there.
         blocks = [block for block in blocks if block.size >= SHORTEST_SHARED_RUN]
-    marks = [begin <= i < len(left) - end for i in range(len(left))], [begin <= i < len(right) - end for i in range(len(right))]
+    marks = [[begin <= i < len(side) - end for i in range(len(side))] for side in (left, right)]
     for block in blocks:
         for offset in range(block.size):
             marks[0][begin + block.a + offset] = marks[1][begin + block.b + offset] = False
-    return marks
+    return marks[0], marks[1]
 
 
 def _show_response(text: Text, words: list[tuple[int, str]], marks: list[bool]) -> dict[str, Any]:
     shown = []
     for index, (role, _) in enumerate(turns(text)):
         of_turn = [(word, is_marked) for (turn, word), is_marked in zip(words, marks, strict=True) if turn == index]
-        parts = [["".join(w for w, _ in run), is_marked] for is_marked, run in groupby(of_turn, key=lambda item: item[1])]
-        if parts:  # white space around a text takes room and says nothing
-            parts[0][0] = parts[0][0].lstrip()
-            parts[-1][0] = parts[-1][0].rstrip()
-        shown.append({"role": role, "parts": parts})
+        shown.append({"role": role, "parts": _parts(of_turn)})
     num_hidden = max(0, sum(len(content) for _, content in turns(text)) - MAX_CHARACTERS)
     return {"turns": shown, "num_hidden": num_hidden}
+
+
+def _parts(words: list[tuple[str, bool]]) -> list[list[Any]]:
+    """Runs of words with the same mark; white space behind a marked run and around the whole is not part of it."""
+    parts: list[list[Any]] = []
+    for is_marked, run in groupby(words, key=lambda item: item[1]):
+        text = "".join(word for word, _ in run)
+        if is_marked:
+            behind = text[len(text.rstrip()) :]
+            parts += [[text.rstrip(), True], [behind, False]]
+        elif parts:
+            parts[-1][0] += text
+        else:
+            parts.append([text, False])
+    if parts:
+        parts[0][0] = parts[0][0].lstrip()
+        parts[-1][0] = parts[-1][0].rstrip()
+    return [part for part in parts if part[0]]

@@ -39,11 +39,11 @@ def win_back(
     parents: Sequence[Pair],
     samples: Sequence[Sample],
     parent_policy: PairLogps,
-    parent_reference: PairLogps,
+    parent_reference: PairLogps | None,
     *,
     score_policy: Scorer,
-    score_reference: Scorer,
-    margins_of: Callable[[PairLogps, PairLogps], NDArray[np.float64]],
+    score_reference: Scorer | None,
+    margins_of: Callable[[PairLogps, PairLogps | None], NDArray[np.float64]],
     loss_of: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -61,9 +61,9 @@ def win_back(
         parents: The discarded pairs.
         samples: Sampled responses; `prompt` is the place of the parent.
         parent_policy: Log-probabilities of the parents under the policy that sampled.
-        parent_reference: The same under the reference.
+        parent_reference: The same under the reference; None for losses without one.
         score_policy: Log-probabilities of tokenized pairs under that policy.
-        score_reference: The same under the reference.
+        score_reference: The same under the reference; None for losses without one.
         margins_of: Margins from the two.
         loss_of: The training loss as a function of margins.
         tokenizer: The model's.
@@ -86,24 +86,26 @@ def win_back(
     ]  # fmt: skip
     tokenized = tokenize_pairs(beside, tokenizer, max_length=max_length)
     refused["same text as an original response, or empty"] += len(beside) - len(tokenized)
-    policy, reference = score_policy(tokenized.tokens), score_reference(tokenized.tokens)
+    policy = score_policy(tokenized.tokens)
+    reference = score_reference(tokenized.tokens) if score_reference else None
     where = [finished[pair.row].prompt for pair in tokenized.pairs]
     candidates, margins = [], []
     for name in ("chosen", "rejected"):
-        against = [_beside(logps, parent[where], name) for logps, parent in ((policy, parent_policy), (reference, parent_reference))]
-        margins.append(margins_of(*against))
-        for pair, i, num_tokens, num_original in zip(
-            tokenized.pairs, where, policy.chosen_tokens.tolist(), against[0].rejected_tokens.tolist(), strict=True
-        ):
-            candidates.append(
-                Candidate(
-                    parent=parents[i],
-                    sampled=pair.chosen,
-                    original=getattr(parents[i], name),
-                    num_sampled_tokens=num_tokens,
-                    num_original_tokens=num_original,
-                )
+        own = _beside(policy, parent_policy[where], name)
+        base = _beside(reference, parent_reference[where], name) if reference is not None and parent_reference is not None else None
+        margins.append(margins_of(own, base))
+        candidates += [
+            Candidate(
+                parent=parents[i],
+                sampled=pair.chosen,
+                original=getattr(parents[i], name),
+                num_sampled_tokens=num_sampled,
+                num_original_tokens=num_original,
             )
+            for pair, i, num_sampled, num_original in zip(
+                tokenized.pairs, where, own.chosen_tokens.tolist(), own.rejected_tokens.tolist(), strict=True
+            )
+        ]
     selection = select_pairs(
         candidates,
         np.concatenate(margins),

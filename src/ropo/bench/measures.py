@@ -1,0 +1,135 @@
+"""How well flips are found and how sure a mean is. Pure functions of arrays.
+
+In: scores and known answers. Out: plain numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm, rankdata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mean:
+    """A mean with its interval.
+
+    Attributes:
+        value: The mean.
+        low: Lower end of the interval.
+        high: Upper end.
+        count: Number of values.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def mean_of(values: ArrayLike, *, level: float = 0.90) -> Mean:
+    """Mean with its normal interval.
+
+    Args:
+        values: Independent values; one gives an interval without width.
+        level: Coverage.
+
+    Returns:
+        Mean and interval.
+
+    Examples:
+        >>> mean_of([1.0, 2.0, 3.0]).value
+        2.0
+    """
+    array = np.asarray(values, dtype=np.float64)
+    half = norm.ppf((1 + level) / 2) * array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else 0.0
+    return Mean(value=float(array.mean()), low=float(array.mean() - half), high=float(array.mean() + half), count=len(array))
+
+
+def share_of(hits: ArrayLike, *, level: float = 0.90) -> Mean:
+    """Share of hits with its Wilson interval, which stays inside [0, 1].
+
+    Args:
+        hits: 1 for a hit, 0 for none, a half for a tie.
+        level: Coverage.
+
+    Returns:
+        Share and interval.
+
+    Examples:
+        >>> found = share_of([1, 1, 1, 1])
+        >>> found.value, round(found.low, 2), found.high
+        (1.0, 0.6, 1.0)
+    """
+    array = np.asarray(hits, dtype=np.float64)
+    count, share = len(array), float(array.mean())
+    z = norm.ppf((1 + level) / 2)
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return Mean(value=share, low=max(float(centre - half), 0.0), high=min(float(centre + half), 1.0), count=count)
+
+
+def auroc(scores: ArrayLike, is_flipped: ArrayLike) -> float:
+    """Chance that a flipped pair scores above one that is not; ties count half.
+
+    Args:
+        scores: Suspicion of each pair, such as `p_flip` or −margin.
+        is_flipped: The answer key.
+
+    Returns:
+        0.5 for blind scores, 1 for perfect ones, NaN if only one kind of pair is there.
+
+    Examples:
+        >>> auroc([0.9, 0.8, 0.1], [True, False, False])
+        1.0
+    """
+    truth = np.asarray(is_flipped, dtype=bool)
+    num_flipped, num_clean = int(truth.sum()), int((~truth).sum())
+    if not num_flipped or not num_clean:
+        return float("nan")
+    ranks = rankdata(scores)
+    return float((ranks[truth].sum() - num_flipped * (num_flipped + 1) / 2) / (num_flipped * num_clean))
+
+
+def average_precision(scores: ArrayLike, is_flipped: ArrayLike) -> float:
+    """Mean precision over the flipped pairs when the most suspect come first.
+
+    Args:
+        scores: Suspicion of each pair.
+        is_flipped: The answer key.
+
+    Returns:
+        Between the share of flips (blind) and 1; NaN if nothing is flipped.
+
+    Examples:
+        >>> average_precision([0.9, 0.8, 0.1], [True, False, True])
+        0.8333333333333333
+    """
+    truth = np.asarray(is_flipped, dtype=bool)[np.argsort(-np.asarray(scores), kind="stable")]
+    if not truth.any():
+        return float("nan")
+    precision = np.cumsum(truth) / np.arange(1, len(truth) + 1)
+    return float(precision[truth].mean())
+
+
+def precision_recall(is_suspect: Sequence[bool] | NDArray[np.bool_], is_flipped: ArrayLike) -> tuple[float, float]:
+    """Precision and recall of a set of suspects.
+
+    Args:
+        is_suspect: What was dropped, flipped or resampled.
+        is_flipped: The answer key.
+
+    Returns:
+        Precision (NaN without suspects) and recall (NaN without flips).
+
+    Examples:
+        >>> precision_recall([True, True, False], [True, False, False])
+        (0.5, 1.0)
+    """
+    suspect, truth = np.asarray(is_suspect, dtype=bool), np.asarray(is_flipped, dtype=bool)
+    hits = float((suspect & truth).sum())
+    return (
+        hits / float(suspect.sum()) if suspect.any() else float("nan"),
+        hits / float(truth.sum()) if truth.any() else float("nan"),
+    )

@@ -1,0 +1,109 @@
+"""A model on a task whose truth is known: accuracy on clean pairs, gold reward, distance to the reference.
+
+In: a policy, a reference, held-out pairs with right labels, a gold reward. Out: `PolicyScore`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ropo.bench.measures import Mean, mean_of, share_of
+from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
+from ropo.logps.score import score_pairs
+from ropo.pairs import Pair, margin
+from ropo.resample.generate import Sample, sample_responses
+
+GoldReward = Callable[[str, str], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyScore:
+    """Scores of one policy; no single one can be gamed alone.
+
+    Attributes:
+        accuracy: Share of held-out pairs with a positive margin, ties counting half.
+        gold: True reward of responses sampled at temperature 1.
+        kl: Mean of log π − log π_ref over the finished samples, nats per response: the KL divergence to the reference.
+        samples: The sampled responses.
+        rewards: Their gold rewards.
+    """
+
+    accuracy: Mean
+    gold: Mean
+    kl: Mean
+    samples: list[Sample]
+    rewards: list[float]
+
+
+def score_policy(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    gold_reward: GoldReward,
+    *,
+    num_samples: int,
+    max_length: int = 512,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> PolicyScore:
+    """Score a policy on held-out pairs with right labels.
+
+    Args:
+        policy: The model to score.
+        reference: The model it was aligned from.
+        tokenizer: Of both.
+        pairs: Held-out pairs, text, right labels.
+        gold_reward: True reward of a prompt and a response.
+        num_samples: Responses to sample, one for each of the first prompts.
+        max_length: For tokenizing.
+        max_new_tokens: Longest response.
+        seed: Of the samples: the same for all policies that are compared.
+
+    Returns:
+        Scores with 90 % intervals.
+    """
+    tokenized = tokenize_pairs(pairs, tokenizer, max_length=max_length)
+    batching = {"pad_token_id": tokenizer.pad_token_id, "max_length": max_length}
+    own = score_pairs(policy, tokenized.tokens, title="Held-out pairs", **batching)
+    base = score_pairs(reference, tokenized.tokens, title="Held-out pairs", **batching)
+    h = margin(own, base, beta=1.0).numpy()
+    prompts = [pair.prompt for pair in pairs[:num_samples]]
+    prompt_ids = encode_prompts(prompts, tokenizer)
+    samples = sample_responses(
+        policy,
+        tokenizer,
+        prompt_ids,
+        num_candidates=1,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        title="Sampling for the gold reward",
+    )
+    rewards = [gold_reward(str(prompts[sample.prompt]), sample.text) for sample in samples]
+    drawn = _as_pairs(prompt_ids, samples, tokenizer)
+    drawn_own, drawn_base = (score_pairs(model, drawn, title="Distance", **batching) for model in (policy, reference))
+    return PolicyScore(
+        accuracy=share_of((h > 0) + 0.5 * (h == 0)),
+        gold=mean_of(rewards),
+        kl=mean_of((drawn_own.chosen - drawn_base.chosen).numpy()),
+        samples=samples,
+        rewards=rewards,
+    )
+
+
+def _as_pairs(
+    prompt_ids: Sequence[Sequence[int]], samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
+) -> list[TokenizedPair]:
+    """Each finished sample as the chosen response of a pair; the rejected one is the end token alone, nearly free."""
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    return [
+        TokenizedPair(
+            prompt=np.array(prompt_ids[sample.prompt], dtype=np.int32),
+            chosen=np.append(np.array(tokenizer(sample.text, add_special_tokens=False)["input_ids"], dtype=np.int32), end),
+            rejected=end,
+        )
+        for sample in samples
+        if sample.is_finished
+    ]

@@ -1,0 +1,239 @@
+"""`ropo demo | train | validate | losses`.
+
+In: the command line. Out: an exit code: 0 done, 1 the data or the result is not acceptable, 2 misuse.
+"""
+
+import argparse
+import dataclasses
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers import AutoTokenizer, HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+from ropo.align import DataError, read_checked, run_rounds
+from ropo.config import ROPOConfig, did_you_mean
+from ropo.data.load import load_pairs
+from ropo.data.problems import PROBLEMS, render
+from ropo.data.tokenize import tokenize_pairs
+from ropo.data.validate import validate_pairs
+from ropo.demo import run_demo
+from ropo.losses import methods_table
+
+DONE, NOT_ACCEPTABLE, MISUSE = 0, 1, 2
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainArguments:
+    """Which model and data `ropo train` takes; everything else is in `ROPOConfig`."""
+
+    model_name_or_path: str | None = _option(None, "Folder or hub id of the model to align; it is also the reference.")
+    dataset_name: str | None = _option(None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), saved folder, or hub id.")
+    dataset_split: str = _option("train", "Part of the dataset to read, where it has several.")
+    prompt_column: str = _option("prompt", "Name of the column with prompts.")
+    chosen_column: str = _option("chosen", "Name of the column with preferred responses.")
+    rejected_column: str = _option("rejected", "Name of the column with the other responses.")
+    dtype: str = _option("float32", "Type of the weights: float32 trains best (--bf16 computes fast), auto, bfloat16.")
+    attn_implementation: str = _option("sdpa", "Attention: sdpa and eager can encode each prompt once per pair.")
+    model_revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = _option(False, "Run code that a hub model brings. Read it first.")  # noqa: FBT003
+    use_peft: bool = _option(False, "Train a LoRA adapter instead of the whole model.")  # noqa: FBT003
+    lora_r: int = _option(16, "Rank of the adapter.")
+    lora_alpha: int = _option(32, "Scale of the adapter.")
+    lora_dropout: float = _option(0.0, "Dropout of the adapter.")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Words after `ropo`; those of the process by default.
+
+    Returns:
+        Exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"demo": _demo, "train": _train, "validate": _validate, "losses": _losses}
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE)
+        return DONE if words else MISUSE
+    if words[0] not in commands:
+        print(f"ropo needs one of {', '.join(commands)}; got {words[0]!r}.{did_you_mean(words[0], list(commands))}", file=sys.stderr)
+        return MISUSE
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False, markup=False)], force=True
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    try:
+        return commands[words[0]](words[1:])
+    except DataError as error:
+        print(f"ropo {words[0]}: {error}", file=sys.stderr)
+        return NOT_ACCEPTABLE
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("Where it happened:", exc_info=True)
+        print(f"ropo {words[0]}: {error}", file=sys.stderr)
+        return MISUSE
+
+
+_USAGE = """\
+ropo: align language models on preference data whose labels are partly wrong
+
+  ropo demo                          see it work in a few minutes on a laptop, offline
+  ropo train --model_name_or_path M --dataset_name D --output_dir O [--config recipe.yaml] [--option value]
+  ropo validate D                    list every problem of a dataset; exit code 1 if one must be fixed
+  ropo losses                        the losses, their formulas, papers and options
+
+`ropo COMMAND --help` lists the options."""
+
+
+def _demo(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("ropo demo", description=run_demo.__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where everything is written.")
+    parser.add_argument("--flip_rate", type=float, default=0.3, help="Share of labels to flip, [0, 0.5).")
+    parser.add_argument("--num_pairs", type=int, default=3000, help="Training pairs.")
+    parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
+    given = parser.parse_args(words)
+    run_demo(given.output_dir, flip_rate=given.flip_rate, num_pairs=given.num_pairs, seed=given.seed, console=Console())
+    return DONE
+
+
+def _train(words: list[str]) -> int:
+    given, args = parse_train(words)
+    names = {"prompt": given.prompt_column, "chosen": given.chosen_column, "rejected": given.rejected_column}
+    summary = run_rounds(
+        str(given.model_name_or_path),
+        given.dataset_name,
+        args,
+        peft_config=_adapter(given),
+        split=given.dataset_split,
+        columns={ours: theirs for ours, theirs in names.items() if ours != theirs},
+        load_options={
+            "dtype": given.dtype,
+            "attn_implementation": given.attn_implementation,
+            "revision": given.model_revision,
+            "trust_remote_code": given.trust_remote_code,
+        },
+        command=shlex.join(["ropo", "train", *words]),
+    )
+    rate, folder = summary["flip_rate"], Path(str(args.output_dir))
+    if summary["is_informative"]:
+        print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
+    else:
+        print(f"\nFlipped labels: cannot tell. {summary['reason']}")
+    print(
+        f"Pairs: {summary['num_kept']} kept, {summary['num_dropped']} dropped, {summary['num_flipped']} flipped, "
+        f"{summary['num_resampled']} resampled.\n"
+        f"Model:  {folder}\nLedger: {folder / 'ledger.parquet'}\nReport: {folder / 'report.html'}   <- look here next"
+    )
+    return DONE
+
+
+def _adapter(given: TrainArguments) -> LoraConfig | None:
+    if not given.use_peft:
+        return None
+    return LoraConfig(
+        r=given.lora_r,
+        lora_alpha=given.lora_alpha,
+        lora_dropout=given.lora_dropout,
+        target_modules=given.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _validate(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("ropo validate", description="List every problem of a dataset.")
+    parser.add_argument("dataset", help="File, saved folder or hub id.")
+    parser.add_argument("--split", default="train", help="Part of the dataset to read.")
+    parser.add_argument("--model_name_or_path", help="Check lengths too, with this model's tokenizer.")
+    parser.add_argument("--max_length", type=int, default=1024, help="Most tokens of prompt and one response together.")
+    given = parser.parse_args(words)
+    loaded = load_pairs(given.dataset, split=given.split)
+    problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
+    if given.model_name_or_path:
+        tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
+        problems += tokenize_pairs(loaded.pairs, tokenizer, max_length=given.max_length).problems
+    print(f"{given.dataset}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {loaded.format or 'unknown'}.")
+    print(render(problems) if problems else "No problems found.")
+    must_fix = any(PROBLEMS[problem.kind].severity == "error" for problem in problems)
+    return NOT_ACCEPTABLE if must_fix else DONE
+
+
+def _losses(words: list[str]) -> int:
+    argparse.ArgumentParser("ropo losses", description="The losses, their formulas, papers and options.").parse_args(words)
+    print(methods_table())
+    return DONE
+
+
+def parse_train(words: Sequence[str]) -> tuple[TrainArguments, ROPOConfig]:
+    """Read the options of `ropo train`: a YAML file gives defaults, the command line wins.
+
+    Args:
+        words: What follows `ropo train`.
+
+    Returns:
+        Model and data, and the configuration.
+
+    Raises:
+        ValueError: If an option is unknown, missing or out of range.
+    """
+    config_parser = argparse.ArgumentParser("ropo train", add_help=False)
+    config_parser.add_argument("--config", type=Path)
+    config, rest = config_parser.parse_known_args(list(words))
+    parser = HfArgumentParser((TrainArguments, ROPOConfig), prog="ropo train", allow_abbrev=False)
+    known = [f.name for kind in (TrainArguments, ROPOConfig) for f in dataclasses.fields(kind)]
+    if config.config is not None:
+        parser.set_defaults(**_read_recipe(config.config, known))
+    given, args, unknown = parser.parse_args_into_dataclasses(
+        rest, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        raise ValueError(f"unknown option {unknown[0]}.{did_you_mean(name, known)} `ropo train --help` lists all.")
+    for name, value in (
+        ("model_name_or_path", given.model_name_or_path),
+        ("dataset_name", given.dataset_name),
+        ("output_dir", args.output_dir if "output_dir" in _named(words, config.config) else None),
+    ):
+        if not value:
+            raise ValueError(f"--{name} is missing. Usage: ropo train --model_name_or_path M --dataset_name D --output_dir O")
+    return given, args
+
+
+def _named(words: Sequence[str], recipe: Path | None) -> set[str]:
+    """Names of the options that the user gave in either place."""
+    named = {word.lstrip("-").split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return named | (set(yaml.safe_load(recipe.read_text("utf-8")) or {}) if recipe else set())
+
+
+def _read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config needs a YAML file; {path} is not there.")
+    recipe = yaml.safe_load(path.read_text("utf-8")) or {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config needs a YAML file of `option: value` lines; {path} holds a {type(recipe).__name__}.")
+    for name in recipe:
+        if name not in known:
+            raise ValueError(f"{path}: unknown option {name!r}.{did_you_mean(name, known)} `ropo train --help` lists all.")
+    # Written as strings, values pass through the same conversion as on the command line: YAML reads 1e-6 as text.
+    return {name: str(value) if isinstance(value, float) else value for name, value in recipe.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

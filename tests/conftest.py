@@ -1,0 +1,92 @@
+"""What every test shares: shapes checked as they run, fixed seeds, and a tiny model built in code."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is marked so and turns this off
+
+from jaxtyping import install_import_hook
+
+# The pure rooms, where shapes are written down; dataclasses of other libraries have annotations of their own.
+install_import_hook(
+    ["ropo.pairs", "ropo.provenance", "ropo.logps", "ropo.losses", "ropo.noise", "ropo.bench"], "beartype.beartype"
+)
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ropo.pairs import Pair
+
+_TEXT = ["the soup was good and the waiter was kind .", "it was cold , slow and far too loud !", "Human: hi Assistant: yes"]
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # sums in one order: some tests compare bit by bit
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a chat template, so that any text works and tokens merge as in real ones."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator(_TEXT * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    return made
+
+
+@pytest.fixture
+def model(tokenizer) -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, random weights that are not too flat."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def model_folder(model, tokenizer, tmp_path) -> Path:
+    """The tiny model on disk, as a user's local model folder."""
+    folder = tmp_path / "tiny_model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[Pair]:
+    """Twenty different pairs of uneven length."""
+    rng = np.random.default_rng(0)
+    words = "the soup waiter was good bad slow kind very not and it loud cold".split()
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(words, size=int(rng.integers(low, high))))
+
+    return [
+        Pair(prompt=f"Human: {text(2, 12)} Assistant:", chosen=f" {text(1, 9)}", rejected=f" {text(9, 14)}", row=row)
+        for row in range(20)
+    ]

@@ -1,0 +1,133 @@
+"""A run that is killed after any stage, or in the middle of one, ends as if it had never been killed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ropo import stages
+from ropo.align import run_rounds
+from ropo.config import ROPOConfig
+from ropo.provenance import hash_file
+from ropo.trainer import ROPOTrainer
+
+STAGES = ["reference"] + [
+    f"{stage} {number}" for number in (0, 1) for stage in ("train", "score", "estimate", "decide", "resample")
+][:-1]
+
+
+def config(folder, **options):
+    common = {
+        "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 4, "logging_steps": 1,
+        "save_strategy": "steps", "save_steps": 2, "max_length": 64, "max_new_tokens": 24, "num_candidates": 2,
+        "use_cpu": True, "disable_tqdm": True, "rho": "0.3", "max_length_ratio": 30.0,
+    }  # fmt: skip
+    return ROPOConfig(**{**common, **options})
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """Digest of every file that does not name a time or a place."""
+    skip = ("manifest.json", "training_log.json", "summary.json", "README.md", "training_args.bin", "ropo_config.json")
+    return {
+        str(path.relative_to(folder)): hash_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skip and not path.name.startswith("report") and "reference_cache" not in path.parts
+    }
+
+
+@pytest.fixture
+def whole(model_folder, pairs, tmp_path):
+    folder = tmp_path / "whole"
+    run_rounds(model_folder, pairs, config(folder))
+    return outputs(folder)
+
+
+def test_killed_after_every_stage(model_folder, pairs, tmp_path, monkeypatch, whole):
+    """One run, killed after each of its stages in turn; every start repeats none of those done before."""
+    folder, made = tmp_path / "killed", []
+    run = stages.Stages.run
+
+    def dying(self, name, inputs, files, make):
+        def make_then_die():
+            make()
+            made.append(name)
+
+        before = len(made)
+        digest = run(self, name, inputs, files, make_then_die)
+        if len(made) > before:
+            raise KeyboardInterrupt
+        return digest
+
+    monkeypatch.setattr(stages.Stages, "run", dying)
+    for _ in STAGES:
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(model_folder, pairs, config(folder))
+    monkeypatch.setattr(stages.Stages, "run", run)
+    summary = run_rounds(model_folder, pairs, config(folder))
+    assert made == [stage.split()[0] for stage in STAGES]
+    assert summary["num_resampled"] > 0  # so that the second round had new pairs to train on
+    assert outputs(folder) == whole
+
+
+def test_killed_inside_training(model_folder, pairs, tmp_path, monkeypatch, whole):
+    """Training goes on from its last checkpoint."""
+    folder, steps = tmp_path / "killed", []
+    step = ROPOTrainer.training_step
+
+    def dying(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ROPOTrainer, "training_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(model_folder, pairs, config(folder))
+    run_rounds(model_folder, pairs, config(folder))
+    assert steps[:6] == [0, 1, 2, 3, 2, 3]  # the checkpoint was written after step 2
+    assert outputs(folder) == whole
+
+
+def test_finished_run_does_nothing(model_folder, pairs, tmp_path, monkeypatch):
+    folder = tmp_path / "done"
+    first = run_rounds(model_folder, pairs, config(folder))
+    monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    again = run_rounds(model_folder, pairs, config(folder))
+    assert again["seconds"] == first["seconds"]
+
+
+def test_one_more_round(model_folder, pairs, tmp_path):
+    folder = tmp_path / "more"
+    run_rounds(model_folder, pairs, config(folder, rounds=1))
+    before = hash_file(folder / "rounds" / "00" / "model" / "model.safetensors")
+    summary = run_rounds(model_folder, pairs, config(folder, rounds=2))
+    assert hash_file(folder / "rounds" / "00" / "model" / "model.safetensors") == before
+    assert [this["round"] for this in summary["rounds"]] == [0, 1]
+
+
+def test_other_settings_are_refused(model_folder, pairs, tmp_path):
+    folder = tmp_path / "run"
+    run_rounds(model_folder, pairs, config(folder, rounds=1))
+    with pytest.raises(ValueError, match="learning_rate: 0.003 there, 0.001 now"):
+        run_rounds(model_folder, pairs, config(folder, rounds=1, learning_rate=1e-3))
+    with pytest.raises(ValueError, match="data: "):
+        run_rounds(model_folder, pairs[:-1], config(folder, rounds=1))
+    run_rounds(model_folder, pairs, config(folder, rounds=1, logging_steps=5))  # changes nothing that counts
+
+
+def test_foreign_folder_is_left_alone(model_folder, pairs, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files"):
+        run_rounds(model_folder, pairs, config(folder))
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_carry_on_starts_from_the_last_model(model_folder, pairs, tmp_path):
+    logs = {}
+    for start in ("restart", "carry_on"):
+        run_rounds(model_folder, pairs, config(tmp_path / start, round_start=start, rho="0"))
+        logs[start] = json.loads((tmp_path / start / "rounds" / "01" / "training_log.json").read_text())
+    assert logs["restart"][0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert abs(logs["carry_on"][0]["rewards/margins"]) > 0.05

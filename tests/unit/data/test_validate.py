@@ -1,0 +1,152 @@
+"""Texts that teach nothing, repetitions and contradictions are found, and what was found is told."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from ropo.data.load import FORMATS
+from ropo.data.problems import PROBLEMS, Problem, problems_table, render, summarise
+from ropo.data.validate import validate_pairs
+from ropo.pairs import Pair
+
+FORMATS_PAGE = Path(__file__).parents[3] / "docs" / "formats.md"
+
+
+def pairs_of(*texts, annotators=()):
+    annotators = [*annotators, *[None] * (len(texts) - len(annotators))]
+    return [
+        Pair(prompt=prompt, chosen=chosen, rejected=rejected, row=row, annotator=annotator)
+        for row, ((prompt, chosen, rejected), annotator) in enumerate(zip(texts, annotators, strict=True))
+    ]
+
+
+def found(pairs):
+    return [(problem.kind, problem.row) for problem in validate_pairs(pairs)]
+
+
+def answer(content):
+    return [{"role": "assistant", "content": content}]
+
+
+ASK = [{"role": "user", "content": "?"}]
+
+
+def test_good_pairs_have_no_problems():
+    assert found(pairs_of(("p", "c", "r"), ("p", "c", "s"), ("q", "c", "r"), (ASK, answer("c"), answer("r")))) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "kinds"),
+    [
+        (("", "c", "r"), ["empty_prompt"]),
+        ((" \n", "c", "r"), ["empty_prompt"]),
+        (([], answer("c"), answer("r")), ["empty_prompt"]),
+        (("p", "", "r"), ["empty_response"]),
+        (("p", "c", " \t"), ["empty_response"]),
+        (("p", "", " "), ["empty_response", "empty_response", "identical"]),
+        ((ASK, [], answer("r")), ["empty_response"]),
+        ((ASK, answer("c"), answer(" ")), ["empty_response"]),
+        (("p", "c", "c"), ["identical"]),
+        (("p", "c", " c\n"), ["identical"]),
+        ((ASK, answer("c"), answer("c ")), ["identical"]),
+    ],
+)
+def test_a_pair_that_teaches_nothing_is_left_out(texts, kinds):
+    problems = validate_pairs(pairs_of(("p", "c", "r"), texts))
+    assert [problem.kind for problem in problems] == kinds
+    assert {problem.row for problem in problems} == {1}
+    assert {problem.severity for problem in problems} == {"left_out"}
+
+
+def test_an_empty_response_is_named():
+    messages = [problem.message for problem in validate_pairs(pairs_of(("p", "", "r"), ("p", "c", "")))]
+    assert [message.split()[0] for message in messages] == ["chosen", "rejected"]
+
+
+def test_a_repetition_names_the_earlier_row():
+    problems = validate_pairs(pairs_of(("p", "c", "r"), ("q", "c", "r"), ("p", "c", "r"), ("p", "c", "r")))
+    assert [(p.kind, p.row, p.severity) for p in problems] == [("duplicate", 2, "warning"), ("duplicate", 3, "warning")]
+    assert all("row 0" in problem.message for problem in problems)
+
+
+def test_a_contradiction_names_the_earlier_row():
+    for first, second in (("c", "r"), (answer("c"), answer("r"))):
+        prompt = "p" if isinstance(first, str) else ASK
+        problems = validate_pairs(pairs_of(("x", "y", "z"), (prompt, first, second), (prompt, second, first)))
+        assert [(p.kind, p.row, p.severity) for p in problems] == [("contradictory", 2, "warning")]
+        assert "row 1" in problems[0].message
+
+
+def test_a_pair_can_repeat_one_row_and_contradict_another():
+    problems = validate_pairs(pairs_of(("p", "c", "r"), ("p", "r", "c"), ("p", "r", "c")))
+    assert [(p.kind, p.row) for p in problems] == [("contradictory", 1), ("duplicate", 2), ("contradictory", 2)]
+    assert "row 1" in problems[1].message
+    assert "row 0" in problems[2].message
+
+
+def test_votes_of_two_annotators_are_no_duplicates_but_may_contradict():
+    texts = [("p", "c", "r"), ("p", "c", "r"), ("p", "r", "c"), ("p", "c", "r")]
+    assert found(pairs_of(*texts, annotators=["ann", "bob", "cid", "ann"])) == [
+        ("contradictory", 2),
+        ("duplicate", 3),
+        ("contradictory", 3),
+    ]
+
+
+def test_rows_are_those_of_the_pairs_and_not_of_the_list():
+    pair = Pair(prompt="p", chosen="c", rejected="c", row=41)
+    assert found([pair]) == [("identical", 41)]
+
+
+def test_planted_problems_are_found_again():
+    rng = random.Random(0)
+    texts = [(f"p{i}", f"c{i}", f"r{i}") for i in range(200)]
+    planted = {row: rng.choice(["duplicate", "contradictory", "identical"]) for row in rng.sample(range(100, 200), 40)}
+    for row, kind in planted.items():
+        prompt, chosen, rejected = texts[row - 100]
+        texts[row] = {
+            "duplicate": (prompt, chosen, rejected),
+            "contradictory": (prompt, rejected, chosen),
+            "identical": (prompt, chosen, chosen),
+        }[kind]
+    assert found(pairs_of(*texts)) == [(planted[row], row) for row in sorted(planted)]
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"Problem needs a kind of empty_file, .*; got 'odd'"):
+        Problem(kind="odd", row=0, message="")
+
+
+def test_counts_come_in_the_order_of_the_table():
+    problems = [Problem(kind=kind, row=0, message="") for kind in ("duplicate", "identical", "not_json", "identical")]
+    assert list(summarise(problems).items()) == [("not_json", 1), ("identical", 2), ("duplicate", 1)]
+    assert summarise([]) == {}
+
+
+def test_the_text_tells_meaning_remedy_and_the_first_rows():
+    problems = [Problem(kind="duplicate", row=row, message=f"m{row}") for row in range(5)]
+    problems.append(Problem(kind="not_json", row=7, line=9, message="odd"))
+    problems.append(Problem(kind="empty_file", row=None, message="nothing"))
+    text = render(problems, limit=2)
+    blocks = text.split("\n\n")
+    assert [block.splitlines()[0] for block in blocks] == [
+        "empty_file: 1 error",
+        "not_json: 1 error",
+        "duplicate: 5 warnings",
+    ]
+    assert "- the source: nothing" in blocks[0]
+    assert "- row 7 (line 9): odd" in blocks[1]
+    assert "- row 1: m1\n  - and 3 more" in blocks[2]
+    assert "m2" not in text
+    for kind in summarise(problems):
+        told = " ".join(text.split())
+        assert PROBLEMS[kind].meaning in told
+        assert f"What to do: {PROBLEMS[kind].remedy}" in told
+    assert render([]) == "No problems found."
+
+
+def test_the_page_shows_the_table_and_every_layout():
+    page = FORMATS_PAGE.read_text(encoding="utf-8")
+    assert problems_table() in page
+    assert all(f"### `{name}`" in page for name in FORMATS)

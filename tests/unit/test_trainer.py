@@ -1,0 +1,170 @@
+"""One training stage: what a step minimises, what is logged, what stops it, what survives a restart."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from ropo.config import ROPOConfig
+from ropo.data.tokenize import tokenize_pairs
+from ropo.logps.cache import reference_logps
+from ropo.losses import LOSSES
+from ropo.pairs import Pair
+from ropo.trainer import METRICS, PairDataset, ROPOTrainer
+
+OPTIONS = {"cdpo": {"flip_rate": 0.1}, "rdpo": {"flip_rate": 0.1}, "forward_corrected": {"flip_rate": 0.1},
+           "ropo_v1": {"alpha": 2.0, "gamma": 0.1}}  # fmt: skip
+
+
+def config(folder, **options):
+    common = {
+        "output_dir": str(folder), "learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 1,
+        "save_strategy": "no", "max_length": 128, "use_cpu": True, "disable_tqdm": True, "lr_scheduler_type": "constant",
+        "warmup_steps": 0, "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    return ROPOConfig(**{**common, **options})
+
+
+def losses_of(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains(loss, model, tokenizer, pairs, tmp_path):
+    """Each loss lowers itself on a batch it sees again and again, and starts at its value at margin 0."""
+    args = config(
+        tmp_path, loss=loss, num_train_epochs=6, per_device_train_batch_size=20, **OPTIONS.get(loss, {}),
+        **({"learning_rate": 3e-4} if loss == "ipo" else {}),
+    )  # fmt: skip
+    trainer = ROPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    losses = losses_of(trainer)
+    if not LOSSES[loss].per_token:
+        assert losses[0] == pytest.approx(trainer.loss_of_margin(torch.zeros(20)).mean().item(), abs=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
+    """With given weights and a reference that is not the start, the logged loss is the weighted mean of the formula."""
+    tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
+    reference = reference_logps(
+        model, tokenized.tokens, cache_dir=tmp_path / "cache", pad_token_id=0, max_length=128
+    )
+    shifted = type(reference)(chosen=reference.chosen - 3.0, rejected=reference.rejected + 2.0)
+    weights = [1.0, 0.5, 0.0, 0.25]
+    dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=shifted, weights=weights)
+    trainer = ROPOTrainer(
+        model, config(tmp_path, loss="ropo", alpha=6.0, beta=0.2, max_steps=1), train_dataset=dataset, processing_class=tokenizer
+    )
+    trainer.train()
+    h, a = 0.2 * 5.0, 6.0
+    value = 4 * a / (1 + a) ** 2 * (math.log1p(math.exp(-h)) + a / (1 + math.exp(h)))
+    assert losses_of(trainer)[0] == pytest.approx(value * sum(weights) / 4, rel=1e-4)
+    first = trainer.state.log_history[0]
+    assert first["rewards/margins"] == pytest.approx(h, rel=1e-4)
+    assert set(METRICS) <= set(first)
+    assert trainer.gather_first_margins().tolist() == pytest.approx([h] * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["ropo", "simpo"])
+def test_accumulation_changes_nothing(loss, model_folder, tokenizer, pairs, tmp_path):
+    """Batch 8, and 2 times 4, take the same steps, even where the last step is smaller."""
+    weights = [1.0, 0.2] * 10
+    found = []
+    for batch, accumulation in ((8, 1), (4, 2)):
+        args = config(
+            tmp_path / str(batch), loss=loss, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+        )
+        trainer = ROPOTrainer(
+            str(model_folder), args, processing_class=tokenizer,
+            train_dataset=[Pair(**{**pair_fields(pair), "weight": w}) for pair, w in zip(pairs, weights, strict=True)],
+        )  # fmt: skip
+        trainer.train()
+        found.append((losses_of(trainer), weights_of(trainer)))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=2e-5)
+
+
+def pair_fields(pair):
+    return {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected", "row")}
+
+
+def test_lora_trains_against_its_base(model_folder, tokenizer, pairs, tmp_path):
+    trainer = ROPOTrainer(
+        str(model_folder),
+        config(tmp_path, loss="dpo", num_train_epochs=4, learning_rate=1e-2),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses_of(trainer)[-1] < 0.6
+
+
+def test_non_finite_loss_names_the_pairs(model, tokenizer, pairs, tmp_path):
+    tokenized = tokenize_pairs(pairs, tokenizer, max_length=128)
+    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
+    reference.chosen[3] = float("nan")
+    dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
+    trainer = ROPOTrainer(model, config(tmp_path), train_dataset=dataset, processing_class=tokenizer)
+    with pytest.raises(FloatingPointError, match=f"row 3 .pair {pairs[3].id}.*step 0"):
+        trainer.train()
+
+
+def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
+    """The annotator whose labels contradict the policy loses reliability; the other does not."""
+    who = ["good", "bad"] * 10
+    labelled = [Pair(**{**pair_fields(pair), "annotator": name}) for pair, name in zip(pairs, who, strict=True)]
+    tokenized = tokenize_pairs(labelled, tokenizer, max_length=128)
+    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
+    sign = torch.tensor([1.0, -1.0] * 10)
+    biased = type(reference)(chosen=reference.chosen - 40.0 * sign, rejected=reference.rejected)
+    dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=biased)
+    trainer = ROPOTrainer(model, config(tmp_path, loss="re_po", learning_rate=1e-6), train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    learned = dict(zip(dataset.annotators, trainer.reliability.tolist(), strict=True))
+    assert learned["bad"] < 0.75
+    assert learned["good"] > 0.89
+
+
+@pytest.mark.parametrize("loss", ["ropo", "re_po"])
+def test_checkpoint_resumes_to_the_same_model(loss, model_folder, tokenizer, pairs, tmp_path):
+    """Stopped after step 3 and taken up from its checkpoint, a run ends where it would have ended."""
+
+    def run(folder, *, resume=None):
+        args = config(folder, loss=loss, num_train_epochs=2, save_strategy="steps", save_steps=3, save_total_limit=None)
+        trainer = ROPOTrainer(str(model_folder), args, train_dataset=pairs, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.state.global_step == whole.state.global_step == 10
+    torch.testing.assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.reliability, whole.reliability)
+    torch.testing.assert_close(resumed.gather_first_margins(), whole.gather_first_margins())
+
+
+def test_evaluation_logs_the_same_metrics(model, tokenizer, pairs, tmp_path):
+    trainer = ROPOTrainer(
+        model, config(tmp_path), train_dataset=pairs[:8], eval_dataset=pairs[8:], processing_class=tokenizer
+    )
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(1.9147, abs=1e-3)  # ropo at margin 0, alpha 14
+    assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+
+
+def test_no_pairs(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="at least one pair"):
+        ROPOTrainer(model, config(tmp_path), train_dataset=[], processing_class=tokenizer)
+
+
+def test_dataset_lengths_must_agree(pairs):
+    with pytest.raises(ValueError, match="one entry per pair"):
+        PairDataset(pairs, [], weights=[1.0])
