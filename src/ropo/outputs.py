@@ -168,9 +168,12 @@ Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs wit
 ```bibtex
 @inproceedings{{liang2025ropo,
   title     = {{{{ROPO}}: Robust Preference Optimization for Large Language Models}},
-  author    = {{Liang, Xize and Chen, Chao and Qiu, Shuang and Wang, Jie and Wu, Yue and Fu, Zhihang and Shi, Zhihao and
+  author    = {{Liang, Xize and Chen, Chao and Qiu, Shuang and Wang, Jie and Wu, Yue and Fu, Zhihang and Chen, Hanzhu and
                Wu, Feng and Ye, Jieping}},
-  booktitle = {{International Conference on Machine Learning}},
+  booktitle = {{Proceedings of the 42nd International Conference on Machine Learning}},
+  series    = {{PMLR}},
+  volume    = {{267}},
+  pages     = {{37131--37161}},
   year      = {{2025}},
   note      = {{arXiv:2404.04102}}
 }}

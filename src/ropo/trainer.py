@@ -64,6 +64,11 @@ _STATE_FILE = "ropo_state.safetensors"
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
 
 
+def metrics_table() -> str:
+    """METRICS as a Markdown table, for `docs/metrics.md`."""
+    return "\n".join(["| name | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in METRICS.items())])
+
+
 class PairDataset(Dataset[dict[str, Any]]):
     """Tokenized pairs with what training needs beside the tokens.
 

@@ -170,8 +170,8 @@ REVIEWS = Grammar(
             "OPINION OPINION OPINION": 1,
         },
         "SENTENCE": _equally("OPINION", "FILLER", "CLOSING"),
-        "OPINION": {"CLAIM .": 5, "FRAME , CLAIM .": 2, "CLAIM and CLAIM .": 2, "CONTRAST .": 2, "CLAIM but CLAIM .": 0.5},
-        "CONTRAST": _equally("FOR but AGAINST", "AGAINST but FOR"),
+        "OPINION": {"CLAIM .": 5, "FRAME , CLAIM .": 2, "CLAIM and CLAIM .": 2, "CONTRAST .": 2},
+        "CONTRAST": {"FOR but AGAINST": 2, "AGAINST but FOR": 2, "CLAIM but CLAIM": 1},
         "FOR": {"the SUBJECT VERB DEGREE PRAISE": 2, "WHO LIKED the SUBJECT": 1},
         "AGAINST": {"the SUBJECT VERB DEGREE BLAME": 2, "WHO DISLIKED the SUBJECT": 1},
         "CLAIM": {

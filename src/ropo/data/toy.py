@@ -1,7 +1,7 @@
 """The embedded task: the true reward of any text, correctly labelled pairs, and a tiny language model of a grammar.
 
-In: a grammar and seeds. Out: the gold reward of any response; `Pair`s whose labels are right; a tokenizer and a model
-of under a million parameters that has learned to write like the grammar.
+In: a grammar and seeds. Out: the gold reward of any response; `Pair`s whose labels are right; a tokenizer and a
+language model of 0.4 million parameters that has learned to write like the grammar.
 
 The one idea: which sentences are well written, what they are about and what they say is known exactly, because a
 grammar writes them; so it is known which response is better and how good any policy is.
@@ -19,7 +19,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
 from ropo.data.grammar import REVIEWS, Grammar, sample_prompt, sample_response
 from ropo.pairs import Pair
@@ -37,7 +43,7 @@ __all__ = [
     "save_toy",
 ]
 
-NUM_TEXTS = 16_000  # texts that `pretrain` draws by default
+NUM_TEXTS = 28_000  # enough for 49 of 50 sampled sentences to parse
 NUM_HELD_OUT_TEXTS = 256
 
 NEGATION = -0.5  # "not excellent" is blame, but milder than "terrible"
@@ -184,15 +190,18 @@ def make_tokenizer(*, grammar: Grammar = REVIEWS) -> PreTrainedTokenizerFast:
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     ids = {word: index for index, word in enumerate((*special.values(), *grammar.words))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
-    # Cuts marks from words as well as at spaces: prompt + response without a space between them still tokenises.
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Every mark is cut off, so that a prompt and a response joined without a space still give the tokens of both.
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=128, clean_up_tokenization_spaces=False, **special
     )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
-    """Make a Llama of under a million parameters with random weights.
+    """Make a small Llama with random weights.
+
+    Two layers and tied embeddings with a wide initialisation: copying the topic from the prompt, the one thing that a
+    response must not get wrong, is then learned from few texts.
 
     Args:
         tokenizer: Gives the size of the vocabulary, the special tokens and the longest input.
@@ -205,9 +214,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaFor
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
+        intermediate_size=256,
+        num_hidden_layers=2,
         num_attention_heads=4,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
         max_position_embeddings=tokenizer.model_max_length,
         **special,
     )
@@ -254,9 +265,7 @@ def pretrain(
     batches = [texts[start : start + batch_size] for start in range(0, num_texts, batch_size)]
     rng.shuffle(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=len(batches), pct_start=0.1, cycle_momentum=False
-    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     model.train()
     for step, batch in enumerate(batches, 1):
         loss = _loss(model, batch, with_prompt=True)

@@ -89,6 +89,7 @@ def render_markdown(tables: Table) -> str:
 def figures(tables: Table) -> dict[str, str]:
     """All figures of the page as SVG, by name; a figure without data is absent."""
     found = {f"swatch_{decision}": plots.swatch(decision) for decision in DECISIONS}
+    found["patterns"] = plots.patterns()
     found["gauge"] = plots.interval_gauge(tables["estimate"])
     found["bar"] = plots.decision_bar(tables["counts"])
     if tables["margins"]["num_pairs"]:
@@ -140,7 +141,7 @@ def _html_prose(text: str) -> Markup:
 
 def _markdown(value: object) -> str:
     """Escape what is not markup already, and join its lines: a line end would close a table row or a sentence."""
-    return value if isinstance(value, Markup) else _escape_markdown(" ".join(str(value).split()))
+    return value if isinstance(value, Markup) else _escape_markdown(re.sub(r"\s*\n\s*", " ", str(value)))
 
 
 def _escape_markdown(text: str) -> str:

@@ -47,12 +47,25 @@ class _Frame:
         return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
 
+def patterns() -> str:
+    """Fills that tell decisions apart without colour; the page holds them once and all figures refer to them."""
+    return (
+        '<svg class="patterns" width="0" height="0" aria-hidden="true"><defs>'
+        '<pattern id="fill-flip" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<rect class="paper" width="5" height="5"/><rect class="accent" width="2.4" height="5"/></pattern>'
+        '<pattern id="fill-resample" width="5" height="5" patternUnits="userSpaceOnUse">'
+        '<rect class="paper" width="5" height="5"/><circle class="accent" cx="2.5" cy="2.5" r="1.4"/></pattern>'
+        "</defs></svg>"
+    )
+
+
 def decision_bar(counts: Table) -> str:
     """One bar of all pairs, split by decision; as wide as its place, so in percent and without a view box."""
-    height, x, body = 18, 0.0, [_patterns("bar")]
+    height, x = 18, 0.0
+    body = []
     for decision in STACK:
         share = 100 * counts[decision] / counts["num_pairs"]
-        fill = _fill(decision, "bar")
+        fill = _fill(decision)
         if share > 0:
             box = f'x="{x:.2f}%" y="1" width="{share:.2f}%" height="{height - 2}"'
             body.append(f'<rect class="{decision}" {box}{fill}/>')
@@ -94,13 +107,12 @@ def margin_histogram(margins: Table, *, width: float = 940.0, height: float = 28
         left=8 + 8.0 * len(count(float(stacked[-1].max()))),
         top=26,
     )
-    name = f"hist{width:.0f}"
-    body = [_patterns(name), _axes(frame, x_label="margin, nats", y_label="pairs", num_x=10 if width > 600 else 5)]
+    body = [_axes(frame, x_label="margin, nats", y_label="pairs", num_x=10 if width > 600 else 5)]
     for layer, decision in enumerate(STACK):
         below = stacked[layer - 1] if layer else np.zeros(len(edges) - 1)
         for i in np.flatnonzero(stacked[layer] > below):
             left, top, base = frame.x(edges[i]), frame.y(float(stacked[layer][i])), frame.y(float(below[i]))
-            body.append(_rect(left + 0.5, top, frame.x(edges[i + 1]) - left - 1, base - top, decision, name))
+            body.append(_rect(left + 0.5, top, frame.x(edges[i + 1]) - left - 1, base - top, decision))
     zero = frame.x(0.0)
     body.append(_line(zero, frame.top - 10, zero, frame.y(0), "zero"))
     if width > 600:
@@ -205,8 +217,8 @@ def weight_curve(curve: Table) -> str:
 
 def length_shares(lengths: Sequence[Table]) -> str:
     """How often chosen is the longer response, by group, with intervals around one half."""
-    height = 44.0 + 30 * len(lengths)
-    frame = _Frame(height=height, x_range=(0, 1), y_range=(len(lengths), 0), left=92, right=20, top=10, bottom=36)
+    height = 50.0 + 30 * len(lengths)
+    frame = _Frame(height=height, x_range=(0, 1), y_range=(len(lengths), 0), left=92, right=20, top=10, bottom=42)
     ticks = [(share, percent(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     body = [
         _axes(frame, x_label="pairs whose chosen response is the longer one", y_label="", x_ticks=ticks, has_y=False),
@@ -225,8 +237,7 @@ def length_shares(lengths: Sequence[Table]) -> str:
 
 def swatch(decision: str) -> str:
     """A small square in the look that bars of a decision have, for legends."""
-    name = f"swatch-{decision}"
-    return _svg(_patterns(name) + _rect(0.5, 0.5, 13, 13, decision, name), 14, 14, label=None, name="swatch")
+    return _svg(_rect(0.5, 0.5, 13, 13, decision), 14, 14, label=None, name="swatch")
 
 
 def _axes(
@@ -270,25 +281,13 @@ def _tick_name(value: float, places: int) -> str:
     return f"{value:,.{places}f}".replace("-", "−")
 
 
-def _patterns(name: str) -> str:
-    """Fills that tell the decisions apart without colour; `name` keeps ids of several figures in one page apart."""
-    return (
-        "<defs>"
-        f'<pattern id="{name}-flip" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<rect class="paper" width="5" height="5"/><rect class="accent" width="2.4" height="5"/></pattern>'
-        f'<pattern id="{name}-resample" width="5" height="5" patternUnits="userSpaceOnUse">'
-        '<rect class="paper" width="5" height="5"/><circle class="accent" cx="2.5" cy="2.5" r="1.4"/></pattern>'
-        "</defs>"
-    )
-
-
-def _rect(x: float, y: float, width: float, height: float, decision: str, name: str) -> str:
+def _rect(x: float, y: float, width: float, height: float, decision: str) -> str:
     box = f'x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{height:.1f}"'
-    return f'<rect class="{decision}" {box}{_fill(decision, name)}/>'
+    return f'<rect class="{decision}" {box}{_fill(decision)}/>'
 
 
-def _fill(decision: str, name: str) -> str:
-    return f' fill="url(#{name}-{decision})"' if decision in ("flip", "resample") else ""
+def _fill(decision: str) -> str:
+    return f' fill="url(#fill-{decision})"' if decision in ("flip", "resample") else ""
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:

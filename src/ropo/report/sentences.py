@@ -56,8 +56,8 @@ def counted(value: float, noun: str) -> str:
     """A number with its noun, which takes an s unless there is one.
 
     Examples:
-        >>> counted(1, "pair"), counted(1200, "pair")
-        ('1 pair', '1,200 pairs')
+        >>> [counted(number, "pair").replace(NB_SPACE, " ") for number in (1, 1200)]
+        ['1 pair', '1,200 pairs']
     """
     return f"{count(value)}{NB_SPACE}{noun}" + ("" if round(value) == 1 else "s")
 
@@ -128,7 +128,7 @@ def look(tables: Table) -> str:
         return "No pair is more likely flipped than right, so none needs to be read."
     return (
         "Read these first: each is more likely flipped than right. About "
-        f"{count(review['found_likely'])} should be wrong, out of {counted(review['found_all'], 'flip')} expected in all."
+        f"{count(review['found_likely'])} should be wrong, out of {counted(review['found_all'], 'flip')} expected."
     )
 
 
@@ -172,8 +172,8 @@ def trust(tables: Table) -> list[str]:
             f"0.9); of the suspects above 0.5, about {percent(wrong)} should turn out right after all."
         )
     found.append(
-        "Both rest on flips that fall at random. Errors with a pattern (one annotator, one topic, one style) can be "
-        "taken for a preference, and a hard pair with a right label can look wrong: read before you delete."
+        "All this assumes flips that fall at random. Errors with a pattern (one annotator, one topic, one style) can "
+        "be taken for a preference, and a hard pair with a right label can look wrong: read before you delete."
     )
     return found
 
@@ -274,9 +274,9 @@ def _advise_length(tables: Table) -> str | None:
     kept, dropped = groups.get("kept"), groups.get("dropped")
     if kept and dropped and (kept["low"] > dropped["high"] or kept["high"] < dropped["low"]):
         return (
-            f"The filter leans on length: chosen is the longer response in {percent(kept['share_chosen_longer'])} of "
-            f"the kept pairs and in {percent(dropped['share_chosen_longer'])} of the dropped ones. Some of this may be "
-            "the model's own taste for length; look at dropped pairs with a short chosen response."
+            f"Chosen is the longer response in {percent(kept['share_chosen_longer'])} of the kept pairs and in "
+            f"{percent(dropped['share_chosen_longer'])} of the dropped ones. If length is a virtue here, that is as it "
+            "should be; if not, the filter has learned length: look at the dropped pairs."
         )
     if kept and kept["low"] > 0.6:
         return (

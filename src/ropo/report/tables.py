@@ -19,11 +19,12 @@ from scipy.special import expit
 from ropo.data.problems import PROBLEMS
 from ropo.pairs import Pair
 from ropo.report import sentences
-from ropo.report.texts import compare, excerpt, plain, show_prompt
+from ropo.report.texts import clean, compare, excerpt, num_characters, plain, show_prompt
 
 NUM_SUSPECTS = 10
 NUM_DROPPED_ROWS = 200
 NUM_RESAMPLED = 10
+RANGE = 1.0  # a histogram reaches this far beyond the middle four fifths, in multiples of their width
 NUM_BINS = 44  # about; the width of a bin is a round number
 NUM_CURVE_POINTS = 150
 WEIGHT_MARGINS = (-8.0, -5.0, -2.0, 0.0, 2.0, 5.0)  # nats
@@ -47,7 +48,7 @@ CURVES: Mapping[str, tuple[str, str, float | None, str]] = {
         "0.5 is a coin toss. Near 1 on noisy labels, the wrong ones are being learned by heart.",
     ),
     "rewards/margins": ("Margin", "nats, mean of a batch", 0.0, "How clearly the policy agrees with the labels."),
-    "gradient_weight/mean": (
+    "gradient_weight": (
         "Gradient weight",
         "mean of a batch",
         None,
@@ -150,7 +151,7 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
         **values,
         "level": number(rate.get("level", 0.9)),
         "is_informative": bool(summary.get("is_informative")) and None not in values.values(),
-        "reason": str(summary.get("reason") or ""),
+        "reason": clean(str(summary.get("reason") or "")),
         "rho": number(summary.get("rho")),
         "is_rho_auto": str(config.get("rho", "auto")) == "auto",
         "num_pairs": num_pairs,
@@ -203,7 +204,7 @@ def _shown_pair(scores: Columns, i: int, pair: Pair) -> Table:
     return {
         "row": int(scores["row"][i]),
         "pair_id": pair.id,
-        "annotator": pair.annotator,
+        "annotator": clean(pair.annotator) if pair.annotator else None,
         "margin": number(scores["margin"][i]),
         "p_flip": number(scores["p_flip"][i]),
         "decision": str(scores["decision"][i]),
@@ -219,7 +220,10 @@ def _margins(scores: Columns) -> Table:
     table: Table = {"num_pairs": len(finite), "num_not_finite": int((~is_finite).sum()), "edges": [], "counts": {}}
     if not len(finite):
         return table
-    low, high = np.quantile(finite, [0.003, 0.997])
+    # Single far margins would squeeze all others into one bar; they join the outermost bars, and the caption says so.
+    most_low, most_high = np.quantile(finite, [0.1, 0.9])
+    reach = RANGE * (most_high - most_low)
+    low, high = max(finite.min(), most_low - reach), min(finite.max(), most_high + reach)
     width = round_step((max(high, 0) - min(low, 0)) / NUM_BINS or 1.0)
     first, last = int(np.floor(min(low, 0) / width)), int(np.ceil(max(high, 0) / width))
     last = max(last, first + 1)
@@ -311,7 +315,7 @@ def _weight_curve(summary: Mapping[str, Any]) -> Table | None:
     margin = np.asarray(curve["margin"], dtype=np.float64)[::step]
     weight = np.asarray(curve["weight"], dtype=np.float64)[::step]
     return {
-        "loss": str(curve["loss"]),
+        "loss": clean(str(curve["loss"])),
         "margin": numbers(margin),
         "weight": numbers(weight),
         "dpo": numbers(expit(-margin)),  # w(h) = σ(−h), arXiv:2305.18290, eq. 7
@@ -329,7 +333,7 @@ def _problems(summary: Mapping[str, Any]) -> list[Table]:
         spec = PROBLEMS.get(kind)
         found.append(
             {
-                "kind": str(kind),
+                "kind": clean(str(kind)),
                 "count": int(count),
                 "severity": spec.severity if spec else "",
                 "meaning": spec.meaning if spec else "",
@@ -423,8 +427,8 @@ def _new_pair(
 def _lengths(scores: Columns, originals: Mapping[int, Pair]) -> list[Table]:
     """Characters of both responses, and how often the longer one carries the label "chosen"."""
     pairs = [originals[int(row)] for row in scores["row"]]
-    chosen = np.array([len(plain(pair.chosen)) for pair in pairs], dtype=np.float64)
-    rejected = np.array([len(plain(pair.rejected)) for pair in pairs], dtype=np.float64)
+    chosen = np.array([num_characters(pair.chosen) for pair in pairs], dtype=np.float64)
+    rejected = np.array([num_characters(pair.rejected) for pair in pairs], dtype=np.float64)
     decision = scores["decision"]
     is_dropped = (decision == "drop") | (decision == "resample")
     is_pair = np.ones(len(pairs), dtype=bool)
@@ -465,11 +469,15 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 def _provenance(summary: Mapping[str, Any]) -> Table:
     config = summary.get("config") or {}
     return {
-        "command": str(summary.get("command") or ""),
+        "command": clean(str(summary.get("command") or "")),
         "data_sha256": str(summary.get("data_sha256") or ""),
         "reference_sha256": str(summary.get("reference_sha256") or ""),
-        "versions": {str(key): str(value) for key, value in (summary.get("versions") or {}).items()},
-        "seconds": {str(key): number(value) for key, value in (summary.get("seconds") or {}).items()},
-        # A report is passed on; whatever grants access to an account stays out of it.
-        "config": {str(k): "…" if str(k).endswith("_token") and v else str(v) for k, v in config.items()},
+        "versions": {clean(str(key)): clean(str(value)) for key, value in (summary.get("versions") or {}).items()},
+        "seconds": {clean(str(key)): number(value) for key, value in (summary.get("seconds") or {}).items()},
+        "config": {clean(str(k)): _shown_option(str(k), v) for k, v in config.items()},
     }
+
+
+def _shown_option(name: str, value: object) -> str:
+    """A report is passed on; whatever grants access to an account stays out of it."""
+    return "…" if name.endswith("_token") and value else clean(str(value))

@@ -19,7 +19,7 @@ from ropo.pairs import Text
 MAX_CHARACTERS = 5000  # of one text; ten suspects of three texts then stay well below a megabyte of page
 EXCERPT_CHARACTERS = 90
 SHORTEST_SHARED_RUN = 3  # words
-MOST_MATCHES = 200_000  # equal words at any two places; the time of a comparison grows with it
+MOST_MATCHES = 30_000  # equal words at any two places; the time of a comparison grows with it
 # Above this share of differing words, marks would cover the texts; a handful of words is still worth marking.
 MOST_MARKED = 0.85
 FEW_WORDS = 30
@@ -69,6 +69,11 @@ def plain(text: Text) -> str:
     if len(parts) == 1:
         return parts[0][1]
     return "\n\n".join(f"{role}: {content}" for role, content in parts)
+
+
+def num_characters(text: Text) -> int:
+    """Length of a text, roles not counted."""
+    return len(text) if isinstance(text, str) else sum(len(_content(message)) for message in text)
 
 
 def excerpt(text: Text) -> str:

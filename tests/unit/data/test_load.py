@@ -333,6 +333,10 @@ BAD_MESSAGES = {
         "no_shared_prompt",
         {"chosen": [user("1"), assistant("a")], "rejected": [user("2"), assistant("b")]},
     ),
+    "another question instead of an answer": (
+        "no_shared_prompt",
+        {"chosen": [user("1"), assistant("a")], "rejected": [user("1"), user("2"), assistant("b")]},
+    ),
     "only one answers": ("no_shared_prompt", {"chosen": [user("1")], "rejected": [user("1"), assistant("b")]}),
     "nothing": ("no_shared_prompt", {"chosen": [], "rejected": [user("1"), assistant("b")]}),
     "plain text without prompt": ("no_shared_prompt", {"chosen": "The sky", "rejected": "The sky is blue"}),
@@ -359,6 +363,10 @@ def test_conversations_that_make_no_pair(case):
     kind, bad = BAD_MESSAGES[case]
     problem = only_problem([bad])
     assert (problem.kind, problem.row) == (kind, 0)
+
+
+def test_text_without_prompt_and_without_turns_is_told_what_is_missing():
+    assert "needs a prompt, or chosen with" in only_problem([{"chosen": "The sky", "rejected": "The sky is"}]).message
 
 
 def test_the_layout_is_that_of_the_first_good_row():

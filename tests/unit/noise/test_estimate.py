@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import chi2
 
@@ -64,7 +65,7 @@ def test_agreement_counts_ties_half_and_knows_nothing_without_margins():
 
 def test_every_estimator_is_a_function_of_margins_alone():
     margins = flipped_margins(2000, 0.2)
-    assert list(ESTIMATORS)[0] == "em_temperature"
+    assert next(iter(ESTIMATORS)) == "em_temperature"
     for estimator in ESTIMATORS.values():
         assert 0.0 <= estimator(margins) <= 0.5
 
@@ -80,6 +81,40 @@ def test_rate_scale_and_interval_are_those_of_the_plain_likelihood():
     assert (found.low, found.high) == pytest.approx((inside[0], inside[-1]), abs=0.002)
     at_best = np.log(p_right + found.rate * (1 - 2 * p_right)).sum(axis=1)
     assert found.scale == pytest.approx(scales[at_best.argmax()], rel=0.02)
+
+
+def plain_loss(margins):
+    """Minus the log-likelihood of (rate, log scale), every margin by itself."""
+
+    def loss(parameters):
+        p_right = expit(np.exp(parameters[1]) * margins)
+        return -np.log(p_right + parameters[0] * (1 - 2 * p_right)).sum()
+
+    return loss
+
+
+def climb(loss, start):
+    return minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-9})
+
+
+def test_counting_close_margins_together_costs_nothing():
+    margins = flipped_margins(3000, 0.2, seed=4)
+    margins[::3] *= np.geomspace(1e-9, 1e-6, 1000)  # signs of these must not be mixed up, nor with the large ones
+    margins[::3] *= np.sign(margins[::3]) * np.where(np.arange(1000) % 2, 1, -1)
+    found = estimate_flips(margins)
+    exact = climb(plain_loss(margins), [0.25, 0.0])
+    assert (found.rate, np.log(found.scale)) == pytest.approx(tuple(exact.x), abs=1e-5)
+
+
+def test_the_higher_of_two_hills_is_found():
+    """A third of the margins tiny but as right as the others: only signs count, which a climber from T = 1 misses."""
+    margins = flipped_margins(3000, 0.2, seed=4)
+    margins[::3] *= np.geomspace(1e-9, 1.0, 1000)
+    loss = plain_loss(margins)
+    nearby = climb(loss, [0.25, 0.0])
+    found = estimate_flips(margins)
+    assert loss([found.rate, np.log(found.scale)]) < nearby.fun - 10
+    assert found.rate == pytest.approx(climb(loss, [0.25, 5.6]).x[0], abs=0.01)
 
 
 def test_p_flip_is_the_posterior():

@@ -1,0 +1,182 @@
+"""Every command as a user types it: twenty pairs, CPU, offline."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ropo.cli import main, parse_train
+from ropo.ledger import SCHEMA
+
+RECIPE = """\
+learning_rate: 3e-3
+per_device_train_batch_size: 4
+max_length: 64
+max_new_tokens: 24
+num_candidates: 2
+max_length_ratio: 30
+use_cpu: true
+rho: 0.3
+"""
+
+
+@pytest.fixture
+def dataset(pairs, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def train(model_folder, dataset, recipe, output, *more):
+    words = ["--model_name_or_path", model_folder, "--dataset_name", dataset, "--output_dir", output, "--config", recipe, *more]
+    return main(["train", *map(str, words)])
+
+
+def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsys, pairs):
+    output = tmp_path / "O"
+    assert train(model_folder, dataset, recipe, output) == 0
+    assert str(output / "report.html") in capsys.readouterr().out
+
+    AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.chat_template
+    assert (output / "generation_config.json").exists()
+
+    ledger = pq.read_table(output / "ledger.parquet")
+    assert ledger.schema.names == SCHEMA.names
+    rows = ledger.to_pylist()
+    first = [row for row in rows if row["round"] == 0]
+    assert [row["row"] for row in first] == list(range(20))
+    assert [row["pair_id"] for row in first] == [pair.id for pair in pairs]
+    assert sum(row["weight"] for row in first) == 14
+    dropped = [row for row in first if row["decision"] != "keep"]
+    assert len(dropped) == 6
+    assert max(row["margin"] for row in dropped) <= min(row["margin"] for row in first if row["decision"] == "keep")
+    assert {row["origin"] for row in rows if row["round"] == 1} == {"data", "resampled"}
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert set(summary["flip_rate"]) == {"estimate", "low", "high"}
+    assert summary["num_pairs"] == 20
+    assert summary["num_kept"] + summary["num_dropped"] + summary["num_flipped"] == 20
+    assert summary["problems"] == {"truncated": 2}
+    assert summary["config"]["rho"] == "0.3"
+    assert {"torch", "transformers", "ropo"} <= set(summary["versions"])
+    assert {"reference", "round 0 train", "round 1 decide"} <= set(summary["seconds"])
+
+    card = (output / "README.md").read_text()
+    assert summary["data_sha256"] in card
+    assert "learning_rate: 0.003" in card
+    assert "<html" in (output / "report.html").read_text()
+    assert len((output / "problems.jsonl").read_text().splitlines()) == 2
+    assert {path.name for path in (output / "rounds" / "00").iterdir()} >= {
+        "manifest.json", "model", "scores.safetensors", "flip_estimate.json", "decisions.json", "resampled.jsonl",
+    }  # fmt: skip
+
+
+def test_lora(model_folder, dataset, recipe, tmp_path):
+    output = tmp_path / "O"
+    assert train(model_folder, dataset, recipe, output, "--use_peft", "--lora_r", "4", "--round_start", "carry_on") == 0
+    assert (output / "adapter_model.safetensors").exists()
+    assert not (output / "model.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "ipo"])
+def test_other_losses_run_through(loss, model_folder, dataset, recipe, tmp_path):
+    assert train(model_folder, dataset, recipe, tmp_path / "O", "--loss", loss, "--decision_rule", "relabel") == 0
+
+
+def test_conversations(model_folder, recipe, tmp_path, pairs):
+    def say(role, text):
+        return {"role": role, "content": text}
+
+    rows = [
+        {
+            "chosen": [say("user", pair.prompt), say("assistant", pair.chosen)],
+            "rejected": [say("user", pair.prompt), say("assistant", pair.rejected)],
+        }
+        for pair in pairs
+    ]
+    dataset = tmp_path / "chat.json"
+    dataset.write_text(json.dumps(rows))
+    assert train(model_folder, dataset, recipe, tmp_path / "O", "--max_length", "96") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--los", "dpo"], "unknown option --los. Did you mean loss?"),
+        (["--loss", "dop"], "Did you mean dpo?"),
+        (["--loss", "dpo", "--alpha", "14"], "dpo needs no options; got alpha"),
+        (["--loss", "rdpo", "--flip_rate", "0.6"], "rdpo needs flip_rate in [0, 0.5)"),
+        (["--rho", "0.7"], "rho needs 'auto' or a share in [0, 0.5]"),
+        (["--decision_rule", "lowest_los"], "Did you mean lowest_loss?"),
+        (["--label_smoothing_factor", "0.1"], "--loss cdpo --flip_rate"),
+        (["--beta", "-1"], "beta"),
+        (["--loss", "dr_dpo", "--gradient_accumulation_steps", "2"], "whole batch at once"),
+    ],
+)
+def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, tmp_path, capsys):
+    assert train("no/such/model", dataset, recipe, tmp_path / "O", *more) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "O").exists()
+
+
+def test_missing_arguments(dataset, capsys):
+    assert main(["train", "--dataset_name", str(dataset)]) == 2
+    assert "--model_name_or_path is missing" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "Did you mean train?" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_recipe_is_checked(dataset, tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("learning_rat: 1e-3\n")
+    assert train("m", dataset, recipe, tmp_path / "O") == 2
+    assert "unknown option 'learning_rat'. Did you mean learning_rate" in capsys.readouterr().err
+
+
+def test_command_line_wins_over_recipe(recipe):
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--config", str(recipe)]
+    assert parse_train(words)[1].learning_rate == 3e-3  # YAML alone reads this as text
+    assert parse_train([*words, "--learning_rate", "1e-5"])[1].learning_rate == 1e-5
+
+
+def test_bad_rows(dataset, model_folder, recipe, tmp_path, capsys):
+    lines = dataset.read_text().splitlines()
+    lines[3] = '{"prompt": "x", "chosen": "y"}'
+    lines[7] = "not json"
+    dataset.write_text("\n".join(lines) + "\n")
+    assert main(["validate", str(dataset)]) == 1
+    out = capsys.readouterr().out
+    assert "missing_field" in out
+    assert "row 3" in out
+    assert "line 8" in out
+    assert train(model_folder, dataset, recipe, tmp_path / "O") == 1
+    assert "2 of 20 rows would corrupt training" in capsys.readouterr().err
+    assert train(model_folder, dataset, recipe, tmp_path / "O", "--on_bad_rows", "skip", "--rounds", "1") == 0
+    summary = json.loads((tmp_path / "O" / "summary.json").read_text())
+    assert summary["num_pairs"] == 18
+    assert summary["problems"]["missing_field"] == 1
+
+
+def test_validate_clean_file(dataset, model_folder, capsys):
+    assert main(["validate", str(dataset)]) == 0
+    assert "No problems found" in capsys.readouterr().out
+    assert main(["validate", str(dataset), "--model_name_or_path", str(model_folder), "--max_length", "64"]) == 0
+    assert "truncated" in capsys.readouterr().out
+
+
+def test_losses(capsys):
+    assert main(["losses"]) == 0
+    assert "ropo" in capsys.readouterr().out

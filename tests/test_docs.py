@@ -1,0 +1,51 @@
+"""Documents are run: python blocks, links, generated tables, and the options that commands name."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ropo.cli import parse_train
+from ropo.losses import methods_table
+from ropo.trainer import metrics_table
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language):
+    return [
+        pytest.param(code, id=f"{path.relative_to(ROOT)}:{path.read_text()[: match.start()].count(chr(10)) + 2}")
+        for path in DOCUMENTS
+        for match in BLOCK.finditer(path.read_text())
+        for code in [match.group(2)]
+        if match.group(1) == language
+    ]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "document", "exec"), {"__name__": "__document__"})
+
+
+@pytest.mark.parametrize("code", blocks("sh"))
+def test_train_commands_are_understood(code):
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["ropo", "train"]:
+            parse_train(words[2:])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_resolve(path):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
+
+
+def test_generated_tables():
+    assert methods_table().strip() in (ROOT / "docs" / "methods.md").read_text()
+    assert metrics_table().strip() in (ROOT / "docs" / "metrics.md").read_text()
