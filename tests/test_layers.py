@@ -10,7 +10,7 @@ import ropo
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
     "pairs", "provenance", "data", "logps", "losses", "noise", "resample", "config", "stages", "ledger", "policy", "trainer",
-    "rounds", "report", "outputs", "align", "bench", "demo", "cli",
+    "crossfit", "rounds", "report", "outputs", "align", "bench", "demo", "cli",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]
 SOURCE = Path(ropo.__file__).parent

@@ -27,9 +27,9 @@ from ropo.outputs import publish
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import hash_value, read_json, write_aside, write_json
-from ropo.rounds import batching, run_all
+from ropo.rounds import run_all
 from ropo.stages import Stages
-from ropo.trainer import PairDataset
+from ropo.trainer import PairDataset, batching
 
 logger = logging.getLogger(__name__)
 

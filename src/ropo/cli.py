@@ -6,6 +6,7 @@ In: the command line. Out: an exit code: 0 done, 1 the data or the result is not
 import argparse
 import dataclasses
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -87,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ropo {words[0]}: {error}", file=sys.stderr)
         return NOT_ACCEPTABLE
     except (ValueError, OSError) as error:
-        logging.getLogger(__name__).debug("Where it happened:", exc_info=True)
-        print(f"ropo {words[0]}: {error}", file=sys.stderr)
+        if os.environ.get("ROPO_DEBUG"):
+            raise
+        print(f"ropo {words[0]}: {error}\n(ROPO_DEBUG=1 shows where in the code this was found.)", file=sys.stderr)
         return MISUSE
 
 

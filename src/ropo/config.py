@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ropo.losses import LOSSES, bind_loss
@@ -65,6 +66,9 @@ class ROPOConfig(TrainingArguments):
     rounds: int = _option(2, "Rounds of train, score, estimate, decide, resample. 1 trains once and only reports.")
     round_start: str = _option("restart", "Each round's model: restart from the given one, or carry_on with the last.")
     rho: str = _option("auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says.")
+    num_folds: int = _option(
+        2, "Models that estimate the flip rate on pairs they were not trained on; 0 reads the trained model's own margins."
+    )
     decision_rule: str = _option("lowest_loss", "How the pairs to filter out are chosen: " + ", ".join(RULES) + ".")
 
     # Resampling.
@@ -85,12 +89,16 @@ class ROPOConfig(TrainingArguments):
         self.rho = str(self.rho)
         if self.rho != "auto":
             self._check_rho()
-        for name, lowest in (("rounds", 1), ("max_length", 2), ("num_candidates", 0), ("max_new_tokens", 1)):
+        for name, lowest in (("rounds", 1), ("max_length", 2), ("num_candidates", 0), ("num_folds", 0), ("max_new_tokens", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} needs {lowest} or more; got {getattr(self, name)}.")
         for name in ("temperature", "top_p", "max_abs_margin", "max_length_ratio"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} needs a number above 0; got {getattr(self, name)}.")
+        if self.num_folds == 1:
+            raise ValueError("num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on.")
+        if self.dataloader_pin_memory and not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin for
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor needs 0; got {self.label_smoothing_factor}. It belongs to language-model "

@@ -20,6 +20,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,31 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from ropo.config import ROPOConfig
+from ropo.crossfit import crossfit_margins
 from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
 from ropo.logps.score import score_pairs
-from ropo.losses import LOSSES, bind_loss
 from ropo.noise.decide import decide
 from ropo.noise.estimate import estimate_flips
-from ropo.pairs import Pair, PairLogps, margin, margin_per_token
+from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import read_json, write_aside, write_json
 from ropo.resample.generate import sample_responses
 from ropo.resample.win_back import WonBack, win_back
 from ropo.stages import Stages
-from ropo.trainer import PairDataset, ROPOTrainer
+from ropo.trainer import PairDataset, ROPOTrainer, batching, losses_of, margins_of
 
 logger = logging.getLogger(__name__)
 
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
+_ESTIMATE_FILES = ["flip_estimate.json", "flips.safetensors"]
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
+
+_IN_SAMPLE = (
+    "The only margins at hand are of a model that was trained on these very labels and has learned some of the wrong ones. "
+    "With rounds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
+)
 
 
 class Round:
@@ -87,21 +93,30 @@ class Round:
         self.stages = Stages(folder)
         self.model_folder = folder / "model"
 
-    def run(self, dataset: PairDataset, *, start: Path | None, digest: str, is_last: bool) -> str:
+    def run(
+        self, dataset: PairDataset, *, start: Path | None, previous: Path | None, digest: str, is_last: bool
+    ) -> str:
         """Run every stage of the round.
 
         Args:
             dataset: What to train on: the kept and flipped pairs and the resampled ones, with weights.
             start: Folder of the model to carry on with; None starts from the initial model.
+            previous: Folder of the round before; None in the first.
             digest: Of everything that made `dataset` and `start`.
-            is_last: The last round does not resample; no training would follow.
+            is_last: No training follows the last round, so it neither estimates anew nor resamples.
 
         Returns:
             Digest of the round, for the next one.
         """
         digest = self.stages.run("train", digest, _TRAIN_FILES, lambda: self._train(dataset, start))
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
-        digest = self.stages.run("estimate", digest, ["flip_estimate.json", "flips.safetensors"], self._estimate)
+        if is_last and previous is not None:
+            make = partial(self._repeat_estimate, previous)
+        elif is_last or not self.args.num_folds:
+            make = partial(self._estimate_in_sample, is_choice=not is_last)
+        else:
+            make = partial(self._estimate_held_out, dataset, digest)
+        digest = self.stages.run("estimate", [digest, make.func.__name__], _ESTIMATE_FILES, make)
         digest = self.stages.run("decide", digest, ["decisions.json"], self._decide)
         if not is_last:
             digest = self.stages.run("resample", digest, _RESAMPLE_FILES, self._resample)
@@ -146,7 +161,7 @@ class Round:
         """
         found = self.decisions()
         stays = [i for i, what in enumerate(found["decisions"]) if i < self.num_data or what == "keep"]
-        scored = select_pairs_of(self.data, stays)
+        scored = self.data.select(stays)
         if new := self.new_pairs():
             tokenized = tokenize_pairs(new, self.tokenizer, max_length=self.args.max_length)
             reference = load_file(self.folder / "resampled_reference.safetensors")
@@ -166,8 +181,7 @@ class Round:
             processing_class=self.tokenizer,
             peft_config=self.peft_config if start is None else None,
         )
-        done = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
-        trainer.train(resume_from_checkpoint=done)
+        trainer.train_or_resume()
         # Several processes may write one model together, so the name that is put in place later is known to all.
         aside = self.folder / ".model.partial"
         trainer.save_model(str(aside))
@@ -188,15 +202,37 @@ class Round:
     def _scores(self) -> PairLogps:
         return PairLogps(**load_file(self.folder / "scores.safetensors"))
 
-    def _estimate(self) -> None:
-        # The rate comes from the data's pairs alone: resampled ones carry the model's own labels.
-        margins = self.margins()
-        estimate = estimate_flips(margins[: self.num_data])
-        p_resampled = expit(logit(estimate.rate) - estimate.scale * margins[self.num_data :])
-        p_flip = np.concatenate([estimate.p_flip, p_resampled])
-        self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(p_flip)})
+    def _estimate_held_out(self, training: PairDataset, digest: str) -> None:
+        margins = crossfit_margins(
+            self.data.select(range(self.num_data)),
+            training,
+            self.args,
+            folder=self.folder / "folds",
+            source=self.source,
+            tokenizer=self.tokenizer,
+            peft_config=self.peft_config,
+            digest=digest,
+        )
+        found = estimate_flips(margins)
+        self._write_estimate({**found.to_dict(), "margins": "held-out"}, found.p_flip)
+
+    def _estimate_in_sample(self, *, is_choice: bool) -> None:
+        found = estimate_flips(self.margins()[: self.num_data])
+        told = {**found.to_dict(), "margins": "in-sample"}
+        if not is_choice:
+            told |= {"is_informative": False, "reason": _IN_SAMPLE}
+        self._write_estimate(told, found.p_flip)
+
+    def _repeat_estimate(self, previous: Path) -> None:
+        p_flip = load_file(previous / "flips.safetensors")["p_flip"].numpy()
+        self._write_estimate(read_json(previous / "flip_estimate.json"), p_flip[: self.num_data])
+
+    def _write_estimate(self, estimate: dict[str, Any], p_flip: NDArray[np.float64]) -> None:
+        # Resampled pairs carry the model's own labels, so they say nothing about the rate.
+        p_resampled = expit(logit(estimate["rate"]) - estimate["scale"] * self.margins()[self.num_data :])
+        self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(np.concatenate([p_flip, p_resampled]))})
         if PartialState().is_main_process:
-            write_json(self.folder / "flip_estimate.json", estimate.to_dict())
+            write_json(self.folder / "flip_estimate.json", estimate)
 
     def _decide(self) -> None:
         rho, reason = resolve_rho(self.args.fixed_rho, read_json(self.folder / "flip_estimate.json"))
@@ -316,31 +352,12 @@ def run_all(
             reference_of=reference_of,
             peft_config=peft_config,
         )
+        previous = rounds[-1].folder if rounds else None
         start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
-        digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)
+        is_last = number == args.rounds - 1
+        digest = this.run(trained_on, start=start, previous=previous, digest=digest, is_last=is_last)
         rounds.append(this)
     return rounds
-
-
-def margins_of(policy: PairLogps, reference: PairLogps | None, args: ROPOConfig) -> NDArray[np.float64]:
-    """Margins as the chosen loss reads them, shape (pairs,), nats.
-
-    Args:
-        policy: Log-probabilities under the policy.
-        reference: The same under the reference; not used by reference-free losses.
-        args: `loss` and `beta` count.
-    """
-    if LOSSES[args.loss].per_token:
-        return margin_per_token(policy, beta=args.beta).double().numpy()
-    assert reference is not None  # noqa: S101 - `prepare` computes it for every loss that reads it
-    return margin(policy, reference, beta=args.beta).double().numpy()
-
-
-def losses_of(margins: NDArray[np.float64], args: ROPOConfig) -> NDArray[np.float64]:
-    """Training loss at each margin, shape (pairs,)."""
-    loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
-    values: NDArray[np.float64] = loss(torch.from_numpy(np.ascontiguousarray(margins))).numpy()
-    return values
 
 
 def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> tuple[float, str]:
@@ -383,7 +400,7 @@ def training_set(data: PairDataset, weights: Sequence[float], is_flipped: Sequen
     kept = [i for i, weight in enumerate(weights) if weight > 0]
     if not kept:
         raise ValueError("Training needs at least one pair with a weight above 0; got none. Lower rho.")
-    chosen = select_pairs_of(data, kept)
+    chosen = data.select(kept)
     turned = [i for i, place in enumerate(kept) if is_flipped[place]]
     for i in turned:
         pair, ids = chosen.pairs[i], chosen.tokens[i]
@@ -398,20 +415,3 @@ def training_set(data: PairDataset, weights: Sequence[float], is_flipped: Sequen
         )
     chosen.weights = [float(weights[i]) for i in kept]
     return chosen
-
-
-def select_pairs_of(data: PairDataset, places: Sequence[int]) -> PairDataset:
-    """The pairs at `places`, with their weights and reference log-probabilities."""
-    places = list(places)
-    return PairDataset(
-        [data.pairs[i] for i in places],
-        [data.tokens[i] for i in places],
-        reference=None if data.reference is None else data.reference[places],
-        weights=[data.weights[i] for i in places],
-    )
-
-
-def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """How pairs are put into batches for scoring, as keyword arguments."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {"pad_token_id": pad, "max_length": args.max_length, "use_bf16": args.bf16}

@@ -9,13 +9,15 @@ several devices) is therefore there.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -99,6 +101,16 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def select(self, places: Iterable[int]) -> "PairDataset":
+        """The pairs at `places`, with their weights and reference log-probabilities."""
+        places = list(places)
+        return PairDataset(
+            [self.pairs[i] for i in places],
+            [self.tokens[i] for i in places],
+            reference=None if self.reference is None else self.reference[places],
+            weights=[self.weights[i] for i in places],
+        )
 
     def joined(self, new: TokenizedPairs, reference: PairLogps | None) -> "PairDataset":
         """This dataset followed by new pairs; `reference` is theirs."""
@@ -249,6 +261,11 @@ class ROPOTrainer(Trainer):
             self.first_margins = kept["first_margins"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
+    def train_or_resume(self) -> None:
+        """Train; go on from the last checkpoint in the output folder if there is one."""
+        folder = str(self.args.output_dir)
+        self.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
@@ -395,6 +412,33 @@ def _turn_dropout_off(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def margins_of(policy: PairLogps, reference: PairLogps | None, args: ROPOConfig) -> NDArray[np.float64]:
+    """Margins as the chosen loss reads them, shape (pairs,), nats.
+
+    Args:
+        policy: Log-probabilities under the policy.
+        reference: The same under the reference; not used by reference-free losses.
+        args: `loss` and `beta` count.
+    """
+    if LOSSES[args.loss].per_token:
+        return margin_per_token(policy, beta=args.beta).double().numpy()
+    assert reference is not None  # noqa: S101 - `prepare` computes it for every loss that reads it
+    return margin(policy, reference, beta=args.beta).double().numpy()
+
+
+def losses_of(margins: NDArray[np.float64], args: ROPOConfig) -> NDArray[np.float64]:
+    """Training loss at each margin, shape (pairs,)."""
+    loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
+    values: NDArray[np.float64] = loss(torch.from_numpy(np.ascontiguousarray(margins))).numpy()
+    return values
+
+
+def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How pairs are put into batches for scoring, as keyword arguments."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {"pad_token_id": pad, "max_length": args.max_length, "use_bf16": args.bf16}
 
 
 class _SaveWithCheckpoint(TrainerCallback):

@@ -43,7 +43,7 @@ __all__ = [
     "save_toy",
 ]
 
-NUM_TEXTS = 28_000  # enough for 49 of 50 sampled sentences to parse
+NUM_TEXTS = 20_000  # enough for 19 of 20 sampled sentences to parse
 NUM_HELD_OUT_TEXTS = 256
 
 NEGATION = -0.5  # "not excellent" is blame, but milder than "terrible"
@@ -235,7 +235,7 @@ def pretrain(
     *,
     num_texts: int = NUM_TEXTS,
     batch_size: int = 32,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 4e-3,
     seed: int = 0,
     grammar: Grammar = REVIEWS,
     on_step: Callable[[int, int, float], None] | None = None,
@@ -250,7 +250,7 @@ def pretrain(
         num_texts: Texts to draw and to train on.
         batch_size: Texts per step.
         learning_rate: Peak of the warm-up and cosine schedule of AdamW.
-        seed: Of the texts and their order.
+        seed: Of the texts.
         grammar: The grammar that writes them.
         on_step: Called after each step with its number from 1, the number of steps, and the loss of the step in nats
             per token.
@@ -261,9 +261,8 @@ def pretrain(
     rng = random.Random(seed)
     texts = [_encode(tokenizer, rng, grammar) for _ in range(num_texts + NUM_HELD_OUT_TEXTS)]
     held_out, texts = texts[:NUM_HELD_OUT_TEXTS], texts[NUM_HELD_OUT_TEXTS:]
-    texts.sort(key=lambda text: len(text[0]) + len(text[1]))  # a batch holds texts of one length: little padding
+    # Not sorted by length: the mean over the tokens of a batch would give the tokens of short texts more weight.
     batches = [texts[start : start + batch_size] for start in range(0, num_texts, batch_size)]
-    rng.shuffle(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     model.train()

@@ -49,9 +49,8 @@ def score_pairs(
     Returns:
         One value per pair, in the order of `tokens`.
     """
-    if not len(tokens):
-        empty = torch.empty(0)
-        return PairLogps(chosen=empty, rejected=empty, chosen_tokens=empty.long(), rejected_tokens=empty.long())
+    if not tokens:
+        return logps_of_rows([])
     state = PartialState()
     device = next(model.parameters()).device
     layout, _ = choose_layout(model, tokens[:2], pad_token_id=pad_token_id, max_length=max_length)
@@ -93,12 +92,12 @@ def logps_of_rows(rows: Rows) -> PairLogps:
     Returns:
         Log-probabilities by position.
     """
-    _, chosen, rejected, chosen_tokens, rejected_tokens = zip(*sorted(rows), strict=True)
+    _, chosen, rejected, chosen_tokens, rejected_tokens = zip(*sorted(rows), strict=True) if rows else [()] * 5
     return PairLogps(
         chosen=torch.tensor(chosen, dtype=torch.float32),
         rejected=torch.tensor(rejected, dtype=torch.float32),
-        chosen_tokens=torch.tensor(chosen_tokens),
-        rejected_tokens=torch.tensor(rejected_tokens),
+        chosen_tokens=torch.tensor(chosen_tokens, dtype=torch.int64),
+        rejected_tokens=torch.tensor(rejected_tokens, dtype=torch.int64),
     )
 
 

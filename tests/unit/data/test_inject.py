@@ -85,18 +85,14 @@ def test_symmetric_flips_are_independent_of_the_neighbour(clean):
     assert abs(both - 2000 * p) < 5 * np.sqrt(2000 * p * (1 - p))
 
 
-def test_drawn_with_the_probabilities_of_the_kind(clean, gap):
-    """near_tie: log-odds fall by 2 for each mean gap. Counts are Binomial(400, p): 5 sd, false alarm 200 · 6e-7."""
-    pairs, gaps = clean[:200], gap[:200]
+def test_drawn_with_the_probabilities_of_the_kind(clean):
+    """near_tie: log-odds fall by 2 for each mean gap. Counts are Binomial(3000, p): 5 sd, false alarm 5 · 6e-7."""
+    gaps = np.array([0.0, 0.5, 1.0, 1.5, 2.0])
     counts = sum(
-        flip_labels(pairs, rate=0.2, seed=seed, kind="near_tie", gap=gaps)[1].astype(int) for seed in range(400)
+        flip_labels(clean[:5], rate=0.4, seed=seed, kind="near_tie", gap=gaps)[1].astype(int) for seed in range(3000)
     )
-    levels = np.linspace(-5, 5, 100_001)
-    odds = np.exp(-2 * gaps / gaps.mean())
-    totals = np.array([(odds * np.exp(a) / (1 + odds * np.exp(a))).sum() for a in levels])
-    scaled = odds * np.exp(levels[np.abs(totals - 40).argmin()])
-    p = scaled / (1 + scaled)
-    assert (np.abs(counts - 400 * p) < 5 * np.sqrt(400 * p * (1 - p)) + 1e-2).all()
+    p = np.array([0.8036, 0.6009, 0.3565, 0.1693, 0.0697])
+    assert (np.abs(counts - 3000 * p) < 5 * np.sqrt(3000 * p * (1 - p))).all()
 
 
 def test_length_flips_where_the_longer_response_was_rejected(clean):

@@ -67,6 +67,7 @@ class TestGrammar:
             ("the the taste was good .", None),
             ("the taste was goodness .", None),
             ("five stars . five stars .", None),
+            ("fivestars .", None),
             (".", None),
         ],
     )
@@ -88,6 +89,21 @@ class TestGrammar:
         for prompt, response in drawn:
             noun = REVIEWS.topic(prompt)
             assert set(response.split()) & REVIEWS.subjects <= {noun, *REVIEWS.topics[noun].aspects}
+
+    @pytest.mark.parametrize(
+        ("opinion", "is_happy"),
+        [("loved|adored", True), ("hated|loathed", False), ("was superb", True), ("was horrible", False)],
+    )
+    def test_sentences_of_a_response_agree(self, opinion, is_happy):
+        """Four in five closings fit the opinion; with no moods it is half, which 50 draws miss with p < 1e-4."""
+        rng = random.Random(0)
+        responses = [sample_response(PROMPT, rng) for _ in range(4000)]
+        said = [text for text in responses if re.search(opinion, text)]
+        happy = sum(bool(re.search(r"would (try|choose)|recommend|four|five", text)) for text in said)
+        unhappy = sum(bool(re.search(r"never|refund|avoid|two|one star", text)) for text in said)
+        assert happy + unhappy > 50
+        assert (happy / (happy + unhappy) > 0.75) == is_happy
+        assert (unhappy / (happy + unhappy) > 0.75) != is_happy
 
     def test_draws_differ(self, drawn):
         assert len({response for _, response in drawn}) > 490
@@ -136,6 +152,7 @@ class TestGoldReward:
             ("the taste was excellent . the taste was superb .", praise(4) - 0.4),
             ("the taste excellent was .", -1),
             ("the taste awful was .", praise(-2) - 1),
+            ("the taste was not bad awful .", praise(0.5 - 2) - 1),
             ("the taste was excellent", -1),
             ("the taste was excellent . we loved the", praise(2) - 1),
             ("the the the the the the the the the .", -10 / 6),
