@@ -21,12 +21,16 @@ texts = [f"{pair.prompt}{response}" for pair in load_pairs(source).pairs for res
 raw = Tokenizer(models.BPE())
 raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
 alphabet = pre_tokenizers.ByteLevel.alphabet()
-raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet))
+raw.train_from_iterator(
+    texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet)
+)
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
 
 torch.manual_seed(0)
 shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, **shape))
+model = LlamaForCausalLM(
+    LlamaConfig(vocab_size=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, **shape)
+)
 stream = torch.tensor([token for text in texts for token in [*tokenizer(text)["input_ids"], 1]])
 optimizer, start, step = torch.optim.AdamW(model.parameters(), lr=1e-3), time.monotonic(), 0
 while (spent := (time.monotonic() - start) / 60 / minutes) < 1:

@@ -21,7 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ropo.pairs import Pair
 
-_TEXT = ["the soup was good and the waiter was kind .", "it was cold , slow and far too loud !", "Human: hi Assistant: yes"]
+_TEXT = [
+    "the soup was good and the waiter was kind .",
+    "it was cold , slow and far too loud !",
+    "Human: hi Assistant: yes",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +42,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     raw.train_from_iterator(_TEXT * 3, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
@@ -81,7 +88,7 @@ def model_folder(model, tokenizer, tmp_path) -> Path:
 def pairs() -> list[Pair]:
     """Twenty different pairs of uneven length."""
     rng = np.random.default_rng(0)
-    words = "the soup waiter was good bad slow kind very not and it loud cold".split()
+    words = ["the", "soup", "waiter", "was", "good", "bad", "slow", "kind", "very", "not", "and", "it", "loud", "cold"]
 
     def text(low: int, high: int) -> str:
         return " ".join(rng.choice(words, size=int(rng.integers(low, high))))

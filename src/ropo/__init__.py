@@ -50,7 +50,7 @@ _HOME = {
     "validate_pairs": "ropo.data.validate",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - `_HOME` holds the names as strings
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,10 +35,11 @@ logger = logging.getLogger(__name__)
 
 # Options that do not change what is computed: they may differ when a run is taken up again.
 _NOT_IDENTITY = (
-    "output_dir", "reference_cache_dir", "rounds", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "run_name",
-    "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir", "logging_steps", "logging_strategy",
-    "logging_first_step", "save_strategy", "save_steps", "save_total_limit", "dataloader_num_workers", "hub_token",
-    "push_to_hub", "local_rank", "_n_gpu", "do_train", "do_eval", "do_predict",
+    "output_dir", "reference_cache_dir", "rounds", "resume_from_checkpoint", "overwrite_output_dir",
+    "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir",
+    "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
+    "save_total_limit", "dataloader_num_workers", "hub_token", "push_to_hub", "local_rank", "_n_gpu",
+    "do_train", "do_eval", "do_predict",
 )  # fmt: skip
 
 
@@ -153,7 +154,9 @@ def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizer
     if isinstance(model, str | Path):
         return str(model)
     if tokenizer is None:
-        raise ValueError("run_rounds needs processing_class when it is given a model object; got none. Pass the tokenizer.")
+        raise ValueError(
+            "run_rounds needs processing_class when it is given a model object; got none. Pass the tokenizer."
+        )
     path = folder / "initial_model"
     if PartialState().is_main_process and not path.exists():
         with write_aside(path) as aside:
@@ -178,7 +181,9 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
                 "Use another output_dir, or remove this one to start anew."
             )
     elif folder.exists() and any(entry.name not in ("initial_model", "reference_cache") for entry in folder.iterdir()):
-        raise ValueError(f"output_dir needs a new folder or one of our runs; {folder} holds other files. Use another one.")
+        raise ValueError(
+            f"output_dir needs a new folder or one of our runs; {folder} holds other files. Use another one."
+        )
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         write_json(path, identity)

@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from ropo.align import DataError, read_checked, run_rounds
+from ropo.align import DataError, run_rounds
 from ropo.config import ROPOConfig, did_you_mean
 from ropo.data.load import load_pairs
 from ropo.data.problems import PROBLEMS, render
@@ -42,7 +42,9 @@ class TrainArguments:
     """Which model and data `ropo train` takes; everything else is in `ROPOConfig`."""
 
     model_name_or_path: str | None = _option(None, "Folder or hub id of the model to align; it is also the reference.")
-    dataset_name: str | None = _option(None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), saved folder, or hub id.")
+    dataset_name: str | None = _option(
+        None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), saved folder, or hub id."
+    )
     dataset_split: str = _option("train", "Part of the dataset to read, where it has several.")
     prompt_column: str = _option("prompt", "Name of the column with prompts.")
     chosen_column: str = _option("chosen", "Name of the column with preferred responses.")
@@ -60,6 +62,9 @@ class TrainArguments:
     )
 
 
+_KINDS: Any = (TrainArguments, ROPOConfig)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -75,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_USAGE)
         return DONE if words else MISUSE
     if words[0] not in commands:
-        print(f"ropo needs one of {', '.join(commands)}; got {words[0]!r}.{did_you_mean(words[0], list(commands))}", file=sys.stderr)
+        print(
+            f"ropo needs one of {', '.join(commands)}; got {words[0]!r}.{did_you_mean(words[0], list(commands))}",
+            file=sys.stderr,
+        )
         return MISUSE
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False, markup=False)], force=True
@@ -106,7 +114,9 @@ ropo: align language models on preference data whose labels are partly wrong
 
 
 def _demo(words: list[str]) -> int:
-    parser = argparse.ArgumentParser("ropo demo", description=run_demo.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "ropo demo", description="See ROPO and DPO on labels of which a known share is flipped."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where everything is written.")
     parser.add_argument("--flip_rate", type=float, default=0.3, help="Share of labels to flip, [0, 0.5).")
     parser.add_argument("--num_pairs", type=int, default=3000, help="Training pairs.")
@@ -178,7 +188,9 @@ def _validate(words: list[str]) -> int:
 
 
 def _losses(words: list[str]) -> int:
-    argparse.ArgumentParser("ropo losses", description="The losses, their formulas, papers and options.").parse_args(words)
+    argparse.ArgumentParser("ropo losses", description="The losses, their formulas, papers and options.").parse_args(
+        words
+    )
     print(methods_table())
     return DONE
 
@@ -198,8 +210,8 @@ def parse_train(words: Sequence[str]) -> tuple[TrainArguments, ROPOConfig]:
     config_parser = argparse.ArgumentParser("ropo train", add_help=False)
     config_parser.add_argument("--config", type=Path)
     config, rest = config_parser.parse_known_args(list(words))
-    parser = HfArgumentParser((TrainArguments, ROPOConfig), prog="ropo train", allow_abbrev=False)
-    known = [f.name for kind in (TrainArguments, ROPOConfig) for f in dataclasses.fields(kind)]
+    parser = HfArgumentParser(_KINDS, prog="ropo train", allow_abbrev=False)
+    known = [f.name for kind in _KINDS for f in dataclasses.fields(kind)]
     if config.config is not None:
         parser.set_defaults(**_read_recipe(config.config, known))
     given, args, unknown = parser.parse_args_into_dataclasses(
@@ -214,7 +226,9 @@ def parse_train(words: Sequence[str]) -> tuple[TrainArguments, ROPOConfig]:
         ("output_dir", args.output_dir if "output_dir" in _named(words, config.config) else None),
     ):
         if not value:
-            raise ValueError(f"--{name} is missing. Usage: ropo train --model_name_or_path M --dataset_name D --output_dir O")
+            raise ValueError(
+                f"--{name} is missing. Usage: ropo train --model_name_or_path M --dataset_name D --output_dir O"
+            )
     return given, args
 
 
@@ -229,10 +243,14 @@ def _read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--config needs a YAML file; {path} is not there.")
     recipe = yaml.safe_load(path.read_text("utf-8")) or {}
     if not isinstance(recipe, dict):
-        raise ValueError(f"--config needs a YAML file of `option: value` lines; {path} holds a {type(recipe).__name__}.")
+        raise ValueError(
+            f"--config needs a YAML file of `option: value` lines; {path} holds a {type(recipe).__name__}."
+        )
     for name in recipe:
         if name not in known:
-            raise ValueError(f"{path}: unknown option {name!r}.{did_you_mean(name, known)} `ropo train --help` lists all.")
+            raise ValueError(
+                f"{path}: unknown option {name!r}.{did_you_mean(name, known)} `ropo train --help` lists all."
+            )
     # Written as strings, values pass through the same conversion as on the command line: YAML reads 1e-6 as text.
     return {name: str(value) if isinstance(value, float) else value for name, value in recipe.items()}
 

@@ -3,8 +3,7 @@
 In: what the user wrote. Out: a configuration that is known to be valid before any model is loaded.
 """
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -35,16 +34,18 @@ class ROPOConfig(TrainingArguments):
     """
 
     # Defaults of `TrainingArguments` that differ here.
-    learning_rate: float = _option(1e-6, "Peak learning rate. Usual 5e-7 to 5e-6 for a whole model, 1e-5 to 1e-4 for LoRA.")
+    learning_rate: float = _option(
+        1e-6, "Peak learning rate. Usual 5e-7 to 5e-6 for a whole model, 1e-5 to 1e-4 for LoRA."
+    )
     num_train_epochs: float = _option(1.0, "Passes over the pairs in each round.")
     warmup_steps: float = _option(0.1, "Steps of warm-up, or their share of all steps if below 1.")
     lr_scheduler_type: str = _option("cosine", "How the learning rate falls.")
     logging_steps: float = _option(10, "Steps between two lines of the training log.")
-    logging_first_step: bool = _option(True, "Log the first step too; its loss is known in advance, so it shows faults.")
+    logging_first_step: bool = _option(default=True, text="Log the first step too: its loss is known in advance.")
     save_strategy: str = _option("epoch", "When to write a checkpoint: no, steps, epoch.")
     save_total_limit: int | None = _option(1, "Checkpoints kept in a training stage; they go when the stage is done.")
     train_sampling_strategy: str = _option("group_by_length", "random, sequential or group_by_length (fastest).")
-    remove_unused_columns: bool = _option(False, "Kept for `transformers`; pairs are not columns.")
+    remove_unused_columns: bool = _option(default=False, text="Kept for `transformers`; pairs are not columns.")
 
     # The loss.
     loss: str = _option("ropo", "Loss of the training stages: one of the names that `ropo losses` lists.")
@@ -60,14 +61,17 @@ class ROPOConfig(TrainingArguments):
     # The data.
     max_length: int = _option(1024, "Most tokens of prompt and one response together; longer responses lose their end.")
     on_bad_rows: str = _option("refuse", "What to do with rows that cannot be read: refuse, or skip and count them.")
-    reference_cache_dir: str | None = _option(None, "Where reference log-probs are kept. Default: in the output folder.")
+    reference_cache_dir: str | None = _option(
+        None, "Where reference log-probs are kept. Default: in the output folder."
+    )
 
     # The rounds.
     rounds: int = _option(2, "Rounds of train, score, estimate, decide, resample. 1 trains once and only reports.")
     round_start: str = _option("restart", "Each round's model: restart from the given one, or carry_on with the last.")
     rho: str = _option("auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says.")
     num_folds: int = _option(
-        2, "Models that estimate the flip rate on pairs they were not trained on; 0 reads the trained model's own margins."
+        2,
+        "Models that estimate the flip rate on pairs they did not see; 0 reads the trained model's own margins.",
     )
     decision_rule: str = _option("lowest_loss", "How the pairs to filter out are chosen: " + ", ".join(RULES) + ".")
 
@@ -77,11 +81,13 @@ class ROPOConfig(TrainingArguments):
     temperature: float = _option(1.0, "Sampling temperature.")
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this much probability.")
     selection_rule: str = _option("min_loss", "How new pairs are chosen: " + ", ".join(SELECTION_RULES) + ".")
-    max_abs_margin: float = _option(10.0, "Guard: new pairs with a larger absolute margin are refused as self-confirming.")
+    max_abs_margin: float = _option(
+        10.0, "Guard: new pairs with a larger absolute margin are refused as self-confirming."
+    )
     max_length_ratio: float = _option(3.0, "Guard: most that one response of a new pair may be longer than the other.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_choice("round_start", ROUND_STARTS)
         self._check_choice("on_bad_rows", ON_BAD_ROWS)
         self._check_choice("decision_rule", tuple(RULES))
@@ -89,14 +95,22 @@ class ROPOConfig(TrainingArguments):
         self.rho = str(self.rho)
         if self.rho != "auto":
             self._check_rho()
-        for name, lowest in (("rounds", 1), ("max_length", 2), ("num_candidates", 0), ("num_folds", 0), ("max_new_tokens", 1)):
+        for name, lowest in (
+            ("rounds", 1),
+            ("max_length", 2),
+            ("num_candidates", 0),
+            ("num_folds", 0),
+            ("max_new_tokens", 1),
+        ):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} needs {lowest} or more; got {getattr(self, name)}.")
         for name in ("temperature", "top_p", "max_abs_margin", "max_length_ratio"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} needs a number above 0; got {getattr(self, name)}.")
         if self.num_folds == 1:
-            raise ValueError("num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on.")
+            raise ValueError(
+                "num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on."
+            )
         if self.dataloader_pin_memory and not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for
         if self.label_smoothing_factor:
@@ -108,7 +122,7 @@ class ROPOConfig(TrainingArguments):
         if LOSSES[self.loss].needs_whole_batch and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"{self.loss} needs the whole batch at once; got gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps}. Set it to 1 and raise per_device_train_batch_size or the processes."
+                f"{self.gradient_accumulation_steps}. Set it to 1 and raise per_device_train_batch_size."
             )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
@@ -122,7 +136,9 @@ class ROPOConfig(TrainingArguments):
         except ValueError:
             is_valid = False
         if not is_valid:
-            raise ValueError(f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite.")
+            raise ValueError(
+                f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite."
+            )
 
     @property
     def loss_options(self) -> dict[str, float]:
@@ -130,13 +146,18 @@ class ROPOConfig(TrainingArguments):
         given = {name: getattr(self, name) for name in LOSS_OPTIONS}
         return {name: value for name, value in given.items() if value is not None}
 
+    def to_dict(self) -> dict[str, Any]:
+        """All options by name, as plain values."""
+        plain: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return plain
+
     @property
     def fixed_rho(self) -> float | None:
         """The share of pairs to filter out, or None when it follows the estimate."""
         return None if self.rho == "auto" else float(self.rho)
 
 
-def did_you_mean(name: str, known: tuple[str, ...] | list[str] | Mapping[str, Any]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests the closest known names, or nothing.
 
     Args:

@@ -65,7 +65,9 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
     scores = {"before": _score(base, base, tokenizer, held_out, seed=seed)}
     found: dict[str, Any] = {}
     for name, options in METHODS.items():
-        console.print(f"[bold]{name}[/] on {num_pairs} pairs, {is_flipped.mean():.0%} of the labels flipped", highlight=False)
+        console.print(
+            f"[bold]{name}[/] on {num_pairs} pairs, {is_flipped.mean():.0%} of the labels flipped", highlight=False
+        )
         path = folder / name.lower()
         args = ROPOConfig(output_dir=str(path), seed=seed, **COMMON, **options)
         summary = run_rounds(base, noisy, args, command=f"ropo demo --output_dir {folder}")
@@ -95,7 +97,15 @@ def _score(
 ) -> PolicyScore:
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (path, base))
     return score_policy(
-        policy, reference, tokenizer, held_out, gold_reward, num_samples=NUM_HELD_OUT, max_length=128, max_new_tokens=48, seed=seed
+        policy,
+        reference,
+        tokenizer,
+        held_out,
+        gold_reward,
+        num_samples=NUM_HELD_OUT,
+        max_length=128,
+        max_new_tokens=48,
+        seed=seed,
     )
 
 
@@ -130,7 +140,9 @@ def _show(
     result: dict[str, Any], scores: dict[str, PolicyScore], held_out: list[Pair], folder: Path, console: Console
 ) -> None:
     rate = result["flip_rate"]
-    table = Table(title=f"\n{result['num_pairs']} pairs, {rate:.0%} of the labels flipped; 90 % intervals over held-out pairs and samples")
+    table = Table(
+        title=f"\n{result['num_pairs']} pairs, {rate:.0%} of the labels flipped; 90 % intervals over pairs and samples"
+    )
     table.add_column("")
     for name in scores:
         table.add_column(name, justify="right")

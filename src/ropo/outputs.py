@@ -48,9 +48,7 @@ def publish(
         write_json(folder / "summary.json", summary)
         new = [pair for this in rounds for pair in this.new_pairs()]
         log = [
-            {"round": this.number, **line}
-            for this in rounds
-            for line in read_json(this.folder / "training_log.json")
+            {"round": this.number, **line} for this in rounds for line in read_json(this.folder / "training_log.json")
         ]
         write_report(folder, ledger=ledger, summary=summary, pairs=[*loaded.pairs, *new], training_log=log)
         shutil.copytree(rounds[-1].model_folder, folder, dirs_exist_ok=True)
@@ -101,7 +99,7 @@ def _summary(
     final = per_round[-1]
     loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
     curve = gradient_weight(loss, torch.from_numpy(_CURVE_MARGINS)) if not LOSSES[args.loss].needs_whole_batch else None
-    seconds = {name: value for name, value in Stages(folder / "rounds").seconds.items()}
+    seconds = dict(Stages(folder / "rounds").seconds)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}
     return {
@@ -132,6 +130,7 @@ def _model_card(summary: dict[str, Any]) -> str:
         if summary["is_informative"]
         else f"cannot tell: {summary['reason']}"
     )
+    counts = ", ".join(str(summary[name]) for name in ("num_kept", "num_dropped", "num_flipped"))
     spec = LOSSES[config["loss"]]
     options = "\n".join(f"{name}: {value}" for name, value in sorted(config.items()) if value is not None)
     return f"""---
@@ -151,7 +150,7 @@ Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs wit
 | | |
 |---|---|
 | estimated share of flipped labels | {noise} |
-| pairs kept / dropped / flipped in the last decision | {summary["num_kept"]} / {summary["num_dropped"]} / {summary["num_flipped"]} |
+| pairs kept, dropped, flipped in the last decision | {counts} |
 | resampled pairs in the last training | {summary["num_resampled"]} |
 | SHA-256 of the data | `{summary["data_sha256"]}` |
 
@@ -168,8 +167,8 @@ Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs wit
 ```bibtex
 @inproceedings{{liang2025ropo,
   title     = {{{{ROPO}}: Robust Preference Optimization for Large Language Models}},
-  author    = {{Liang, Xize and Chen, Chao and Qiu, Shuang and Wang, Jie and Wu, Yue and Fu, Zhihang and Chen, Hanzhu and
-               Wu, Feng and Ye, Jieping}},
+  author    = {{Liang, Xize and Chen, Chao and Qiu, Shuang and Wang, Jie and Wu, Yue and Fu, Zhihang and
+               Chen, Hanzhu and Wu, Feng and Ye, Jieping}},
   booktitle = {{Proceedings of the 42nd International Conference on Machine Learning}},
   series    = {{PMLR}},
   volume    = {{267}},

@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -139,6 +138,7 @@ def margin(policy: PairLogps, reference: PairLogps, *, beta: float) -> Float[Ten
         ValueError: If the two hold a different number of pairs; torch would silently broadcast 1 against 3.
 
     Examples:
+        >>> import torch
         >>> policy = PairLogps(chosen=torch.tensor([-12.0]), rejected=torch.tensor([-13.5]))
         >>> reference = PairLogps(chosen=torch.tensor([-12.5]), rejected=torch.tensor([-12.8]))
         >>> round(margin(policy, reference, beta=0.1).item(), 6)
@@ -170,5 +170,7 @@ def margin_per_token(policy: PairLogps, *, beta: float) -> Float[Tensor, " pairs
         ValueError: If the token counts are missing.
     """
     if policy.chosen_tokens is None or policy.rejected_tokens is None:
-        raise ValueError("margin_per_token needs PairLogps with token counts; got none. Pass chosen_tokens and rejected_tokens.")
+        raise ValueError(
+            "margin_per_token needs PairLogps with token counts; got none. Pass chosen_tokens and rejected_tokens."
+        )
     return beta * (policy.chosen / policy.chosen_tokens - policy.rejected / policy.rejected_tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ropo.provenance import hash_value
@@ -41,12 +41,13 @@ class PolicySource:
             The model on this process's device, in evaluation mode.
         """
         path = self.name_or_path if trained is None or self.is_adapter else str(trained)
-        model = AutoModelForCausalLM.from_pretrained(path, **self.load_options)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **self.load_options)
         if trained is not None and self.is_adapter:
             model = PeftModel.from_pretrained(model, str(trained), is_trainable=is_trainable)
         if "device_map" not in self.load_options and "quantization_config" not in self.load_options:
             model = model.to(PartialState().device)
-        return model.eval()
+        loaded: PreTrainedModel = model.eval()
+        return loaded
 
     def fingerprint(self) -> str:
         """Cheap name of the initial model's content: names and sizes of its files and the text of its configuration.

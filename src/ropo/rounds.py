@@ -54,7 +54,7 @@ _ESTIMATE_FILES = ["flip_estimate.json", "flips.safetensors"]
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
 _IN_SAMPLE = (
-    "The only margins at hand are of a model that was trained on these very labels and has learned some of the wrong ones. "
+    "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "
     "With rounds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
 )
 
@@ -196,7 +196,9 @@ class Round:
 
     def _score(self) -> None:
         policy = self.source.load(self.model_folder)
-        logps = score_pairs(policy, self.data.tokens, title=f"Round {self.number}: scoring", **batching(self.args, self.tokenizer))
+        logps = score_pairs(
+            policy, self.data.tokens, title=f"Round {self.number}: scoring", **batching(self.args, self.tokenizer)
+        )
         self._write_tensors("scores.safetensors", _tensors(logps))
 
     def _scores(self) -> PairLogps:
@@ -251,7 +253,11 @@ class Round:
         found = read_json(self.folder / "decisions.json")["decisions"]
         has_new = {self.data.pairs[i].row for i in range(self.num_data, len(found)) if found[i] == "keep"}
         lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
-        won = self._win_back(lost) if lost and self.args.num_candidates else WonBack(pairs=[], margins=np.zeros(0), refused={})
+        won = (
+            self._win_back(lost)
+            if lost and self.args.num_candidates
+            else WonBack(pairs=[], margins=np.zeros(0), refused={})
+        )
         reference: dict[str, torch.Tensor] = {}
         if won.pairs and self.data.reference is not None:
             tokenized = tokenize_pairs(won.pairs, self.tokenizer, max_length=self.args.max_length)
@@ -294,7 +300,9 @@ class Round:
             tokenizer=self.tokenizer,
             max_length=args.max_length,
             rule=args.selection_rule,
-            worst_kept_loss=max((loss for loss, what in zip(losses, found, strict=True) if what == "keep"), default=0.0),
+            worst_kept_loss=max(
+                (loss for loss, what in zip(losses, found, strict=True) if what == "keep"), default=0.0
+            ),
             max_abs_margin=args.max_abs_margin,
             max_length_ratio=args.max_length_ratio,
         )
@@ -303,8 +311,6 @@ class Round:
         if PartialState().is_main_process:
             with write_aside(self.folder / name) as path:
                 save_file(dict(tensors), path)
-
-
 
 
 def _tensors(logps: PairLogps) -> dict[str, torch.Tensor]:

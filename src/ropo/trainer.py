@@ -56,9 +56,9 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "rewards/accuracies": "Share of pairs with h > 0. On noisy labels this should not reach 1.",
         "logps/chosen": "log π of the chosen response, nats, summed over its tokens.",
         "logps/rejected": "The same of the rejected response.",
-        "loss/dpo": "DPO loss of the same margins, whatever loss is trained; 0.693 at the start. Comparable across losses.",
+        "loss/dpo": "DPO loss of the same margins, whatever loss is trained, so comparable; 0.693 at the start.",
         "loss/na": "Noise-tolerant part σ(−h): the policy's probability that the label is wrong; 0.5 at the start.",
-        "gradient_weight": "−dℓ/dh: how hard the loss pushes a pair. Falls on contradicted pairs if the loss is robust.",
+        "gradient_weight": "−dℓ/dh: how hard the loss pushes a pair. A robust loss pushes contradicted pairs less.",
     }
 )
 
@@ -200,18 +200,20 @@ class ROPOTrainer(Trainer):
         if self.pad_token_id is None:
             self.pad_token_id = self.tokenizer.eos_token_id
         _turn_dropout_off(model)
-        model.to(args.device)
+        model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         train_dataset = self._prepare(train_dataset, model, args)
         eval_dataset = self._prepare(eval_dataset, model, args)
         sample = eval_dataset if train_dataset is None else train_dataset
         if sample is None:
             raise ValueError("ROPOTrainer needs train_dataset or eval_dataset; got neither.")
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
         self.layout, reason = choose_layout(
             model, sample.tokens[:2], pad_token_id=self.pad_token_id, max_length=args.max_length
         )
         logger.info("Forward: %s, since %s.", self.layout, reason)
+        self.options = args
+        self.pairs = sample.pairs
         self.spec = LOSSES[args.loss]
         self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
         self.reliability = torch.full((len(sample.annotators),), args.reliability or 0.9, device=args.device)
@@ -241,7 +243,7 @@ class ROPOTrainer(Trainer):
             raise ValueError(f"ROPOTrainer needs at least one pair; got none.\n{render(problems)}")
         reference = None
         if LOSSES[args.loss].needs_reference:
-            cache_dir = Path(args.reference_cache_dir or Path(args.output_dir) / "reference_cache")
+            cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
             reference = reference_logps(
                 model,
                 tokenized.tokens,
@@ -252,9 +254,11 @@ class ROPOTrainer(Trainer):
             )
         return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]  # noqa: FBT001
         """As in `Trainer`; a checkpoint also brings back annotator reliability and first margins."""
-        folder = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+        folder = (
+            get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
         if folder and (path := Path(folder) / _STATE_FILE).exists():
             kept = load_file(path)
             self.reliability = kept["reliability"].to(self.args.device)
@@ -340,18 +344,20 @@ class ROPOTrainer(Trainer):
         mine = self.first_margins.to(self.args.device)
         if self.accelerator.num_processes == 1:
             return mine.cpu()
-        gathered = self.accelerator.gather(mine[None])
-        return gathered.nan_to_num(nan=-torch.inf).max(dim=0).values.masked_fill(gathered.isnan().all(dim=0), torch.nan).cpu()
+        seen: Tensor = self.accelerator.gather(mine[None])
+        return seen.nanmean(dim=0).cpu()  # a pair is seen by one process, or by two where the last batch is filled up
 
     def _margin(self, logps: PairLogps, inputs: Batch) -> Tensor:
         if self.spec.per_token:
-            return margin_per_token(logps, beta=self.args.beta)
+            return margin_per_token(logps, beta=self.options.beta)
         if "reference_chosen" not in inputs:
             if self.spec.needs_reference:
-                raise ValueError(f"{self.args.loss} needs reference log-probs; the PairDataset has none. Pass reference=.")
-            return self.args.beta * (logps.chosen - logps.rejected)
+                raise ValueError(
+                    f"{self.options.loss} needs reference log-probs; the PairDataset has none. Pass reference=."
+                )
+            return self.options.beta * (logps.chosen - logps.rejected)
         reference = PairLogps(chosen=inputs["reference_chosen"], rejected=inputs["reference_rejected"])
-        return margin(logps, reference, beta=self.args.beta)
+        return margin(logps, reference, beta=self.options.beta)
 
     def _loss(self, h: Tensor, inputs: Batch) -> Tensor:
         if self.spec.needs_whole_batch:
@@ -359,7 +365,7 @@ class ROPOTrainer(Trainer):
         if self.spec.learns_reliability:
             who = inputs["annotator"]
             loss = self.loss_of_margin(h, reliability=self.reliability[who])
-            if self.model.training:
+            if torch.is_grad_enabled():
                 self._update_reliability(h.detach(), who)
             return loss
         return self.loss_of_margin(h)
@@ -376,9 +382,8 @@ class ROPOTrainer(Trainer):
     def _stop_if_not_finite(self, loss: Tensor, inputs: Batch) -> None:
         if bool(torch.isfinite(loss).all()):
             return
-        dataset = self.data_collator.dataset
         where = inputs["position"][~torch.isfinite(loss)].tolist()
-        names = ", ".join(f"row {dataset.pairs[i].row} (pair {dataset.pairs[i].id})" for i in where[:10])
+        names = ", ".join(f"row {self.pairs[i].row} (pair {self.pairs[i].id})" for i in where[:10])
         raise FloatingPointError(
             f"The loss is not finite for {names} at step {self.state.global_step}. Lower the learning rate, use "
             "bf16 instead of fp16, or look at these pairs with `ropo validate`."
@@ -387,11 +392,11 @@ class ROPOTrainer(Trainer):
     def _remember(self, h: Tensor, logps: PairLogps, inputs: Batch) -> None:
         """Add the batch to the running metrics, and keep the margins of pairs that are seen for the first time."""
         h, chosen, rejected = h.detach().float(), logps.chosen.detach(), logps.rejected.detach()
-        is_training = self.model.training
+        is_training = torch.is_grad_enabled()
         found = {"logps/chosen": chosen, "logps/rejected": rejected}
         if "reference_chosen" in inputs:
-            found["rewards/chosen"] = self.args.beta * (chosen - inputs["reference_chosen"])
-            found["rewards/rejected"] = self.args.beta * (rejected - inputs["reference_rejected"])
+            found["rewards/chosen"] = self.options.beta * (chosen - inputs["reference_chosen"])
+            found["rewards/rejected"] = self.options.beta * (rejected - inputs["reference_rejected"])
         found["rewards/margins"] = h
         found["rewards/accuracies"] = (h > 0).float()
         found["loss/dpo"] = nn.functional.softplus(-h)

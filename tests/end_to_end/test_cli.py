@@ -37,7 +37,17 @@ def recipe(tmp_path):
 
 
 def train(model_folder, dataset, recipe, output, *more):
-    words = ["--model_name_or_path", model_folder, "--dataset_name", dataset, "--output_dir", output, "--config", recipe, *more]
+    words = [
+        "--model_name_or_path",
+        model_folder,
+        "--dataset_name",
+        dataset,
+        "--output_dir",
+        output,
+        "--config",
+        recipe,
+        *more,
+    ]
     return main(["train", *map(str, words)])
 
 

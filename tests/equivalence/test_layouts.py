@@ -154,7 +154,6 @@ def test_falls_back(model, reason):
 def test_a_wrong_mask_is_noticed(monkeypatch):
     """If the branches could see each other, the comparison with the plain forward would say so."""
 
-
     def causal_only(branch):
         rows, width = branch.shape
         return torch.ones(rows, 1, width, width, dtype=torch.bool).tril()

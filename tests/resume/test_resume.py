@@ -12,7 +12,9 @@ from ropo.provenance import hash_file
 from ropo.trainer import ROPOTrainer
 
 STAGES = [
-    "reference", "train", "score", "fold 0", "fold 1", "estimate", "decide", "resample", "train", "score", "estimate", "decide",
+    "reference",
+    "train", "score", "fold 0", "fold 1", "estimate", "decide", "resample",
+    "train", "score", "estimate", "decide",
 ]  # fmt: skip
 
 
@@ -31,7 +33,10 @@ def outputs(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hash_file(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in skip and not path.name.startswith("report") and "reference_cache" not in path.parts
+        if path.is_file()
+        and path.name not in skip
+        and not path.name.startswith("report")
+        and "reference_cache" not in path.parts
     }
 
 
@@ -108,7 +113,7 @@ def test_one_more_round(model_folder, pairs, tmp_path):
 def test_other_settings_are_refused(model_folder, pairs, tmp_path):
     folder = tmp_path / "run"
     run_rounds(model_folder, pairs, config(folder, rounds=1))
-    with pytest.raises(ValueError, match="learning_rate: 0.003 there, 0.001 now"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.003 there, 0.001 now"):
         run_rounds(model_folder, pairs, config(folder, rounds=1, learning_rate=1e-3))
     with pytest.raises(ValueError, match="data: "):
         run_rounds(model_folder, pairs[:-1], config(folder, rounds=1))

@@ -13,15 +13,17 @@ from ropo.losses import LOSSES
 from ropo.pairs import Pair
 from ropo.trainer import METRICS, PairDataset, ROPOTrainer
 
-OPTIONS = {"cdpo": {"flip_rate": 0.1}, "rdpo": {"flip_rate": 0.1}, "forward_corrected": {"flip_rate": 0.1},
-           "ropo_v1": {"alpha": 2.0, "gamma": 0.1}}  # fmt: skip
+OPTIONS = {
+    **{loss: {"flip_rate": 0.1} for loss in ("cdpo", "rdpo", "forward_corrected")},
+    "ropo_v1": {"alpha": 2.0, "gamma": 0.1},
+}
 
 
 def config(folder, **options):
     common = {
         "output_dir": str(folder), "learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 1,
-        "save_strategy": "no", "max_length": 128, "use_cpu": True, "disable_tqdm": True, "lr_scheduler_type": "constant",
-        "warmup_steps": 0, "train_sampling_strategy": "sequential",
+        "save_strategy": "no", "max_length": 128, "use_cpu": True, "disable_tqdm": True, "warmup_steps": 0,
+        "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential",
     }  # fmt: skip
     return ROPOConfig(**{**common, **options})
 
@@ -52,14 +54,15 @@ def test_every_loss_trains(loss, model, tokenizer, pairs, tmp_path):
 def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
     """With given weights and a reference that is not the start, the logged loss is the weighted mean of the formula."""
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
-    reference = reference_logps(
-        model, tokenized.tokens, cache_dir=tmp_path / "cache", pad_token_id=0, max_length=128
-    )
+    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "cache", pad_token_id=0, max_length=128)
     shifted = type(reference)(chosen=reference.chosen - 3.0, rejected=reference.rejected + 2.0)
     weights = [1.0, 0.5, 0.0, 0.25]
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=shifted, weights=weights)
     trainer = ROPOTrainer(
-        model, config(tmp_path, loss="ropo", alpha=6.0, beta=0.2, max_steps=1), train_dataset=dataset, processing_class=tokenizer
+        model,
+        config(tmp_path, loss="ropo", alpha=6.0, beta=0.2, max_steps=1),
+        train_dataset=dataset,
+        processing_class=tokenizer,
     )
     trainer.train()
     h, a = 0.2 * 5.0, 6.0
@@ -78,7 +81,10 @@ def test_accumulation_changes_nothing(loss, model_folder, tokenizer, pairs, tmp_
     found = []
     for batch, accumulation in ((8, 1), (4, 2)):
         args = config(
-            tmp_path / str(batch), loss=loss, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+            tmp_path / str(batch),
+            loss=loss,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
         )
         trainer = ROPOTrainer(
             str(model_folder), args, processing_class=tokenizer,
@@ -126,7 +132,9 @@ def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
     sign = torch.tensor([1.0, -1.0] * 10)
     biased = type(reference)(chosen=reference.chosen - 40.0 * sign, rejected=reference.rejected)
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=biased)
-    trainer = ROPOTrainer(model, config(tmp_path, loss="re_po", learning_rate=1e-6), train_dataset=dataset, processing_class=tokenizer)
+    trainer = ROPOTrainer(
+        model, config(tmp_path, loss="re_po", learning_rate=1e-6), train_dataset=dataset, processing_class=tokenizer
+    )
     trainer.train()
     learned = dict(zip(dataset.annotators, trainer.reliability.tolist(), strict=True))
     assert learned["bad"] < 0.75

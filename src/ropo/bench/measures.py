@@ -44,7 +44,9 @@ def mean_of(values: ArrayLike, *, level: float = 0.90) -> Mean:
     """
     array = np.asarray(values, dtype=np.float64)
     half = norm.ppf((1 + level) / 2) * array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else 0.0
-    return Mean(value=float(array.mean()), low=float(array.mean() - half), high=float(array.mean() + half), count=len(array))
+    return Mean(
+        value=float(array.mean()), low=float(array.mean() - half), high=float(array.mean() + half), count=len(array)
+    )
 
 
 def share_of(hits: ArrayLike, *, level: float = 0.90) -> Mean:

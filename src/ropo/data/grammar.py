@@ -12,6 +12,7 @@ Add a grammar: write its `rules`, `groups` and word values beside `REVIEWS`; `ro
 import functools
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,6 +99,11 @@ class Grammar:
         match = self._sentence.fullmatch("".join(f"{word} " for word in sentence))
         return match.lastgroup if match else None
 
+    def num_repeated(self, words: list[str]) -> int:
+        """Count the uses of a word after its first, over the words that matter: nouns, aspects, words with a value."""
+        uses = Counter(word for word in words if word in self.values or word in self.subjects)
+        return uses.total() - len(uses)
+
     def topic(self, prompt: str) -> str:
         """Find the noun that a prompt asks about.
 
@@ -170,18 +176,18 @@ REVIEWS = Grammar(
             "OPINION OPINION OPINION": 1,
         },
         "SENTENCE": _equally("OPINION", "FILLER", "CLOSING"),
-        "OPINION": {"CLAIM .": 5, "FRAME , CLAIM .": 2, "CLAIM and CLAIM .": 2, "CONTRAST .": 2},
+        "OPINION": {"CLAIM .": 5, "FRAME , CLAIM .": 2, "CLAIM and CLAIM .": 2, "CONTRAST .": 1},
         "CONTRAST": {"FOR but AGAINST": 2, "AGAINST but FOR": 2, "CLAIM but CLAIM": 1},
         "FOR": {"the SUBJECT VERB DEGREE PRAISE": 2, "WHO LIKED the SUBJECT": 1},
         "AGAINST": {"the SUBJECT VERB DEGREE BLAME": 2, "WHO DISLIKED the SUBJECT": 1},
         "CLAIM": {
-            "the SUBJECT VERB DEGREE ADJECTIVE": 8,
-            "the SUBJECT was not ADJECTIVE": 2,
+            "the SUBJECT VERB DEGREE ADJECTIVE": 16,
+            "the SUBJECT was not ADJECTIVE": 1,
             "the SUBJECT was not very ADJECTIVE": 1,
-            "WHO found the SUBJECT DEGREE ADJECTIVE": 2,
-            "WHO FELT the SUBJECT": 3,
-            "everything about the TOPIC was DEGREE ADJECTIVE": 1,
             "nothing about the SUBJECT was ADJECTIVE": 1,
+            "everything about the TOPIC was DEGREE ADJECTIVE": 2,
+            "WHO found the SUBJECT DEGREE ADJECTIVE": 4,
+            "WHO FELT the SUBJECT": 6,
         },
         "SUBJECT": {"TOPIC": 2, "ASPECT": 5},
         "VERB": {"was": 6, "seemed": 2, "felt": 1, "looked": 1, "turned out": 1},
@@ -307,7 +313,7 @@ def sample_prompt(rng: random.Random, *, grammar: Grammar = REVIEWS) -> str:
 
 
 def sample_response(prompt: str, rng: random.Random, *, grammar: Grammar = REVIEWS) -> str:
-    """Draw a response to a prompt: the topic of the prompt, a random mood, one to three sentences.
+    """Draw a response to a prompt: the topic of the prompt, a random mood, one to three sentences, nothing said twice.
 
     Args:
         prompt: A prompt that names a topic of the grammar.
@@ -320,4 +326,7 @@ def sample_response(prompt: str, rng: random.Random, *, grammar: Grammar = REVIE
     Raises:
         ValueError: If the prompt names no topic of the grammar.
     """
-    return _expand(grammar.bind(grammar.topic(prompt), rng.choice(grammar.moods)), "RESPONSE", rng)
+    rules = grammar.bind(grammar.topic(prompt), rng.choice(grammar.moods))
+    while grammar.num_repeated((response := _expand(rules, "RESPONSE", rng)).split()):
+        pass
+    return response

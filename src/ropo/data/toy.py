@@ -12,7 +12,6 @@ Add a task: add a grammar in `ropo.data.grammar`; every function here takes it a
 import math
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,13 +112,12 @@ def gold_reward(prompt: str, response: str, *, grammar: Grammar = REVIEWS) -> fl
     own = {noun, *grammar.topics[noun].aspects}
     num_off_topic = sum(word in grammar.subjects and word not in own for word in words)
     num_placed = max(n for n in range(len(kinds) + 1) if tuple(kinds[:n]) in grammar.beginnings)
-    uses = Counter(word for word in words if word in grammar.values or word in grammar.subjects)
     reward = (
         MAX_PRAISE * math.tanh(sentiment / PRAISE_SCALE)
         - BROKEN * broken
         - OFF_TOPIC * num_off_topic
         - MISPLACED * (len(kinds) - num_placed)
-        - REPEATED * (uses.total() - len(uses))
+        - REPEATED * grammar.num_repeated(words)
     )
     return max(FLOOR, reward)
 

@@ -31,9 +31,7 @@ def plain_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:
     Returns:
         `input_ids`, `attention_mask` (2·pairs, T) and `source`, `target`, `response` (N,).
     """
-    rows = [
-        (pair.prompt, response) for pair in tokens for response in (pair.chosen, pair.rejected)
-    ]
+    rows = [(pair.prompt, response) for pair in tokens for response in (pair.chosen, pair.rejected)]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids_BT = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     attention_mask_BT = np.zeros((len(rows), width), dtype=np.int64)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.score import Rows, logps_of_rows, score_pairs
@@ -32,7 +32,7 @@ _SECONDS_PER_SHARD = 30.0  # at most this much work is lost when a pass is kille
 _KEY_BYTES = 16
 
 
-def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
+def reference_hash(model: PreTrainedModel, *, use_bf16: bool) -> str:
     """Name a reference by its weights, its configuration and the precision it is run in.
 
     Args:
@@ -42,14 +42,14 @@ def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    config = json.loads(model.config.to_json_string(use_diff=False)) if hasattr(model, "config") else {}
+    config = json.loads(model.config.to_json_string(use_diff=False))
     # Where it was loaded from and by which version do not change what it computes.
     config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     return hash_value([hash_tensors(model.state_dict()), config, use_bf16])[:16]
 
 
 def reference_logps(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokens: Sequence[TokenizedPair],
     *,
     cache_dir: Path,

@@ -26,15 +26,13 @@ def plain_logps(model: nn.Module, batch: Batch) -> PairLogps:
     Returns:
         Log-probabilities in float32 with token counts; carries gradients when they are enabled.
     """
-    logits_BTV = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
+    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     logits_NV = logits_BTV.flatten(0, 1)[batch["source"]].float()
     logps_N = torch.log_softmax(logits_NV, dim=-1).gather(1, batch["target"][:, None]).squeeze(1)
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]) // 2)
 
 
-def sum_by_response(logps_N: Tensor, response_N: Tensor, *, num_pairs: int) -> PairLogps:  # noqa: N803
+def sum_by_response(logps_N: Tensor, response_N: Tensor, *, num_pairs: int) -> PairLogps:
     """Add up token log-probabilities per response.
 
     Args:
@@ -48,6 +46,4 @@ def sum_by_response(logps_N: Tensor, response_N: Tensor, *, num_pairs: int) -> P
     logps_N = logps_N.float()
     sums = logps_N.new_zeros(2 * num_pairs).index_add(0, response_N, logps_N)
     counts = torch.bincount(response_N, minlength=2 * num_pairs)
-    return PairLogps(
-        chosen=sums[0::2], rejected=sums[1::2], chosen_tokens=counts[0::2], rejected_tokens=counts[1::2]
-    )
+    return PairLogps(chosen=sums[0::2], rejected=sums[1::2], chosen_tokens=counts[0::2], rejected_tokens=counts[1::2])

@@ -61,7 +61,11 @@ def score_pairs(
     was_training = model.training
     model.eval()
     precision = torch.autocast(device.type, dtype=torch.bfloat16) if use_bf16 else contextlib.nullcontext()
-    with torch.no_grad(), precision, progress_bar(title, sum(map(len, mine)), is_shown=state.is_main_process) as advance:
+    with (
+        torch.no_grad(),
+        precision,
+        progress_bar(title, sum(map(len, mine)), is_shown=state.is_main_process) as advance,
+    ):
         for where in mine:
             batch = LAYOUTS[layout]([tokens[i] for i in where], pad_token_id=pad_token_id)
             logps = FORWARDS[layout](model, {name: tensor.to(device) for name, tensor in batch.items()})

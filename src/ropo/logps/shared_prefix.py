@@ -50,7 +50,7 @@ def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]))
 
 
-def _tree_mask(branch_BT: Tensor) -> Tensor:  # noqa: N803
+def _tree_mask(branch_BT: Tensor) -> Tensor:
     """Who may look at whom, shape (B, 1, T, T), True where row position q may see k.
 
     Earlier positions of the prompt or of one's own branch. Padding (-1) forms a branch of its own, so that no row
@@ -77,7 +77,7 @@ def enable_response_logps(model: nn.Module) -> None:
     if getattr(causal_lm.forward, "__func__", None) is not _forward:
         if "forward" in vars(causal_lm):  # somebody (device placement hooks) has wrapped this instance already
             causal_lm._ropo_wrapped_forward = causal_lm.forward
-        causal_lm.forward = MethodType(_forward, causal_lm)  # type: ignore[method-assign]
+        causal_lm.forward = MethodType(_forward, causal_lm)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,10 +96,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _response_logps(hidden_NH, target_N, self.get_output_embeddings(), cap)
 
 
-def _response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:  # noqa: N803
+def _response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
     """Log-probability of each target, shape (N,), without ever holding all logits when they are many."""
-    vocabulary = head.weight.shape[0]
-    piece = max(_LOGITS_BUDGET_BYTES // (4 * int(vocabulary)), 1)
+    vocabulary = int(head.get_parameter("weight").shape[0])
+    piece = max(_LOGITS_BUDGET_BYTES // (4 * vocabulary), 1)
     if len(target_N) <= piece:
         return _token_logps(hidden_NH, target_N, head, cap)
     pieces = zip(hidden_NH.split(piece), target_N.split(piece), strict=True)
@@ -108,8 +108,8 @@ def _response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: f
     )
 
 
-def _token_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:  # noqa: N803
-    logits_NV = head(hidden_NH).float()
+def _token_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
+    logits_NV: Tensor = head(hidden_NH).float()
     if cap is not None:  # Gemma 2 bounds its logits after the head
         logits_NV = cap * torch.tanh(logits_NV / cap)
     return logits_NV.gather(1, target_N[:, None]).squeeze(1) - logits_NV.logsumexp(dim=-1)
@@ -117,7 +117,7 @@ def _token_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: floa
 
 def _causal_lm(model: nn.Module) -> Any:
     """The module that owns the language-model head: the model itself, or what PEFT wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def choose_layout(

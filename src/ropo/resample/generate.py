@@ -79,7 +79,7 @@ def sample_responses(
             rows = [[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in where]
             mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in where]
             with torch.no_grad():
-                output = model.generate(
+                output = model.generate(  # type: ignore[operator]
                     input_ids=torch.tensor(rows, device=model.device),
                     attention_mask=torch.tensor(mask, device=model.device),
                     num_return_sequences=num_candidates,
@@ -107,5 +107,5 @@ def _sample(prompt: int, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> 
     is_finished = tokenizer.eos_token_id in ids
     if is_finished:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
     return Sample(prompt=prompt, text=text, num_tokens=len(ids), is_finished=is_finished)

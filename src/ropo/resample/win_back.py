@@ -35,7 +35,7 @@ class WonBack:
     refused: dict[str, int]
 
 
-def win_back(
+def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
     parents: Sequence[Pair],
     samples: Sequence[Sample],
     parent_policy: PairLogps,
@@ -92,7 +92,13 @@ def win_back(
     candidates, margins = [], []
     for name in ("chosen", "rejected"):
         own = _beside(policy, parent_policy[where], name)
-        base = _beside(reference, parent_reference[where], name) if reference is not None and parent_reference is not None else None
+        assert own.chosen_tokens is not None  # noqa: S101 - scoring counts tokens
+        assert own.rejected_tokens is not None  # noqa: S101
+        base = (
+            _beside(reference, parent_reference[where], name)
+            if reference is not None and parent_reference is not None
+            else None
+        )
         margins.append(margins_of(own, base))
         candidates += [
             Candidate(

@@ -92,18 +92,22 @@ class TestGrammar:
 
     @pytest.mark.parametrize(
         ("opinion", "is_happy"),
-        [("loved|adored", True), ("hated|loathed", False), ("was superb", True), ("was horrible", False)],
+        [
+            (r"\b(liked|loved|adored)", True),
+            ("disliked|hated|loathed", False),
+            ("was (superb|brilliant|perfect|good|nice|solid)", True),
+            ("was (awful|horrible|useless|bad|dull|weak)", False),
+        ],
     )
     def test_sentences_of_a_response_agree(self, opinion, is_happy):
-        """Four in five closings fit the opinion; with no moods it is half, which 50 draws miss with p < 1e-4."""
+        """Two in three closings fit the opinion. Without moods half would; 0.58 of 180 draws then has p = 0.02."""
         rng = random.Random(0)
-        responses = [sample_response(PROMPT, rng) for _ in range(4000)]
+        responses = [sample_response(PROMPT, rng) for _ in range(10_000)]
         said = [text for text in responses if re.search(opinion, text)]
         happy = sum(bool(re.search(r"would (try|choose)|recommend|four|five", text)) for text in said)
         unhappy = sum(bool(re.search(r"never|refund|avoid|two|one star", text)) for text in said)
-        assert happy + unhappy > 50
-        assert (happy / (happy + unhappy) > 0.75) == is_happy
-        assert (unhappy / (happy + unhappy) > 0.75) != is_happy
+        assert happy + unhappy > 180
+        assert (happy if is_happy else unhappy) / (happy + unhappy) > 0.58
 
     def test_draws_differ(self, drawn):
         assert len({response for _, response in drawn}) > 490
@@ -152,7 +156,7 @@ class TestGoldReward:
             ("the taste was excellent . the taste was superb .", praise(4) - 0.4),
             ("the taste excellent was .", -1),
             ("the taste awful was .", praise(-2) - 1),
-            ("the taste was not bad awful .", praise(0.5 - 2) - 1),
+            ("the taste was not bad awful .", praise(0.5 - 2) - 7 / 6),
             ("the taste was excellent", -1),
             ("the taste was excellent . we loved the", praise(2) - 1),
             ("the the the the the the the the the .", -10 / 6),
@@ -288,6 +292,7 @@ class TestModel:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_pretrained_model_writes_like_the_grammar(words, drawn):
     """Mean gold of 500 samples has a standard error of 0.05 on either side; a difference of 0.3 is 4 of them."""
     model = make_model(words)

@@ -151,6 +151,13 @@ def test_the_unit_of_the_margins_changes_only_the_scale(unit):
     assert other.is_informative
 
 
+def test_undecided_margins_say_nothing():
+    margins = flipped_margins(500, 0.2)
+    plain, padded = estimate_flips(margins), estimate_flips(np.append(margins, np.zeros(1000)))
+    assert (padded.rate, padded.low, padded.high) == pytest.approx((plain.rate, plain.low, plain.high), abs=1e-6)
+    np.testing.assert_allclose(padded.p_flip[500:], padded.rate)
+
+
 def test_labels_that_all_agree_give_exactly_zero():
     found = estimate_flips(np.random.default_rng(0).uniform(1, 5, size=400))
     assert found.rate == 0.0
