@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 from peft import LoraConfig
 from rich.console import Console
 from rich.logging import RichHandler
@@ -86,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return MISUSE
     logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False, markup=False)], force=True
+        level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR,
+        format="%(message)s",
+        handlers=[RichHandler(show_path=False, markup=False)],
+        force=True,
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
@@ -119,7 +123,7 @@ def _demo(words: list[str]) -> int:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where everything is written.")
     parser.add_argument("--flip_rate", type=float, default=0.3, help="Share of labels to flip, [0, 0.5).")
-    parser.add_argument("--num_pairs", type=int, default=3000, help="Training pairs.")
+    parser.add_argument("--num_pairs", type=int, default=4000, help="Training pairs.")
     parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
     given = parser.parse_args(words)
     run_demo(given.output_dir, flip_rate=given.flip_rate, num_pairs=given.num_pairs, seed=given.seed, console=Console())
@@ -144,6 +148,8 @@ def _train(words: list[str]) -> int:
         },
         command=shlex.join(["ropo", "train", *words]),
     )
+    if not PartialState().is_main_process:
+        return DONE
     rate, folder = summary["flip_rate"], Path(str(args.output_dir))
     if summary["is_informative"]:
         print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")

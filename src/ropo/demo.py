@@ -25,6 +25,7 @@ from ropo.pairs import Pair
 from ropo.provenance import write_json
 
 NUM_HELD_OUT = 500
+MIN_GAP = 1.5  # gold reward between the two responses of a pair; nearer ones are a coin toss to people, too
 # Shared by both methods: same start, same pairs, same passes over them.
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -36,9 +37,10 @@ COMMON: dict[str, Any] = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+# Learning rates are the better of 1e-4, 2e-4 and 4e-4 (DPO), 5e-5, 1e-4 and 2e-4 (ROPO), by accuracy on another seed.
 METHODS: dict[str, dict[str, Any]] = {
-    "DPO": {"loss": "dpo", "rho": "0", "rounds": 1, "learning_rate": 5e-4},
-    "ROPO": {"loss": "ropo", "learning_rate": 3e-4},
+    "DPO": {"loss": "dpo", "rho": "0", "rounds": 1, "learning_rate": 2e-4},
+    "ROPO": {"loss": "ropo", "learning_rate": 2e-4},
 }
 
 
@@ -59,7 +61,7 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
     base = folder / "toy_model"
     _make_model(base, seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    pairs = make_pairs(num_pairs + NUM_HELD_OUT, seed=seed + 1)
+    pairs = make_pairs(num_pairs + NUM_HELD_OUT, seed=seed + 1, min_gap=MIN_GAP)
     held_out = pairs[num_pairs:]
     noisy, is_flipped = flip_labels(pairs[:num_pairs], rate=flip_rate, seed=seed + 2)
     scores = {"before": _score(base, base, tokenizer, held_out, seed=seed)}
@@ -72,7 +74,11 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
         args = ROPOConfig(output_dir=str(path), seed=seed, **COMMON, **options)
         summary = run_rounds(base, noisy, args, command=f"ropo demo --output_dir {folder}")
         scores[name] = _score(path, base, tokenizer, held_out, seed=seed)
-        found[name] = {"flip_rate": summary["flip_rate"], **detection(path, is_flipped)}
+        found[name] = {
+            "flip_rate": summary["flip_rate"],
+            "is_informative": summary["is_informative"],
+            **detection(path, is_flipped),
+        }
     result = {
         "flip_rate": float(is_flipped.mean()),
         "num_pairs": num_pairs,
@@ -156,7 +162,13 @@ def _show(
 
     def estimate(name: str) -> str:
         known = result["detection"].get(name)
-        return "-" if known is None else "{estimate:.1%} ({low:.1%} to {high:.1%})".format(**known["flip_rate"])
+        if known is None:
+            return "-"
+        return (
+            "{estimate:.1%} ({low:.1%} to {high:.1%})".format(**known["flip_rate"])
+            if known["is_informative"]
+            else "cannot tell"
+        )
 
     row("held-out accuracy, clean labels", lambda name: _interval(scores[name].accuracy, "{:.1%}"))
     row("gold reward of samples", lambda name: _interval(scores[name].gold, "{:.2f}"))

@@ -129,8 +129,8 @@ def estimate_flips(margins: np.ndarray, *, level: float = 0.90) -> FlipEstimate:
     - Margins that point against the labels end at ε = ½ and are not informative: a rate above ½ means that chosen
       and rejected are swapped as a whole.
     - In simulations (500 to 20,000 pairs, 0-40 % flips) intervals of 90 % cover 86-95 % where the model's errors are
-      logistic, or Gaussian of one size. With heavy-tailed errors (Student's t, 3 degrees of freedom) clean labels look 3-4 %
-      flipped, and the interval does not reach 0. Resampling the pairs would change neither.
+      logistic, or Gaussian of one size. With heavy-tailed errors (Student's t, 3 degrees of freedom) clean labels
+      look 3-4 % flipped, and the interval does not reach 0. Resampling the pairs would change neither.
 
     Args:
         margins: Held-out margin h of each pair, in any unit: multiplying all by a constant changes only `scale`.

@@ -429,7 +429,7 @@ def test_a_list_that_breaks_keeps_what_came_before(tmp_path, ending, line):
 
 def test_lines_of_a_csv_file(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_bytes(b'prompt,chosen,rejected\n"two\nlines",c,r\n\nq,c\nq,c,\xe9\nq,c,r,s\nx,c,r\n"q,c,r\n')
+    path.write_bytes(b'prompt,chosen,rejected\n"two\nlines",c,r\n\nq,c\nq,c,\xe9\nq,c,r,s\nx,c,r\nq,c,"r\n')
     loaded = load_pairs(path)
     assert [(problem.kind, problem.row, problem.line) for problem in loaded.problems] == [
         ("not_csv", 1, 5),

@@ -114,6 +114,11 @@ def test_threshold_spares_what_is_not_suspicious_and_stops_at_the_budget():
     assert decide(margins, 0.1 * p_flip, rho=0.5, rule="threshold").weight.sum() == 5
 
 
+def test_threshold_goes_by_p_flip_where_the_margin_disagrees():
+    found = decide(np.array([-1.0, 3.0, 2.0, 1.0]), np.array([0.6, 0.9, 0.1, 0.1]), rho=0.25, rule="threshold")
+    assert found.decision.tolist() == ["keep", "drop", "keep", "keep"]
+
+
 def test_threshold_breaks_ties_by_margin_then_place():
     found = decide(np.array([1.0, -1.0, 1.0, -1.0]), np.full(4, 0.9), rho=0.5, rule="threshold")
     assert found.decision.tolist() == ["keep", "drop", "keep", "drop"]
@@ -160,5 +165,7 @@ def test_wrong_values_are_refused():
         decide(margins, p_flip[1:], rho=0.1)
     with pytest.raises(ValueError, match=r"p_flip in \[0, 1\]; got nan at position 4"):
         decide(margins, np.where(np.arange(40) == 4, np.nan, p_flip), rho=0.1)
+    with pytest.raises(ValueError, match=r"p_flip in \[0, 1\]; got 1\.2 at position 0"):
+        decide(margins, p_flip * 0 + 1.2, rho=0.1)
     with pytest.raises(ValueError, match="decide needs finite margins; got 1 that are not, at positions 2"):
         decide(np.where(np.arange(40) == 2, np.inf, margins), p_flip, rho=0.1)

@@ -1,0 +1,68 @@
+"""Proofs that take longer than a few seconds: several processes, and the demo."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from ropo.align import run_rounds
+from ropo.config import ROPOConfig
+from ropo.demo import run_demo
+from ropo.provenance import read_json
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = {
+    "learning_rate": 1e-3, "max_length": 64, "max_new_tokens": 16, "num_candidates": 2, "rho": "0.3",
+    "logging_steps": 1, "use_cpu": True, "max_length_ratio": 30.0, "train_sampling_strategy": "sequential",
+    "disable_tqdm": True,
+}  # fmt: skip
+
+
+def test_two_processes_take_the_same_steps(model_folder, pairs, tmp_path):
+    """Two processes with batches of 2 log the losses of one process with batches of 4, and keep the same contract."""
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    dataset = tmp_path / "pairs.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_rounds(model_folder, dataset, ROPOConfig(output_dir=str(one), per_device_train_batch_size=4, **OPTIONS))
+    words = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "ropo.cli", "train"),
+            *(f"--model_name_or_path={model_folder}", f"--dataset_name={dataset}", f"--output_dir={two}"),
+            *("--per_device_train_batch_size=2", *words),
+        ],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    losses = [
+        [line["loss"] for line in read_json(folder / "rounds" / "00" / "training_log.json") if "loss" in line]
+        for folder in (one, two)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    ledgers = [pq.read_table(folder / "ledger.parquet").to_pandas() for folder in (one, two)]
+    for ledger in ledgers:
+        first = ledger[ledger["round"] == 0]
+        assert first["row"].tolist() == list(range(20))
+        assert first["weight"].sum() == 14
+    assert ledgers[1].loc[:19, "margin"].to_numpy() == pytest.approx(ledgers[0].loc[:19, "margin"].to_numpy(), abs=1e-3)
+
+
+def test_demo(tmp_path):
+    """The demo runs through, and is taken up again without doing anything twice."""
+    console = Console(record=True, width=140)
+    first = run_demo(tmp_path / "demo", flip_rate=0.3, num_pairs=300, seed=0, console=console)
+    shown = console.export_text()
+    assert "held-out accuracy" in shown
+    assert "report.html" in shown
+    assert (tmp_path / "demo" / "ropo" / "report.html").exists()
+    assert set(first["scores"]) == {"before", "DPO", "ROPO"}
+    assert first["detection"]["ROPO"]["auroc"] > 0.5
+    again = run_demo(tmp_path / "demo", flip_rate=0.3, num_pairs=300, seed=0, console=console)
+    assert again["scores"] == first["scores"]
+    assert again["detection"] == first["detection"]
