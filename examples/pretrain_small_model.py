@@ -2,7 +2,7 @@
 
     python examples/pretrain_small_model.py DATASET MODEL_FOLDER [minutes]
 
-DATASET is anything `ropo train` reads as text, for example the Anthropic HH-RLHF transcripts. The model (6.9 million
+DATASET is anything `ropo train` reads as text, for example the Anthropic HH-RLHF transcripts. The model (2.6 million
 parameters, vocabulary 4096) sees chosen and rejected responses alike: it learns the language, not the preference.
 """
 
@@ -27,7 +27,7 @@ raw.train_from_iterator(
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
 
 torch.manual_seed(0)
-shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
+shape = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 model = LlamaForCausalLM(
     LlamaConfig(vocab_size=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, **shape)
 )

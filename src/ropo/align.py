@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Options that do not change what is computed: they may differ when a run is taken up again.
 _NOT_IDENTITY = (
-    "output_dir", "reference_cache_dir", "rounds", "resume_from_checkpoint", "overwrite_output_dir",
+    "output_dir", "reference_cache_dir", "rounds", "last_loss", "resume_from_checkpoint", "overwrite_output_dir",
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir",
     "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
     "save_total_limit", "dataloader_num_workers", "hub_token", "push_to_hub", "local_rank", "_n_gpu",

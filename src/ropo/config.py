@@ -3,6 +3,7 @@
 In: what the user wrote. Out: a configuration that is known to be valid before any model is loaded.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -67,6 +68,10 @@ class ROPOConfig(TrainingArguments):
 
     # The rounds.
     rounds: int = _option(2, "Rounds of train, score, estimate, decide, resample. 1 trains once and only reports.")
+    last_loss: str | None = _option(
+        None,
+        "Loss of the last of several rounds, whose pairs are filtered already. Default: dpo after ropo, else the loss.",
+    )
     round_start: str = _option("restart", "Each round's model: restart from the given one, or carry_on with the last.")
     rho: str = _option("auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says.")
     num_folds: int = _option(
@@ -118,7 +123,21 @@ class ROPOConfig(TrainingArguments):
                 f"label_smoothing_factor needs 0; got {self.label_smoothing_factor}. It belongs to language-model "
                 "training; for preference labels use --loss cdpo --flip_rate."
             )
+        self._check_losses()
+
+    def _check_losses(self) -> None:
         bind_loss(self.loss, beta=self.beta, options=self.loss_options)
+        if self.rounds == 1 and self.last_loss is not None:
+            raise ValueError(f"last_loss needs rounds of 2 or more; got {self.last_loss} with one. Use loss alone.")
+        if self.rounds > 1 and self.last_loss is None:
+            self.last_loss = "dpo" if self.loss == "ropo" else self.loss
+        last = self.for_round(self.rounds - 1)
+        bind_loss(last.loss, beta=self.beta, options=last.loss_options)
+        if LOSSES[last.loss].needs_reference != LOSSES[self.loss].needs_reference:
+            raise ValueError(
+                f"last_loss needs a loss that reads the same margins as loss; got {last.loss} after {self.loss}. "
+                "One of them needs a reference, the other does not."
+            )
         if LOSSES[self.loss].needs_whole_batch and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"{self.loss} needs the whole batch at once; got gradient_accumulation_steps="
@@ -139,6 +158,21 @@ class ROPOConfig(TrainingArguments):
             raise ValueError(
                 f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite."
             )
+
+    def for_round(self, number: int) -> "ROPOConfig":
+        """The options of one round: the last of several may have a loss of its own.
+
+        The robust loss finds the noise; what the filter leaves needs a loss for the noise that is left.
+
+        Args:
+            number: From 0.
+        """
+        args = copy.copy(self)
+        if self.rounds > 1 and number == self.rounds - 1 and self.last_loss not in (None, self.loss):
+            args.loss = str(self.last_loss)
+            for name in LOSS_OPTIONS:
+                setattr(args, name, None)
+        return args
 
     @property
     def loss_options(self) -> dict[str, float]:

@@ -51,7 +51,9 @@ def publish(
             {"round": this.number, **line} for this in rounds for line in read_json(this.folder / "training_log.json")
         ]
         write_report(folder, ledger=ledger, summary=summary, pairs=[*loaded.pairs, *new], training_log=log)
-        shutil.copytree(rounds[-1].model_folder, folder, dirs_exist_ok=True)
+        # The trainer leaves a pickle of its arguments beside the weights; nobody should have to open one.
+        ignore = shutil.ignore_patterns("training_args.bin")
+        shutil.copytree(rounds[-1].model_folder, folder, dirs_exist_ok=True, ignore=ignore)
         with write_aside(folder / "README.md") as aside:
             aside.write_text(_model_card(summary), encoding="utf-8")
     PartialState().wait_for_everyone()
@@ -94,7 +96,7 @@ def _round_summary(this: Round) -> dict[str, Any]:
 def _summary(
     rounds: Sequence[Round], *, folder: Path, loaded: Loaded, problems: Sequence[Problem], command: str
 ) -> dict[str, Any]:
-    last, args = rounds[-1], rounds[-1].args
+    args = rounds[0].args
     per_round = [_round_summary(this) for this in rounds]
     final = per_round[-1]
     loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
@@ -114,7 +116,7 @@ def _summary(
         "rounds": per_round,
         "config": {name: value for name, value in args.to_dict().items() if "token" not in name},
         "command": command,
-        "model": last.source.name_or_path,
+        "model": rounds[0].source.name_or_path,
         "data_sha256": loaded.sha256,
         "weight_curve": None
         if curve is None
@@ -132,11 +134,12 @@ def _model_card(summary: dict[str, Any]) -> str:
     )
     counts = ", ".join(str(summary[name]) for name in ("num_kept", "num_dropped", "num_flipped"))
     spec = LOSSES[config["loss"]]
+    last = f", the last with `{config['last_loss']}`" if len(summary["rounds"]) > 1 else ""
     options = "\n".join(f"{name}: {value}" for name, value in sorted(config.items()) if value is not None)
+    base = "" if Path(summary["model"]).exists() else f"base_model: {summary['model']}\n"  # a path is no hub id
     return f"""---
 library_name: transformers
-base_model: {summary["model"]}
-tags:
+{base}tags:
 - ropo
 - preference-optimization
 - dpo
@@ -145,7 +148,7 @@ tags:
 # {Path(config["output_dir"]).name}
 
 Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs with the loss `{config["loss"]}`
-({spec.paper}) in {len(summary["rounds"])} round(s).
+({spec.paper}) in {len(summary["rounds"])} round(s){last}.
 
 | | |
 |---|---|

@@ -108,7 +108,7 @@ class Round:
         Returns:
             Digest of the round, for the next one.
         """
-        digest = self.stages.run("train", digest, _TRAIN_FILES, lambda: self._train(dataset, start))
+        digest = self.stages.run("train", [digest, self.args.loss], _TRAIN_FILES, lambda: self._train(dataset, start))
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
         if is_last and previous is not None:
             make = partial(self._repeat_estimate, previous)
@@ -351,7 +351,7 @@ def run_all(
         this = Round(
             number,
             folder=folder / f"{number:02d}",
-            args=args,
+            args=args.for_round(number),
             source=source,
             tokenizer=tokenizer,
             data=scored,

@@ -110,6 +110,20 @@ def test_one_more_round(model_folder, pairs, tmp_path):
     assert [this["round"] for this in summary["rounds"]] == [0, 1]
 
 
+def test_last_round_has_its_own_loss(model_folder, pairs, tmp_path):
+    """ROPO finds the noise, DPO learns from what is left; with `last_loss` it is as the user says."""
+    for options, expected in (({}, 0.6931), ({"last_loss": "ropo"}, 1.9147)):
+        folder = tmp_path / str(expected)
+        run_rounds(model_folder, pairs, config(folder, **options))
+        logs = [json.loads((folder / "rounds" / n / "training_log.json").read_text()) for n in ("00", "01")]
+        assert logs[0][0]["loss"] == pytest.approx(1.9147, abs=1e-3)
+        assert logs[1][0]["loss"] == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(ValueError, match="last_loss needs rounds of 2"):
+        config(tmp_path, rounds=1, last_loss="dpo")
+    with pytest.raises(ValueError, match="reads the same margins"):
+        config(tmp_path, last_loss="simpo")
+
+
 def test_other_settings_are_refused(model_folder, pairs, tmp_path):
     folder = tmp_path / "run"
     run_rounds(model_folder, pairs, config(folder, rounds=1))
