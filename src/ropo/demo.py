@@ -64,7 +64,7 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
     pairs = make_pairs(num_pairs + NUM_HELD_OUT, seed=seed + 1, min_gap=MIN_GAP)
     held_out = pairs[num_pairs:]
     noisy, is_flipped = flip_labels(pairs[:num_pairs], rate=flip_rate, seed=seed + 2)
-    scores = {"before": _score(base, base, tokenizer, held_out, seed=seed)}
+    scores = {"before": score_toy_policy(base, base, tokenizer, held_out, seed=seed)}
     found: dict[str, Any] = {}
     for name, options in METHODS.items():
         console.print(
@@ -73,7 +73,7 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
         path = folder / name.lower()
         args = ROPOConfig(output_dir=str(path), seed=seed, **COMMON, **options)
         summary = run_rounds(base, noisy, args, command=f"ropo demo --output_dir {folder}")
-        scores[name] = _score(path, base, tokenizer, held_out, seed=seed)
+        scores[name] = score_toy_policy(path, base, tokenizer, held_out, seed=seed)
         found[name] = {
             "flip_rate": summary["flip_rate"],
             "is_informative": summary["is_informative"],
@@ -98,9 +98,21 @@ def _make_model(path: Path, *, seed: int) -> None:
         save_toy(path, seed=seed, on_step=lambda _, steps, __: advance(1 / steps))
 
 
-def _score(
+def score_toy_policy(
     path: Path, base: Path, tokenizer: PreTrainedTokenizerBase, held_out: list[Pair], *, seed: int
 ) -> PolicyScore:
+    """Score a model folder on held-out toy pairs; the model in `base` is the reference.
+
+    Args:
+        path: The model to score.
+        base: The model it was aligned from.
+        tokenizer: Of both.
+        held_out: Pairs with right labels.
+        seed: Of the samples.
+
+    Returns:
+        Accuracy, gold reward and distance.
+    """
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (path, base))
     return score_policy(
         policy,

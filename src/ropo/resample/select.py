@@ -121,6 +121,9 @@ def select_pairs(
 
 
 def _refusal(candidate: Candidate, h: float, *, max_abs_margin: float, max_length_ratio: float) -> str | None:
+    text = candidate.sampled if isinstance(candidate.sampled, str) else candidate.sampled[-1]["content"]
+    if not text.strip():
+        return "empty response"
     if candidate.sampled in (candidate.parent.chosen, candidate.parent.rejected):
         return "same text as an original response"
     longer = max(candidate.num_sampled_tokens, candidate.num_original_tokens)

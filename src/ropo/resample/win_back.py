@@ -85,7 +85,7 @@ def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
         for j, sample in enumerate(finished)
     ]  # fmt: skip
     tokenized = tokenize_pairs(beside, tokenizer, max_length=max_length)
-    refused["same text as an original response, or empty"] += len(beside) - len(tokenized)
+    refused["no new text once tokenized"] += len(beside) - len(tokenized)
     policy = score_policy(tokenized.tokens)
     reference = score_reference(tokenized.tokens) if score_reference else None
     where = [finished[pair.row].prompt for pair in tokenized.pairs]

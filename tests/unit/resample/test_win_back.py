@@ -1,0 +1,107 @@
+"""From discarded pairs to new ones: the margins of new pairs are those a plain scoring would give."""
+
+import numpy as np
+import pytest
+import torch
+
+from ropo.data.tokenize import encode_prompts, tokenize_pairs
+from ropo.logps.score import score_pairs
+from ropo.pairs import Pair, margin
+from ropo.resample.generate import Sample, sample_responses
+from ropo.resample.win_back import win_back
+
+BATCHING = {"pad_token_id": 0, "max_length": 128}
+
+
+def sample(prompt, text, *, is_finished=True):
+    return Sample(prompt=prompt, text=text, num_tokens=3, is_finished=is_finished)
+
+
+@pytest.fixture
+def reference(model):
+    torch.manual_seed(1)
+    other = type(model)(model.config)
+    other.load_state_dict({name: value + 0.05 * torch.randn_like(value) for name, value in model.state_dict().items()})
+    return other.eval()
+
+
+@pytest.fixture
+def parents(pairs):
+    """Pairs of which the second response also stands in the first's place."""
+    return pairs[:4]
+
+
+def run(model, reference, tokenizer, parents, samples, **options):
+    tokens = tokenize_pairs(parents, tokenizer, max_length=128).tokens
+    defaults = {"rule": "min_loss", "worst_kept_loss": 9.0, "max_abs_margin": 1e6, "max_length_ratio": 1e6}
+    return win_back(
+        parents,
+        samples,
+        score_pairs(model, tokens, **BATCHING),
+        score_pairs(reference, tokens, **BATCHING),
+        score_policy=lambda t: score_pairs(model, t, **BATCHING),
+        score_reference=lambda t: score_pairs(reference, t, **BATCHING),
+        margins_of=lambda own, base: margin(own, base, beta=0.1).double().numpy(),
+        loss_of=lambda margins: np.log1p(np.exp(-margins)),
+        tokenizer=tokenizer,
+        max_length=128,
+        **{**defaults, **options},
+    )
+
+
+def test_margins_are_those_of_the_new_pairs(model, reference, tokenizer, parents):
+    """Whatever original response it was paired with, in whatever orientation: scoring the new pair gives its margin."""
+    samples = [sample(i, text) for i in range(4) for text in (" very kind", " cold soup and loud", " not good")]
+    won = run(model, reference, tokenizer, parents, samples)
+    assert [pair.row for pair in won.pairs] == [0, 1, 2, 3]
+    tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128).tokens
+    scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+    np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
+    assert (won.margins > 0).all()
+    originals = {(pair.chosen, pair.rejected) for pair in parents}
+    used = {response for pair in won.pairs for response in (pair.chosen, pair.rejected)}
+    assert used & {text for pair in originals for text in pair}
+
+
+def test_unfinished_and_repeated_samples_are_counted(model, reference, tokenizer, parents):
+    samples = [sample(0, " cut", is_finished=False), sample(1, parents[1].chosen), sample(1, parents[1].rejected)]
+    won = run(model, reference, tokenizer, parents, samples)
+    assert won.pairs == []
+    assert won.refused["response did not end within max_new_tokens"] == 1
+    assert won.refused["no new text once tokenized"] == 1
+    assert won.refused["same text as an original response"] == 2
+
+
+def test_nothing_sampled(model, reference, tokenizer, parents):
+    assert run(model, reference, tokenizer, parents, []).pairs == []
+
+
+def test_conversations_get_messages(model, reference, tokenizer):
+    def said(text):
+        return [{"role": "assistant", "content": text}]
+
+    parent = Pair(prompt=[{"role": "user", "content": "soup?"}], chosen=said("good"), rejected=said("bad"), row=0)
+    (won,) = run(model, reference, tokenizer, [parent], [sample(0, "very kind")]).pairs
+    assert said("very kind") in (won.chosen, won.rejected)
+
+
+def test_sampling_is_repeatable_and_in_order(model, tokenizer, pairs):
+    prompts = encode_prompts([pair.prompt for pair in pairs], tokenizer)
+    options = {"num_candidates": 3, "max_new_tokens": 8, "seed": 5}
+    first = sample_responses(model, tokenizer, prompts, **options)
+    again = sample_responses(model, tokenizer, prompts, **options)
+    other = sample_responses(model, tokenizer, prompts, **{**options, "seed": 6})
+    assert first == again
+    assert first != other
+    assert [each.prompt for each in first] == [i for i in range(20) for _ in range(3)]
+    assert all(each.num_tokens <= 8 for each in first)
+    assert len({each.text for each in first[:3]}) > 1
+
+
+def test_padding_does_not_reach_the_text(model, tokenizer, pairs):
+    """A prompt gets the same greedy-like answer alone as in a batch with a much longer one."""
+    prompts = encode_prompts([pairs[0].prompt, pairs[1].prompt * 3], tokenizer)
+    options = {"num_candidates": 1, "max_new_tokens": 6, "temperature": 1e-4}
+    alone = [sample_responses(model, tokenizer, [prompt], **options)[0].text for prompt in prompts]
+    together = [each.text for each in sample_responses(model, tokenizer, prompts, **options)]
+    assert together == alone
