@@ -37,6 +37,12 @@ VARIANTS = {
     "ropo then dpo, carry on": {"round_start": "carry_on", "num_candidates": 0},
     "ropo then dpo, carry on, resampling": {"round_start": "carry_on"},
     "ropo then ropo, carry on, resampling": {"round_start": "carry_on", "last_loss": "ropo"},
+    "ropo then dpo, restart, soft weights": {
+        "round_start": "restart",
+        "num_candidates": 0,
+        "decision_rule": "posterior",
+    },
+    "dpo then dpo, restart": {"loss": "dpo", "round_start": "restart", "num_candidates": 0},
     "dpo then dpo, carry on": {"loss": "dpo", "round_start": "carry_on", "num_candidates": 0},
 }
 COLUMNS = (

@@ -150,7 +150,9 @@ class Round:
     def new_pairs(self) -> list[Pair]:
         """Pairs that this round made; none before its resampling or in the last round."""
         path = self.folder / "resampled.jsonl"
-        return [Pair(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        return (
+            [Pair(**json.loads(line)) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
+        )
 
     def next_datasets(self) -> tuple[PairDataset, PairDataset]:
         """What the next round scores and what it trains on.
@@ -383,7 +385,7 @@ def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> tuple[float
     if fixed is not None:
         return fixed, "it was given"
     if not estimate["is_informative"]:
-        return 0.0, f"the margins cannot tell how many labels are flipped: {estimate['reason']}"
+        return 0.0, f"the margins cannot tell how many labels are flipped: {estimate['reason'].rstrip('.')}"
     if estimate["low"] <= 0.0:
         return 0.0, "the labels may all be right: the interval of the estimate reaches down to 0"
     return min(float(estimate["rate"]), 0.5), "this is the estimated flip rate"
