@@ -1,5 +1,7 @@
 """Documents are run: python blocks, links, generated tables, and the options that commands name."""
 
+import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -49,3 +51,24 @@ def test_links_resolve(path):
 def test_generated_tables():
     assert methods_table().strip() in (ROOT / "docs" / "methods.md").read_text()
     assert metrics_table().strip() in (ROOT / "docs" / "metrics.md").read_text()
+
+
+def test_readme_shows_the_measured_demo():
+    """The table in the README is the one that `ropo demo` printed, and its numbers are those it wrote."""
+    readme, found = (ROOT / "README.md").read_text(), json.loads((ROOT / "benchmarks" / "demo.json").read_text())
+    for method in ("before", "DPO", "ROPO"):
+        accuracy, gold = (found["scores"][method][name] for name in ("accuracy", "gold"))
+        assert f"{accuracy['value']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%})" in readme
+        assert f"{gold['value']:.2f} ({gold['low']:.2f} to {gold['high']:.2f})" in readme
+    rate = found["detection"]["ROPO"]["flip_rate"]
+    assert f"{rate['estimate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})" in readme
+    for name in ("auroc", "precision", "recall"):
+        assert f"{found['detection']['ROPO'][name]:.3f}" in readme
+
+
+def test_readme_shows_the_measured_rounds(capsys):
+    spec = importlib.util.spec_from_file_location("rounds_benchmark", ROOT / "benchmarks" / "rounds.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.show()
+    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()

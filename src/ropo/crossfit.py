@@ -69,6 +69,7 @@ def crossfit_margins(
         name = f"fold_{fold}.safetensors"
 
         def make(fold: int = fold, judged: NDArray[np.int64] = judged, name: str = name) -> None:
+            model_folder = folder / f"fold_{fold}_model"
             args.output_dir = str(folder / f"fold_{fold}_checkpoints")
             trainer = ROPOTrainer(
                 source.load(),
@@ -78,14 +79,16 @@ def crossfit_margins(
                 peft_config=peft_config,
             )
             trainer.train_or_resume()
+            trainer.save_whole(model_folder)
+            del trainer  # its optimizer and, in sharded training, its pieces of the model
             unseen = data.select(judged.tolist())
-            model = trainer.accelerator.unwrap_model(trainer.model)
             title = f"Fold {fold + 1} of {args.num_folds}: scoring"
-            logps = score_pairs(model, unseen.tokens, title=title, **batching(args, tokenizer))
+            logps = score_pairs(source.load(model_folder), unseen.tokens, title=title, **batching(args, tokenizer))
             if PartialState().is_main_process:
                 with write_aside(folder / name) as path:
                     save_file({"margins": torch.from_numpy(margins_of(logps, unseen.reference, args))}, path)
                 shutil.rmtree(args.output_dir, ignore_errors=True)
+                shutil.rmtree(model_folder)
 
         stages.run(f"fold {fold}", [digest, args.num_folds], [name], make)
         margins[judged] = load_file(folder / name)["margins"].numpy()

@@ -184,13 +184,9 @@ class Round:
             peft_config=self.peft_config if start is None else None,
         )
         trainer.train_or_resume()
-        # Several processes may write one model together, so the name that is put in place later is known to all.
-        aside = self.folder / ".model.partial"
-        trainer.save_model(str(aside))
+        trainer.save_whole(self.model_folder)
         first_margins = trainer.gather_first_margins()
         if PartialState().is_main_process:
-            shutil.rmtree(self.model_folder, ignore_errors=True)
-            aside.rename(self.model_folder)
             with write_aside(self.folder / "first_margins.safetensors") as path:
                 save_file({"margins": first_margins}, path)
             write_json(self.folder / "training_log.json", trainer.state.log_history)

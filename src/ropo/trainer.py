@@ -9,6 +9,7 @@ several devices) is therefore there.
 """
 
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +270,19 @@ class ROPOTrainer(Trainer):
         """Train; go on from the last checkpoint in the output folder if there is one."""
         folder = str(self.args.output_dir)
         self.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
+
+    def save_whole(self, folder: Path) -> None:
+        """Save the model so that `folder` holds all of it or is not there.
+
+        Several processes may write one model together, so the name that is put in place later is known to all.
+        """
+        aside = folder.with_name(f".{folder.name}.partial")
+        self.save_model(str(aside))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+        self.accelerator.wait_for_everyone()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device

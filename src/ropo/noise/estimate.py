@@ -171,7 +171,7 @@ def estimate_flips(margins: np.ndarray, *, level: float = 0.90) -> FlipEstimate:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.1f} %"
 
 
 def _obstacle(margins: PerPair, *, signal: float, low: float, high: float) -> str:

@@ -164,8 +164,7 @@ def rounds_estimate(rounds: Sequence[Table]) -> str:
         if entry["low"] is not None and entry["high"] is not None:
             body.append(_line(x, frame.y(entry["low"]), x, frame.y(entry["high"]), "accent whisker"))
         body.append(_dot(x, frame.y(entry["rate"]), 4))
-        below = frame.y(entry["rate"] if entry["low"] is None else entry["low"]) + 16
-        body.append(_text(x, below, percent(entry["rate"]), "middle", "strong"))
+        body.append(_text(x + 8, frame.y(entry["rate"]) - 6, percent(entry["rate"]), "start", "strong"))
         if entry["rho"] is not None:
             y = frame.y(entry["rho"])
             body.append(_line(x - 9, y, x + 9, y, "ink"))
