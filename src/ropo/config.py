@@ -72,7 +72,7 @@ class ROPOConfig(TrainingArguments):
         None,
         "Loss of the last of several rounds, whose pairs are filtered already. Default: dpo after ropo, else the loss.",
     )
-    round_start: str = _option("restart", "Each round's model: restart from the given one, or carry_on with the last.")
+    round_start: str = _option("carry_on", "Each round's model: carry_on with the last, or restart from the given one.")
     rho: str = _option("auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says.")
     num_folds: int = _option(
         2,

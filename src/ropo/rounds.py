@@ -10,8 +10,9 @@ by alternation: θ with w fixed (stage train), w with θ fixed (stages score, es
 prompts that w discards (stage resample). Every stage reads files and writes files.
 
 Where the paper leaves a choice open, it is ours and named here: ρ follows the estimated flip rate unless it is given,
-and is 0 while the estimate's interval touches 0; the reference is the initial model throughout; a round restarts from
-the initial model unless told to carry on.
+and is 0 while the estimate's interval touches 0; the reference is the initial model throughout; a round carries on with
+the model of the round before unless told to restart, since a filter keeps what the model finds easy, and a model that
+starts anew on that never sees the rest (`benchmarks/rounds.py` measures both).
 """
 
 import copy

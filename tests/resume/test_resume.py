@@ -114,7 +114,7 @@ def test_last_round_has_its_own_loss(model_folder, pairs, tmp_path):
     """ROPO finds the noise, DPO learns from what is left; with `last_loss` it is as the user says."""
     for options, expected in (({}, 0.6931), ({"last_loss": "ropo"}, 1.9147)):
         folder = tmp_path / str(expected)
-        run_rounds(model_folder, pairs, config(folder, **options))
+        run_rounds(model_folder, pairs, config(folder, round_start="restart", **options))
         logs = [json.loads((folder / "rounds" / n / "training_log.json").read_text()) for n in ("00", "01")]
         assert logs[0][0]["loss"] == pytest.approx(1.9147, abs=1e-3)
         assert logs[1][0]["loss"] == pytest.approx(expected, abs=1e-3)
