@@ -108,15 +108,15 @@ def show() -> None:
             if not cells:
                 continue
             column = {name: np.array([float(row[name]) for row in cells]) for name in COLUMNS[3:12]}
-            error = {
-                name: values.std(ddof=1) / np.sqrt(len(values)) if len(cells) > 1 else np.nan
-                for name, values in column.items()
-            }
             print(
-                f"  {variant:36}{len(cells):6}{column['accuracy'].mean():9.3f} ±{error['accuracy']:.3f}"
-                f"{column['gold'].mean():9.2f} ±{error['gold']:.2f} {column['kl'].mean():9.1f}"
-                f"{column['estimate'].mean():10.3f}{column['auroc'].mean():8.3f}"
+                f"  {variant:36}{len(cells):6}{_with_error(column['accuracy'], 3):>16}{_with_error(column['gold'], 2):>16}"
+                f"{column['kl'].mean():10.1f}{column['estimate'].mean():10.3f}{column['auroc'].mean():8.3f}"
             )
+
+
+def _with_error(values: np.ndarray, digits: int) -> str:
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return f"{values.mean():.{digits}f}" + ("" if np.isnan(error) else f" ±{error:.{digits}f}")
 
 
 def main() -> None:

@@ -99,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"ropo {words[0]}: {error}", file=sys.stderr)
         return NOT_ACCEPTABLE
+    except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (ValueError, OSError) as error:
         if os.environ.get("ROPO_DEBUG"):
             raise

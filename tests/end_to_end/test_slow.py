@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -51,6 +52,18 @@ def test_two_processes_take_the_same_steps(model_folder, pairs, tmp_path):
         assert first["row"].tolist() == list(range(20))
         assert first["weight"].sum() == 14
     assert ledgers[1].loc[:19, "margin"].to_numpy() == pytest.approx(ledgers[0].loc[:19, "margin"].to_numpy(), abs=1e-3)
+
+
+def test_example_makes_a_model_that_can_be_aligned(pairs, tmp_path):
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    dataset, folder = tmp_path / "pairs.jsonl", tmp_path / "model"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    example = Path(__file__).parents[2] / "examples" / "pretrain_small_model.py"
+    subprocess.run([sys.executable, str(example), str(dataset), str(folder), "0.05"], check=True)
+    options = {**OPTIONS, "max_length": 128, "rounds": 1}
+    summary = run_rounds(folder, dataset, ROPOConfig(output_dir=str(tmp_path / "O"), **options))
+    assert summary["num_pairs"] == 20
+    assert not summary["is_informative"]
 
 
 def test_demo(tmp_path):

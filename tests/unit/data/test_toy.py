@@ -53,6 +53,7 @@ class TestGrammar:
             kinds = [REVIEWS.parse(sentence) for sentence in sentences(response)]
             assert None not in kinds
             assert tuple(kinds) in REVIEWS.beginnings
+            assert REVIEWS.num_repeated(response.split()) == 0
 
     @pytest.mark.parametrize(
         ("sentence", "kind"),
