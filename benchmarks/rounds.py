@@ -33,10 +33,10 @@ VARIANTS = {
     "dpo, one round, twice the passes": {"loss": "dpo", **ONE_ROUND, "num_train_epochs": 4},
     "ropo, one round": {"loss": "ropo", **ONE_ROUND},
     "ropo then dpo, restart": {"round_start": "restart", "num_candidates": 0},
-    "ropo then dpo, restart, resampling": {"round_start": "restart"},
+    "ropo then dpo, restart, resampling": {"round_start": "restart", "num_candidates": 4},
     "ropo then dpo, carry on": {"round_start": "carry_on", "num_candidates": 0},
-    "ropo then dpo, carry on, resampling": {"round_start": "carry_on"},
-    "ropo then ropo, carry on, resampling": {"round_start": "carry_on", "last_loss": "ropo"},
+    "ropo then dpo, carry on, resampling": {"round_start": "carry_on", "num_candidates": 4},
+    "ropo then ropo, carry on, resampling": {"round_start": "carry_on", "num_candidates": 4, "last_loss": "ropo"},
     "ropo then dpo, restart, soft weights": {
         "round_start": "restart",
         "num_candidates": 0,
@@ -109,7 +109,8 @@ def show() -> None:
                 continue
             column = {name: np.array([float(row[name]) for row in cells]) for name in COLUMNS[3:12]}
             print(
-                f"  {variant:36}{len(cells):6}{_with_error(column['accuracy'], 3):>16}{_with_error(column['gold'], 2):>16}"
+                f"  {variant:36}{len(cells):6}{_with_error(column['accuracy'], 3):>16}"
+                f"{_with_error(column['gold'], 2):>16}"
                 f"{column['kl'].mean():10.1f}{column['estimate'].mean():10.3f}{column['auroc'].mean():8.3f}"
             )
 

@@ -56,12 +56,12 @@ def test_generated_tables():
 def test_readme_shows_the_measured_demo():
     """The table in the README is the one that `ropo demo` printed, and its numbers are those it wrote."""
     readme, found = (ROOT / "README.md").read_text(), json.loads((ROOT / "benchmarks" / "demo.json").read_text())
-    for method in ("before", "DPO", "ROPO"):
+    for method in ("before", "DPO", "ROPO", "ROPO, resampling"):
         accuracy, gold = (found["scores"][method][name] for name in ("accuracy", "gold"))
-        assert f"{accuracy['value']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%})" in readme
-        assert f"{gold['value']:.2f} ({gold['low']:.2f} to {gold['high']:.2f})" in readme
-    rate = found["detection"]["ROPO"]["flip_rate"]
-    assert f"{rate['estimate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})" in readme
+        assert f"{accuracy['value']:.1%} ±{(accuracy['high'] - accuracy['low']) / 2:.1%}" in readme
+        assert f"{gold['value']:.2f} ±{(gold['high'] - gold['low']) / 2:.2f}" in readme
+    rate = {name: 100 * value for name, value in found["detection"]["ROPO"]["flip_rate"].items()}
+    assert "{estimate:.1f}% ({low:.1f}-{high:.1f})".format(**rate) in readme
     for name in ("auroc", "precision", "recall"):
         assert f"{found['detection']['ROPO'][name]:.3f}" in readme
 

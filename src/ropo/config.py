@@ -81,7 +81,7 @@ class ROPOConfig(TrainingArguments):
     decision_rule: str = _option("lowest_loss", "How the pairs to filter out are chosen: " + ", ".join(RULES) + ".")
 
     # Resampling.
-    num_candidates: int = _option(4, "Responses sampled for each prompt to win back; 0 turns resampling off.")
+    num_candidates: int = _option(0, "Responses sampled for each prompt to win back, for example 4; 0: no resampling.")
     max_new_tokens: int = _option(256, "Longest sampled response.")
     temperature: float = _option(1.0, "Sampling temperature.")
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this much probability.")

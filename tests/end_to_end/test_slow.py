@@ -74,7 +74,7 @@ def test_demo(tmp_path):
     assert "held-out accuracy" in shown
     assert "report.html" in shown
     assert (tmp_path / "demo" / "ropo" / "report.html").exists()
-    assert set(first["scores"]) == {"before", "DPO", "ROPO"}
+    assert set(first["scores"]) == {"before", "DPO", "ROPO", "ROPO, resampling"}
     assert first["detection"]["ROPO"]["auroc"] > 0.5
     again = run_demo(tmp_path / "demo", flip_rate=0.3, num_pairs=300, seed=0, console=console)
     assert again["scores"] == first["scores"]

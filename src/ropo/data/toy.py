@@ -70,9 +70,9 @@ def gold_reward(prompt: str, response: str, *, grammar: Grammar = REVIEWS) -> fl
       or one after the closing.
     - repeated: uses of a word after its first, over the words that matter (those with a value, nouns, aspects).
 
-    An empty response gets −4. Text of the grammar has no penalty, mean about 0 and standard deviation about 1. So pairs
-    teach praise alone, and a policy that is pushed too far shows it: one that says a strong word again and again,
-    writes without end or breaks its sentences loses more than it gains.
+    An empty response gets −4. On text of the grammar all penalties are 0, the mean is about 0 and the standard
+    deviation about 1. So pairs teach praise alone, and a policy that is pushed too far shows it: one that says a strong
+    word again and again, writes without end or breaks its sentences loses more than it gains.
 
     Args:
         prompt: A prompt that names a topic of the grammar.
