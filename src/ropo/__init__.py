@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from ropo.align import DataError as DataError
     from ropo.align import run_rounds as run_rounds
     from ropo.config import ROPOConfig as ROPOConfig
     from ropo.data.inject import flip_labels as flip_labels
     from ropo.data.load import load_pairs as load_pairs
+    from ropo.data.validate import DataError as DataError
     from ropo.data.validate import validate_pairs as validate_pairs
     from ropo.losses import LOSSES as LOSSES
     from ropo.noise.decide import decide as decide
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "DataError": "ropo.align",
+    "DataError": "ropo.data.validate",
     "LOSSES": "ropo.losses",
     "Pair": "ropo.pairs",
     "PairDataset": "ropo.trainer",

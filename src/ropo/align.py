@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
-from ropo.data.load import Loaded, load_pairs
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
-from ropo.data.validate import validate_pairs
+from ropo.data.validate import DataError, read_checked
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
 from ropo.outputs import publish
-from ropo.pairs import Pair, PairLogps
+from ropo.pairs import PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import hash_value, read_json, write_aside, write_json
 from ropo.rounds import run_all
@@ -41,10 +40,6 @@ _NOT_IDENTITY = (
     "save_total_limit", "dataloader_num_workers", "hub_token", "push_to_hub", "local_rank", "_n_gpu",
     "do_train", "do_eval", "do_predict",
 )  # fmt: skip
-
-
-class DataError(ValueError):
-    """The data holds rows that would corrupt training; the message lists them."""
 
 
 def run_rounds(
@@ -115,38 +110,6 @@ def run_rounds(
         digest=digest,
     )
     return publish(rounds, folder=folder, loaded=loaded, problems=problems, command=command)
-
-
-def read_checked(
-    dataset: Any, *, split: str = "train", columns: Mapping[str, str] | None = None, on_bad_rows: str = "refuse"
-) -> tuple[Loaded, list[Pair], list[Problem]]:
-    """Read a dataset and check its text.
-
-    Args:
-        dataset: Anything that `load_pairs` reads.
-        split: Of the dataset.
-        columns: See `load_pairs`.
-        on_bad_rows: "refuse" raises when a row has an error; "skip" goes on without it.
-
-    Returns:
-        What was read, the pairs to go on with, and every problem.
-
-    Raises:
-        DataError: As described at `on_bad_rows`, or if no pair is left.
-    """
-    loaded = load_pairs(dataset, split=split, columns=columns)
-    problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
-    errors = [problem for problem in problems if PROBLEMS[problem.kind].severity == "error"]
-    if errors and on_bad_rows == "refuse":
-        raise DataError(
-            f"{len({problem.row for problem in errors})} of {loaded.num_rows} rows would corrupt training. "
-            f"Fix them, or go on without them by on_bad_rows='skip'.\n{render(errors)}"
-        )
-    out = {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
-    pairs = [pair for pair in loaded.pairs if pair.row not in out]
-    if not pairs:
-        raise DataError(f"No pair is left to train on.\n{render(problems)}")
-    return loaded, pairs, problems
 
 
 def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:

@@ -22,12 +22,12 @@ from rich.logging import RichHandler
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from ropo.align import DataError, run_rounds
+from ropo.align import run_rounds
 from ropo.config import ROPOConfig, did_you_mean
 from ropo.data.load import load_pairs
 from ropo.data.problems import PROBLEMS, render
 from ropo.data.tokenize import tokenize_pairs
-from ropo.data.validate import validate_pairs
+from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
 from ropo.losses import methods_table
 
@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # loading and writing shards takes a second; training keeps its bar
     try:
         return commands[words[0]](words[1:])
     except DataError as error:
@@ -189,7 +190,9 @@ def _validate(words: list[str]) -> int:
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
     if given.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
-        problems += tokenize_pairs(loaded.pairs, tokenizer, max_length=given.max_length).problems
+        out = {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
+        rest = [pair for pair in loaded.pairs if pair.row not in out]
+        problems += tokenize_pairs(rest, tokenizer, max_length=given.max_length).problems
     print(f"{given.dataset}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {loaded.format or 'unknown'}.")
     print(render(problems) if problems else "No problems found.")
     must_fix = any(PROBLEMS[problem.kind].severity == "error" for problem in problems)

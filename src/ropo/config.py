@@ -46,6 +46,7 @@ class ROPOConfig(TrainingArguments):
     save_strategy: str = _option("epoch", "When to write a checkpoint: no, steps, epoch.")
     save_total_limit: int | None = _option(1, "Checkpoints kept in a training stage; they go when the stage is done.")
     train_sampling_strategy: str = _option("group_by_length", "random, sequential or group_by_length (fastest).")
+    disable_tqdm: bool | None = _option(default=False, text="Show no progress bar in training.")
     remove_unused_columns: bool = _option(default=False, text="Kept for `transformers`; pairs are not columns.")
 
     # The loss.

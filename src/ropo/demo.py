@@ -34,7 +34,6 @@ COMMON: dict[str, Any] = {
     "max_new_tokens": 48,
     "logging_steps": 20,
     "save_strategy": "no",
-    "disable_tqdm": True,
 }
 # Each the best of four settings on a seed that the demo does not use: three learning rates at beta 0.1 (DPO 1e-4, 2e-4,
 # 4e-4; ROPO 5e-5, 1e-4, 2e-4), and 2e-4 at beta 0.3. The last column shows what resampling adds to ROPO.

@@ -28,6 +28,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -37,9 +38,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ropo.config import ROPOConfig
-from ropo.data.load import load_pairs
 from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
+from ropo.data.validate import read_checked
 from ropo.logps.batch import LAYOUTS, Batch
 from ropo.logps.cache import reference_logps
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
@@ -231,15 +232,18 @@ class ROPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.label_names = []
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_ProgressWithLoss)
 
     def _prepare(self, source: Any, model: PreTrainedModel, args: ROPOConfig) -> PairDataset | None:
         """Whatever was given as data, as a `PairDataset` with reference log-probabilities if the loss needs them."""
         if source is None or isinstance(source, PairDataset):
             return source
-        loaded = load_pairs(source)
-        tokenized = tokenize_pairs(loaded.pairs, self.tokenizer, max_length=args.max_length)
-        if problems := [*loaded.problems, *tokenized.problems]:
-            logger.warning("%d rows have problems; `ropo validate` lists them. First: %s", len(problems), problems[0])
+        _, pairs, problems = read_checked(source, on_bad_rows=args.on_bad_rows)
+        tokenized = tokenize_pairs(pairs, self.tokenizer, max_length=args.max_length)
+        if problems := [*problems, *tokenized.problems]:
+            logger.warning("Some rows are cut or left out:\n%s", render(problems))
         if not tokenized.pairs:
             raise ValueError(f"ROPOTrainer needs at least one pair; got none.\n{render(problems)}")
         reference = None
@@ -458,6 +462,23 @@ def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     """How pairs are put into batches for scoring, as keyword arguments."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {"pad_token_id": pad, "max_length": args.max_length, "use_bf16": args.bf16}
+
+
+class _ProgressWithLoss(ProgressCallback):
+    """The bar of `Trainer` with the newest numbers beside it, instead of a printed dict for every line of the log."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+        found = {name: f"{logs[key]:.3f}" for key, name in shown.items() if logs and key in logs}
+        if self.training_bar is not None and found:
+            self.training_bar.set_postfix(found)
 
 
 class _SaveWithCheckpoint(TrainerCallback):

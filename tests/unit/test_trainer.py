@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
+from ropo.data.validate import DataError
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
 from ropo.pairs import Pair
@@ -169,8 +170,19 @@ def test_evaluation_logs_the_same_metrics(model, tokenizer, pairs, tmp_path):
 
 
 def test_no_pairs(model, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="at least one pair"):
+    with pytest.raises(ValueError, match="no row found"):
         ROPOTrainer(model, config(tmp_path), train_dataset=[], processing_class=tokenizer)
+
+
+def test_bad_data_is_refused_or_left_out(model, tokenizer, pairs, tmp_path):
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    rows[2]["chosen"] = rows[2]["rejected"]
+    trainer = ROPOTrainer(model, config(tmp_path), train_dataset=rows, processing_class=tokenizer)
+    assert [pair.row for pair in trainer.pairs] == [0, 1, *range(3, 20)]
+    with pytest.raises(DataError, match="1 of 21 rows"):
+        ROPOTrainer(model, config(tmp_path), train_dataset=[*rows, {"prompt": "x"}], processing_class=tokenizer)
+    with pytest.raises(ValueError, match="row of their own"):
+        ROPOTrainer(model, config(tmp_path), train_dataset=[*pairs, pairs[0]], processing_class=tokenizer)
 
 
 def test_dataset_lengths_must_agree(pairs):

@@ -7,9 +7,11 @@ The one idea: two pairs are the same question if they have the same id, whicheve
 pass with a dictionary finds all repetitions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from ropo.data.problems import Problem, short
+from ropo.data.load import Loaded, load_pairs
+from ropo.data.problems import PROBLEMS, Problem, render, short
 from ropo.pairs import Pair, Text
 
 
@@ -81,3 +83,44 @@ def _bare(text: Text) -> Text:
 
 def _is_empty(text: Text) -> bool:
     return not text if isinstance(text, str) else not any(message["content"] for message in text)
+
+
+class DataError(ValueError):
+    """The data holds rows that would corrupt training; the message lists them."""
+
+
+def read_checked(
+    dataset: Any, *, split: str = "train", columns: Mapping[str, str] | None = None, on_bad_rows: str = "refuse"
+) -> tuple[Loaded, list[Pair], list[Problem]]:
+    """Read a dataset and check its text.
+
+    Args:
+        dataset: Anything that `load_pairs` reads.
+        split: Of the dataset.
+        columns: See `load_pairs`.
+        on_bad_rows: "refuse" raises when a row has an error; "skip" goes on without it.
+
+    Returns:
+        What was read, the pairs to go on with, and every problem.
+
+    Raises:
+        ValueError: If two pairs share a row.
+        DataError: As described at `on_bad_rows`, or if no pair is left.
+    """
+    loaded = load_pairs(dataset, split=split, columns=columns)
+    if len({pair.row for pair in loaded.pairs}) < len(loaded.pairs):
+        raise ValueError(
+            "Pairs need a row of their own each; got some that share one. Number them anew before joining lists."
+        )
+    problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
+    errors = [problem for problem in problems if PROBLEMS[problem.kind].severity == "error"]
+    if errors and on_bad_rows == "refuse":
+        raise DataError(
+            f"{len({problem.row for problem in errors})} of {loaded.num_rows} rows would corrupt training. "
+            f"Fix them, or go on without them by on_bad_rows='skip'.\n{render(errors)}"
+        )
+    out = {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
+    pairs = [pair for pair in loaded.pairs if pair.row not in out]
+    if not pairs:
+        raise DataError(f"No pair is left to train on.\n{render(problems)}")
+    return loaded, pairs, problems
