@@ -77,7 +77,8 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
         found[name] = {
             "flip_rate": summary["flip_rate"],
             "is_informative": summary["is_informative"],
-            **detection(path, is_flipped),
+            # Without suspects there is no precision, and JSON knows no NaN.
+            **{key: None if np.isnan(value) else value for key, value in detection(path, is_flipped).items()},
         }
     result = {
         "flip_rate": float(is_flipped.mean()),
@@ -169,8 +170,8 @@ def _show(
         table.add_row(title, *(cell(name) for name in scores))
 
     def found(name: str, key: str) -> str:
-        value = result["detection"].get(name, {}).get(key, float("nan"))
-        return "-" if np.isnan(value) else f"{value:.3f}"
+        value = result["detection"].get(name, {}).get(key)
+        return "-" if value is None else f"{value:.3f}"
 
     def estimate(name: str) -> str:
         known = result["detection"].get(name)
