@@ -10,6 +10,7 @@ import pytest
 
 from ropo.cli import parse_train
 from ropo.losses import methods_table
+from ropo.noise.decide import rules_table
 from ropo.trainer import metrics_table
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
 def test_train_commands_are_understood(code):
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words[:2] == ["ropo", "train"]:
+        if words[:2] in (["ropo", "train"], ["ropo", "audit"]):
             parse_train([*words[2:], "--use_cpu"])  # bf16 is refused on a CPU otherwise
 
 
@@ -51,6 +52,7 @@ def test_links_resolve(path):
 def test_generated_tables():
     assert methods_table().strip() in (ROOT / "docs" / "methods.md").read_text()
     assert metrics_table().strip() in (ROOT / "docs" / "metrics.md").read_text()
+    assert rules_table().strip() in (ROOT / "docs" / "noise.md").read_text()
 
 
 def test_readme_shows_the_measured_demo():
@@ -66,9 +68,12 @@ def test_readme_shows_the_measured_demo():
         assert f"{found['detection']['ROPO'][name]:.3f}" in readme
 
 
-def test_readme_shows_the_measured_rounds(capsys):
-    spec = importlib.util.spec_from_file_location("rounds_benchmark", ROOT / "benchmarks" / "rounds.py")
+def test_docs_show_the_measured_noise():
+    """The tables are those that the rows in benchmarks/ give, and the README's are among them."""
+    spec = importlib.util.spec_from_file_location("noise_benchmark", ROOT / "benchmarks" / "noise.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.show()
-    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
+    page, readme = (ROOT / "docs" / "noise.md").read_text(), (ROOT / "README.md").read_text()
+    for table in (module.detection_table(), module.policy_table(), module.pattern_table()):
+        assert table in page
+    assert module.policy_table() in readme

@@ -10,7 +10,7 @@ import ropo
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
     "pairs", "provenance", "data", "logps", "losses", "noise", "resample", "config", "stages", "ledger",
-    "policy", "trainer", "crossfit", "rounds", "report", "outputs", "align", "bench", "demo", "cli",
+    "policy", "trainer", "crossfit", "audit", "rounds", "report", "outputs", "align", "bench", "demo", "cli",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]
 SOURCE = Path(ropo.__file__).parent

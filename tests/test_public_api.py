@@ -9,7 +9,7 @@ import ropo
 
 NAMES = {
     "DataError", "LOSSES", "Pair", "PairDataset", "PairLogps", "ROPOConfig", "ROPOTrainer", "__version__", "decide",
-    "estimate_flips", "flip_labels", "load_pairs", "margin", "run_rounds", "validate_pairs",
+    "estimate_flips", "flip_labels", "load_pairs", "margin", "run_audit", "run_rounds", "validate_pairs",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
+    from ropo.align import run_audit as run_audit
     from ropo.align import run_rounds as run_rounds
     from ropo.config import ROPOConfig as ROPOConfig
     from ropo.data.inject import flip_labels as flip_labels
@@ -46,6 +47,7 @@ _HOME = {
     "flip_labels": "ropo.data.inject",
     "load_pairs": "ropo.data.load",
     "margin": "ropo.pairs",
+    "run_audit": "ropo.align",
     "run_rounds": "ropo.align",
     "validate_pairs": "ropo.data.validate",
 }

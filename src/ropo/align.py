@@ -1,13 +1,14 @@
-"""`run_rounds`: from a model and a dataset to an aligned model folder. The one call behind `ropo train`.
+"""`run_rounds`: from a model and a dataset to an aligned model folder; `run_audit`: to the truth about the dataset.
 
-In: names of a model and a dataset, a `ROPOConfig`. Out: the output folder, whose files are a contract:
-a Hugging Face model with its card, `ledger.parquet`, `summary.json`, `report.html`, `problems.jsonl`, `rounds/NN/`.
+In: names of a model and a dataset, a `ROPOConfig`. Out: the output folder, whose files are a contract: for both
+`ledger.parquet`, `summary.json`, `report.html`, `problems.jsonl`, `audit/`; a Hugging Face model with its card and
+`rounds/NN/` from the one, `cleaned.jsonl` and `review.csv` from the other.
 """
 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ropo.audit import Audit
 from ropo.config import ROPOConfig
+from ropo.crossfit import deal
+from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
+from ropo.data.review import read_verdicts, with_verdicts
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
-from ropo.outputs import publish
-from ropo.pairs import PairLogps
+from ropo.outputs import Read, publish, publish_audit
+from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import hash_value, read_json, write_aside, write_json
 from ropo.rounds import run_all
@@ -34,12 +39,31 @@ logger = logging.getLogger(__name__)
 
 # Options that do not change what is computed: they may differ when a run is taken up again.
 _NOT_IDENTITY = (
-    "output_dir", "reference_cache_dir", "rounds", "last_loss", "resume_from_checkpoint", "overwrite_output_dir",
+    "output_dir", "reference_cache_dir", "rounds", "num_passes", "resume_from_checkpoint", "overwrite_output_dir",
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir",
     "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
     "save_total_limit", "dataloader_num_workers", "hub_token", "push_to_hub", "local_rank", "_n_gpu",
     "do_train", "do_eval", "do_predict",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """Everything that is known before the first model is trained."""
+
+    folder: Path
+    loaded: Loaded
+    problems: list[Problem]
+    data: PairDataset
+    source: PolicySource
+    tokenizer: PreTrainedTokenizerBase
+    reference_of: Callable[[Sequence[TokenizedPair]], PairLogps]
+    digest: str
+    lengths: list[int]
+
+    def read(self, command: str) -> Read:
+        """What was read, for the summary."""
+        return Read(loaded=self.loaded, problems=self.problems, lengths=self.lengths, command=command)
 
 
 def run_rounds(
@@ -52,6 +76,8 @@ def run_rounds(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     load_options: Mapping[str, Any] | None = None,
+    trusted: Any = None,
+    decisions: Path | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Align a model on preference pairs whose labels may be wrong (ROPO, arXiv:2404.04102v2).
@@ -68,6 +94,8 @@ def run_rounds(
         split: Of the dataset.
         columns: Names of the dataset's columns where they differ from `prompt`, `chosen`, `rejected`.
         load_options: Passed to `from_pretrained` (dtype, attn_implementation, revision, ...).
+        trusted: Further pairs whose labels are known to be right, read like `dataset`; 50 to 200 help.
+        decisions: A `review.csv` with verdicts of a person, which are obeyed.
         command: What the user typed, for the report.
 
     Returns:
@@ -75,21 +103,131 @@ def run_rounds(
 
     Raises:
         DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
-        ValueError: If the output folder holds something else than this run.
+        ValueError: If the output folder holds something else than this run, or a verdict is about another pair.
     """
+    made = _prepare(
+        model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions
+    )
+    digest, audit = made.digest, None
+    if args.needs_audit:
+        audit = _audit_of(made, args, peft_config)
+        digest = audit.run(digest)
+    rounds = run_all(
+        made.data,
+        audit,
+        args,
+        folder=made.folder / "rounds",
+        source=made.source,
+        tokenizer=made.tokenizer,
+        reference_of=made.reference_of,
+        peft_config=peft_config,
+        digest=digest,
+    )
+    return publish(rounds, folder=made.folder, read=made.read(command))
+
+
+def run_audit(
+    model: str | Path | PreTrainedModel,
+    dataset: Any,
+    args: ROPOConfig,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    peft_config: PeftConfig | None = None,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    load_options: Mapping[str, Any] | None = None,
+    trusted: Any = None,
+    decisions: Path | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Find out how many labels are wrong and which, without aligning a model.
+
+    Trains `args.num_folds` models for each pass and keeps none of them. The same call with the same output folder goes
+    on after the last finished fold; `run_rounds` with the same folder and options goes on from the finished audit.
+
+    Args:
+        model: As for `run_rounds`.
+        dataset: As for `run_rounds`.
+        args: Options; those of rounds and resampling do nothing here.
+        processing_class: As for `run_rounds`.
+        peft_config: As for `run_rounds`.
+        split: As for `run_rounds`.
+        columns: As for `run_rounds`.
+        load_options: As for `run_rounds`.
+        trusted: As for `run_rounds`.
+        decisions: As for `run_rounds`.
+        command: What the user typed, for the report.
+
+    Returns:
+        The summary, as written to `summary.json` beside `ledger.parquet`, `report.html`, `cleaned.jsonl` and
+        `review.csv`.
+
+    Raises:
+        DataError: As for `run_rounds`.
+        ValueError: As for `run_rounds`; or if `num_folds` is 0.
+    """
+    if not args.num_folds:
+        raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
+    made = _prepare(
+        model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions
+    )
+    audit = _audit_of(made, args, peft_config)
+    audit.run(made.digest)
+    return publish_audit(audit, folder=made.folder, read=made.read(command))
+
+
+def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None) -> Audit:
+    return Audit(
+        made.data,
+        args,
+        folder=made.folder / "audit",
+        source=made.source,
+        tokenizer=made.tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def _prepare(
+    model: str | Path | PreTrainedModel,
+    dataset: Any,
+    args: ROPOConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+    split: str,
+    columns: Mapping[str, str] | None,
+    load_options: Mapping[str, Any] | None,
+    trusted: Any,
+    decisions: Path | None,
+) -> _Prepared:
+    """Read, check and tokenize the data, claim the output folder, score the reference."""
     folder = Path(str(args.output_dir))
     loaded, pairs, problems = read_checked(dataset, split=split, columns=columns, on_bad_rows=args.on_bad_rows)
+    verdicts = {} if decisions is None else read_verdicts(Path(decisions))
+    pairs = with_verdicts(pairs, verdicts)
+    known: list[Pair] = []
+    trusted_sha256 = None
+    if trusted is not None:
+        read, known, found = read_checked(trusted, columns=columns, on_bad_rows="refuse")
+        if found:
+            logger.warning("Trusted pairs:\n%s", render(found))
+        known, trusted_sha256 = [replace(pair, origin="trusted") for pair in known], read.sha256
+    if args.needs_audit:
+        deal(
+            [pair.id for pair in [*pairs, *known]], args.num_folds, seed=args.seed
+        )  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
     tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
-    tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
+    tokenized = tokenize_pairs([*pairs, *known], tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
-    if not tokenized.pairs:
+    if not any(pair.origin == "data" for pair in tokenized.pairs):
         raise DataError(f"No pair is left to train on.\n{render(problems)}")
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
     identity = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
         "model": [source.fingerprint(), source.load_options],
         "data": loaded.sha256,
+        "trusted": trusted_sha256,
+        "verdicts": hash_value(sorted(verdicts.items())) if verdicts else None,
         "adapter": None if peft_config is None else peft_config.to_dict(),
     }
     identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
@@ -98,18 +236,17 @@ def run_rounds(
     reference_of = _reference_of(source, tokenizer, args)
     digest = hash_value(identity)
     needs_reference = LOSSES[args.loss].needs_reference
-    data = _with_reference(tokenized, folder / "rounds", reference_of if needs_reference else None, digest)
-    rounds = run_all(
-        data,
-        args,
-        folder=folder / "rounds",
+    return _Prepared(
+        folder=folder,
+        loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts)),
+        problems=problems,
+        data=_with_reference(tokenized, folder / "reference", reference_of if needs_reference else None, digest),
         source=source,
         tokenizer=tokenizer,
         reference_of=reference_of,
-        peft_config=peft_config,
         digest=digest,
+        lengths=tokenized.lengths,
     )
-    return publish(rounds, folder=folder, loaded=loaded, problems=problems, command=command)
 
 
 def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:

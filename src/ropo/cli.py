@@ -1,4 +1,4 @@
-"""`ropo demo | train | validate | losses`.
+"""`ropo demo | audit | train | validate | losses`.
 
 In: the command line. Out: an exit code: 0 done, 1 the data or the result is not acceptable, 2 misuse.
 """
@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from ropo.align import run_rounds
+from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig, did_you_mean
 from ropo.data.load import load_pairs
 from ropo.data.problems import PROBLEMS, render
@@ -40,7 +40,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class TrainArguments:
-    """Which model and data `ropo train` takes; everything else is in `ROPOConfig`."""
+    """Which model and data `ropo train` and `ropo audit` take; everything else is in `ROPOConfig`."""
 
     model_name_or_path: str | None = _option(None, "Folder or hub id of the model to align; it is also the reference.")
     dataset_name: str | None = _option(
@@ -50,6 +50,9 @@ class TrainArguments:
     prompt_column: str = _option("prompt", "Name of the column with prompts.")
     chosen_column: str = _option("chosen", "Name of the column with preferred responses.")
     rejected_column: str = _option("rejected", "Name of the column with the other responses.")
+    annotator_column: str = _option("annotator", "Name of the column that says who labelled the pair.")
+    trusted: str | None = _option(None, "File of further pairs whose labels are known to be right; 50 to 200 help.")
+    decisions: str | None = _option(None, "A review.csv with verdicts (right, wrong, drop) of a person: obeyed.")
     dtype: str = _option("float32", "Type of the weights: float32 trains best (--bf16 computes fast), auto, bfloat16.")
     attn_implementation: str = _option("sdpa", "Attention: sdpa and eager can encode each prompt once per pair.")
     model_revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"demo": _demo, "train": _train, "validate": _validate, "losses": _losses}
+    commands = {"demo": _demo, "audit": _audit, "train": _train, "validate": _validate, "losses": _losses}
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE)
         return DONE if words else MISUSE
@@ -114,7 +117,10 @@ _USAGE = """\
 ropo: align language models on preference data whose labels are partly wrong
 
   ropo demo                          see it work in a few minutes on a laptop, offline
+  ropo audit --model_name_or_path M --dataset_name D --output_dir O [--config recipe.yaml] [--option value]
+                                     how many labels are wrong, and which
   ropo train --model_name_or_path M --dataset_name D --output_dir O [--config recipe.yaml] [--option value]
+                                     align a model on what is right
   ropo validate D                    list every problem of a dataset; exit code 1 if one must be fixed
   ropo losses                        the losses, their formulas, papers and options
 
@@ -134,34 +140,62 @@ def _demo(words: list[str]) -> int:
     return DONE
 
 
-def _train(words: list[str]) -> int:
-    given, args = parse_train(words)
-    names = {"prompt": given.prompt_column, "chosen": given.chosen_column, "rejected": given.rejected_column}
-    summary = run_rounds(
-        str(given.model_name_or_path),
-        given.dataset_name,
-        args,
-        peft_config=_adapter(given),
-        split=given.dataset_split,
-        columns={ours: theirs for ours, theirs in names.items() if ours != theirs},
-        load_options={
+def _inputs(task: str, given: TrainArguments, words: list[str]) -> dict[str, Any]:
+    """What `run_rounds` and `run_audit` take beside the model, the dataset and the options."""
+    names = {name: getattr(given, f"{name}_column") for name in ("prompt", "chosen", "rejected", "annotator")}
+    return {
+        "peft_config": _adapter(given),
+        "split": given.dataset_split,
+        "columns": {ours: theirs for ours, theirs in names.items() if ours != theirs},
+        "load_options": {
             "dtype": given.dtype,
             "attn_implementation": given.attn_implementation,
             "revision": given.model_revision,
             "trust_remote_code": given.trust_remote_code,
         },
-        command=shlex.join(["ropo", "train", *words]),
-    )
-    if not PartialState().is_main_process:
-        return DONE
-    rate, folder = summary["flip_rate"], Path(str(args.output_dir))
+        "trusted": given.trusted,
+        "decisions": None if given.decisions is None else Path(given.decisions),
+        "command": shlex.join(["ropo", task, *words]),
+    }
+
+
+def _say_rate(summary: dict[str, Any]) -> None:
+    rate = summary["flip_rate"]
     if summary["is_informative"]:
         print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
     else:
         print(f"\nFlipped labels: cannot tell. {summary['reason']}")
+    for one in summary["annotators"][:5]:
+        print(f"  {one['name']}: {one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%}), {one['num_pairs']} pairs")
+
+
+def _audit(words: list[str]) -> int:
+    given, args = parse_train(words, task="audit")
+    summary = run_audit(str(given.model_name_or_path), given.dataset_name, args, **_inputs("audit", given, words))
+    if not PartialState().is_main_process:
+        return DONE
+    _say_rate(summary)
+    folder = Path(str(args.output_dir))
+    print(
+        f"Training would keep {summary['num_kept']} pairs, drop {summary['num_dropped']} and flip "
+        f"{summary['num_flipped']}.\n"
+        f"To train on: {folder / 'cleaned.jsonl'}\n"
+        f"To correct:  {folder / 'review.csv'}   (fill in `verdict`, then ropo train --decisions)\n"
+        f"Report:      {folder / 'report.html'}   <- look here next"
+    )
+    return DONE
+
+
+def _train(words: list[str]) -> int:
+    given, args = parse_train(words)
+    summary = run_rounds(str(given.model_name_or_path), given.dataset_name, args, **_inputs("train", given, words))
+    if not PartialState().is_main_process:
+        return DONE
+    _say_rate(summary)
+    folder = Path(str(args.output_dir))
     print(
         f"Pairs: {summary['num_kept']} kept, {summary['num_dropped']} dropped, {summary['num_flipped']} flipped, "
-        f"{summary['num_resampled']} resampled.\n"
+        f"{summary['num_resampled']} resampled. rho {summary['rho']:.3f}, alpha {summary['alpha']:.2f}.\n"
         f"Model:  {folder}\nLedger: {folder / 'ledger.parquet'}\nReport: {folder / 'report.html'}   <- look here next"
     )
     return DONE
@@ -207,11 +241,12 @@ def _losses(words: list[str]) -> int:
     return DONE
 
 
-def parse_train(words: Sequence[str]) -> tuple[TrainArguments, ROPOConfig]:
-    """Read the options of `ropo train`: a YAML file gives defaults, the command line wins.
+def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArguments, ROPOConfig]:
+    """Read the options of `ropo train` or `ropo audit`: a YAML file gives defaults, the command line wins.
 
     Args:
         words: What follows `ropo train`.
+        task: The command, for messages.
 
     Returns:
         Model and data, and the configuration.
@@ -219,10 +254,10 @@ def parse_train(words: Sequence[str]) -> tuple[TrainArguments, ROPOConfig]:
     Raises:
         ValueError: If an option is unknown, missing or out of range.
     """
-    config_parser = argparse.ArgumentParser("ropo train", add_help=False)
+    config_parser = argparse.ArgumentParser(f"ropo {task}", add_help=False)
     config_parser.add_argument("--config", type=Path)
     config, rest = config_parser.parse_known_args(list(words))
-    parser = HfArgumentParser(_KINDS, prog="ropo train", allow_abbrev=False)
+    parser = HfArgumentParser(_KINDS, prog=f"ropo {task}", allow_abbrev=False)
     known = [f.name for kind in _KINDS for f in dataclasses.fields(kind)]
     if config.config is not None:
         parser.set_defaults(**_read_recipe(config.config, known))
@@ -231,7 +266,7 @@ def parse_train(words: Sequence[str]) -> tuple[TrainArguments, ROPOConfig]:
     )
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"unknown option {unknown[0]}.{did_you_mean(name, known)} `ropo train --help` lists all.")
+        raise ValueError(f"unknown option {unknown[0]}.{did_you_mean(name, known)} `ropo {task} --help` lists all.")
     for name, value in (
         ("model_name_or_path", given.model_name_or_path),
         ("dataset_name", given.dataset_name),
@@ -239,7 +274,7 @@ def parse_train(words: Sequence[str]) -> tuple[TrainArguments, ROPOConfig]:
     ):
         if not value:
             raise ValueError(
-                f"--{name} is missing. Usage: ropo train --model_name_or_path M --dataset_name D --output_dir O"
+                f"--{name} is missing. Usage: ropo {task} --model_name_or_path M --dataset_name D --output_dir O"
             )
     return given, args
 

@@ -52,7 +52,9 @@ class ROPOConfig(TrainingArguments):
     # The loss.
     loss: str = _option("ropo", "Loss of the training stages: one of the names that `ropo losses` lists.")
     beta: float = _option(0.1, "Strength of the pull to the reference, per nat. Usual 0.01-0.5.")
-    alpha: float | None = _option(None, "ropo, ropo_v1: weight of the noise-tolerant part. Default 14 for ropo.")
+    alpha: str | None = _option(
+        None, "ropo, ropo_v1: weight of the noise-tolerant part, or auto (ropo's default): by the noise that is left."
+    )
     gamma: float | None = _option(None, "ropo_v1: weight of the DPO part.")
     flip_rate: float | None = _option(None, "cdpo, rdpo, forward_corrected: share of labels assumed wrong, [0, 0.5).")
     target_margin: float | None = _option(None, "simpo: margin to reach, nats per token times beta.")
@@ -68,18 +70,14 @@ class ROPOConfig(TrainingArguments):
     )
 
     # The rounds.
-    rounds: int = _option(2, "Rounds of train, score, estimate, decide, resample. 1 trains once and only reports.")
-    last_loss: str | None = _option(
-        None,
-        "Loss of the last of several rounds, whose pairs are filtered already. Default: dpo after ropo, else the loss.",
-    )
+    rounds: int = _option(1, "Rounds of train, score, decide, resample. Resampling needs two or more.")
     round_start: str = _option("carry_on", "Each round's model: carry_on with the last, or restart from the given one.")
     rho: str = _option("auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says.")
     num_folds: int = _option(
-        2,
-        "Models that estimate the flip rate on pairs they did not see; 0 reads the trained model's own margins.",
+        5, "Models that judge pairs they were not trained on; 0: each round filters by the trained model's own margins."
     )
-    decision_rule: str = _option("lowest_loss", "How the pairs to filter out are chosen: " + ", ".join(RULES) + ".")
+    num_passes: int = _option(2, "Passes of judging: the first gives the flip rate, each further one judges better.")
+    decision_rule: str = _option("threshold", "How the pairs to filter out are chosen: " + ", ".join(RULES) + ".")
 
     # Resampling.
     num_candidates: int = _option(0, "Responses sampled for each prompt to win back, for example 4; 0: no resampling.")
@@ -106,6 +104,7 @@ class ROPOConfig(TrainingArguments):
             ("max_length", 2),
             ("num_candidates", 0),
             ("num_folds", 0),
+            ("num_passes", 1),
             ("max_new_tokens", 1),
         ):
             if getattr(self, name) < lowest:
@@ -117,6 +116,11 @@ class ROPOConfig(TrainingArguments):
             raise ValueError(
                 "num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on."
             )
+        if self.num_candidates and self.rounds == 1:
+            raise ValueError(
+                f"num_candidates needs rounds of 2 or more; got {self.num_candidates} with one round. What is "
+                "resampled is trained on in the next round."
+            )
         if self.dataloader_pin_memory and not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for
         if self.label_smoothing_factor:
@@ -127,18 +131,16 @@ class ROPOConfig(TrainingArguments):
         self._check_losses()
 
     def _check_losses(self) -> None:
+        self.alpha = "auto" if self.alpha is None and self.loss == "ropo" else self.alpha
+        self.alpha = None if self.alpha is None else str(self.alpha)
+        if self.alpha == "auto" and self.loss != "ropo":
+            raise ValueError(f"alpha needs a number for {self.loss}; got 'auto'. Only ropo chooses it by the noise.")
+        if self.alpha not in (None, "auto"):
+            try:
+                float(self.alpha)
+            except ValueError:
+                raise ValueError(f"alpha needs a number or 'auto'; got {self.alpha!r}.") from None
         bind_loss(self.loss, beta=self.beta, options=self.loss_options)
-        if self.rounds == 1 and self.last_loss is not None:
-            raise ValueError(f"last_loss needs rounds of 2 or more; got {self.last_loss} with one. Use loss alone.")
-        if self.rounds > 1 and self.last_loss is None:
-            self.last_loss = "dpo" if self.loss == "ropo" else self.loss
-        last = self.for_round(self.rounds - 1)
-        bind_loss(last.loss, beta=self.beta, options=last.loss_options)
-        if LOSSES[last.loss].needs_reference != LOSSES[self.loss].needs_reference:
-            raise ValueError(
-                f"last_loss needs a loss that reads the same margins as loss; got {last.loss} after {self.loss}. "
-                "One of them needs a reference, the other does not."
-            )
         if LOSSES[self.loss].needs_whole_batch and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"{self.loss} needs the whole batch at once; got gradient_accumulation_steps="
@@ -160,31 +162,46 @@ class ROPOConfig(TrainingArguments):
                 f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite."
             )
 
-    def for_round(self, number: int) -> "ROPOConfig":
-        """The options of one round: the last of several may have a loss of its own.
-
-        The robust loss finds the noise; what the filter leaves needs a loss for the noise that is left.
+    def with_alpha(self, alpha: float) -> "ROPOConfig":
+        """These options with α resolved; at 0 ROPO's loss is DPO's, exactly.
 
         Args:
-            number: From 0.
+            alpha: 0 or more; ignored by losses without it.
         """
         args = copy.copy(self)
-        if self.rounds > 1 and number == self.rounds - 1 and self.last_loss not in (None, self.loss):
-            args.loss = str(self.last_loss)
-            for name in LOSS_OPTIONS:
-                setattr(args, name, None)
+        if args.loss == "ropo":
+            args.alpha = str(alpha)
+            if alpha == 0:
+                args.loss, args.alpha = "dpo", None
         return args
 
     @property
     def loss_options(self) -> dict[str, float]:
         """The options of single losses that were given, by name."""
         given = {name: getattr(self, name) for name in LOSS_OPTIONS}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: float(value) for name, value in given.items() if value not in (None, "auto")}
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as plain values."""
         plain: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         return plain
+
+    @property
+    def fixed_alpha(self) -> float | None:
+        """α as given, or None when it follows the noise; 0 for losses without it."""
+        if self.alpha == "auto":
+            return None
+        return 0.0 if self.alpha is None else float(self.alpha)
+
+    @property
+    def needs_audit(self) -> bool:
+        """Whether anything depends on held-out margins."""
+        return bool(self.num_folds) and (self.fixed_rho != 0.0 or self.alpha == "auto")
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss compares with the reference."""
+        return LOSSES[self.loss].needs_reference
 
     @property
     def fixed_rho(self) -> float | None:

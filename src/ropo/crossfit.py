@@ -1,13 +1,10 @@
 """Margins from models that were not trained on the pair they judge.
 
-In: the pairs of the data and what a round trains on. Out: one margin per pair of the data, one file per fold on disk.
+In: pairs to judge and pairs to train on. Out: margins of every judged pair at several checks, one file per fold.
 
 A model that was trained on a flipped label has learned part of it, so its margins make the flip rate look too low. Here
-the pairs are dealt into folds; a model trained on all folds but one scores that one. K folds train on (K−1)·N pairs in
-all: two folds cost about one more training.
-
-DPO is the loss of these models whatever the run trains with. The estimate reads margins as log-odds of the label, up to
-one scale, and that is what DPO fits; robust losses sharpen them, which reads as more flips than there are.
+the pairs are dealt into folds; a model trained on all folds but one scores that one, at a third, two thirds and the end
+of its training. K folds train on (K−1)·N pairs in all.
 """
 
 import copy
@@ -22,12 +19,13 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from ropo.config import LOSS_OPTIONS, ROPOConfig
-from ropo.logps.score import score_pairs
+from ropo.config import ROPOConfig
 from ropo.policy import PolicySource
 from ropo.provenance import write_aside
 from ropo.stages import Stages
-from ropo.trainer import PairDataset, ROPOTrainer, batching, margins_of
+from ropo.trainer import PairDataset, ROPOTrainer
+
+NUM_CHECKS = 3
 
 
 def crossfit_margins(
@@ -41,72 +39,101 @@ def crossfit_margins(
     peft_config: PeftConfig | None,
     digest: str,
 ) -> NDArray[np.float64]:
-    """Held-out margin of every pair of `data`, from `args.num_folds` models that start from the initial one.
+    """Held-out margins of every pair of `data`, from `args.num_folds` models that start from the initial one.
 
-    Pairs that share a row (a resampled pair and its parent) or a `pair_id` (duplicates, contradictions) share a fold.
+    Pairs with one `pair_id` (duplicates, contradictions) share a fold: no model judges a pair whose texts it has seen.
+
+    Folds are brought to one scale (the median size of their margins), since each model has a confidence of its own.
 
     Args:
         data: The pairs to judge, as labelled.
-        training: The pairs to train on, with weights: those of `data` that the last round kept, and resampled ones.
+        training: The pairs to train on, with weights, turned round where they are known or thought to be wrong.
         args: Options; `num_folds` is 2 or more.
         folder: Where the folds are written.
         source: Loads the initial model.
         tokenizer: The model's.
         peft_config: For adapters.
-        digest: Of everything that made `data` and `training`.
+        digest: Of everything that made `data`, `training` and `args`.
 
     Returns:
-        Shape (pairs,), nats.
+        Shape (checks, pairs), nats up to the common scale; the last check is the end of training.
+
+    Raises:
+        ValueError: If there are fewer different pairs than folds.
     """
-    args = _dpo_options(args) if data.reference is not None else copy.copy(args)
-    fold_of = _deal(data, args.num_folds, seed=args.seed)
+    fold_of = deal([pair.id for pair in data.pairs], args.num_folds, seed=args.seed)
     held_out = np.array([fold_of[pair.id] for pair in data.pairs])
-    learned_in = np.array([fold_of.get(pair.id, fold_of.get(pair.row, -1)) for pair in training.pairs])
-    margins = np.full(len(data), np.nan)
+    learned_in = np.array([fold_of[pair.id] for pair in training.pairs])
+    lengths = np.array([len(tokens) for tokens in data.tokens])
+    margins = np.full((NUM_CHECKS, len(data)), np.nan)
     stages = Stages(folder)
     for fold in range(args.num_folds):
         judged = np.flatnonzero(held_out == fold)
+        judged = judged[np.argsort(-lengths[judged], kind="stable")]  # batches of similar length
         name = f"fold_{fold}.safetensors"
 
         def make(fold: int = fold, judged: NDArray[np.int64] = judged, name: str = name) -> None:
-            model_folder = folder / f"fold_{fold}_model"
-            args.output_dir = str(folder / f"fold_{fold}_checkpoints")
+            own = copy.copy(args)
+            own.output_dir = str(folder / f"fold_{fold}_checkpoints")
+            own.per_device_eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
             trainer = ROPOTrainer(
                 source.load(),
-                args,
+                own,
                 train_dataset=training.select(np.flatnonzero(learned_in != fold).tolist()),
+                eval_dataset=data.select(judged.tolist()),
                 processing_class=tokenizer,
                 peft_config=peft_config,
+                num_checks=NUM_CHECKS,
             )
             trainer.train_or_resume()
-            trainer.save_whole(model_folder)
-            del trainer  # its optimizer and, in sharded training, its pieces of the model
-            unseen = data.select(judged.tolist())
-            title = f"Fold {fold + 1} of {args.num_folds}: scoring"
-            logps = score_pairs(source.load(model_folder), unseen.tokens, title=title, **batching(args, tokenizer))
+            found = torch.stack(trainer.check_margins)
             if PartialState().is_main_process:
                 with write_aside(folder / name) as path:
-                    save_file({"margins": torch.from_numpy(margins_of(logps, unseen.reference, args))}, path)
-                shutil.rmtree(args.output_dir, ignore_errors=True)
-                shutil.rmtree(model_folder)
+                    save_file({"margins": found}, path)
+                shutil.rmtree(own.output_dir, ignore_errors=True)
 
-        stages.run(f"fold {fold}", [digest, args.num_folds], [name], make)
-        margins[judged] = load_file(folder / name)["margins"].numpy()
-    return margins
-
-
-def _dpo_options(args: ROPOConfig) -> ROPOConfig:
-    """The same options with the DPO loss, which takes none of the others' own."""
-    args = copy.copy(args)
-    args.loss = "dpo"
-    for name in LOSS_OPTIONS:
-        setattr(args, name, None)
-    return args
+        stages.run(f"fold {fold}", digest, [name], make)
+        found = load_file(folder / name)["margins"].double().numpy()
+        margins[:, judged] = found / (_median_size(found[-1]) or 1.0)
+    return margins * _scale(folder, args.num_folds)
 
 
-def _deal(data: PairDataset, num_folds: int, *, seed: int) -> dict[str | int, int]:
-    """Fold of every `pair_id`, and of every row."""
-    ids = sorted({pair.id for pair in data.pairs})
-    order = np.random.default_rng(seed).permutation(len(ids))
-    fold_of: dict[str | int, int] = {name: int(place) % num_folds for name, place in zip(ids, order, strict=True)}
-    return fold_of | {pair.row: fold_of[pair.id] for pair in data.pairs}
+def _scale(folder: Path, num_folds: int) -> float:
+    """The median over folds of the median size of a margin, so that the common scale is that of a typical fold."""
+    sizes = [
+        _median_size(load_file(folder / f"fold_{fold}.safetensors")["margins"][-1].double().numpy())
+        for fold in range(num_folds)
+    ]
+    return float(np.median(sizes)) or 1.0
+
+
+def _median_size(margins: NDArray[np.float64]) -> float:
+    return float(np.median(np.abs(margins)))
+
+
+def deal(ids: list[str], num_folds: int, *, seed: int) -> dict[str, int]:
+    """Fold of every id, as evenly as can be.
+
+    Args:
+        ids: May repeat.
+        num_folds: How many folds.
+        seed: Same ids and seed, same folds.
+
+    Returns:
+        Fold by id.
+
+    Raises:
+        ValueError: If there are fewer different ids than folds.
+
+    Examples:
+        >>> sorted(deal(["a", "b", "c", "d", "a"], 2, seed=0).values())
+        [0, 0, 1, 1]
+    """
+    names = sorted(set(ids))
+    if len(names) < num_folds:
+        raise ValueError(
+            f"num_folds needs at least as many different pairs; got {num_folds} folds and {len(names)} pairs. "
+            "Use fewer folds, or 0 for none."
+        )
+    order = np.random.default_rng(seed).permutation(len(names))
+    return {name: int(place) % num_folds for name, place in zip(names, order, strict=True)}

@@ -29,18 +29,18 @@ MIN_GAP = 1.5  # gold reward between the two responses of a pair; nearer ones ar
 # Shared by both methods: same start, same pairs, same passes over them.
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 16,
-    "num_train_epochs": 2,
+    "num_train_epochs": 1,
     "max_length": 128,
     "max_new_tokens": 48,
     "logging_steps": 20,
     "save_strategy": "no",
 }
-# Each the best of four settings on a seed that the demo does not use: three learning rates at beta 0.1 (DPO 1e-4, 2e-4,
-# 4e-4; ROPO 5e-5, 1e-4, 2e-4), and 2e-4 at beta 0.3. The last column shows what resampling adds to ROPO.
+# Each the best of nine settings on a seed that the demo does not use: learning rate 2e-4, 4e-4 or 8e-4, beta 0.1, 0.3
+# or 1, at 0 and at 30 % flips. The last column shows what a second round with resampling adds to ROPO.
 METHODS: dict[str, dict[str, Any]] = {
-    "DPO": {"loss": "dpo", "rho": "0", "rounds": 1, "beta": 0.1, "learning_rate": 2e-4},
-    "ROPO": {"loss": "ropo", "beta": 0.3, "learning_rate": 2e-4},
-    "ROPO, resampling": {"loss": "ropo", "beta": 0.3, "learning_rate": 2e-4, "num_candidates": 4},
+    "DPO": {"loss": "dpo", "rho": "0", "num_folds": 0, "beta": 0.3, "learning_rate": 2e-4},
+    "ROPO": {"beta": 1.0, "learning_rate": 4e-4},
+    "ROPO, resampling": {"beta": 1.0, "learning_rate": 4e-4, "rounds": 2, "num_candidates": 4},
 }
 
 
@@ -131,20 +131,20 @@ def score_toy_policy(
 def detection(path: Path, is_flipped: np.ndarray) -> dict[str, float]:
     """How well the ledger of a run finds planted flips.
 
-    The first round is judged: its model was trained on every pair, so it is the one that separates them.
-
     Args:
         path: Output folder of the run.
         is_flipped: The answer key, by row.
 
     Returns:
-        `auroc` of −margin, and `precision` and `recall` of the pairs that were not kept.
+        `auroc` of P(flipped), or of −margin where no pair was judged by a model that had not seen it; `precision` and
+        `recall` of the pairs that were not kept.
     """
     ledger = read_ledger(path / "ledger.parquet").to_pandas()
     rows = ledger[(ledger["origin"] == "data") & (ledger["round"] == 0)].sort_values("row")
     truth = is_flipped[rows["row"].to_numpy()]
+    margins = rows["held_out_margin"].fillna(rows["margin"]).to_numpy()
     precision, recall = precision_recall((rows["decision"] != "keep").to_numpy(), truth)
-    return {"auroc": auroc(-rows["margin"].to_numpy(), truth), "precision": precision, "recall": recall}
+    return {"auroc": auroc(-margins, truth), "precision": precision, "recall": recall}
 
 
 def _plain(score: PolicyScore) -> dict[str, Any]:

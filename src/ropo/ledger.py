@@ -25,6 +25,8 @@ SCHEMA = pa.schema(
         pa.field("p_flip", pa.float64(), nullable=False),
         pa.field("decision", pa.string(), nullable=False),
         pa.field("origin", pa.string(), nullable=False),
+        pa.field("held_out_margin", pa.float64()),
+        pa.field("annotator", pa.string()),
     ],
     metadata={
         "pair_id": "hash of prompt and unordered responses",
@@ -34,7 +36,9 @@ SCHEMA = pa.schema(
         "weight": "weight given for the next round",
         "p_flip": "probability that the label is wrong",
         "decision": "keep, drop, flip, or resample (dropped, and its prompt won back by a new pair)",
-        "origin": "data or resampled",
+        "origin": "data, trusted or resampled",
+        "held_out_margin": "margin under a model that was not trained on the pair; p_flip comes from it; null if none",
+        "annotator": "who labelled the pair, if the data says so",
     },
 )
 
@@ -48,6 +52,7 @@ def ledger_table(
     weights: NDArray[np.float64],
     p_flip: NDArray[np.float64],
     decisions: Sequence[str],
+    held_out_margins: NDArray[np.float64] | None = None,
 ) -> pa.Table:
     """Rows of one round.
 
@@ -59,10 +64,12 @@ def ledger_table(
         weights: Shape (pairs,).
         p_flip: Shape (pairs,).
         decisions: One of keep, drop, flip, resample for each pair.
+        held_out_margins: Of the first pairs, as many as were judged; the others get null.
 
     Returns:
         A table with `SCHEMA`.
     """
+    held_out = [] if held_out_margins is None else held_out_margins.tolist()
     columns = {
         "pair_id": [pair.id for pair in pairs],
         "row": [pair.row for pair in pairs],
@@ -73,6 +80,8 @@ def ledger_table(
         "p_flip": p_flip,
         "decision": list(decisions),
         "origin": [pair.origin for pair in pairs],
+        "held_out_margin": [*held_out, *[None] * (len(pairs) - len(held_out))],
+        "annotator": [pair.annotator for pair in pairs],
     }
     return pa.table(columns, schema=SCHEMA)
 

@@ -1,11 +1,14 @@
 """The contract of the output folder: model with card, ledger, summary, report.
 
-In: finished rounds. Out: `O/` as a Hugging Face model folder, `ledger.parquet`, `summary.json`, `report.html`.
+In: finished rounds, or a finished audit. Out: `ledger.parquet`, `summary.json`, `report.html` in `O/`; and `O/` as a
+Hugging Face model folder, or `cleaned.jsonl`, `dropped.jsonl` and `review.csv`.
 """
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,14 @@ import pyarrow as pa
 import torch
 from accelerate import PartialState
 
+from ropo.audit import Audit
+from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
 from ropo.data.problems import Problem, summarise
+from ropo.data.review import write_review
 from ropo.ledger import ledger_table, write_ledger
 from ropo.losses import LOSSES, bind_loss, gradient_weight
+from ropo.pairs import Pair
 from ropo.provenance import machine, read_json, versions, write_aside, write_json
 from ropo.report import write_report
 from ropo.rounds import Round
@@ -26,23 +33,36 @@ from ropo.stages import Stages
 _CURVE_MARGINS = np.linspace(-6, 6, 121)
 
 
-def publish(
-    rounds: Sequence[Round], *, folder: Path, loaded: Loaded, problems: Sequence[Problem], command: str
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """What a run was given.
+
+    Attributes:
+        loaded: The data as it was read.
+        problems: All problems found in it.
+        lengths: Tokens of prompt and longer response of each pair, before anything was cut.
+        command: What the user typed.
+    """
+
+    loaded: Loaded
+    problems: Sequence[Problem]
+    lengths: Sequence[int]
+    command: str
+
+
+def publish(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, Any]:
     """Write everything that a run promises, from what its rounds have on disk.
 
     Args:
         rounds: Finished rounds, in order.
         folder: The output folder.
-        loaded: The data as it was read.
-        problems: All problems found in it.
-        command: What the user typed.
+        read: What the run was given.
 
     Returns:
         The summary.
     """
     ledger = pa.concat_tables([_ledger_of(this) for this in rounds])
-    summary = _summary(rounds, folder=folder, loaded=loaded, problems=problems, command=command)
+    summary = _summary(rounds, folder=folder, read=read)
     if PartialState().is_main_process:
         write_ledger(folder / "ledger.parquet", ledger)
         write_json(folder / "summary.json", summary)
@@ -50,7 +70,10 @@ def publish(
         log = [
             {"round": this.number, **line} for this in rounds for line in read_json(this.folder / "training_log.json")
         ]
-        write_report(folder, ledger=ledger, summary=summary, pairs=[*loaded.pairs, *new], training_log=log)
+        checks = None if rounds[0].audit is None else _by_row(rounds[0].audit)
+        write_report(
+            folder, ledger=ledger, summary=summary, pairs=[*read.loaded.pairs, *new], training_log=log, checks=checks
+        )
         # The trainer leaves a pickle of its arguments beside the weights; nobody should have to open one.
         ignore = shutil.ignore_patterns("training_args.bin")
         shutil.copytree(rounds[-1].model_folder, folder, dirs_exist_ok=True, ignore=ignore)
@@ -70,6 +93,7 @@ def _ledger_of(this: Round) -> pa.Table:
         weights=np.array(found["weights"], dtype=np.float64),
         p_flip=this.p_flip(),
         decisions=found["decisions"],
+        held_out_margins=None if this.audit is None else this.audit.margins(),
     )
 
 
@@ -83,6 +107,8 @@ def _round_summary(this: Round) -> dict[str, Any]:
         "reason": estimate["reason"],
         "rho": found["rho"],
         "rho_reason": found["reason"],
+        "alpha": found["alpha"],
+        "alpha_reason": found["alpha_reason"],
         "num_pairs": this.num_data,
         "num_kept": counts["keep"],
         "num_dropped": counts["drop"] + counts["resample"],
@@ -93,34 +119,167 @@ def _round_summary(this: Round) -> dict[str, Any]:
     }
 
 
-def _summary(
-    rounds: Sequence[Round], *, folder: Path, loaded: Loaded, problems: Sequence[Problem], command: str
-) -> dict[str, Any]:
-    args = rounds[0].args
+def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, Any]:
+    args, audit = rounds[0].args, rounds[0].audit
     per_round = [_round_summary(this) for this in rounds]
     final = per_round[-1]
     loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
     curve = gradient_weight(loss, torch.from_numpy(_CURVE_MARGINS)) if not LOSSES[args.loss].needs_whole_batch else None
-    seconds = dict(Stages(folder / "rounds").seconds)
+    seconds = _audit_seconds(folder, audit)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}
+    names = ("flip_rate", "is_informative", "reason", "rho", "rho_reason", "alpha", "alpha_reason")
     return {
-        **{name: final[name] for name in ("flip_rate", "is_informative", "reason", "rho", "num_pairs", "num_kept")},
-        **{name: final[name] for name in ("num_dropped", "num_flipped")},
+        "task": "train",
+        **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
         "num_resampled": final["num_resampled_trained_on"],
-        "num_rows": loaded.num_rows,
-        "problems": summarise(problems),
-        "seconds": seconds,
-        "versions": versions(),
-        "machine": machine(),
+        **_about_labels(audit),
+        **_about_run(args, read, seconds),
         "rounds": per_round,
-        "config": {name: value for name, value in args.to_dict().items() if "token" not in name},
-        "command": command,
         "model": rounds[0].source.name_or_path,
-        "data_sha256": loaded.sha256,
         "weight_curve": None
         if curve is None
         else {"loss": args.loss, "margin": _CURVE_MARGINS.tolist(), "weight": curve.tolist()},
+    }
+
+
+def _audit_seconds(folder: Path, audit: Audit | None) -> dict[str, float]:
+    return {**Stages(folder / "reference").seconds, **(audit.seconds if audit else {})}
+
+
+def _about_run(args: ROPOConfig, read: Read, seconds: dict[str, float]) -> dict[str, Any]:
+    problems = summarise(read.problems)
+    return {
+        "num_rows": read.loaded.num_rows,
+        "problems": problems,
+        "token_lengths": _token_lengths(read.lengths, args.max_length, problems.get("truncated", 0)),
+        "seconds": seconds,
+        "versions": versions(),
+        "machine": machine(),
+        "config": {name: value for name, value in args.to_dict().items() if "token" not in name},
+        "command": read.command,
+        "data_sha256": read.loaded.sha256,
+    }
+
+
+def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) -> dict[str, int]:
+    """Quantiles of the lengths, and the `max_length` (a multiple of 64) that leaves 99 of 100 pairs whole."""
+    median, p90, p99 = (int(np.quantile(lengths, share, method="higher")) for share in (0.5, 0.9, 0.99))
+    return {
+        "max_length": max_length,
+        "median": median,
+        "p90": p90,
+        "p99": p99,
+        "longest": max(lengths),
+        "num_truncated": num_truncated,
+        "suggested": 64 * -(-p99 // 64),
+    }
+
+
+def _about_labels(audit: Audit | None) -> dict[str, Any]:
+    """What only an audit knows; empty values without one."""
+    if audit is None:
+        return {"annotators": [], "num_trusted": 0, "calibration": None, "noise_left": None}
+    estimate, calibration = audit.estimate(), audit.calibration()
+    return {
+        "annotators": estimate["annotators"],
+        "num_trusted": estimate["num_trusted"],
+        "calibration": None if calibration is None else calibration.to_dict(),
+        "noise_left": audit.judgement()["noise_left"],
+    }
+
+
+def publish_audit(audit: Audit, *, folder: Path, read: Read) -> dict[str, Any]:
+    """Write everything that an audit promises.
+
+    Args:
+        audit: A finished one.
+        folder: The output folder.
+        read: What the run was given.
+
+    Returns:
+        The summary.
+    """
+    judged, pairs, margins = audit.judgement(), audit.data.pairs, audit.margins()
+    estimate, p_flip = judged["estimate"], audit.p_flip()
+    ledger = ledger_table(
+        pairs,
+        round_number=0,
+        margins=margins,
+        losses=np.logaddexp(0.0, -margins),
+        weights=np.array(judged["weights"], dtype=np.float64),
+        p_flip=p_flip,
+        decisions=judged["decisions"],
+        held_out_margins=margins,
+    )
+    is_data = [pair.origin == "data" for pair in pairs]
+    counts = Counter(what for what, own in zip(judged["decisions"], is_data, strict=True) if own)
+    rate = {"estimate": estimate["rate"], "low": estimate["low"], "high": estimate["high"]}
+    names = ("rho", "rho_reason", "alpha", "alpha_reason")
+    summary = {
+        "task": "audit",
+        "flip_rate": rate,
+        "is_informative": estimate["is_informative"],
+        "reason": estimate["reason"],
+        **{name: judged[name] for name in names},
+        "num_pairs": sum(is_data),
+        "num_kept": counts["keep"],
+        "num_dropped": counts["drop"],
+        "num_flipped": counts["flip"],
+        "num_resampled": 0,
+        **_about_labels(audit),
+        **_about_run(audit.args, read, _audit_seconds(folder, audit)),
+        "rounds": [],
+        "model": audit.source.name_or_path,
+        "weight_curve": None,
+    }
+    if PartialState().is_main_process:
+        write_ledger(folder / "ledger.parquet", ledger)
+        write_json(folder / "summary.json", summary)
+        _write_tables(folder, audit, judged)
+        write_report(
+            folder, ledger=ledger, summary=summary, pairs=read.loaded.pairs, training_log=[], checks=_by_row(audit)
+        )
+    PartialState().wait_for_everyone()
+    return summary
+
+
+def _by_row(audit: Audit) -> dict[int, list[float]]:
+    """Held-out margins at the checks, by row of the data."""
+    columns = audit.checks().T.tolist()
+    return {pair.row: column for pair, column in zip(audit.data.pairs, columns, strict=True) if pair.origin == "data"}
+
+
+def _write_tables(folder: Path, audit: Audit, judged: dict[str, Any]) -> None:
+    """`cleaned.jsonl` for any trainer, `dropped.jsonl` for the rest, `review.csv` for a person."""
+    rows = list(zip(audit.data.pairs, audit.p_flip(), judged["decisions"], judged["weights"], strict=True))
+    rows = [row for row in rows if row[0].origin == "data"]
+    for name, wanted in (("cleaned.jsonl", ("keep", "flip")), ("dropped.jsonl", ("drop",))):
+        with write_aside(folder / name) as aside:
+            lines = [_cleaned(*row) for row in rows if row[2] in wanted]
+            aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    with write_aside(folder / "review.csv") as aside:
+        write_review(
+            aside,
+            [row[0] for row in rows],
+            p_flip={pair.row: float(p) for pair, p, _, _ in rows},
+            decisions={pair.row: what for pair, _, what, _ in rows},
+        )
+
+
+def _cleaned(pair: Pair, p_flip: float, decision: str, weight: float) -> dict[str, Any]:
+    """A row as any trainer reads it: a flipped pair is turned round already."""
+    chosen, rejected = (pair.rejected, pair.chosen) if decision == "flip" else (pair.chosen, pair.rejected)
+    return {
+        "prompt": pair.prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        **({} if pair.annotator is None else {"annotator": pair.annotator}),
+        "weight": weight,
+        "decision": decision,
+        "p_flip": round(float(p_flip), 6),
+        "row": pair.row,
+        "pair_id": pair.id,
     }
 
 
@@ -134,7 +293,6 @@ def _model_card(summary: dict[str, Any]) -> str:
     )
     counts = ", ".join(str(summary[name]) for name in ("num_kept", "num_dropped", "num_flipped"))
     spec = LOSSES[config["loss"]]
-    last = f", the last with `{config['last_loss']}`" if len(summary["rounds"]) > 1 else ""
     options = "\n".join(f"{name}: {value}" for name, value in sorted(config.items()) if value is not None)
     base = "" if Path(summary["model"]).exists() else f"base_model: {summary['model']}\n"  # a path is no hub id
     return f"""---
@@ -148,7 +306,7 @@ library_name: transformers
 # {Path(config["output_dir"]).name}
 
 Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs with the loss `{config["loss"]}`
-({spec.paper}) in {len(summary["rounds"])} round(s){last}.
+({spec.paper}) in {len(summary["rounds"])} round(s).
 
 | | |
 |---|---|

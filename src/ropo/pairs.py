@@ -48,9 +48,11 @@ class Pair:
         rejected: The response that the label calls worse.
         row: Place in the input, counted from 0 over rows (not over lines of text). A resampled pair
             carries the row of the pair whose prompt it wins back.
-        origin: "data" for a pair that was read, "resampled" for one that we made.
+        origin: "data" for a pair that was read, "trusted" for one that is known to be right, "resampled" for one that
+            we made.
         annotator: Who labelled the pair, if the data says so.
         weight: Weight that the data gives the pair, 0 or more; 1 when it gives none.
+        verdict: What a person has said about the label: "right", "wrong", "drop", or None for nothing.
         id: `pair_id` of the three texts; computed when not given.
     """
 
@@ -61,6 +63,7 @@ class Pair:
     origin: str = "data"
     annotator: str | None = None
     weight: float = 1.0
+    verdict: str | None = None
     id: str = field(default="")
 
     def __post_init__(self) -> None:

@@ -1,18 +1,18 @@
-"""The loop: train, score, estimate, decide, resample, and again.
+"""The loop: train, score, decide, resample, and again.
 
-In: an initial model, pairs with reference log-probabilities, a `ROPOConfig`. Out: one folder per round.
+In: an initial model, pairs with reference log-probabilities, their audit, a `ROPOConfig`. Out: one folder per round.
 
 ::
 
     minimise over θ, w   Σ w_i ℓ(θ; s_i)   subject to   Σ w_i = N − ⌊ρN⌋,  0 ≤ w_i ≤ 1     (arXiv:2404.04102v2)
 
-by alternation: θ with w fixed (stage train), w with θ fixed (stages score, estimate, decide), and new pairs for the
-prompts that w discards (stage resample). Every stage reads files and writes files.
+by alternation: w from held-out losses before the first training (`ropo.audit`), θ with w fixed (stage train), and new
+pairs for the prompts that w discards (stage resample). Every stage reads files and writes files.
 
-Where the paper leaves a choice open, it is ours and named here: ρ follows the estimated flip rate unless it is given,
-and is 0 while the estimate's interval touches 0; the reference is the initial model throughout; a round carries on with
-the model of the round before unless told to restart, since a filter keeps what the model finds easy, and a model that
-starts anew on that never sees the rest (`benchmarks/rounds.py` measures both).
+Where the paper leaves a choice open, it is ours and named here: the losses that w is decided by are held-out; ρ follows
+the estimated flip rate unless it is given, and is 0 while the estimate's interval touches 0; the reference is the
+initial model throughout; a round carries on with the model of the round before unless told to restart. Without folds
+(`num_folds` 0) w is decided by the losses of the model just trained, as in the paper, and ρ must be given.
 """
 
 import copy
@@ -20,8 +20,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 from transformers import PreTrainedTokenizerBase
 
+from ropo.audit import Audit, resolve_rho, training_set
 from ropo.config import ROPOConfig
-from ropo.crossfit import crossfit_margins
 from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
 from ropo.logps.score import score_pairs
 from ropo.noise.decide import decide
@@ -51,12 +50,12 @@ from ropo.trainer import PairDataset, ROPOTrainer, batching, losses_of, margins_
 logger = logging.getLogger(__name__)
 
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
-_ESTIMATE_FILES = ["flip_estimate.json", "flips.safetensors"]
+_DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
 _IN_SAMPLE = (
     "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "
-    "With rounds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
+    "With num_folds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
 )
 
 
@@ -69,8 +68,9 @@ class Round:
         args: Options of the run.
         source: Loads the initial model and trained ones.
         tokenizer: The model's.
-        data: All pairs of the data that fit, as the data labels them, then the resampled pairs that this round trains
-            on, with reference log-probabilities.
+        data: All pairs of the data that fit, as the data labels them, then the trusted ones, then the resampled pairs
+            that this round trains on, with reference log-probabilities.
+        audit: What is known about the labels; None to go by the margins of the trained model.
         reference_of: Reference log-probabilities of tokenized pairs; loads the reference only for pairs never seen.
         peft_config: For adapters.
     """
@@ -84,41 +84,34 @@ class Round:
         source: PolicySource,
         tokenizer: PreTrainedTokenizerBase,
         data: PairDataset,
+        audit: Audit | None,
         reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
         peft_config: PeftConfig | None,
     ) -> None:
         self.number, self.folder, self.args = number, folder, args
         self.source, self.tokenizer, self.data, self.peft_config = source, tokenizer, data, peft_config
         self.reference_of = reference_of
+        self.audit = audit
         self.num_data = sum(pair.origin == "data" for pair in data.pairs)
+        self.num_read = sum(pair.origin != "resampled" for pair in data.pairs)
         self.stages = Stages(folder)
         self.model_folder = folder / "model"
 
-    def run(
-        self, dataset: PairDataset, *, start: Path | None, previous: Path | None, digest: str, is_last: bool
-    ) -> str:
+    def run(self, dataset: PairDataset, *, start: Path | None, digest: str, is_last: bool) -> str:
         """Run every stage of the round.
 
         Args:
             dataset: What to train on: the kept and flipped pairs and the resampled ones, with weights.
             start: Folder of the model to carry on with; None starts from the initial model.
-            previous: Folder of the round before; None in the first.
             digest: Of everything that made `dataset` and `start`.
-            is_last: No training follows the last round, so it neither estimates anew nor resamples.
+            is_last: No training follows the last round, so it does not resample.
 
         Returns:
             Digest of the round, for the next one.
         """
         digest = self.stages.run("train", [digest, self.args.loss], _TRAIN_FILES, lambda: self._train(dataset, start))
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
-        if is_last and previous is not None:
-            make = partial(self._repeat_estimate, previous)
-        elif is_last or not self.args.num_folds:
-            make = partial(self._estimate_in_sample, is_choice=not is_last)
-        else:
-            make = partial(self._estimate_held_out, dataset, digest)
-        digest = self.stages.run("estimate", [digest, make.func.__name__], _ESTIMATE_FILES, make)
-        digest = self.stages.run("decide", digest, ["decisions.json"], self._decide)
+        digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
         if not is_last:
             digest = self.stages.run("resample", digest, _RESAMPLE_FILES, self._resample)
         return digest
@@ -136,7 +129,7 @@ class Round:
         return load_file(self.folder / "flips.safetensors")["p_flip"].double().numpy()
 
     def decisions(self) -> dict[str, Any]:
-        """What `_decide` wrote: `rho`, `reason`, and per pair `decisions` and `weights`.
+        """What `_decide` wrote: `rho`, `alpha`, why, and per pair `decisions` and `weights`.
 
         A dropped pair whose prompt was won back reads "resample".
         """
@@ -163,7 +156,7 @@ class Round:
             dropped pairs left out and flipped ones turned round.
         """
         found = self.decisions()
-        stays = [i for i, what in enumerate(found["decisions"]) if i < self.num_data or what == "keep"]
+        stays = [i for i, what in enumerate(found["decisions"]) if i < self.num_read or what == "keep"]
         scored = self.data.select(stays)
         if new := self.new_pairs():
             tokenized = tokenize_pairs(new, self.tokenizer, max_length=self.args.max_length)
@@ -171,12 +164,14 @@ class Round:
             scored = scored.joined(tokenized, PairLogps(**reference) if reference else None)
         weights = [found["weights"][i] for i in stays] + [1.0] * (len(scored) - len(stays))
         is_flipped = [found["decisions"][i] == "flip" for i in stays] + [False] * (len(scored) - len(stays))
-        return scored, training_set(scored, weights, is_flipped)
+        return scored, training_set(scored, np.array(weights), np.array(is_flipped))
 
     def _train(self, dataset: PairDataset, start: Path | None) -> None:
         args = copy.copy(self.args)
         args.output_dir = str(self.folder / "checkpoints")
         args.seed = self.args.seed + self.number
+        # As many steps as on all pairs of the data: what a filter takes away must not shorten the training as well.
+        args.num_train_epochs = self.args.num_train_epochs * max(1.0, self.num_read / len(dataset))
         trainer = ROPOTrainer(
             self.source.load(start, is_trainable=True),
             args,
@@ -203,54 +198,42 @@ class Round:
     def _scores(self) -> PairLogps:
         return PairLogps(**load_file(self.folder / "scores.safetensors"))
 
-    def _estimate_held_out(self, training: PairDataset, digest: str) -> None:
-        margins = crossfit_margins(
-            self.data.select(range(self.num_data)),
-            training,
-            self.args,
-            folder=self.folder / "folds",
-            source=self.source,
-            tokenizer=self.tokenizer,
-            peft_config=self.peft_config,
-            digest=digest,
-        )
-        found = estimate_flips(margins)
-        self._write_estimate({**found.to_dict(), "margins": "held-out"}, found.p_flip)
-
-    def _estimate_in_sample(self, *, is_choice: bool) -> None:
-        found = estimate_flips(self.margins()[: self.num_data])
-        told = {**found.to_dict(), "margins": "in-sample"}
-        if not is_choice:
-            told |= {"is_informative": False, "reason": _IN_SAMPLE}
-        self._write_estimate(told, found.p_flip)
-
-    def _repeat_estimate(self, previous: Path) -> None:
-        p_flip = load_file(previous / "flips.safetensors")["p_flip"].numpy()
-        self._write_estimate(read_json(previous / "flip_estimate.json"), p_flip[: self.num_data])
-
-    def _write_estimate(self, estimate: dict[str, Any], p_flip: NDArray[np.float64]) -> None:
-        # Resampled pairs carry the model's own labels, so they say nothing about the rate.
-        p_resampled = expit(logit(estimate["rate"]) - estimate["scale"] * self.margins()[self.num_data :])
+    def _decide(self) -> None:
+        margins, read = self.margins(), self.num_read
+        if self.audit is None:
+            found = estimate_flips(margins[:read])
+            # A model agrees with labels that it has learned, so these margins only rank.
+            estimate = {**found.to_dict(), "margins": "in-sample", "is_informative": False, "reason": _IN_SAMPLE}
+            p_flip = found.p_flip
+            rho, reason = resolve_rho(self.args.fixed_rho, estimate)
+            decided = decide(margins[:read], p_flip, rho=rho, rule=self.args.decision_rule)
+            decisions = decided.decision.tolist()
+            weights = (decided.weight * [pair.weight for pair in self.data.pairs[:read]]).tolist()
+            alpha, alpha_reason = self.args.fixed_alpha, "it was given"
+        else:
+            judged, p_flip = self.audit.judgement(), self.audit.p_flip()
+            estimate = {**judged["estimate"], "margins": "held-out"}
+            rho, reason, decisions, weights = (judged[key] for key in ("rho", "rho_reason", "decisions", "weights"))
+            alpha, alpha_reason = judged["alpha"], judged["alpha_reason"]
+        # Resampled pairs carry the model's own labels: one goes on as long as the policy sides with it.
+        resampled = margins[read:]
+        p_resampled = expit(logit(estimate["rate"]) - estimate["scale"] * resampled)
         self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(np.concatenate([p_flip, p_resampled]))})
+        told = {
+            "rho": rho,
+            "reason": reason,
+            "alpha": alpha,
+            "alpha_reason": alpha_reason,
+            "decisions": [*decisions, *np.where(resampled > 0, "keep", "drop").tolist()],
+            "weights": [*weights, *(resampled > 0).astype(float).tolist()],
+        }
         if PartialState().is_main_process:
             write_json(self.folder / "flip_estimate.json", estimate)
-
-    def _decide(self) -> None:
-        rho, reason = resolve_rho(self.args.fixed_rho, read_json(self.folder / "flip_estimate.json"))
-        logger.info("Round %d: rho = %.4f, since %s.", self.number, rho, reason)
-        margins, p_flip, size = self.margins(), self.p_flip(), self.num_data
-        decided = decide(margins[:size], p_flip[:size], rho=rho, rule=self.args.decision_rule)
-        # A resampled pair goes on as long as the policy sides with it; the budget is about the data's labels.
-        stays = margins[size:] > 0
-        weights = np.concatenate([decided.weight, stays]) * [pair.weight for pair in self.data.pairs]
-        decisions = [*decided.decision.tolist(), *np.where(stays, "keep", "drop").tolist()]
-        found = {"rho": rho, "reason": reason, "decisions": decisions, "weights": weights.tolist()}
-        if PartialState().is_main_process:
-            write_json(self.folder / "decisions.json", found)
+            write_json(self.folder / "decisions.json", told)
 
     def _resample(self) -> None:
         found = read_json(self.folder / "decisions.json")["decisions"]
-        has_new = {self.data.pairs[i].row for i in range(self.num_data, len(found)) if found[i] == "keep"}
+        has_new = {self.data.pairs[i].row for i in range(self.num_read, len(found)) if found[i] == "keep"}
         lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
         won = (
             self._win_back(lost)
@@ -318,6 +301,7 @@ def _tensors(logps: PairLogps) -> dict[str, torch.Tensor]:
 
 def run_all(
     data: PairDataset,
+    audit: Audit | None,
     args: ROPOConfig,
     *,
     folder: Path,
@@ -330,93 +314,40 @@ def run_all(
     """Run `args.rounds` rounds, each in a folder of its own.
 
     Args:
-        data: All pairs of the data that fit, with reference log-probabilities.
+        data: All pairs of the data that fit, then the trusted ones, with reference log-probabilities.
+        audit: What is known about the labels, finished; None to go by the margins of the trained model.
         args: Options.
         folder: The rounds become `00`, `01`, ... in it.
         source: Loads the initial model and trained ones.
         tokenizer: The model's.
         reference_of: Reference log-probabilities of tokenized pairs.
         peft_config: For adapters.
-        digest: Of everything that made `data`, and of the options.
+        digest: Of everything that made `data` and `audit`, and of the options.
 
     Returns:
         The rounds, in order; the last one's model is the result.
     """
     rounds: list[Round] = []
-    scored, trained_on = data, training_set(data, data.weights, [False] * len(data))
+    if audit is None:
+        args = args.with_alpha(14.0) if args.fixed_alpha is None else args
+        scored, trained_on = data, training_set(data, np.array(data.weights), np.zeros(len(data), dtype=bool))
+    else:
+        args, scored, trained_on = audit.options(), data, audit.training()
     for number in range(args.rounds):
         if rounds:
             scored, trained_on = rounds[-1].next_datasets()
         this = Round(
             number,
             folder=folder / f"{number:02d}",
-            args=args.for_round(number),
+            args=args,
             source=source,
             tokenizer=tokenizer,
             data=scored,
+            audit=audit,
             reference_of=reference_of,
             peft_config=peft_config,
         )
-        previous = rounds[-1].folder if rounds else None
         start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
-        is_last = number == args.rounds - 1
-        digest = this.run(trained_on, start=start, previous=previous, digest=digest, is_last=is_last)
+        digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)
         rounds.append(this)
     return rounds
-
-
-def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> tuple[float, str]:
-    """The share of pairs to filter out, and the reason in words.
-
-    Args:
-        fixed: What the user gave, or None to follow the estimate.
-        estimate: `FlipEstimate.to_dict()`.
-
-    Returns:
-        ρ in [0, 0.5] and a clause that completes "ρ is ..., since ...".
-
-    Examples:
-        >>> resolve_rho(None, {"is_informative": True, "rate": 0.01, "low": 0.0, "high": 0.02})[0]
-        0.0
-    """
-    if fixed is not None:
-        return fixed, "it was given"
-    if not estimate["is_informative"]:
-        return 0.0, f"the margins cannot tell how many labels are flipped: {estimate['reason'].rstrip('.')}"
-    if estimate["low"] <= 0.0:
-        return 0.0, "the labels may all be right: the interval of the estimate reaches down to 0"
-    return min(float(estimate["rate"]), 0.5), "this is the estimated flip rate"
-
-
-def training_set(data: PairDataset, weights: Sequence[float], is_flipped: Sequence[bool]) -> PairDataset:
-    """What to train on: pairs with a positive weight, with chosen and rejected swapped where `is_flipped`.
-
-    Args:
-        data: Pairs as labelled.
-        weights: One per pair, 0 leaves the pair out.
-        is_flipped: One per pair.
-
-    Returns:
-        Weighted pairs in the order of `data`.
-
-    Raises:
-        ValueError: If no pair is left.
-    """
-    kept = [i for i, weight in enumerate(weights) if weight > 0]
-    if not kept:
-        raise ValueError("Training needs at least one pair with a weight above 0; got none. Lower rho.")
-    chosen = data.select(kept)
-    turned = [i for i, place in enumerate(kept) if is_flipped[place]]
-    for i in turned:
-        pair, ids = chosen.pairs[i], chosen.tokens[i]
-        chosen.pairs[i] = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
-        chosen.tokens[i] = replace(ids, chosen=ids.rejected, rejected=ids.chosen)
-    if chosen.reference is not None and turned:
-        flipped = torch.tensor([is_flipped[place] for place in kept])
-        old = chosen.reference
-        chosen.reference = PairLogps(
-            chosen=torch.where(flipped, old.rejected, old.chosen),
-            rejected=torch.where(flipped, old.chosen, old.rejected),
-        )
-    chosen.weights = [float(weights[i]) for i in kept]
-    return chosen

@@ -168,6 +168,8 @@ class ROPOTrainer(Trainer):
         peft_config: Wraps the model with an adapter; the model without it is then the reference.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
+        num_checks: How often `eval_dataset` is scored in training, evenly spaced, the last time at its end; the margins
+            are then in `check_margins`.
 
     Raises:
         ValueError: If the data is empty or not fit for training; if several GPUs are used in one process.
@@ -188,6 +190,7 @@ class ROPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        num_checks: int = 0,
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
@@ -215,11 +218,13 @@ class ROPOTrainer(Trainer):
         )
         logger.info("Forward: %s, since %s.", self.layout, reason)
         self.options = args
-        self.pairs = sample.pairs
+        self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.spec = LOSSES[args.loss]
         self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
         self.reliability = torch.full((len(sample.annotators),), args.reliability or 0.9, device=args.device)
         self.first_margins = torch.full((len(sample),), float("nan"))
+        self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"))
+        self.check_margins: list[Tensor] = []
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         super().__init__(
             model=model,
@@ -228,7 +233,7 @@ class ROPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.tokenizer,
-            callbacks=[*(callbacks or []), _SaveWithCheckpoint(self)],
+            callbacks=[*(callbacks or []), _Checks(self, num_checks), _SaveWithCheckpoint(self)],
             optimizers=optimizers,
         )
         self.label_names = []
@@ -268,6 +273,7 @@ class ROPOTrainer(Trainer):
             kept = load_file(path)
             self.reliability = kept["reliability"].to(self.args.device)
             self.first_margins = kept["first_margins"]
+            self.check_margins = list(kept["check_margins"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def train_or_resume(self) -> None:
@@ -359,9 +365,17 @@ class ROPOTrainer(Trainer):
 
         In the first epoch these come from a model that has not been trained on the pair.
         """
-        mine = self.first_margins.to(self.args.device)
+        return self._gather_by_pair(self.first_margins)
+
+    def gather_eval_margins(self) -> Tensor:
+        """Margin of each pair of the evaluation set at the last evaluation, shape (pairs,)."""
+        return self._gather_by_pair(self.eval_margins)
+
+    def _gather_by_pair(self, values: Tensor) -> Tensor:
+        """One value per pair from the processes that have seen it; NaN where none has."""
+        mine = values.to(self.args.device)
         if self.accelerator.num_processes == 1:
-            return mine.cpu()
+            return mine.to("cpu", copy=True)  # the buffer goes on changing
         seen: Tensor = self.accelerator.gather(mine[None])
         return seen.nanmean(dim=0).cpu()  # a pair is seen by one process, or by two where the last batch is filled up
 
@@ -401,7 +415,8 @@ class ROPOTrainer(Trainer):
         if bool(torch.isfinite(loss).all()):
             return
         where = inputs["position"][~torch.isfinite(loss)].tolist()
-        names = ", ".join(f"row {self.pairs[i].row} (pair {self.pairs[i].id})" for i in where[:10])
+        pairs = self.pairs["train" if torch.is_grad_enabled() else "eval"]
+        names = ", ".join(f"row {pairs[i].row} (pair {pairs[i].id})" for i in where[:10])
         raise FloatingPointError(
             f"The loss is not finite for {names} at step {self.state.global_step}. Lower the learning rate, use "
             "bf16 instead of fp16, or look at these pairs with `ropo validate`."
@@ -428,6 +443,8 @@ class ROPOTrainer(Trainer):
             where, values = inputs["position"].cpu(), h.cpu()
             is_new = self.first_margins[where].isnan()
             self.first_margins[where[is_new]] = values[is_new]
+        else:
+            self.eval_margins[inputs["position"].cpu()] = h.cpu()
 
 
 def _turn_dropout_off(model: nn.Module) -> None:
@@ -491,5 +508,32 @@ class _SaveWithCheckpoint(TrainerCallback):
         first_margins = self.trainer.gather_first_margins()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            tensors = {"reliability": self.trainer.reliability.cpu(), "first_margins": first_margins}
+            checks = self.trainer.check_margins
+            tensors = {
+                "reliability": self.trainer.reliability.cpu(),
+                "first_margins": first_margins,
+                "check_margins": torch.stack(checks) if checks else torch.zeros(0, 1),
+            }
             save_file(tensors, folder / _STATE_FILE)
+
+
+class _Checks(TrainerCallback):
+    """Has the evaluation set scored at evenly spaced steps and keeps the margins of each time."""
+
+    def __init__(self, trainer: ROPOTrainer, num_checks: int) -> None:
+        self.trainer, self.num_checks = trainer, num_checks
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        if self._num_due(state):
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        if self.num_checks:
+            self.trainer.check_margins += [self.trainer.gather_eval_margins()] * self._num_due(state)
+
+    def _num_due(self, state: TrainerState) -> int:
+        """Checks that fall on this step; several where there are fewer steps than checks."""
+        done, before = (
+            step * self.num_checks // state.max_steps for step in (state.global_step, state.global_step - 1)
+        )
+        return done - before

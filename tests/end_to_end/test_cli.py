@@ -18,7 +18,13 @@ num_candidates: 2
 max_length_ratio: 30
 use_cpu: true
 rho: 0.3
+rounds: 2
+num_folds: 2
+decision_rule: lowest_loss
 """
+
+
+PLAIN = ("--num_candidates", "0")
 
 
 @pytest.fixture
@@ -70,7 +76,8 @@ def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert sum(row["weight"] for row in first) == 14
     dropped = [row for row in first if row["decision"] != "keep"]
     assert len(dropped) == 6
-    assert max(row["margin"] for row in dropped) <= min(row["margin"] for row in first if row["decision"] == "keep")
+    kept = [row for row in first if row["decision"] == "keep"]
+    assert max(row["held_out_margin"] for row in dropped) <= min(row["held_out_margin"] for row in kept)
     assert {row["origin"] for row in rows if row["round"] == 1} == {"data", "resampled"}
 
     summary = json.loads((output / "summary.json").read_text())
@@ -80,7 +87,7 @@ def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert summary["problems"] == {"truncated": 2}
     assert summary["config"]["rho"] == "0.3"
     assert {"torch", "transformers", "ropo"} <= set(summary["versions"])
-    assert {"reference", "round 0 train", "round 1 decide"} <= set(summary["seconds"])
+    assert {"reference", "pass 1 fold 1", "pass 1 judge", "round 0 train", "round 1 decide"} <= set(summary["seconds"])
 
     card = (output / "README.md").read_text()
     assert summary["data_sha256"] in card
@@ -129,6 +136,12 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--loss", "dpo", "--alpha", "14"], "dpo needs no options; got alpha"),
         (["--loss", "rdpo", "--flip_rate", "0.6"], "rdpo needs flip_rate in [0, 0.5)"),
         (["--rho", "0.7"], "rho needs 'auto' or a share in [0, 0.5]"),
+        (["--alpha", "much"], "alpha needs a number or 'auto'; got 'much'"),
+        (["--loss", "ropo_v1", "--gamma", "1", "--alpha", "auto"], "alpha needs a number for ropo_v1; got 'auto'"),
+        (["--alpha", "0"], "alpha"),
+        (["--rounds", "1"], "num_candidates needs rounds of 2 or more; got 2 with one round"),
+        (["--num_folds", "1"], "num_folds needs 2 or more, or 0 for none"),
+        (["--num_folds", "30"], "num_folds needs at least as many different pairs; got 30 folds and 20 pairs"),
         (["--decision_rule", "lowest_los"], "Did you mean lowest_loss?"),
         (["--label_smoothing_factor", "0.1"], "--loss cdpo --flip_rate"),
         (["--beta", "-1"], "beta"),
@@ -174,7 +187,7 @@ def test_bad_rows(dataset, model_folder, recipe, tmp_path, capsys):
     assert "line 8" in out
     assert train(model_folder, dataset, recipe, tmp_path / "O") == 1
     assert "2 of 20 rows would corrupt training" in capsys.readouterr().err
-    assert train(model_folder, dataset, recipe, tmp_path / "O", "--on_bad_rows", "skip", "--rounds", "1") == 0
+    assert train(model_folder, dataset, recipe, tmp_path / "O", "--on_bad_rows", "skip", "--rounds", "1", *PLAIN) == 0
     summary = json.loads((tmp_path / "O" / "summary.json").read_text())
     assert summary["num_pairs"] == 18
     assert summary["problems"]["missing_field"] == 1

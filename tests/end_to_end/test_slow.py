@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from ropo.align import run_rounds
+from ropo.align import run_audit, run_rounds
+from ropo.bench.measures import auroc
 from ropo.config import ROPOConfig
+from ropo.data.inject import BAD_ANNOTATOR, flip_labels
+from ropo.data.toy import make_pairs, save_toy
 from ropo.demo import run_demo
 from ropo.provenance import read_json
 
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.slow
 OPTIONS = {
     "learning_rate": 1e-3, "max_length": 64, "max_new_tokens": 16, "num_candidates": 2, "rho": "0.3",
     "logging_steps": 1, "use_cpu": True, "max_length_ratio": 30.0, "train_sampling_strategy": "sequential",
-    "disable_tqdm": True,
+    "disable_tqdm": True, "rounds": 2, "num_folds": 2, "decision_rule": "lowest_loss",
 }  # fmt: skip
 
 
@@ -51,6 +54,8 @@ def test_two_processes_take_the_same_steps(model_folder, pairs, tmp_path):
         first = ledger[ledger["round"] == 0]
         assert first["row"].tolist() == list(range(20))
         assert first["weight"].sum() == 14
+    held_out = [ledger.loc[:19, "held_out_margin"].to_numpy() for ledger in ledgers]
+    assert held_out[1] == pytest.approx(held_out[0], abs=1e-2)
     assert ledgers[1].loc[:19, "margin"].to_numpy() == pytest.approx(ledgers[0].loc[:19, "margin"].to_numpy(), abs=1e-3)
 
 
@@ -60,10 +65,35 @@ def test_example_makes_a_model_that_can_be_aligned(pairs, tmp_path):
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
     example = Path(__file__).parents[2] / "examples" / "pretrain_small_model.py"
     subprocess.run([sys.executable, str(example), str(dataset), str(folder), "0.05"], check=True)
-    options = {**OPTIONS, "max_length": 128, "rounds": 1}
+    options = {**OPTIONS, "max_length": 128, "rounds": 1, "num_candidates": 0}
     summary = run_rounds(folder, dataset, ROPOConfig(output_dir=str(tmp_path / "O"), **options))
     assert summary["num_pairs"] == 20
     assert not summary["is_informative"]
+
+
+def test_an_audit_finds_what_was_planted(tmp_path):
+    """One of five annotators flips most labels, 20 % of all: the rate is covered, and the annotator is named."""
+    save_toy(tmp_path / "model", num_texts=10_000)
+    noisy, is_flipped = flip_labels(make_pairs(1500, seed=1, min_gap=1.5), rate=0.2, seed=2, kind="annotator")
+    args = ROPOConfig(
+        output_dir=str(tmp_path / "O"),
+        learning_rate=4e-4,
+        beta=1.0,
+        per_device_train_batch_size=16,
+        num_train_epochs=2,
+        max_length=128,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    summary = run_audit(tmp_path / "model", noisy, args)
+    ledger = pq.read_table(tmp_path / "O" / "ledger.parquet").to_pandas()
+    assert summary["is_informative"]
+    assert summary["flip_rate"]["low"] < 0.2 < summary["flip_rate"]["high"]
+    assert auroc(ledger["p_flip"], is_flipped[ledger["row"]]) > 0.9
+    assert summary["annotators"][0]["name"] == BAD_ANNOTATOR
+    assert summary["annotators"][0]["low"] > summary["annotators"][1]["high"]
+    assert "annotator" in (tmp_path / "O" / "report.html").read_text()
 
 
 def test_demo(tmp_path):

@@ -6,11 +6,11 @@ times too unsure, right labels seen through a model's unit error, and a Gaussian
 
 import numpy as np
 import pytest
-from scipy.special import expit
+from scipy.special import expit, stdtr
 from scipy.stats import binom, rankdata
 
-from ropo.noise.decide import decide
-from ropo.noise.estimate import em, estimate_flips, tied_gaussian
+from ropo.noise.decide import RULES, decide
+from ropo.noise.estimate import _ProfileLikelihood, em, estimate_flips, tied_gaussian
 
 
 def calibrated(rng, num_pairs, confidence=1.0):
@@ -121,12 +121,14 @@ def test_a_model_that_is_surely_wrong_counts_as_flips():
     assert found.rate == pytest.approx(0.26, abs=0.02)
 
 
-@pytest.mark.parametrize("rule", ["lowest_loss", "posterior", "threshold", "relabel"])
+@pytest.mark.parametrize("rule", RULES)
 def test_decisions_leave_fewer_wrong_labels(rule):
     """20 % planted among well separated margins: every rule takes away most of the wrong weight, little else."""
     margins, is_flipped = plant("gaussian", 0.2, num_pairs=5000, seed=9)
     found = estimate_flips(margins)
-    decisions = decide(margins, found.p_flip, rho=found.rate, rule=rule)
+    growing = np.array([[0.5], [0.8], [1.0]]) * margins * found.scale
+    checks = growing + 0.3 * np.random.default_rng(10).normal(size=growing.shape)
+    decisions = decide(margins, found.p_flip, rho=found.rate, rule=rule, checks=checks)
     is_wrong = is_flipped ^ (decisions.decision == "flip")
     assert decisions.weight[is_wrong].sum() < 0.2 * is_flipped.sum()
     assert decisions.weight[~is_wrong].sum() > 0.95 * np.sum(~is_flipped)
@@ -145,3 +147,78 @@ def test_threshold_loses_little_on_clean_data_whatever_the_budget():
     margins, _ = plant("model error", 0.0, num_pairs=5000, seed=11)
     kept = decide(margins, estimate_flips(margins).p_flip, rho=0.4, rule="threshold").weight.mean()
     assert kept > 0.98
+
+
+def test_hard_pairs_are_kept_by_the_rules_that_look_at_checks():
+    """About 180 right pairs are doubtful in the end but not before; the budget is as large as they and the flips."""
+    rng = np.random.default_rng(12)
+    margins, is_flipped = plant("gaussian", 0.1, num_pairs=2000, seed=12)
+    is_hard = ~is_flipped & (rng.random(2000) < 0.1)
+    last = np.where(is_hard, rng.normal(-1.0, 0.3, size=2000), margins)
+    checks = np.stack([np.where(is_hard, 2.5, margins), np.where(is_hard, 1.0, margins), last])
+    found = estimate_flips(last)
+    lost = {
+        rule: decide(last, found.p_flip, rho=0.2, rule=rule, checks=checks).weight[is_hard] == 0
+        for rule in ("lowest_loss", "double_correction", "hard_or_noisy")
+    }
+    assert lost["lowest_loss"].mean() > 0.9
+    assert lost["double_correction"].mean() < 0.65
+    assert lost["hard_or_noisy"].mean() < 0.05
+
+
+def test_a_bad_annotator_is_found():
+    """One of five flips half of the labels, the others 5 %: 400 pairs each, standard error of a rate at most 0.03."""
+    rng = np.random.default_rng(13)
+    clean, who = rng.normal(1.5, 1.0, size=2000), rng.integers(0, 5, size=2000)
+    is_flipped = rng.random(2000) < np.where(who == 3, 0.5, 0.05)
+    margins = np.where(is_flipped, -clean, clean)
+    names = [f"annotator {one}" for one in who]
+    found = estimate_flips(margins, annotators=names)
+    assert found.annotators[0].name == "annotator 3"
+    worst = found.annotators[0]
+    assert worst.rate == pytest.approx(0.5, abs=0.1)
+    assert worst.low < 0.5 < worst.high
+    assert all(one.rate < 0.12 for one in found.annotators[1:])
+    assert auroc(found.p_flip, is_flipped) > auroc(estimate_flips(margins).p_flip, is_flipped) + 0.002
+
+
+def test_an_annotator_with_few_pairs_is_near_the_others():
+    margins, _ = plant("gaussian", 0.1, num_pairs=2000, seed=14)
+    names = ["rare"] * 2 + ["often"] * 1998
+    margins[:2] = -3.0  # both contradicted
+    rare = next(one for one in estimate_flips(margins, annotators=names).annotators if one.name == "rare")
+    assert rare.rate < 0.25
+    assert rare.high - rare.low > 0.15
+
+
+def test_trusted_pairs_show_sure_errors():
+    """The model is surely wrong on 10 % of right labels; 300 trusted pairs say so, and the rate falls to the truth."""
+    rng = np.random.default_rng(15)
+    clean = rng.normal(3.0, 1.0, size=4000)
+    clean = np.where(rng.random(4000) < 0.1, -0.4 * clean, clean)
+    is_flipped = rng.random(4000) < 0.2
+    is_trusted = np.arange(4000) < 300
+    margins = np.where(is_flipped & ~is_trusted, -clean, clean)
+    blind, told = estimate_flips(margins), estimate_flips(margins, is_trusted=is_trusted)
+    assert told.num_trusted == 300
+    assert (told.p_flip[is_trusted] == 0).all()
+    assert abs(told.rate - 0.2) < abs(blind.rate - 0.2)
+
+
+def test_a_known_rate_is_kept():
+    margins, _ = plant("gaussian", 0.2, num_pairs=2000, seed=16)
+    found = estimate_flips(margins, rate=0.3)
+    assert (found.rate, found.low, found.high) == (0.3, 0.3, 0.3)
+    assert found.p_flip.mean() > estimate_flips(margins).p_flip.mean()
+
+
+def test_heavy_tails_widen_the_interval_to_the_truth():
+    """A model that is right with probability F_3(|h|): the interval of a logistic law leaves out 0, ours does not."""
+    rng = np.random.default_rng(17)
+    size = np.abs(rng.normal(0.0, 4.0, size=8000))
+    margins = np.where(rng.random(8000) < stdtr(3, size), size, -size)
+    found = estimate_flips(margins)
+    assert found.tail == 3.0
+    assert found.low == 0.0
+    logistic = _ProfileLikelihood(margins, margins[:0], unit=1.0, tail=np.inf)
+    assert logistic.profile(0.0)[0] < logistic.maximise()[2] - 1.35  # alone it would leave 0 out

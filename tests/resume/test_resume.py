@@ -13,8 +13,9 @@ from ropo.trainer import ROPOTrainer
 
 STAGES = [
     "reference",
-    "train", "score", "fold 0", "fold 1", "estimate", "decide", "resample",
-    "train", "score", "estimate", "decide",
+    "fold 0", "fold 1", "judge", "fold 0", "fold 1", "judge",
+    "train", "score", "decide", "resample",
+    "train", "score", "decide",
 ]  # fmt: skip
 
 
@@ -22,7 +23,8 @@ def config(folder, **options):
     common = {
         "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 4, "logging_steps": 1,
         "save_strategy": "steps", "save_steps": 2, "max_length": 64, "max_new_tokens": 24, "num_candidates": 2,
-        "use_cpu": True, "disable_tqdm": True, "rho": "0.3", "max_length_ratio": 30.0,
+        "use_cpu": True, "disable_tqdm": True, "rho": "0.3", "max_length_ratio": 30.0, "rounds": 2, "num_folds": 2,
+        "decision_rule": "lowest_loss",
     }  # fmt: skip
     return ROPOConfig(**{**common, **options})
 
@@ -74,22 +76,24 @@ def test_killed_after_every_stage(model_folder, pairs, tmp_path, monkeypatch, wh
     assert outputs(folder) == whole
 
 
-def test_killed_inside_training(model_folder, pairs, tmp_path, monkeypatch, whole):
-    """Training goes on from its last checkpoint."""
+@pytest.mark.parametrize("place", ["fold_0_checkpoints", "checkpoints"])
+def test_killed_inside_training(place, model_folder, pairs, tmp_path, monkeypatch, whole):
+    """Training goes on from its last checkpoint, that of a judging model with the margins of its earlier checks."""
     folder, steps = tmp_path / "killed", []
     step = ROPOTrainer.training_step
 
     def dying(self, *args, **kwargs):
-        steps.append(self.state.global_step)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
+        if Path(self.args.output_dir).name == place:
+            steps.append(self.state.global_step)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(ROPOTrainer, "training_step", dying)
     with pytest.raises(KeyboardInterrupt):
         run_rounds(model_folder, pairs, config(folder))
     run_rounds(model_folder, pairs, config(folder))
-    assert steps[:6] == [0, 1, 2, 3, 2, 3]  # the checkpoint was written after step 2
+    assert steps[:4] == [0, 1, 2, 2]  # the checkpoint was written after step 2
     assert outputs(folder) == whole
 
 
@@ -103,35 +107,23 @@ def test_finished_run_does_nothing(model_folder, pairs, tmp_path, monkeypatch):
 
 def test_one_more_round(model_folder, pairs, tmp_path):
     folder = tmp_path / "more"
-    run_rounds(model_folder, pairs, config(folder, rounds=1))
+    run_rounds(model_folder, pairs, config(folder, rounds=1, num_candidates=0))
     before = hash_file(folder / "rounds" / "00" / "model" / "model.safetensors")
-    summary = run_rounds(model_folder, pairs, config(folder, rounds=2))
+    summary = run_rounds(model_folder, pairs, config(folder, rounds=2, num_candidates=0))
     assert hash_file(folder / "rounds" / "00" / "model" / "model.safetensors") == before
     assert [this["round"] for this in summary["rounds"]] == [0, 1]
 
 
-def test_last_round_has_its_own_loss(model_folder, pairs, tmp_path):
-    """ROPO finds the noise, DPO learns from what is left; with `last_loss` it is as the user says."""
-    for options, expected in (({}, 0.6931), ({"last_loss": "ropo"}, 1.9147)):
-        folder = tmp_path / str(expected)
-        run_rounds(model_folder, pairs, config(folder, round_start="restart", **options))
-        logs = [json.loads((folder / "rounds" / n / "training_log.json").read_text()) for n in ("00", "01")]
-        assert logs[0][0]["loss"] == pytest.approx(1.9147, abs=1e-3)
-        assert logs[1][0]["loss"] == pytest.approx(expected, abs=1e-3)
-    with pytest.raises(ValueError, match="last_loss needs rounds of 2"):
-        config(tmp_path, rounds=1, last_loss="dpo")
-    with pytest.raises(ValueError, match="reads the same margins"):
-        config(tmp_path, last_loss="simpo")
-
-
 def test_other_settings_are_refused(model_folder, pairs, tmp_path):
     folder = tmp_path / "run"
-    run_rounds(model_folder, pairs, config(folder, rounds=1))
+    run_rounds(model_folder, pairs, config(folder, num_candidates=0, rounds=1))
     with pytest.raises(ValueError, match=r"learning_rate: 0\.003 there, 0.001 now"):
-        run_rounds(model_folder, pairs, config(folder, rounds=1, learning_rate=1e-3))
+        run_rounds(model_folder, pairs, config(folder, num_candidates=0, rounds=1, learning_rate=1e-3))
     with pytest.raises(ValueError, match="data: "):
-        run_rounds(model_folder, pairs[:-1], config(folder, rounds=1))
-    run_rounds(model_folder, pairs, config(folder, rounds=1, logging_steps=5))  # changes nothing that counts
+        run_rounds(model_folder, pairs[:-1], config(folder, num_candidates=0, rounds=1))
+    run_rounds(
+        model_folder, pairs, config(folder, num_candidates=0, rounds=1, logging_steps=5)
+    )  # changes nothing that counts
 
 
 def test_foreign_folder_is_left_alone(model_folder, pairs, tmp_path):

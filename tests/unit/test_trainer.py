@@ -178,7 +178,7 @@ def test_bad_data_is_refused_or_left_out(model, tokenizer, pairs, tmp_path):
     rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
     rows[2]["chosen"] = rows[2]["rejected"]
     trainer = ROPOTrainer(model, config(tmp_path), train_dataset=rows, processing_class=tokenizer)
-    assert [pair.row for pair in trainer.pairs] == [0, 1, *range(3, 20)]
+    assert [pair.row for pair in trainer.train_dataset.pairs] == [0, 1, *range(3, 20)]
     with pytest.raises(DataError, match="1 of 21 rows"):
         ROPOTrainer(model, config(tmp_path), train_dataset=[*rows, {"prompt": "x"}], processing_class=tokenizer)
     with pytest.raises(ValueError, match="row of their own"):

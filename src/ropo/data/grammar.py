@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["REVIEWS", "Grammar", "Group", "Rules", "sample_prompt", "sample_response"]
+__all__ = ["REVIEWS", "SUPPORT", "Grammar", "Group", "Rules", "sample_prompt", "sample_response"]
 
 Rules = Mapping[str, Mapping[str, float]]  # symbol -> {expansion: weight}; a word that is no symbol stands for itself
 
@@ -296,6 +296,114 @@ REVIEWS = Grammar(
     },
     negations=frozenset({"not", "never", "nothing"}),
 )  # fmt: skip
+
+
+_WARM = ("gladly", "kindly", "happily", "warmly", "cheerfully")
+_CAREFUL = ("carefully", "patiently", "calmly", "properly", "promptly")
+_COLD = ("hastily", "coldly", "lazily", "vaguely", "grudgingly")
+_RUDE = ("rudely", "angrily", "carelessly", "spitefully", "scornfully")
+
+SUPPORT = Grammar(
+    rules={
+        "PROMPT": _equally(
+            "My TOPIC LINK PLACE does not work .",
+            "Please help me with the TOPIC LINK PLACE .",
+            "There is a question about the TOPIC LINK PLACE .",
+            "The TOPIC LINK PLACE is broken .",
+            "Who looks after the TOPIC LINK PLACE ?",
+        ),
+        "RESPONSE": {
+            "GREETING STEP": 3,
+            "STEP": 1,
+            "STEP STEP": 3,
+            "GREETING STEP STEP": 3,
+            "STEP OFFER": 2,
+            "GREETING STEP OFFER": 3,
+            "STEP STEP OFFER": 2,
+        },
+        "SENTENCE": _equally("GREETING", "STEP", "OFFER"),
+        "GREETING": {"KIND_GREETING .": 1, "FLAT_GREETING .": 1, "SHARP_GREETING .": 1},
+        "KIND_GREETING": _equally("thank you for writing", "welcome back", "we are sorry to hear that"),
+        "FLAT_GREETING": _equally("dear customer", "hello", "your message arrived"),
+        "SHARP_GREETING": _equally("you again", "what a silly question", "read the rules first"),
+        "STEP": {"ACTION .": 5, "ACTION , then ACTION .": 2, "ACTION but ACTION .": 1, "WHEN ACTION .": 2},
+        "WHEN": _equally("today", "within HOURS hours", "this week", "next month", "on DAY"),
+        "ACTION": {
+            "PERSON will DEGREE MANNER VERB the SUBJECT": 8,
+            "PERSON will not MANNER VERB the SUBJECT": 2,
+            "nobody will MANNER VERB the SUBJECT": 1,
+            "the SUBJECT will be DEGREE MANNER DONE": 4,
+            "you can VERB the SUBJECT yourself": 2,
+        },
+        "SUBJECT": {"TOPIC": 3, "ASPECT": 4},
+        "PERSON": _equally("i", "we", "our team", "an expert", "my colleague"),
+        "VERB": _equally("repair", "check", "replace", "clean", "test", "return"),
+        "DONE": _equally("repaired", "checked", "replaced", "cleaned", "tested", "returned"),
+        "DEGREE": {"": 4, "ADVERB": 3},
+        "ADVERB": {"very": 2, "most": 1, "quite": 1, "rather": 1, "slightly": 1},
+        "MANNER": {"NICE": 5, "NEUTRAL": 3, "NASTY": 5},
+        "NICE": {"WARM": 1, "CAREFUL": 1},
+        "NASTY": {"COLD": 1, "RUDE": 1},
+        "WARM": _equally(*_WARM),
+        "CAREFUL": _equally(*_CAREFUL),
+        "NEUTRAL": _equally("quietly", "remotely", "manually", "formally"),
+        "COLD": _equally(*_COLD),
+        "RUDE": _equally(*_RUDE),
+        "HOURS": _equally("two", "six", "twelve"),
+        "DAY": _equally("monday", "wednesday", "thursday"),
+        "OFFER": {"GIFT": 1, "REMARK": 1, "THREAT": 1},
+        "GIFT": _equally("we refund the whole price .", "the next year is free .", "call me at any time ."),
+        "REMARK": _equally("the case is closed .", "see the manual .", "your number is HOURS ."),
+        "THREAT": _equally("we charge a fee for this .", "we shut your file .", "we blame you for it ."),
+    },
+    moods=(
+        {
+            "MANNER": {"NICE": 9, "NEUTRAL": 2, "NASTY": 1},
+            "GREETING": {"KIND_GREETING .": 5, "FLAT_GREETING .": 2, "SHARP_GREETING .": 0.5},
+            "OFFER": {"GIFT": 5, "REMARK": 2, "THREAT": 0.5},
+        },
+        {},
+        {
+            "MANNER": {"NICE": 1, "NEUTRAL": 2, "NASTY": 9},
+            "GREETING": {"KIND_GREETING .": 0.5, "FLAT_GREETING .": 2, "SHARP_GREETING .": 5},
+            "OFFER": {"GIFT": 0.5, "REMARK": 2, "THREAT": 5},
+        },
+    ),
+    groups=(
+        Group(
+            nouns=("printer", "scanner", "router", "keyboard", "monitor"),
+            places=("the office", "room five", "the library"),
+            link="in",
+            aspects=("cable", "driver", "button", "warranty"),
+        ),
+        Group(
+            nouns=("heater", "oven", "fridge", "washer", "dryer"),
+            places=("my kitchen", "the basement", "the flat"),
+            link="in",
+            aspects=("door", "filter", "switch", "hose"),
+        ),
+        Group(
+            nouns=("account", "invoice", "order", "parcel", "subscription"),
+            places=("last month", "your shop", "the website"),
+            link="from",
+            aspects=("address", "date", "amount", "receipt"),
+        ),
+        Group(
+            nouns=("car", "scooter", "tractor", "van", "trailer"),
+            places=("the garage", "the market", "the station"),
+            link="at",
+            aspects=("engine", "brake", "tyre", "lock"),
+        ),
+    ),
+    values={
+        **dict.fromkeys((*_WARM, "free", "refund"), 2.0),
+        **dict.fromkeys((*_CAREFUL, "thank", "welcome", "sorry", "call"), 1.0),
+        **dict.fromkeys((*_COLD, "again", "fee", "rules", "shut"), -1.0),
+        **dict.fromkeys((*_RUDE, "silly", "blame"), -2.0),
+    },
+    degrees={"most": 1.5, "very": 1.25, "quite": 0.75, "rather": 0.75, "slightly": 0.5},
+    negations=frozenset({"not", "nobody"}),
+)
 
 
 def sample_prompt(rng: random.Random, *, grammar: Grammar = REVIEWS) -> str:

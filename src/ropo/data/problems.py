@@ -126,6 +126,16 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="The pair prefers the opposite of an earlier row. Both are kept: this is the noise to be found.",
             remedy="Nothing, or remove the label that you trust less.",
         ),
+        "near_duplicate": ProblemSpec(
+            severity="warning",
+            meaning="The pair differs from an earlier row in case, marks and white space only, and prefers the same.",
+            remedy="Remove the repetition, unless it is meant as a weight.",
+        ),
+        "near_contradiction": ProblemSpec(
+            severity="warning",
+            meaning="The pair differs from an earlier row in case, marks and white space only; its label is opposite.",
+            remedy="Nothing, or remove the label that you trust less.",
+        ),
     }
 )
 

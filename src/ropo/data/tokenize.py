@@ -43,11 +43,13 @@ class TokenizedPairs:
         pairs: The pairs that can be trained on and scored.
         tokens: Their token ids, one for each of `pairs`.
         problems: One entry for each pair that was cut or left out.
+        lengths: Tokens of prompt and longer response of every pair that was given, before anything was cut.
     """
 
     pairs: list[Pair]
     tokens: list[TokenizedPair]
     problems: list[Problem]
+    lengths: list[int]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -82,15 +84,17 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *,
     kept: list[Pair] = []
     tokens: list[TokenizedPair] = []
     problems: list[Problem] = []
+    lengths: list[int] = []
     for start in range(0, len(pairs), _PAIRS_PER_CALL):
         part = pairs[start : start + _PAIRS_PER_CALL]
         for pair, ids in zip(part, _tokenize(part, tokenizer), strict=True):
+            lengths.append(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)))
             fitted, found = _fit(pair, ids, max_length=max_length)
             problems.extend(found)
             if fitted is not None:
                 kept.append(pair)
                 tokens.append(fitted)
-    return TokenizedPairs(pairs=kept, tokens=tokens, problems=problems)
+    return TokenizedPairs(pairs=kept, tokens=tokens, problems=problems, lengths=lengths)
 
 
 def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

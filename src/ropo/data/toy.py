@@ -26,11 +26,12 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from ropo.data.grammar import REVIEWS, Grammar, sample_prompt, sample_response
+from ropo.data.grammar import REVIEWS, SUPPORT, Grammar, sample_prompt, sample_response
 from ropo.pairs import Pair
 
 __all__ = [
     "REVIEWS",
+    "SUPPORT",
     "Grammar",
     "gold_reward",
     "make_model",

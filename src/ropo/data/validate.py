@@ -4,15 +4,16 @@ In: `Pair`s. Out: a `Problem` for each text that is empty, each pair that prefer
 earlier one already held, in the same order or the opposite one.
 
 The one idea: two pairs are the same question if they have the same id, whichever response is called chosen; so one
-pass with a dictionary finds all repetitions.
+pass with a dictionary finds all repetitions. A second id, of the bare words, finds those that are the same to a reader.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ropo.data.load import Loaded, load_pairs
 from ropo.data.problems import PROBLEMS, Problem, render, short
-from ropo.pairs import Pair, Text
+from ropo.pairs import Pair, Text, pair_id
 
 
 def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
@@ -39,6 +40,7 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
     problems: list[Problem] = []
     first: dict[str, Pair] = {}  # by id
     first_order: dict[tuple[str, bool], Pair] = {}  # by id, and whether `first` calls chosen what this calls rejected
+    first_words: dict[str, tuple[Pair, str]] = {}  # by id of the bare words, with those of its chosen response
     first_vote: dict[tuple[str, bool, str | None], Pair] = {}  # by annotator as well
     for pair in pairs:
         useless = _useless(pair)
@@ -47,6 +49,8 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
             continue
         is_swapped = pair.chosen != first.setdefault(pair.id, pair).chosen
         first_order.setdefault((pair.id, is_swapped), pair)
+        if first[pair.id] is pair:
+            problems += _near(pair, first_words)
         earlier = first_vote.setdefault((pair.id, is_swapped, pair.annotator), pair)
         if earlier is not pair:
             problems.append(Problem(kind="duplicate", row=pair.row, message=f"the pair is that of row {earlier.row}."))
@@ -55,6 +59,26 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
             message = f"the pair prefers the opposite of row {opposite.row}."
             problems.append(Problem(kind="contradictory", row=pair.row, message=message))
     return problems
+
+
+def _near(pair: Pair, first_words: dict[str, tuple[Pair, str]]) -> list[Problem]:
+    """Whether another pair, which is not this one to the letter, has the same words."""
+    prompt, chosen, rejected = (_words(text) for text in (pair.prompt, pair.chosen, pair.rejected))
+    if chosen == rejected:
+        return []
+    earlier, preferred = first_words.setdefault(pair_id(prompt, chosen, rejected), (pair, chosen))
+    if earlier is pair:
+        return []
+    kind, verb = (
+        ("near_duplicate", "is nearly") if preferred == chosen else ("near_contradiction", "is nearly, turned,")
+    )
+    return [Problem(kind=kind, row=pair.row, message=f"the pair {verb} that of row {earlier.row}.")]
+
+
+def _words(text: Text) -> str:
+    """The words alone, in lower case; a text without words stays as it is."""
+    plain = text if isinstance(text, str) else "\n".join(f"{one['role']}: {one['content']}" for one in text)
+    return " ".join(re.findall(r"\w+", plain.lower())) or plain
 
 
 def _useless(pair: Pair) -> list[Problem]:

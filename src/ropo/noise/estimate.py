@@ -1,23 +1,24 @@
-"""How many labels are flipped, and which: a two-parameter likelihood over the margins.
+"""How many labels are flipped, and which: a small likelihood over the margins.
 
-In: one margin per pair, numpy float64. Out: `FlipEstimate`.
+In: one margin per pair, numpy float64; who labelled it and whether it is trusted, where that is known. Out:
+`FlipEstimate`.
 
 The one idea: if a share ε of the labels is flipped at random, a model contradicts that share however sure it is, while
 its honest doubts vanish as margins grow. The contradictions far from zero give ε; those near zero give the scale T that
-turns margins into log-odds.
+turns margins into log-odds; how fast the doubts vanish (the tail ν) is not known and widens the interval.
 
 Add an estimator: one function margins -> rate, one line in `ESTIMATORS`, one recovery test at 0, 10 and 30 % flips.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import expit, logit
+from scipy.special import expit, logit, stdtr
 from scipy.stats import chi2
 
 PerPair = Float[np.ndarray, " pairs"]
@@ -34,9 +35,36 @@ signal the rate is not identified, and the best of many rates fits noise. Margin
 MAX_WIDTH = 0.25
 """An interval wider than half of all possible rates says nothing that one could act on."""
 
+TAILS: tuple[float, ...] = (np.inf, 3.0, 2.0)
+"""How the errors of the scoring model may be distributed: ∞ stands for logistic, a number for Student's t with so many
+degrees of freedom. A model that is at times surely wrong has heavy tails, and its sure errors look like flips."""
+
+PRIOR_PAIRS = 20.0
+"""An annotator's rate is drawn towards that of all by as much as so many pairs would."""
+
 # In units of 1 / (median margin size): from "no signal" to "only signs count".
 _RELATIVE_SCALES = np.geomspace(1e-3, 300.0, 33)
 _RATES = np.linspace(0.0, 0.5, 26)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatorRate:
+    """How often one annotator is wrong.
+
+    Attributes:
+        name: As the data names them.
+        num_pairs: Labels they gave.
+        rate: Share of their labels that is flipped, in [0, 1], drawn towards the rate of all by `PRIOR_PAIRS` pairs.
+            Above one half their labels mean the opposite.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
+
+    name: str
+    num_pairs: int
+    rate: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,19 +72,22 @@ class FlipEstimate:
     """How many labels are flipped, how sure that is, and how suspicious each pair is.
 
     Attributes:
-        rate: ε, the share of flipped labels with the highest likelihood, in [0, 0.5]. Do not act on it unless
-            `is_informative`.
+        rate: ε, the share of flipped labels with the highest likelihood, in [0, 0.5], trusted pairs not counted. Do not
+            act on it unless `is_informative`.
         low: Lower end of the interval; [0, 0.5] as a whole when the margins hold no signal.
         high: Upper end of the interval.
         level: Nominal coverage of the interval.
         scale: T, by which margins are multiplied to become calibrated log-odds; below 1 for an overconfident model.
             0 when nothing fits better than coin flips; never above 300 / (median size of a margin), which is reached
             when only the signs of the margins matter.
-        p_flip: P(the label of this pair is flipped), falling with the margin; shape (pairs,). All 0 when `rate` is 0:
-            rank suspects by margin then.
+        tail: ν in `TAILS`, the law of the model's errors that fits best; infinite for logistic.
+        p_flip: P(the label of this pair is flipped), falling with the margin for each annotator; shape (pairs,). 0 for
+            trusted pairs, and for all when `rate` is 0: rank suspects by margin then.
         is_informative: Whether the margins can tell the rate at all.
         reason: One or two sentences: why it is or is not informative, and what to do about it.
         num_pairs: Number of margins.
+        num_trusted: How many of them are of trusted pairs.
+        annotators: The rate of each annotator, the worst first; empty where the data names fewer than two.
     """
 
     rate: float
@@ -64,15 +95,26 @@ class FlipEstimate:
     high: float
     level: float
     scale: float
+    tail: float
     p_flip: PerPair
     is_informative: bool
     reason: str
     num_pairs: int
+    num_trusted: int = 0
+    annotators: tuple[AnnotatorRate, ...] = ()
+
+    def p_flip_at(self, margins: PerPair, *, rate: float | None = None) -> PerPair:
+        """P(flipped) of other margins of the same model, at the overall rate or another one; shape of `margins`."""
+        return _posterior(self.rate if rate is None else rate, self.scale * margins, self.tail)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the value per pair, as plain values for JSON."""
-        names = ("rate", "low", "high", "level", "scale", "is_informative", "reason", "num_pairs")
-        return {name: getattr(self, name) for name in names}
+        names = ("rate", "low", "high", "level", "scale", "is_informative", "reason", "num_pairs", "num_trusted")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "tail": None if np.isinf(self.tail) else self.tail,
+            "annotators": [asdict(one) for one in self.annotators],
+        }
 
 
 def check_margins(margins: np.ndarray, *, what: str) -> PerPair:
@@ -105,17 +147,28 @@ def check_margins(margins: np.ndarray, *, what: str) -> PerPair:
     return margins
 
 
-def estimate_flips(margins: np.ndarray, *, level: float = 0.90) -> FlipEstimate:
+def estimate_flips(
+    margins: np.ndarray,
+    *,
+    level: float = 0.90,
+    annotators: Sequence[str | None] | None = None,
+    is_trusted: np.ndarray | None = None,
+    rate: float | None = None,
+) -> FlipEstimate:
     """Estimate the flip rate by expectation maximisation with temperature, in its closed likelihood form.
 
     ::
 
-        maximise over ε in [0, ½], T > 0:    Σ log[(1−ε)·σ(T·h) + ε·σ(−T·h)]
-        p_flip = ε·σ(−T·h) / [(1−ε)·σ(T·h) + ε·σ(−T·h)] = σ(logit ε − T·h)
+        maximise over ε in [0, ½], T > 0, ν in TAILS:    Σ log[(1−ε)·F_ν(T·h) + ε·F_ν(−T·h)],    F_∞ = σ
+        p_flip = ε·F_ν(−T·h) / [(1−ε)·F_ν(T·h) + ε·F_ν(−T·h)]             for ν = ∞:  σ(logit ε − T·h)
 
-    At T = 1 this is the fixed point of RE-PO's reliability update (arXiv:2509.24159, eqs. 2-7), which is right for
-    calibrated margins only; the temperature makes it right for over- and underconfident ones as well. The interval
-    is the profile likelihood's: all ε whose best T comes within χ²₁(level)/2 of the maximum, cut off at 0 and ½.
+    With ν = ∞ and T = 1 this is the fixed point of RE-PO's reliability update (arXiv:2509.24159, eqs. 2-7), which is
+    right for calibrated margins only; the temperature makes it right for over- and underconfident ones as well, and
+    the tail for models that are surely wrong at times. The interval is the profile likelihood's: all ε whose best T
+    and ν come within χ²₁(level)/2 of the maximum, cut off at 0 and ½.
+
+    Trusted pairs enter with ε = 0: they show how often the model contradicts right labels. Annotators get rates of
+    their own at the T and ν of all, and `p_flip` uses them.
 
     What surprises:
 
@@ -123,24 +176,26 @@ def estimate_flips(margins: np.ndarray, *, level: float = 0.90) -> FlipEstimate:
       checkpoint). A model that has memorised its pairs agrees with flipped labels too; the estimate is then near 0,
       with a narrow interval and `is_informative` true. Nothing in the margins alone can reveal that.
     - ε is the share of labels that the model contradicts *however sure it is*. A model that is surely wrong on some
-      right labels has them counted as flips, and no margin can tell the two apart.
+      right labels has them counted as flips, and no margin can tell the two apart; trusted pairs can.
     - Close to zero the likelihood knows only the product (1−2ε)·T. Weak margins therefore give an interval from 0
       to almost ½, and `is_informative` is false.
     - Margins that point against the labels end at ε = ½ and are not informative: a rate above ½ means that chosen
       and rejected are swapped as a whole.
-    - In simulations (500 to 20,000 pairs, 0-40 % flips) intervals of 90 % cover 86-95 % where the model's errors are
-      logistic, or Gaussian of one size. With heavy-tailed errors (Student's t, 3 degrees of freedom) clean labels
-      look 3-4 % flipped, and the interval does not reach 0. Resampling the pairs would change neither.
 
     Args:
         margins: Held-out margin h of each pair, in any unit: multiplying all by a constant changes only `scale`.
         level: Nominal coverage of the interval, in (0, 1).
+        annotators: Who labelled each pair; None where unknown.
+        is_trusted: Which labels are known to be right, shape (pairs,), bool.
+        rate: The flip rate where it is known, in [0, 0.5]; then only scale and tail are fitted, and the interval is
+            this point.
 
     Returns:
         The estimate. It may say "cannot tell": ask `is_informative` first.
 
     Raises:
-        ValueError: If a margin is not finite (the positions are named), or `level` is outside (0, 1).
+        ValueError: If a margin is not finite (the positions are named), `level` is outside (0, 1), the lengths differ,
+            or every pair is trusted.
 
     Examples:
         >>> rng = np.random.default_rng(0)
@@ -152,22 +207,79 @@ def estimate_flips(margins: np.ndarray, *, level: float = 0.90) -> FlipEstimate:
     margins = check_margins(margins, what="estimate_flips")
     if not 0.0 < level < 1.0:
         raise ValueError(f"estimate_flips needs level in (0, 1); got {level}. 0.9 asks for a 90 % interval.")
-    likelihood = _ProfileLikelihood(margins)
-    rate, scale, best = likelihood.maximise()
-    signal = 2.0 * (best - likelihood.no_signal)
-    low, high = (0.0, 0.5) if signal < MIN_SIGNAL else likelihood.interval(rate, best - chi2.ppf(level, df=1) / 2)
-    obstacle = _obstacle(margins, signal=signal, low=low, high=high)
+    trusted = np.zeros(len(margins), dtype=bool) if is_trusted is None else np.asarray(is_trusted, dtype=bool)
+    for name, given in (("is_trusted", trusted), ("annotators", margins if annotators is None else annotators)):
+        if len(given) != len(margins):
+            raise ValueError(f"estimate_flips needs one entry of {name} per margin, {len(margins)}; got {len(given)}.")
+    if trusted.all():
+        raise ValueError("estimate_flips needs a pair that is not trusted; got none. There is nothing to estimate.")
+    doubtful = margins[~trusted]
+    unit = _unit(doubtful)
+    fits = {tail: _ProfileLikelihood(doubtful, margins[trusted], unit=unit, tail=tail) for tail in TAILS}
+    best = {tail: fit.maximise(rate) for tail, fit in fits.items()}
+    tail = max(TAILS, key=lambda one: best[one][2])  # of equals the first: logistic
+    fixed, (rate, scale, top) = rate, best[tail]
+    signal = 2.0 * (top - fits[tail].no_signal)
+    low, high = (0.0, 0.5) if fixed is None else (rate, rate)
+    if signal >= MIN_SIGNAL and fixed is None:
+        target = top - chi2.ppf(level, df=1) / 2
+        ends = [fit.interval(best[one][0], target) for one, fit in fits.items() if best[one][2] >= target]
+        low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    obstacle = _obstacle(doubtful, signal=signal, low=low, high=high)
+    per_annotator = (
+        [] if annotators is None else _annotator_rates(annotators, margins, trusted, rate, scale, tail, level)
+    )
+    own = {one.name: one.rate for one in per_annotator}
+    rates = rate if annotators is None else np.array([own.get(str(name), rate) for name in annotators])
     return FlipEstimate(
         rate=rate,
         low=low,
         high=high,
         level=level,
         scale=scale,
-        p_flip=expit(logit(rate) - scale * margins),
+        tail=tail,
+        p_flip=np.where(trusted, 0.0, _posterior(rates, scale * margins, tail)),
         is_informative=not obstacle,
         reason=obstacle or f"The margins place the flip rate between {_percent(low)} and {_percent(high)}.",
         num_pairs=len(margins),
+        num_trusted=int(trusted.sum()),
+        annotators=tuple(per_annotator),
     )
+
+
+def _annotator_rates(
+    annotators: Sequence[str | None],
+    margins: PerPair,
+    trusted: Shaped[np.ndarray, " pairs"],
+    rate: float,
+    scale: float,
+    tail: float,
+    level: float,
+) -> list[AnnotatorRate]:
+    """The rate of each annotator at the scale and tail of all, the worst first; none if fewer than two are named."""
+    names = np.array(["" if name is None else str(name) for name in annotators])
+    known = sorted({str(name) for name in names[~trusted]} - {""})
+    if len(known) < 2 or not scale:
+        return []
+    p_right = _p_right(scale * margins, tail)
+    grid = np.linspace(0.0, 1.0, 1001)[1:-1]
+    # The prior is a Beta law with its mode at the overall rate, worth PRIOR_PAIRS pairs.
+    prior = PRIOR_PAIRS * (rate * np.log(grid) + (1 - rate) * np.log1p(-grid))
+    found = []
+    for name in known:
+        mine = p_right[(names == name) & ~trusted]
+        profile = prior + _log_label(grid[:, None], mine[None]).sum(axis=1)
+        inside = grid[profile >= profile.max() - chi2.ppf(level, df=1) / 2]
+        found.append(
+            AnnotatorRate(
+                name=name,
+                num_pairs=len(mine),
+                rate=float(grid[profile.argmax()]),
+                low=float(inside[0]),
+                high=float(inside[-1]),
+            )
+        )
+    return sorted(found, key=lambda one: -one.rate)
 
 
 def _percent(share: float) -> str:
@@ -204,29 +316,33 @@ def _obstacle(margins: PerPair, *, signal: float, low: float, high: float) -> st
     return ""
 
 
+def _unit(margins: PerPair) -> float:
+    """The median size of the margins that are not 0."""
+    size = np.abs(margins)
+    return float(np.median(size[size > 0])) if size.any() else 1.0
+
+
 class _ProfileLikelihood:
-    """The log-likelihood of a flip rate, at the scale that suits it best.
+    """The log-likelihood of a flip rate, at the scale that suits it best, for one tail.
 
     Margins within a third of a percent of each other are counted together, at their mean: this moves the rate by less
     than 1e-6 and makes the cost almost independent of the number of pairs.
     """
 
-    def __init__(self, margins: PerPair) -> None:
-        size = np.abs(margins)
-        self.unit = float(np.median(size[size > 0])) if size.any() else 1.0
-        relative = np.minimum(size / self.unit, 1e9)
-        # 10,000 keeps the signs apart: the logarithm times 300 is above -6,300. Exact zeros stay alone.
-        cell = np.sign(margins) * (10_000 + np.rint(300 * np.log(np.maximum(relative, 1e-9))))
-        _, where, counts = np.unique(cell, return_inverse=True, return_counts=True)
-        self.counts = counts.astype(np.float64)
-        self.points = np.bincount(where, weights=np.sign(margins) * relative) / counts
-        self.no_signal = -len(margins) * np.log(2.0)
-        self._p_right_grid = _p_right(_RELATIVE_SCALES[:, None] * self.points)
+    def __init__(self, margins: PerPair, trusted: Float[np.ndarray, " trusted"], *, unit: float, tail: float) -> None:
+        self.unit, self.tail = unit, tail
+        self.points, self.counts = _counted(margins / unit)
+        self.trusted_points, self.trusted_counts = _counted(trusted / unit)
+        self.no_signal = -(len(margins) + len(trusted)) * np.log(2.0)
+        self._p_right_grid = _p_right(_RELATIVE_SCALES[:, None] * self.points, tail)
+        self._trusted_grid = (
+            np.log(_p_right(_RELATIVE_SCALES[:, None] * self.trusted_points, tail)) @ self.trusted_counts
+        )
         self._on_rates = np.array([self.profile(rate)[0] for rate in _RATES])
 
     def profile(self, rate: float) -> tuple[float, float]:
         """Maximise over the scale, 0 included, at one rate: first on a grid, since there may be two hills."""
-        top = int(np.argmax(_log_label(rate, self._p_right_grid) @ self.counts))
+        top = int(np.argmax(_log_label(rate, self._p_right_grid) @ self.counts + self._trusted_grid))
         around = np.log(_RELATIVE_SCALES[[max(top - 1, 0), min(top + 1, len(_RELATIVE_SCALES) - 1)]])
         found = minimize_scalar(
             lambda log_scale: -self._at(rate, np.exp(log_scale)),
@@ -240,8 +356,11 @@ class _ProfileLikelihood:
         is_better = value > (1 - 1e-12) * self.no_signal  # than coin flips, by more than rounding
         return (value, float(scale)) if is_better else (self.no_signal, 0.0)
 
-    def maximise(self) -> tuple[float, float, float]:
-        """Return the best rate, its scale in the margins' own unit, and the log-likelihood there."""
+    def maximise(self, rate: float | None = None) -> tuple[float, float, float]:
+        """Return the best rate (or the given one), its scale in the margins' own unit, and the log-likelihood there."""
+        if rate is not None:
+            value, scale = self.profile(rate)
+            return rate, scale / self.unit, value
         # The last of equals: where no rate does better than coin flips, say 50 % and not 0 %.
         top = int(np.flatnonzero(self._on_rates == self._on_rates.max())[-1])
         around = _RATES[[max(top - 1, 0), min(top + 1, len(_RATES) - 1)]]
@@ -267,16 +386,35 @@ class _ProfileLikelihood:
         return float(ends[0]), float(ends[1])
 
     def _at(self, rate: float, scale: float) -> float:
-        return float(self.counts @ _log_label(rate, _p_right(scale * self.points)))
+        doubtful = self.counts @ _log_label(rate, _p_right(scale * self.points, self.tail))
+        return float(doubtful + self.trusted_counts @ np.log(_p_right(scale * self.trusted_points, self.tail)))
 
 
-def _p_right(log_odds: np.ndarray) -> np.ndarray:
-    """σ, kept above the smallest float so that its logarithm stays finite."""
-    p_right: np.ndarray = expit(np.maximum(log_odds, -700.0))
+def _counted(relative: PerPair) -> tuple[np.ndarray, np.ndarray]:
+    """Cells of about equal values with their means and counts."""
+    size = np.minimum(np.abs(relative), 1e9)
+    # 10,000 keeps the signs apart: the logarithm times 300 is above -6,300. Exact zeros stay alone.
+    cell = np.sign(relative) * (10_000 + np.rint(300 * np.log(np.maximum(size, 1e-9))))
+    _, where, counts = np.unique(cell, return_inverse=True, return_counts=True)
+    return np.bincount(where, weights=np.sign(relative) * size) / counts, counts.astype(np.float64)
+
+
+def _p_right(log_odds: np.ndarray, tail: float) -> np.ndarray:
+    """F_ν, kept above the smallest float so that its logarithm stays finite."""
+    p_right: np.ndarray = expit(np.maximum(log_odds, -700.0)) if np.isinf(tail) else stdtr(tail, log_odds)
     return p_right
 
 
-def _log_label(rate: float, p_right: np.ndarray) -> np.ndarray:
+def _posterior(rate: float | np.ndarray, log_odds: np.ndarray, tail: float) -> PerPair:
+    """P(flipped) at a flip rate: ε·F(−x) / [(1−ε)·F(x) + ε·F(−x)]."""
+    if np.isinf(tail):
+        p_flip: PerPair = expit(logit(rate) - log_odds)
+        return p_flip
+    wrong, right = rate * stdtr(tail, -log_odds), (1.0 - rate) * stdtr(tail, log_odds)
+    return np.asarray(wrong / (wrong + right))
+
+
+def _log_label(rate: float | np.ndarray, p_right: np.ndarray) -> np.ndarray:
     """log[(1−ε)·p + ε·(1−p)], the log-probability of the labels as they are."""
     return np.log(p_right + rate * (1.0 - 2.0 * p_right))
 
@@ -366,7 +504,7 @@ def holder(margins: PerPair, *, gamma: float = 2.0) -> float:
     Returns:
         ε in [0, 1).
     """
-    p_right = _p_right(margins)
+    p_right = _p_right(margins, np.inf)
     return float(max(0.0, 1.0 - p_right.mean() * np.sum(p_right**gamma) / np.sum(p_right ** (1.0 + gamma))))
 
 

@@ -2,7 +2,8 @@
 
 In: ledger, summary, pairs and training log of a run. Out: three files from one dict of plain values.
 
-The way: `tables` (numbers and, from `texts` and `sentences`, the words) -> `plots` (SVG strings) -> `html` (files).
+The way: `tables` (numbers and, from `texts`, `biases` and `sentences`, the rest) -> `plots` (SVG strings) -> `html`
+(files).
 """
 
 from ropo.report.html import write_report

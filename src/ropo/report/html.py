@@ -38,6 +38,7 @@ def write_report(
     summary: Mapping[str, Any],
     pairs: Sequence[Pair],
     training_log: Sequence[dict[str, Any]],
+    checks: Mapping[int, Sequence[float]] | None = None,
 ) -> None:
     """Write report.html, report.md and report.json, all from the same numbers.
 
@@ -47,11 +48,12 @@ def write_report(
         summary: What `summary.json` holds, and optionally "weight_curve": {"margin", "weight", "loss"}.
         pairs: All original pairs, and the resampled ones (origin "resampled").
         training_log: Entries of the trainer's log with their round under "round"; may be empty.
+        checks: Held-out margins of each row at the checks of the training that judged it, if there was one.
 
     Raises:
         ValueError: If the ledger is empty or names a row that `pairs` lacks.
     """
-    tables = build_tables(ledger, summary, pairs, training_log)
+    tables = build_tables(ledger, summary, pairs, training_log, checks or {})
     pages = {
         "report.html": render_html(tables),
         "report.md": render_markdown(tables),
@@ -82,7 +84,8 @@ def render_markdown(tables: Table) -> str:
     # Autoescape knows HTML only; here `finalize` escapes whatever an expression prints for Markdown.
     environment = _environment(autoescape=False)
     environment.finalize = _markdown
-    environment.filters |= {"prose": _markdown_prose, "fenced": _fenced}
+    # `markup` is for what a macro has printed, which is escaped already.
+    environment.filters |= {"prose": _markdown_prose, "fenced": _fenced, "markup": Markup}
     return environment.get_template("report.md.jinja").render(tables)
 
 
@@ -97,14 +100,19 @@ def figures(tables: Table) -> dict[str, str]:
         found["margins_narrow"] = plots.margin_histogram(tables["margins"], width=380.0, height=260.0)
     if tables["review"]:
         found["review"] = plots.review_curve(tables["review"])
-    if any(entry["rate"] is not None for entry in tables["rounds"]):
-        found["rounds"] = plots.rounds_estimate(tables["rounds"])
+    if tables["calibration"] and tables["calibration"]["bins"]:
+        found["calibration"] = plots.calibration_curve(tables["calibration"]["bins"])
+    if any(entry["rate"] is not None for entry in tables["annotators"]["rows"]):
+        found["annotators"] = plots.annotator_rates(tables["annotators"]["rows"], tables["estimate"])
     training = tables["training"]
     for curve in training["curves"]:
         found[f"training_{curve['key']}"] = plots.training_curve(curve, training["starts"], training["num_steps"])
     if tables["weight_curve"]:
         found["weight"] = plots.weight_curve(tables["weight_curve"])
-    found["lengths"] = plots.length_shares(tables["lengths"])
+    if shown := [entry for entry in tables["biases"]["features"] if entry["all"]["num_pairs"]]:
+        found["biases"] = plots.bias_shares(shown)
+    if tables["file_parts"]:
+        found["file_parts"] = plots.part_means(tables["file_parts"])
     return found
 
 
@@ -149,7 +157,7 @@ def _escape_markdown(text: str) -> str:
 
 
 def _markdown_prose(text: str) -> Markup:
-    pieces = re.split(r"(`[^`]+`)", text)  # every second piece is a command
+    pieces = re.split(r"(`[^`\n]+`)", text)  # every second piece is a command
     return Markup("".join(piece if i % 2 else _escape_markdown(piece) for i, piece in enumerate(pieces)))
 
 

@@ -21,6 +21,8 @@ from ropo.report.tables import DECISIONS, round_step
 
 Table = Mapping[str, Any]
 
+NAME_CHARACTERS = 16  # that fit beside a figure
+
 # The order in which bars are stacked, from the axis upwards.
 STACK = ("keep", "drop", "resample", "flip")
 
@@ -148,28 +150,79 @@ def review_curve(review: Table) -> str:
     return _svg("".join(body), frame.width, frame.height, label=label)
 
 
-def rounds_estimate(rounds: Sequence[Table]) -> str:
-    """The estimated flip rate after each round, with intervals, and the share that was filtered out."""
-    known = [entry for entry in rounds if entry["rate"] is not None]
-    high = max([entry["high"] or entry["rate"] for entry in known] + [entry["rho"] or 0 for entry in known] + [0.05])
-    last = max(len(rounds) - 1, 1)
-    frame = _Frame(x_range=(-0.35, last + 0.35), y_range=(0.0, high * 1.12), left=48, bottom=24)
-    names = [(float(index), f"round {entry['round']}") for index, entry in enumerate(rounds)]
-    shown = names[:: max(1, len(names) // 6)]
-    body = [_axes(frame, x_label="", y_label="share of pairs", x_ticks=shown, y_format=percent)]
-    points = [(index, entry) for index, entry in enumerate(rounds) if entry["rate"] is not None]
-    body.append(_path(frame, [i for i, _ in points], [entry["rate"] for _, entry in points], "accent thin"))
-    for index, entry in points:
-        x = frame.x(index)
-        if entry["low"] is not None and entry["high"] is not None:
-            body.append(_line(x, frame.y(entry["low"]), x, frame.y(entry["high"]), "accent whisker"))
-        body.append(_dot(x, frame.y(entry["rate"]), 4))
-        body.append(_text(x + 8, frame.y(entry["rate"]) - 6, percent(entry["rate"]), "start", "strong"))
-        if entry["rho"] is not None:
-            y = frame.y(entry["rho"])
-            body.append(_line(x - 9, y, x + 9, y, "ink"))
-    label = "Estimated flip rate by round: " + ", ".join(percent(entry["rate"]) for entry in rounds)
-    return _svg("".join(body), frame.width, frame.height, label=label)
+def calibration_curve(bins: Sequence[Table]) -> str:
+    """Predicted against observed share of labels that were turned round on purpose, by bin, with intervals."""
+    # Most bins lie near 0; a square of the range in use shows them, and its diagonal is where they should lie.
+    most = max(max(entry["predicted"], entry["high"]) for entry in bins)
+    high = min(1.0, round_step(1.02 * most / 5) * 5)
+    frame = _Frame(width=380, height=340, x_range=(0.0, high), y_range=(0.0, high), left=54, right=20, top=22)
+    ticks = _ticks(0.0, high, 5, percent)
+    body = [
+        _axes(frame, x_label="predicted share", y_label="observed share", x_ticks=ticks, y_format=percent),
+        _line(frame.x(0), frame.y(0), frame.x(high), frame.y(high), "reference"),
+    ]
+    for entry in bins:
+        x = frame.x(min(entry["predicted"], high))
+        body.append(_line(x, frame.y(min(entry["low"], high)), x, frame.y(min(entry["high"], high)), "accent whisker"))
+        body.append(_dot(x, frame.y(min(entry["observed"], high)), 4))
+    pairs = ", ".join(f"{percent(entry['predicted'])} and {percent(entry['observed'])}" for entry in bins)
+    return _svg("".join(body), frame.width, frame.height, label=f"Predicted and observed share by bin: {pairs}")
+
+
+def annotator_rates(annotators: Sequence[Table], estimate: Table) -> str:
+    """The rate of each annotator with its interval, and the interval of all as a band."""
+    known = [entry for entry in annotators if None not in (entry["rate"], entry["low"], entry["high"])]
+    high = min(1.0, 1.05 * max(max(entry["high"] for entry in known), estimate["high"], 0.1))
+    height = 52.0 + 24 * len(known)
+    frame = _Frame(height=height, x_range=(0, high), y_range=(len(known), 0), left=134, right=20, top=10, bottom=42)
+    ticks = _ticks(0.0, high, 4, percent)
+    left, right = frame.x(estimate["low"]), frame.x(estimate["high"])
+    box = f'x="{left:.1f}" y="{frame.top:.1f}" width="{max(right - left, 1):.1f}"'
+    body = [
+        f'<rect class="band" {box} height="{height - frame.top - frame.bottom:.1f}"/>',
+        _axes(frame, x_label="share of labels that look flipped", y_label="", x_ticks=ticks, has_y=False),
+    ]
+    for index, entry in enumerate(known):
+        y = frame.y(index + 0.5)
+        body.append(_whisker(frame, entry["rate"], entry["low"], entry["high"], y))
+        body.append(_text(frame.left - 10, y + 4, _clipped(entry["name"]), "end"))
+    label = "Rate by annotator: " + ", ".join(f"{entry['name']} {percent(entry['rate'])}" for entry in known)
+    return _svg("".join(body), frame.width, height, label=label)
+
+
+def bias_shares(features: Sequence[Table]) -> str:
+    """How often chosen has more of each feature: a full dot for kept pairs, a hollow one for the others."""
+    height = 52.0 + 34 * len(features)
+    frame = _Frame(height=height, x_range=(0, 1), y_range=(len(features), 0), left=188, right=20, top=10, bottom=42)
+    ticks = [(share, percent(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    body = [
+        _axes(frame, x_label="pairs whose chosen has more", y_label="", x_ticks=ticks, has_y=False),
+        _line(frame.x(0.5), frame.top, frame.x(0.5), height - frame.bottom, "zero"),
+    ]
+    for index, entry in enumerate(features):
+        y = frame.y(index + 0.5)
+        body.append(_text(frame.left - 10, y + 4, entry["name"], "end", "strong" if entry["is_clear"] else ""))
+        for group, shift, kind in (("kept", -5, "accent"), ("not_kept", 6, "hollow")):
+            shown = entry[group]
+            if shown["num_pairs"]:
+                body.append(_whisker(frame, shown["share"], shown["low"], shown["high"], y + shift, kind))
+    label = "Share whose chosen response has more: " + ", ".join(
+        f"{entry['name']} {percent(entry['all']['share'])}" for entry in features
+    )
+    return _svg("".join(body), frame.width, height, label=label)
+
+
+def part_means(parts: Sequence[Table]) -> str:
+    """Mean P(flipped) of each tenth of the file, in the order of the rows."""
+    high = 1.15 * max(max(entry["p_flip_mean"] for entry in parts), 0.05)
+    frame = _Frame(x_range=(0, len(parts)), y_range=(0.0, min(high, 1.0)), left=44, top=22, height=230)
+    ticks = [(float(i), count(entry["first_row"])) for i, entry in enumerate(parts) if i % 2 == 0]
+    body = [_axes(frame, x_label="row", y_label="mean P(flipped)", x_ticks=ticks)]
+    for index, entry in enumerate(parts):
+        left, right, y = frame.x(index) + 2, frame.x(index + 1) - 2, frame.y(entry["p_flip_mean"])
+        body.append(_rect(left, y, right - left, frame.y(0) - y, "drop" if entry["is_high"] else "keep"))
+    means = ", ".join(decimal(entry["p_flip_mean"]) for entry in parts)
+    return _svg("".join(body), frame.width, frame.height, label=f"Mean P(flipped) by tenth of the file: {means}")
 
 
 def training_curve(curve: Table, starts: Sequence[int], num_steps: int) -> str:
@@ -212,26 +265,6 @@ def weight_curve(curve: Table) -> str:
     body.append(_text(frame.x(margin[0]) + 6, frame.y(weight[0]) - 8, curve["loss"], "start", "strong"))
     label = f"Gradient weight of {curve['loss']} by margin, {decimal(weight[0])} at {decimal(margin[0], 0)} nats"
     return _svg("".join(body), frame.width, frame.height, label=label)
-
-
-def length_shares(lengths: Sequence[Table]) -> str:
-    """How often chosen is the longer response, by group, with intervals around one half."""
-    height = 50.0 + 30 * len(lengths)
-    frame = _Frame(height=height, x_range=(0, 1), y_range=(len(lengths), 0), left=92, right=20, top=10, bottom=42)
-    ticks = [(share, percent(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    body = [
-        _axes(frame, x_label="pairs whose chosen response is the longer one", y_label="", x_ticks=ticks, has_y=False),
-        _line(frame.x(0.5), frame.top, frame.x(0.5), height - frame.bottom, "zero"),
-    ]
-    for index, entry in enumerate(lengths):
-        y = frame.y(index + 0.5)
-        body.append(_line(frame.x(entry["low"]), y, frame.x(entry["high"]), y, "accent whisker"))
-        body.append(_dot(frame.x(entry["share_chosen_longer"]), y, 4))
-        body.append(_text(frame.left - 10, y + 4, entry["group"], "end"))
-    label = "Share with the longer response chosen: " + ", ".join(
-        f"{entry['group']} {percent(entry['share_chosen_longer'])}" for entry in lengths
-    )
-    return _svg("".join(body), frame.width, height, label=label)
 
 
 def swatch(decision: str) -> str:
@@ -293,8 +326,18 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _dot(x: float, y: float, radius: int) -> str:
-    return f'<circle class="accent" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
+def _dot(x: float, y: float, radius: int, kind: str = "accent") -> str:
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
+
+
+def _whisker(frame: _Frame, value: float, low: float, high: float, y: float, kind: str = "accent") -> str:
+    """A dot with its interval, on a level line."""
+    return _line(frame.x(low), y, frame.x(high), y, f"{kind} whisker") + _dot(frame.x(value), y, 4, kind)
+
+
+def _clipped(name: str) -> str:
+    """A name of the data, short enough for the margin of a figure."""
+    return name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…"
 
 
 def _path(frame: _Frame, xs: Sequence[float], ys: Sequence[float], kind: str) -> str:

@@ -8,7 +8,7 @@ The one idea: nothing is computed after this file. A sentence, a figure or a tab
 Add a section: one function here, one line in `build_tables`, one block in each template.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,14 @@ from scipy.special import expit
 from ropo.data.problems import PROBLEMS
 from ropo.pairs import Pair
 from ropo.report import sentences
-from ropo.report.texts import clean, compare, excerpt, num_characters, plain, show_prompt
+from ropo.report.biases import file_parts, response_biases
+from ropo.report.statistics import Floats, mean, median, number, numbers, wilson_interval
+from ropo.report.texts import clean, compare, excerpt, plain, show_prompt
 
 NUM_SUSPECTS = 10
+NUM_HARD = 10
+LOW_SHARE = 0.1  # a pair is hard if its margins are among this share of the lowest, or below 0
+NUM_ANNOTATORS = 30
 NUM_DROPPED_ROWS = 200
 NUM_RESAMPLED = 10
 RANGE = 1.0  # a histogram reaches this far beyond the middle four fifths, in multiples of their width
@@ -37,6 +42,8 @@ DECISIONS: Mapping[str, tuple[str, str]] = {
     "flip": ("flipped", "Trained on with chosen and rejected swapped."),
     "resample": ("won back", "Left out; its prompt is back with a newly sampled pair."),
 }
+
+LENGTH_KEYS = ("max_length", "median", "p90", "p99", "longest", "num_truncated", "suggested")
 
 # key of the training log: (title, unit, reference value to draw or None, how to read it)
 CURVES: Mapping[str, tuple[str, str, float | None, str]] = {
@@ -59,12 +66,15 @@ CURVES: Mapping[str, tuple[str, str, float | None, str]] = {
 SEVERITIES = ("error", "left_out", "warning")
 
 Table = dict[str, Any]
-Floats = NDArray[np.float64]
 Columns = Mapping[str, NDArray[Any]]
 
 
 def build_tables(
-    ledger: pa.Table, summary: Mapping[str, Any], pairs: Sequence[Pair], training_log: Sequence[Table]
+    ledger: pa.Table,
+    summary: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    training_log: Sequence[Table],
+    checks: Mapping[int, Sequence[float]] | None = None,
 ) -> Table:
     """Compute everything the report says.
 
@@ -73,6 +83,7 @@ def build_tables(
         summary: What `summary.json` holds; missing keys read as unknown.
         pairs: All original pairs, and the resampled ones (origin "resampled").
         training_log: Entries of the trainer's log with their round under "round".
+        checks: Held-out margins of each row at the checks of the training that judged it.
 
     Returns:
         Plain values, one key per section of the report.
@@ -88,13 +99,21 @@ def build_tables(
             f"write_report needs the pair of every ledger row; got none for row {missing[0]} "
             f"({len(missing)} missing). Pass the pairs that the ledger was made from."
         )
+    in_order = [originals[int(row)] for row in scores["row"]]
     estimate = _estimate(summary, len(scores["row"]))
+    is_informative = estimate["is_informative"]
+    is_open = np.array([pair.verdict is None for pair in in_order])  # nobody has said yet whether the label is right
     tables: Table = {
+        "task": "audit" if summary.get("task") == "audit" else "train",
         "estimate": estimate,
-        "counts": _counts(scores, pairs),
-        "review": _review(scores["p_flip"], is_informative=estimate["is_informative"]),
-        "suspects": _suspects(scores, originals, is_informative=estimate["is_informative"]),
+        "loss": _loss(summary),
+        "counts": _counts(scores, pairs, is_open),
+        "review": _review(scores["p_flip"][is_open], is_informative=is_informative),
+        "calibration": _calibration(summary),
+        "suspects": _suspects(scores, originals, is_open=is_open, is_informative=is_informative),
+        "hard": _hard(scores, originals, checks or {}, is_open=is_open, is_informative=is_informative),
         "margins": _margins(scores),
+        "annotators": _annotators(summary, estimate),
         "rounds": _rounds(ledger, summary),
         "training": _training(training_log),
         "weight_curve": _weight_curve(summary),
@@ -102,7 +121,11 @@ def build_tables(
         "decisions": _decisions(scores),
         "dropped": _dropped(scores, originals),
         "resampled": _resampled(ledger, scores, originals, pairs),
-        "lengths": _lengths(scores, originals),
+        "biases": response_biases(
+            in_order, p_flip=scores["p_flip"], is_kept=scores["decision"] == "keep", is_informative=is_informative
+        ),
+        "file_parts": file_parts(scores["row"], p_flip=scores["p_flip"], is_informative=is_informative),
+        "token_lengths": _token_lengths(summary),
         "provenance": _provenance(summary),
     }
     tables["sentences"] = sentences.write_sentences(tables)
@@ -110,7 +133,10 @@ def build_tables(
 
 
 def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
-    """Columns of the ledger for the original pairs in the last round, in the order of the input."""
+    """Columns of the ledger for the original pairs in the last round, in the order of the input.
+
+    `margin` is the held-out margin where the ledger has it, since P(flipped) comes from that; `is_held_out` says so.
+    """
     columns = {name: ledger[name].to_numpy(zero_copy_only=False) for name in ledger.column_names}
     is_data = columns["origin"] == "data"
     if not is_data.any():
@@ -118,29 +144,11 @@ def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
     is_last = is_data & (columns["round"] == columns["round"][is_data].max())
     positions = np.flatnonzero(is_last)
     positions = positions[np.argsort(columns["row"][positions], kind="stable")]
-    return {name: column[positions] for name, column in columns.items()}
-
-
-def number(value: float | None) -> float | None:
-    """A finite number rounded to six digits, or None."""
-    if value is None or not np.isfinite(value):
-        return None
-    return float(f"{float(value):.6g}")
-
-
-def numbers(values: Iterable[float | None]) -> list[float | None]:
-    """`number` of each."""
-    return [number(value) for value in values]
-
-
-def _mean(values: Floats | NDArray[np.bool_]) -> float | None:
-    finite = values[np.isfinite(values)]
-    return number(float(finite.mean())) if len(finite) else None
-
-
-def _median(values: Floats) -> float | None:
-    finite = values[np.isfinite(values)]
-    return number(float(np.median(finite))) if len(finite) else None
+    found = {name: column[positions] for name, column in columns.items()}
+    held_out = np.asarray(found.pop("held_out_margin", np.full(len(positions), np.nan)), dtype=np.float64)
+    is_held_out = bool(np.isfinite(held_out).any())
+    margin = held_out if is_held_out else found["margin"]
+    return found | {"margin": margin, "is_held_out": np.full(len(positions), is_held_out)}
 
 
 def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
@@ -153,18 +161,31 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
         "is_informative": bool(summary.get("is_informative")) and None not in values.values(),
         "reason": clean(str(summary.get("reason") or "")),
         "rho": number(summary.get("rho")),
+        "rho_reason": clean(str(summary.get("rho_reason") or "")),
         "is_rho_auto": str(config.get("rho", "auto")) == "auto",
         "num_pairs": num_pairs,
+        "num_trusted": summary.get("num_trusted"),
     }
 
 
-def _counts(scores: Columns, pairs: Sequence[Pair]) -> Table:
+def _loss(summary: Mapping[str, Any]) -> Table:
+    config = summary.get("config") or {}
+    return {
+        "name": clean(str(config.get("loss") or "")),
+        "alpha": number(summary.get("alpha")),
+        "alpha_reason": clean(str(summary.get("alpha_reason") or "")),
+        "noise_left": number(summary.get("noise_left")),
+    }
+
+
+def _counts(scores: Columns, pairs: Sequence[Pair], is_open: NDArray[np.bool_]) -> Table:
     counts = {decision: int((scores["decision"] == decision).sum()) for decision in DECISIONS}
     return {
         "num_pairs": len(scores["row"]),
         **counts,
+        "num_judged": int((~is_open).sum()),
         "new_pairs": sum(pair.origin == "resampled" for pair in pairs),
-        "weight_kept_mean": _mean(scores["weight"][scores["decision"] == "keep"]),
+        "weight_kept_mean": mean(scores["weight"][scores["decision"] == "keep"]),
     }
 
 
@@ -181,7 +202,6 @@ def _review(p_flip: Floats, *, is_informative: bool) -> Table | None:
         "num_likely": num_likely,
         "found_likely": number(found[num_likely]),
         "found_all": number(found[-1]),
-        "share_clear": _mean((falling < 0.1) | (falling > 0.9)),
         "num_read": [int(value) for value in read],
         "num_found": numbers(found[read]),
         "depths": [
@@ -192,12 +212,96 @@ def _review(p_flip: Floats, *, is_informative: bool) -> Table | None:
     }
 
 
-def _suspects(scores: Columns, originals: Mapping[int, Pair], *, is_informative: bool) -> list[Table]:
+def _calibration(summary: Mapping[str, Any]) -> Table | None:
+    """What became of labels that were turned round on purpose, with an interval for each bin."""
+    found = summary.get("calibration")
+    if not found:
+        return None
+    names = ("share_found", "share_others", "recall", "precision")
+    low, high = wilson_interval(found["share_found"], found["num_injected"])
+    return {
+        "num_injected": int(found["num_injected"]),
+        **{name: number(found.get(name)) for name in names},
+        "found_low": number(low),
+        "found_high": number(high),
+        "bins": [_calibration_bin(entry) for entry in found.get("bins") or []],
+    }
+
+
+def _calibration_bin(entry: Mapping[str, Any]) -> Table:
+    low, high = wilson_interval(entry["observed"], entry["num_pairs"])
+    return {
+        "num_pairs": int(entry["num_pairs"]),
+        "predicted": number(entry["predicted"]),
+        "observed": number(entry["observed"]),
+        "low": number(low),
+        "high": number(high),
+    }
+
+
+def _suspects(
+    scores: Columns, originals: Mapping[int, Pair], *, is_open: NDArray[np.bool_], is_informative: bool
+) -> list[Table]:
     if not is_informative:
         return []
     order = np.lexsort((scores["row"], scores["margin"], -scores["p_flip"]))
-    order = order[np.isfinite(scores["p_flip"][order])][:NUM_SUSPECTS]
+    order = order[(np.isfinite(scores["p_flip"]) & is_open)[order]][:NUM_SUSPECTS]
     return [_shown_pair(scores, int(i), originals[int(scores["row"][i])]) for i in order]
+
+
+def _hard(
+    scores: Columns,
+    originals: Mapping[int, Pair],
+    checks: Mapping[int, Sequence[float]],
+    *,
+    is_open: NDArray[np.bool_],
+    is_informative: bool,
+) -> list[Table]:
+    """Pairs that are merely hard: kept, more likely right than wrong, low on average, but some check agreed.
+
+    A wrong label is contradicted at every check, mean + sd < 0 (arXiv:2409.10343); what a model changes its mind about,
+    or learns late, is hard.
+    """
+    if not is_informative or not checks:
+        return []
+    unknown = [np.nan] * len(next(iter(checks.values())))
+    margins = np.array([checks.get(int(row), unknown) for row in scores["row"]], dtype=np.float64)
+    average, spread = margins.mean(axis=1), margins.std(axis=1)
+    is_known = np.isfinite(average)
+    if not is_known.any():
+        return []
+    is_low = average <= max(0.0, float(np.quantile(average[is_known], LOW_SHARE)))
+    was_agreed_with = (average + spread >= 0) & (margins.max(axis=1) > 0)
+    is_hard = is_known & is_low & was_agreed_with & (scores["decision"] == "keep")
+    places = np.flatnonzero(is_hard & is_open & (scores["p_flip"] < 0.5))
+    places = places[np.argsort(average[places], kind="stable")][:NUM_HARD]
+    return [
+        {
+            **_shown_pair(scores, int(i), originals[int(scores["row"][i])]),
+            "checks": numbers(margins[i]),
+            "is_learned_late": bool(margins[i, 0] < 0 < margins[i, -1]),
+        }
+        for i in places
+    ]
+
+
+def _annotators(summary: Mapping[str, Any], estimate: Table) -> Table:
+    """Rates by annotator, the worst first; beyond the first ones they are only counted. None without an estimate."""
+    found = (summary.get("annotators") or []) if estimate["is_informative"] else []
+    return {"num": len(found), "rows": [_annotator(entry, estimate) for entry in found[:NUM_ANNOTATORS]]}
+
+
+def _annotator(entry: Mapping[str, Any], estimate: Table) -> Table:
+    rate, low, high = (number(entry.get(key)) for key in ("rate", "low", "high"))
+    return {
+        "name": clean(str(entry.get("name"))),
+        "num_pairs": int(entry.get("num_pairs") or 0),
+        "rate": rate,
+        "low": low,
+        "high": high,
+        "is_worse": bool(low is not None and low > estimate["high"]),
+        "is_opposite": bool(rate is not None and rate > 0.5),
+    }
 
 
 def _shown_pair(scores: Columns, i: int, pair: Pair) -> Table:
@@ -206,6 +310,7 @@ def _shown_pair(scores: Columns, i: int, pair: Pair) -> Table:
         "pair_id": pair.id,
         "annotator": clean(pair.annotator) if pair.annotator else None,
         "margin": number(scores["margin"][i]),
+        "is_held_out": bool(scores["is_held_out"][i]),
         "p_flip": number(scores["p_flip"][i]),
         "decision": str(scores["decision"][i]),
         "prompt": show_prompt(pair.prompt),
@@ -217,7 +322,13 @@ def _margins(scores: Columns) -> Table:
     margin = scores["margin"].astype(np.float64)
     is_finite = np.isfinite(margin)
     finite = margin[is_finite]
-    table: Table = {"num_pairs": len(finite), "num_not_finite": int((~is_finite).sum()), "edges": [], "counts": {}}
+    table: Table = {
+        "is_held_out": bool(scores["is_held_out"].all()),
+        "num_pairs": len(finite),
+        "num_not_finite": int((~is_finite).sum()),
+        "edges": [],
+        "counts": {},
+    }
     if not len(finite):
         return table
     # Single far margins would squeeze all others into one bar; they join the outermost bars, and the caption says so.
@@ -237,8 +348,8 @@ def _margins(scores: Columns) -> Table:
         "edges": numbers(edges),
         "num_below": int((finite < edges[0]).sum()),
         "num_above": int((finite > edges[-1]).sum()),
-        "median": _median(finite),
-        "share_negative": _mean(finite < 0),
+        "median": median(finite),
+        "share_negative": mean(finite < 0),
     }
 
 
@@ -258,19 +369,15 @@ def _rounds(ledger: pa.Table, summary: Mapping[str, Any]) -> list[Table]:
     in_round, margin = ledger["round"].to_numpy()[is_data], ledger["margin"].to_numpy()[is_data]
     found = []
     for index, entry in enumerate(summary.get("rounds") or []):
-        rate = entry.get("flip_rate") or {}
         name = int(entry.get("round", index))
         margins = margin[in_round == name]
         found.append(
             {
                 "round": name,
-                "rate": number(rate.get("estimate")),
-                "low": number(rate.get("low")),
-                "high": number(rate.get("high")),
                 "rho": number(entry.get("rho")),
                 **{key: entry.get(key) for key in ("num_kept", "num_dropped", "num_flipped", "num_resampled")},
-                "median_margin": _median(margins),
-                "share_negative": _mean(margins < 0),
+                "median_margin": median(margins),
+                "share_negative": mean(margins < 0),
             }
         )
     return found
@@ -358,11 +465,11 @@ def _decisions(scores: Columns) -> list[Table]:
                 "meaning": meaning,
                 "count": int(of_kind.sum()),
                 "share": number(of_kind.mean()),
-                "margin_median": _median(margin),
+                "margin_median": median(margin),
                 "margin_low": number(margin.min()) if len(margin) else None,
                 "margin_high": number(margin.max()) if len(margin) else None,
-                "p_flip_mean": _mean(scores["p_flip"][of_kind]),
-                "weight_mean": _mean(scores["weight"][of_kind]),
+                "p_flip_mean": mean(scores["p_flip"][of_kind]),
+                "weight_mean": mean(scores["weight"][of_kind]),
             }
         )
     return found
@@ -395,7 +502,7 @@ def _resampled(ledger: pa.Table, scores: Columns, originals: Mapping[int, Pair],
     shown = sorted({round(place) for place in np.linspace(0, len(new) - 1, NUM_RESAMPLED)}) if new else []
     return {
         "num_pairs": len(new),
-        "median_margin": _median(np.array(list(margins.values()), dtype=np.float64)),
+        "median_margin": median(np.array(list(margins.values()), dtype=np.float64)),
         "pairs": [_new_pair(new[i], margins, scores, position, originals) for i in shown],
     }
 
@@ -413,6 +520,7 @@ def _new_pair(
         "row": pair.row,
         "pair_id": pair.id,
         "annotator": None,  # nobody has labelled or judged a new pair yet
+        "is_held_out": False,
         "p_flip": None,
         "decision": None,
         "margin": number(margins.get(pair.id)),
@@ -424,46 +532,10 @@ def _new_pair(
     }
 
 
-def _lengths(scores: Columns, originals: Mapping[int, Pair]) -> list[Table]:
-    """Characters of both responses, and how often the longer one carries the label "chosen"."""
-    pairs = [originals[int(row)] for row in scores["row"]]
-    chosen = np.array([num_characters(pair.chosen) for pair in pairs], dtype=np.float64)
-    rejected = np.array([num_characters(pair.rejected) for pair in pairs], dtype=np.float64)
-    decision = scores["decision"]
-    is_dropped = (decision == "drop") | (decision == "resample")
-    is_pair = np.ones(len(pairs), dtype=bool)
-    groups = {"all pairs": is_pair, "kept": decision == "keep", "dropped": is_dropped, "flipped": decision == "flip"}
-    found = []
-    for name, of_group in groups.items():
-        if not of_group.any():
-            continue
-        longer = np.mean((chosen > rejected)[of_group]) + 0.5 * np.mean((chosen == rejected)[of_group])
-        low, high = wilson_interval(float(longer), int(of_group.sum()))
-        found.append(
-            {
-                "group": name,
-                "num_pairs": int(of_group.sum()),
-                "mean_chosen": number(chosen[of_group].mean()),
-                "mean_rejected": number(rejected[of_group].mean()),
-                "share_chosen_longer": number(longer),
-                "low": number(low),
-                "high": number(high),
-            }
-        )
-    return found
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """90 % interval of a share seen in `count` cases (Wilson's, which stays inside [0, 1]).
-
-    Examples:
-        >>> [round(value, 3) for value in wilson_interval(0.5, 100)]
-        [0.419, 0.581]
-    """
-    z = 1.6449
-    center = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
-    return max(0.0, center - half), min(1.0, center + half)
+def _token_lengths(summary: Mapping[str, Any]) -> Table | None:
+    """Tokens of prompt and longer response, where they were counted."""
+    found = summary.get("token_lengths")
+    return {key: number(found.get(key)) for key in LENGTH_KEYS} if found else None
 
 
 def _provenance(summary: Mapping[str, Any]) -> Table:

@@ -71,11 +71,6 @@ def plain(text: Text) -> str:
     return "\n\n".join(f"{role}: {content}" for role, content in parts)
 
 
-def num_characters(text: Text) -> int:
-    """Length of a text, roles not counted."""
-    return len(text) if isinstance(text, str) else sum(len(_content(message)) for message in text)
-
-
 def excerpt(text: Text) -> str:
     """The end of a text in one short line: of a conversation, the end is what the responses answer."""
     line = " ".join(plain(text).split())

@@ -6,17 +6,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ropo.data.grammar import REVIEWS, sample_prompt, sample_response
+from ropo.data.grammar import REVIEWS, SUPPORT, sample_prompt, sample_response
 from ropo.data.toy import gold_reward, make_model, make_pairs, make_tokenizer, pretrain, save_toy
 
 PROMPT = "Review the soup at the Blue Door ."
 
 
+def draw(grammar, number=500) -> list[tuple[str, str]]:
+    rng = random.Random(0)
+    prompts = [sample_prompt(rng, grammar=grammar) for _ in range(number)]
+    return [(prompt, sample_response(prompt, rng, grammar=grammar)) for prompt in prompts]
+
+
 @pytest.fixture(scope="module")
 def drawn() -> list[tuple[str, str]]:
-    rng = random.Random(0)
-    prompts = [sample_prompt(rng) for _ in range(500)]
-    return [(prompt, sample_response(prompt, rng)) for prompt in prompts]
+    return draw(REVIEWS)
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +37,37 @@ def sentences(text: str) -> list[list[str]]:
 
 
 class TestGrammar:
-    def test_word_lists_do_not_collide(self):
+    @pytest.mark.parametrize(("grammar", "num_nouns"), [(REVIEWS, 36), (SUPPORT, 20)], ids=["reviews", "support"])
+    def test_word_lists_do_not_collide(self, grammar, num_nouns):
         """A noun names one topic; a word with a value is no subject, so each word of a response counts in one term."""
-        nouns = [noun for group in REVIEWS.groups for noun in group.nouns]
-        assert len(nouns) == len(set(nouns)) == 36
-        assert not set(nouns) & {aspect for group in REVIEWS.groups for aspect in group.aspects}
-        valued, degrees = set(REVIEWS.values), set(REVIEWS.degrees)
-        assert not valued & REVIEWS.subjects
-        assert not (valued | REVIEWS.subjects) & (degrees | REVIEWS.negations)
-        assert valued | degrees | REVIEWS.negations | REVIEWS.subjects <= set(REVIEWS.words)
+        nouns = [noun for group in grammar.groups for noun in group.nouns]
+        assert len(nouns) == len(set(nouns)) == num_nouns
+        assert not set(nouns) & {aspect for group in grammar.groups for aspect in group.aspects}
+        valued, degrees = set(grammar.values), set(grammar.degrees)
+        assert not valued & grammar.subjects
+        assert not (valued | grammar.subjects) & (degrees | grammar.negations)
+        assert valued | degrees | grammar.negations | grammar.subjects <= set(grammar.words)
 
-    def test_vocabulary_is_closed_and_of_the_promised_size(self, drawn):
-        assert {word for texts in drawn for text in texts for word in text.split()} <= set(REVIEWS.words)
-        assert 150 <= len(REVIEWS.words) <= 300
-        assert not any(word.isupper() for word in REVIEWS.words), "a symbol without a rule"
+    @pytest.mark.parametrize("grammar", [REVIEWS, SUPPORT], ids=["reviews", "support"])
+    def test_vocabulary_is_closed_and_of_the_promised_size(self, grammar):
+        assert {word for texts in draw(grammar) for text in texts for word in text.split()} <= set(grammar.words)
+        assert 150 <= len(grammar.words) <= 300
+        assert not any(word.isupper() for word in grammar.words), "a symbol without a rule"
 
-    def test_it_can_read_what_it_writes(self, drawn):
-        for _, response in drawn:
-            kinds = [REVIEWS.parse(sentence) for sentence in sentences(response)]
+    @pytest.mark.parametrize("grammar", [REVIEWS, SUPPORT], ids=["reviews", "support"])
+    def test_it_can_read_what_it_writes(self, grammar):
+        for _, response in draw(grammar):
+            kinds = [grammar.parse(sentence) for sentence in sentences(response)]
             assert None not in kinds
-            assert tuple(kinds) in REVIEWS.beginnings
-            assert REVIEWS.num_repeated(response.split()) == 0
+            assert tuple(kinds) in grammar.beginnings
+            assert grammar.num_repeated(response.split()) == 0
+
+    @pytest.mark.parametrize("grammar", [REVIEWS, SUPPORT], ids=["reviews", "support"])
+    def test_text_of_the_grammar_is_worth_nothing_on_average(self, grammar):
+        """Standard error 0.02: the mean of 3,000 rewards is near 0 and their spread near 1."""
+        rewards = [gold_reward(prompt, response, grammar=grammar) for prompt, response in draw(grammar, 3000)]
+        assert abs(sum(rewards) / len(rewards)) < 0.15
+        assert 0.9 < math.sqrt(sum(r * r for r in rewards) / len(rewards)) < 1.3
 
     @pytest.mark.parametrize(
         ("sentence", "kind"),

@@ -235,6 +235,9 @@ def test_to_dict_is_json_without_arrays():
         "is_informative": True,
         "reason": found.reason,
         "num_pairs": 500,
+        "num_trusted": 0,
+        "tail": None,
+        "annotators": [],
     }
 
 

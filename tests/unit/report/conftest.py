@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from ropo.ledger import ledger_table
 from ropo.pairs import Pair
 
 COLUMNS = ("pair_id", "row", "round", "margin", "loss", "weight", "p_flip", "decision", "origin")
@@ -92,6 +94,79 @@ def example_summary() -> dict[str, Any]:
         "data_sha256": "d" * 64,
         "reference_sha256": "e" * 64,
         "weight_curve": {"loss": "ropo", "margin": [-8.0, -2.0, 0.0, 2.0, 8.0], "weight": [0.25, 0.6, 1.0, 0.4, 0.0]},
+    }
+
+
+# Held-out margins at three checks. Row 9 is learned late, the judging model is of two minds about row 1; both are kept.
+CHECKS = {row: [0.3 * margin, 0.6 * margin, margin] for row, margin in enumerate(MARGINS)}
+CHECKS |= {1: [0.3, -1.2, 0.4], 9: [-1.5, -0.5, 0.2]}
+
+
+@pytest.fixture
+def make_audit() -> Callable[..., dict[str, Any]]:
+    """The arguments of `write_report` for an audit of the same pairs; `summary` is laid over the example's."""
+
+    def build(pairs: list[Pair] | None = None, summary: dict[str, Any] | None = None, **other: Any) -> dict[str, Any]:
+        pairs = pairs or example_pairs()
+        decisions = [DECISIONS.get(pair.row, "keep").replace("resample", "drop") for pair in pairs]
+        run = {
+            "ledger": ledger_table(
+                pairs,
+                round_number=0,
+                margins=np.array(MARGINS) + 9.0,
+                losses=np.ones(20),
+                weights=np.array([float(decision != "drop") for decision in decisions]),
+                p_flip=np.array(P_FLIP),
+                decisions=decisions,
+                held_out_margins=np.array(MARGINS),
+            ),
+            "summary": example_summary() | audit_summary() | (summary or {}),
+            "pairs": pairs,
+            "training_log": [],
+            "checks": CHECKS,
+        }
+        return run | other
+
+    return build
+
+
+def audit_summary() -> dict[str, Any]:
+    rates = {"a3": (30, 0.7, 0.6, 0.8), "a2": (12, 0.45, 0.37, 0.5), "a1": (200, 0.1, 0.05, 0.2)}
+    return {
+        "task": "audit",
+        "rho_reason": "this is the estimated flip rate",
+        "alpha": 5.4,
+        "alpha_reason": "about 10.0 % of what is trained on is wrong",
+        "noise_left": 0.1,
+        "num_trusted": 0,
+        "annotators": [
+            {"name": name, "num_pairs": num, "rate": rate, "low": low, "high": high}
+            for name, (num, rate, low, high) in rates.items()
+        ],
+        "calibration": {
+            "num_injected": 100,
+            "share_found": 0.85,
+            "share_others": 0.2,
+            "recall": 0.9,
+            "precision": 0.7,
+            "bins": [
+                {"num_pairs": 100, "predicted": 0.02, "observed": 0.01},
+                {"num_pairs": 100, "predicted": 0.3, "observed": 0.5},
+            ],
+        },
+        "token_lengths": {
+            "max_length": 1024,
+            "median": 410.0,
+            "p90": 800.0,
+            "p99": 1500.0,
+            "longest": 2048,
+            "num_truncated": 3,
+            "suggested": 1500,
+        },
+        "rounds": [],
+        "weight_curve": None,
+        "config": {"loss": "ropo", "rho": "auto", "num_folds": 5},
+        "command": "ropo audit --dataset_name pairs.jsonl",
     }
 
 

@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 
 def build(run):
-    return build_tables(run["ledger"], run["summary"], run["pairs"], run["training_log"])
+    return build_tables(**run)
 
 
 @pytest.fixture(params=[True, False], ids=["informative", "uninformative"])
@@ -219,7 +219,119 @@ def test_many_long_pairs_stay_below_two_megabytes(make_run, num):
         "origin": ["data"] * num,
     }
     log = [{"round": 0, "step": step, "loss": 1.0, "rewards/margins": 0.1} for step in range(1, 50_000)]
-    tables = build(make_run() | {"ledger": pa.table(columns), "pairs": pairs, "training_log": log})
+    checks = {row: [-1.0, -0.5, 0.6] for row in range(num)}
+    tables = build(make_run() | {"ledger": pa.table(columns), "pairs": pairs, "training_log": log, "checks": checks})
+    assert len(tables["hard"]) == 10
     assert len(render_html(tables).encode()) < 2_000_000
     assert len(render_markdown(tables).encode()) < 2_000_000
     assert len(json.dumps(tables)) < 2_000_000
+
+
+SECTIONS_OF_AUDIT = ["hard", "calibration", "annotators", "lengths"]
+SECTIONS_OF_TRAINING = ["training", "resampled"]
+
+
+def test_an_audit_has_its_sections_and_none_of_training(make_run, make_audit):
+    audit, train = (Page(render_html(build(make()))) for make in (make_audit, make_run))
+    for page, has, lacks in (
+        (audit, SECTIONS_OF_AUDIT, SECTIONS_OF_TRAINING),
+        (train, SECTIONS_OF_TRAINING, SECTIONS_OF_AUDIT),
+    ):
+        names = [section.get("id") for section in page.all("section")]
+        links = [link["href"].removeprefix("#") for link in page.all("a")]
+        assert {*has, "biases"} <= set(names)
+        assert not {*lacks} & {*names, *links}
+        assert (page.unbalanced, page.open) == ([], [])
+        assert set(links) == {name for name in names if name}
+    assert "What training would do" in audit.text
+    assert "What was done" in train.text
+
+
+def test_the_page_of_an_audit_is_accessible(make_audit):
+    page = Page(render_html(build(make_audit())))
+    headings = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in pairwise(headings))
+    assert all(svg.get("aria-label") or svg.get("aria-hidden") == "true" for svg in page.all("svg"))
+    assert all(cell.get("scope") for cell in page.all("th"))
+    labels = [box.get("aria-label") for box in page.all("div") if box.get("tabindex") == "0"]
+    assert all(labels)
+    assert len(labels) == len(set(labels)), "two boxes have the same name"
+
+
+def test_the_caption_says_whose_margins_are_drawn(make_run, make_audit):
+    assert "Held-out margins of the original pairs" in Page(render_html(build(make_audit()))).text
+    assert "margins of the original pairs under the trained model" in Page(render_html(build(make_run()))).text.lower()
+    assert "Held-out margins of 20" in render_markdown(build(make_audit()))
+
+
+def test_a_hostile_annotator_stays_text_in_every_place(make_audit):
+    rates = [{"name": EVIL, "num_pairs": 40, "rate": rate, "low": 0.4, "high": 0.8} for rate in (0.7, 0.45)]
+    tables = build(make_audit(summary={"annotators": rates, "alpha_reason": EVIL, "rho_reason": EVIL}))
+    html, markdown = render_html(tables), render_markdown(tables)
+    page = Page(html)
+    assert "<script>alert" not in html
+    assert len(page.all("script")) == 1
+    assert (page.unbalanced, page.open) == ([], [])
+    assert page.text.count('<script>alert("x")</script>') >= 5, "table twice, figure twice, advice"
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"(?<!\\)<", outside)
+    for table in re.findall(r"(?:^\|.*\n)+", outside, flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_a_command_in_markdown_ends_with_its_line(make_audit):
+    """Whatever stands in a code span is not escaped; a line end inside it would close it, and free what follows."""
+    tables = build(make_audit(summary={"alpha_reason": "a `b\n\n<script>` c"}))
+    assert "\\<script\\>" in render_markdown(tables)
+
+
+def test_markdown_has_the_numbers_of_every_figure(make_audit):
+    markdown = render_markdown(build(make_audit())).replace("\xa0", " ")
+    assert "| 100 | 30 % | 50 % | 42–58 % |" in markdown
+    assert "| a2 | 12 | 45 % | 37–50 % |" in markdown
+    assert re.search(r"\| length in characters \| 20 \| 65 % \(", markdown)
+    assert "| 410 | 800 | 1,500 | 2,048 |" in markdown
+    assert "Not a suspect: the model that judges this pair contradicted the label at first" in markdown
+
+
+def test_clear_features_and_bad_parts_are_pointed_at(make_audit):
+    tables = build(make_audit())
+    part = {"first_row": 0, "last_row": 9, "num_pairs": 50, "p_flip_mean": 0.5, "p_flip_others": 0.1, "is_high": True}
+    tables["file_parts"] = [part, part | {"is_high": False, "p_flip_mean": 0.1}]
+    tables["biases"]["features"][0]["is_clear"] = True
+    html, markdown = render_html(tables), render_markdown(tables)
+    assert re.search(r'<tr class="clear"><th scope="row">length in characters', html)
+    assert "The parts in colour lie further above" in html
+    assert "| **length in characters** |" in markdown
+    assert "| 0.50 | 0.10 | higher than chance allows |" in markdown
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"summary": {"calibration": None, "annotators": [], "token_lengths": None, "noise_left": None}},
+        {"summary": {"is_informative": False, "reason": "no signal", "calibration": None, "rho": 0.0, "alpha": 0.0}},
+        {"checks": {}},
+        {"checks": None},
+    ],
+)
+def test_an_audit_that_knows_little_is_still_a_page(make_audit, change):
+    tables = build(make_audit(**change))
+    page = Page(render_html(tables))
+    assert (page.unbalanced, page.open) == ([], [])
+    assert "None" not in page.text.replace("None were found", "")
+    assert "nan" not in page.text.lower().split()
+    assert "## What to do next" in render_markdown(tables)
+
+
+def test_a_page_of_an_audit_without_a_summary(make_audit):
+    run = make_audit() | {"summary": {"task": "audit"}, "ledger": make_audit()["ledger"]}
+    page = Page(render_html(build(run)))
+    assert page.unbalanced == []
+    assert "None" not in page.text.replace("None were found", "")
+
+
+def test_a_new_pair_is_shown_with_the_one_it_replaces(make_run):
+    page = Page(render_html(build(make_run())))
+    assert "New pair for row 12" in page.text
+    assert "The pair it replaces (margin −1.40 nats" in page.text

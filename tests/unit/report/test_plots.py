@@ -8,10 +8,9 @@ from ropo.report.html import figures
 from ropo.report.tables import DECISIONS, build_tables
 
 
-@pytest.fixture
-def tables(make_run):
-    run = make_run()
-    return build_tables(run["ledger"], run["summary"], run["pairs"], run["training_log"])
+@pytest.fixture(params=["train", "audit"])
+def tables(make_run, make_audit, request):
+    return build_tables(**(make_run() if request.param == "train" else make_audit()))
 
 
 def numbers_in(svg, attribute):
@@ -20,7 +19,8 @@ def numbers_in(svg, attribute):
 
 def test_every_figure_is_well_formed_named_and_keeps_its_text(tables):
     drawn = figures(tables)
-    for name in ("margins_wide", "margins_narrow", "review", "rounds", "weight", "lengths", "gauge", "training_loss"):
+    of_task = ["training_loss", "weight"] if tables["task"] == "train" else ["calibration", "annotators"]
+    for name in ("margins_wide", "margins_narrow", "review", "biases", "gauge", *of_task):
         root = ElementTree.fromstring(drawn[name])
         assert root.get("role") == "img"
         assert root.get("aria-label")
@@ -46,12 +46,13 @@ def test_bars_of_the_histogram_add_up(tables):
     bars = re.findall(r'<rect class="(keep|drop|flip|resample)"[^>]*height="([\d.]+)"', svg)
     total = {decision: sum(float(height) for kind, height in bars if kind == decision) for decision in DECISIONS}
     one = total["keep"] / 16
-    assert total["drop"] == pytest.approx(2 * one, rel=0.02)
+    num_dropped = 2 if tables["task"] == "train" else 3
+    assert total["drop"] == pytest.approx(num_dropped * one, rel=0.02)
     assert total["flip"] == pytest.approx(one, rel=0.02)
 
 
-def test_decisions_differ_by_pattern_and_not_by_colour_alone(tables):
-    svg = plots.margin_histogram(tables["margins"])
+def test_decisions_differ_by_pattern_and_not_by_colour_alone(make_run):
+    svg = plots.margin_histogram(build_tables(**make_run())["margins"])
     assert 'fill="url(#fill-flip)"' in svg
     assert 'fill="url(#fill-resample)"' in svg
     assert len({plots.swatch(decision) for decision in DECISIONS}) == 4
@@ -74,8 +75,8 @@ def test_the_bar_of_decisions_is_full():
     assert "5 kept, 2 dropped, 1 flipped" in svg
 
 
-def test_text_in_a_figure_is_escaped(tables):
-    curve = tables["weight_curve"] | {"loss": '"><script>alert(1)</script>'}
+def test_text_in_a_figure_is_escaped(make_run):
+    curve = build_tables(**make_run())["weight_curve"] | {"loss": '"><script>alert(1)</script>'}
     svg = plots.weight_curve(curve)
     root = ElementTree.fromstring(svg)
     assert "<script" not in svg
@@ -92,8 +93,6 @@ def test_one_round_one_step_and_a_flat_line_are_drawn():
     line = {"round": 0, "num_logged": 1, "x": [5.0], "y": [0.7]}
     curve = {"key": "loss", "title": "Loss", "unit": "nats", "reference": None, "meaning": "", "lines": [line]}
     assert "circle" in plots.training_curve(curve, [0], 5)
-    entry = {"round": 0, "rate": 0.0, "low": None, "high": None, "rho": None}
-    ElementTree.fromstring(plots.rounds_estimate([entry]))
 
 
 @pytest.mark.parametrize(
@@ -106,3 +105,58 @@ def test_one_round_one_step_and_a_flat_line_are_drawn():
 )
 def test_axis_numbers_are_round(low, high, names):
     assert [name for _, name in plots._ticks(low, high, 4, None)] == names
+
+
+def dots(svg, kind="accent"):
+    found = re.findall(rf'<circle class="{kind}" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    return [(float(x), float(y)) for x, y in found]
+
+
+def test_calibrated_bins_lie_on_the_diagonal_and_others_off_it():
+    entry = {"num_pairs": 100, "predicted": 0.2, "observed": 0.2, "low": 0.1, "high": 0.3}
+    svg = plots.calibration_curve([entry, entry | {"observed": 0.3}])
+    x1, y1, x2, y2 = (
+        float(value) for value in re.search(r'"reference" x1="(.+?)" y1="(.+?)" x2="(.+?)" y2="(.+?)"/>', svg).groups()
+    )
+    (x, y), (same_x, above) = dots(svg)
+    assert y == pytest.approx(y1 + (x - x1) / (x2 - x1) * (y2 - y1), abs=0.2)
+    assert same_x == x
+    assert above < y - 10, "an observed share above the predicted one lies above the diagonal"
+    assert "20 % and 30 %" in svg.replace("\xa0", " ")
+
+
+def test_each_annotator_has_a_dot_at_the_rate_and_the_band_is_the_interval_of_all():
+    known = {"num_pairs": 9, "low": 0.1, "high": 0.4}
+    rows = [known | {"name": "a", "rate": 0.3}, known | {"name": "b", "rate": 0.2}, known | {"name": "c", "rate": None}]
+    svg = plots.annotator_rates(rows, {"low": 0.2, "high": 0.3})
+    left, width = (float(value) for value in re.search(r'class="band" x="(.+?)" y=".+?" width="(.+?)"', svg).groups())
+    (first, _), (second, _) = dots(svg)
+    assert (first, second) == (pytest.approx(left + width, abs=0.2), pytest.approx(left, abs=0.2))
+
+
+def test_a_hostile_annotator_is_text_in_the_figure():
+    name = '"><script>'
+    svg = plots.annotator_rates(
+        [{"name": name, "num_pairs": 9, "rate": 0.3, "low": 0.1, "high": 0.4}], {"low": 0.2, "high": 0.3}
+    )
+    root = ElementTree.fromstring(svg)
+    assert "<script" not in svg
+    assert name in root.get("aria-label")
+    assert name in [element.text for element in root.iter() if element.tag == "text"]
+
+
+def test_kept_and_other_pairs_differ_by_shape_and_not_by_colour_alone():
+    group = {"num_pairs": 30, "share": 0.8, "low": 0.7, "high": 0.9}
+    other = group | {"share": 0.3, "low": 0.2, "high": 0.4}
+    entry = {"name": "links", "is_clear": True, "all": group, "kept": group, "not_kept": other}
+    svg = plots.bias_shares([entry, entry | {"not_kept": group | {"num_pairs": 0, "share": None}}])
+    assert (len(dots(svg)), len(dots(svg, "hollow"))) == (2, 1)
+    assert dots(svg)[0][0] > dots(svg, "hollow")[0][0]
+
+
+def test_a_bad_part_of_the_file_is_drawn_higher_and_in_another_look():
+    part = {"first_row": 0, "last_row": 9, "num_pairs": 10, "p_flip_mean": 0.1, "p_flip_others": 0.2, "is_high": False}
+    svg = plots.part_means([part, part | {"p_flip_mean": 0.4, "is_high": True}])
+    bars = re.findall(r'<rect class="(\w+)"[^>]*height="([\d.]+)"', svg)
+    assert [kind for kind, _ in bars] == ["keep", "drop"]
+    assert float(bars[1][1]) == pytest.approx(4 * float(bars[0][1]), rel=0.01)

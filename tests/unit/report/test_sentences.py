@@ -1,6 +1,6 @@
 import pytest
 
-from ropo.report.sentences import NB_SPACE, percent, percent_range, write_sentences
+from ropo.report.sentences import NB_SPACE, percent, percent_range, why_hard, write_sentences
 from ropo.report.tables import build_tables
 
 RATE = {"estimate": 0.29, "low": 0.26, "high": 0.32}
@@ -8,7 +8,7 @@ RATE = {"estimate": 0.29, "low": 0.26, "high": 0.32}
 
 def said(make_run, **summary):
     run = make_run(summary=summary)
-    tables = build_tables(run["ledger"], run["summary"], run["pairs"], run["training_log"])
+    tables = build_tables(**run)
     return tables, write_sentences(tables)
 
 
@@ -63,36 +63,241 @@ def test_each_rule_speaks_when_it_applies(make_run, summary, words):
     assert any(words in plain(advice) for advice in sentences["next"])
 
 
-def test_rules_keep_silent_when_they_do_not_apply(make_run):
+def test_rules_keep_silent_when_they_do_not_apply(make_audit):
     quiet = {"estimate": 0.2, "low": 0.18, "high": 0.22}
-    tables, _ = said(make_run, flip_rate=quiet, rho=0.2, problems={"truncated": 3}, rounds=[])
-    advice = write_sentences(tables | {"lengths": []})["next"]
-    assert [text[:14] for text in advice] == ["Read the first"]
+    silent = {"problems": {"truncated": 3}, "annotators": [], "token_lengths": None, "num_trusted": 50}
+    tables, _ = said(make_audit, flip_rate=quiet, rho=0.2, task="train", **silent)
+    assert [text[:14] for text in write_sentences(tables)["next"]] == ["Read the first"]
 
 
-def test_an_estimate_that_still_moves_asks_for_a_round(make_run):
-    rounds = [{"round": 0, "flip_rate": {"estimate": 0.4, "low": 0.38, "high": 0.42}}, {"round": 1, "flip_rate": RATE}]
-    _, sentences = said(make_run, rounds=rounds)
-    assert any("from 40 % to 29 %" in plain(advice) for advice in sentences["next"])
-
-
-def length_entry(group, share, low, high):
-    return {"group": group, "share_chosen_longer": share, "low": low, "high": high}
+def test_trust_tells_what_became_of_labels_turned_on_purpose(make_audit):
+    _, sentences = said(make_audit)
+    assert plain(sentences["trust"][0]) == (
+        "We turned 100 labels round on purpose after training: 85 % of them (interval 78–90 %) were called flipped, "
+        "and 20 % of the others."
+    )
+    assert plain(sentences["trust"][1]) == (
+        "So about 90 % of the truly wrong labels are found, and about 70 % of the called ones are truly wrong."
+    )
 
 
 @pytest.mark.parametrize(
-    ("kept", "dropped", "words"),
+    ("recall", "words"),
+    [(0.65, "65 % of wrong labels would be found"), (0.0, "hardly any wrong label is found")],
+)
+def test_trust_without_a_precision_claims_none(make_audit, recall, words):
+    _, sentences = said(make_audit, calibration=calibration() | {"recall": recall, "precision": None})
+    assert words in plain(sentences["trust"][1])
+    assert "truly wrong" not in sentences["trust"][1]
+
+
+def calibration():
+    return {"num_injected": 40, "share_found": 0.5, "share_others": 0.1, "bins": []}
+
+
+@pytest.mark.parametrize(
+    ("summary", "words"),
     [
-        ((0.8, 0.75, 0.85), (0.3, 0.2, 0.4), "80 % of the kept pairs and in 30 % of the dropped"),
-        ((0.7, 0.65, 0.75), (0.68, 0.6, 0.76), "In 70 % of the kept pairs the longer response"),
-        ((0.55, 0.5, 0.6), (0.5, 0.4, 0.6), None),
+        ({"is_informative": False}, "with so little signal there is none to test"),
+        ({"flip_rate": {"estimate": 0.0, "low": 0.0, "high": 0.03}}, "it says that none is flipped"),
+        ({}, "there are too few pairs for it"),
     ],
 )
-def test_length_bias_is_told_apart_from_a_filter_for_length(make_run, kept, dropped, words):
+def test_trust_says_why_there_was_no_test(make_audit, summary, words):
+    _, sentences = said(make_audit, calibration=None, **summary)
+    assert words in sentences["trust"][0]
+    assert "We turned" not in " ".join(sentences["trust"])
+
+
+def test_margins_of_the_trained_model_are_no_test_of_labels(make_run):
+    _, sentences = said(make_run)
+    assert "--num_folds 5" in sentences["trust"][0]
+    assert any("`ropo audit`, asks models that have not seen the pairs" in advice for advice in sentences["next"])
+
+
+@pytest.mark.parametrize(
+    ("summary", "words"),
+    [
+        ({}, "Training would use α = 5.4, the weight of the noise-tolerant part of the loss, since about 10.0 % of"),
+        ({"task": "train"}, "α = 5.4, the weight"),
+        ({"alpha": 0.0, "alpha_reason": "it was given"}, "Training would use α = 0: plain DPO, since it was given."),
+        ({"alpha": 0.0, "alpha_reason": "", "task": "train"}, "α = 0: plain DPO."),
+    ],
+)
+def test_alpha_is_stated_with_its_reason(make_audit, summary, words):
+    _, sentences = said(make_audit, **summary)
+    assert sentences["alpha"].startswith(words)
+    assert "exactly DPO" not in sentences["alpha"]  # some pairs are dropped
+
+
+def test_alpha_is_not_stated_for_losses_without_one(make_audit, make_run):
+    assert said(make_audit, config={"loss": "simpo"}, alpha=0.0)[1]["alpha"] == ""
+    assert said(make_run)[1]["alpha"] == ""  # a summary of before
+
+
+def test_clean_labels_mean_exactly_dpo(make_audit):
+    clean = {"flip_rate": {"estimate": 0.0, "low": 0.0, "high": 0.03}, "rho": 0.0, "alpha": 0.0}
+    clean["rho_reason"] = "the labels may all be right: the interval of the estimate reaches down to 0"
+    run = make_audit(summary=clean | {"alpha_reason": "nothing speaks for flipped labels"})
+    run["ledger"] = run["ledger"].set_column(7, "decision", [["keep"] * 20])
+    sentences = write_sentences(build_tables(**run))
+    assert sentences["budget"] == "ρ = 0, so nothing is filtered out, since the labels may all be right."
+    assert sentences["alpha"].endswith("With every pair kept, training is exactly DPO.")
+    assert any("nothing has to be done about the labels: training is exactly DPO" in text for text in sentences["next"])
+    assert any("every pair is kept" in text for text in sentences["next"])
+
+
+def test_an_audit_says_what_training_would_do_and_what_a_person_can_do(make_audit):
+    _, sentences = said(make_audit)
+    assert plain(sentences["done"]).startswith("Training would keep 16 of 20 pairs, drop 3 and flip 1. ρ = 0.20")
+    advice = [plain(text) for text in sentences["next"]]
+    assert any("`verdict`: right, wrong or drop. Then `ropo train --decisions review.csv`" in text for text in advice)
+    assert any("`cleaned.jsonl`, with any trainer: it holds the 17 pairs" in text for text in advice)
+    assert any("`--trusted`" in text for text in advice)
+    assert not any("--rounds" in text for text in advice)
+
+
+def test_noise_that_is_left_is_told_once(make_audit):
+    assert "should still be wrong" not in said(make_audit)[1]["done"]
+    given = said(make_audit, alpha_reason="it was given")[1]["done"]
+    assert "About 10 % of the labels that are left should still be wrong." in plain(given)
+
+
+@pytest.mark.parametrize(
+    ("summary", "is_asked"),
+    [
+        ({"num_trusted": 0}, True),
+        ({"num_trusted": 60}, False),
+        ({"num_trusted": None}, False),
+        ({"num_trusted": 0, "flip_rate": {"estimate": 0.2, "low": 0.18, "high": 0.22}}, False),
+    ],
+)
+def test_trusted_pairs_are_asked_for_where_they_help(make_audit, summary, is_asked):
+    _, sentences = said(make_audit, **summary)
+    assert any("--trusted" in advice for advice in sentences["next"]) == is_asked
+
+
+def test_without_signal_the_judging_models_are_to_be_trained_longer(make_audit):
+    _, sentences = said(make_audit, is_informative=False, rho=0.0)
+    advice = " ".join(sentences["next"])
+    assert "(`--num_train_epochs`, `--learning_rate`), or a larger model" in advice
+    assert "--rho 0" not in advice
+    assert "review.csv" not in advice
+
+
+def test_bad_annotators_are_named_and_opposite_ones_apart(make_audit):
+    advice = [plain(text) for text in said(make_audit)[1]["next"]]
+    (worse,) = [text for text in advice if text.startswith("Look at the labels of")]
+    assert worse.startswith("Look at the labels of “a2” (37–50 % of 12 labels) first")
+    assert "overall (8–36 %)" in worse
+    assert "a3" not in worse
+    (opposite,) = [text for text in advice if "they mean the opposite" in text]
+    assert "labels of “a3” look flipped" in opposite
+
+
+def test_half_wrong_labels_are_not_called_the_opposite(make_audit):
+    rates = [{"name": "b", "num_pairs": 30, "rate": 0.52, "low": 0.4, "high": 0.6}]
+    advice = " ".join(said(make_audit, annotators=rates)[1]["next"])
+    assert "Half of the labels of “b”, or more, look flipped: they say nothing, or the opposite" in advice
+    assert "they mean the opposite" not in advice
+
+
+def test_a_name_cannot_pass_for_a_command(make_audit):
+    one = {"name": "`rm\n-rf` " + 50 * "x", "num_pairs": 9, "rate": 0.4, "low": 0.38, "high": 0.45}
+    advice = " ".join(said(make_audit, annotators=[one])[1]["next"])
+    assert "“'rm -rf' " + 31 * "x" + "…”" in advice
+
+
+def test_a_bad_part_of_the_file_is_named(make_run):
     tables, _ = said(make_run)
-    lengths = [length_entry("kept", *kept), length_entry("dropped", *dropped)]
-    advice = [plain(text) for text in write_sentences(tables | {"lengths": lengths})["next"] if "longer" in text]
-    assert (words is None and advice == []) or any(words in text for text in advice)
+    part = {
+        "first_row": 0,
+        "last_row": 99,
+        "num_pairs": 100,
+        "p_flip_mean": 0.1,
+        "p_flip_others": 0.2,
+        "is_high": False,
+    }
+    bad = {
+        "first_row": 1200,
+        "last_row": 1399,
+        "num_pairs": 100,
+        "p_flip_mean": 0.6,
+        "p_flip_others": 0.1,
+        "is_high": True,
+    }
+    (advice,) = [text for text in write_sentences(tables | {"file_parts": [part, bad]})["next"] if "as a batch" in text]
+    assert advice.startswith(
+        "Look at rows 1,200 to 1,399 as a batch: their mean P(flipped) is up to 0.60, against 0.10"
+    )
+
+
+def feature(name, share, *, kept=(0.5, 0.4, 0.6), rest=(0.5, 0.4, 0.6), is_clear=True):
+    groups = {
+        key: {"num_pairs": 100, "share": values[0], "low": values[1], "high": values[2]}
+        for key, values in (("all", (share, share - 0.1, share + 0.1)), ("kept", kept), ("not_kept", rest))
+    }
+    return {"name": name, "is_clear": is_clear, **groups}
+
+
+def advice_on(make_run, *features):
+    tables, _ = said(make_run)
+    biases = {"num_pairs": 100, "min_differing": 20, "features": list(features)}
+    return [plain(text) for text in write_sentences(tables | {"biases": biases})["next"]]
+
+
+def test_clear_biases_are_told_the_strongest_first(make_run):
+    advice = advice_on(
+        make_run, feature("links", 0.7), feature("digits", 0.2), feature("headings", 0.9, is_clear=False)
+    )
+    (text,) = [text for text in advice if "Where the two responses differ" in text]
+    assert "less of “digits” (80 %) and more of “links” (70 %)" in text
+    assert "headings" not in text
+
+
+def test_a_filter_that_learned_a_feature_is_told_from_labels_that_prefer_it(make_run):
+    same = feature("digits", 0.8, kept=(0.8, 0.7, 0.9), rest=(0.75, 0.6, 0.9))
+    some = feature("lists", 0.6, kept=(0.7, 0.6, 0.75), rest=(0.5, 0.4, 0.59))
+    most = feature("links", 0.5, kept=(0.8, 0.75, 0.85), rest=(0.3, 0.2, 0.4), is_clear=False)
+    (text,) = [text for text in advice_on(make_run, same, some, most) if "the filter has learned it" in text]
+    assert "differ in “links”, chosen has more of it in 80 % of the kept ones and in 30 % of the others" in text
+    assert not any("the filter has learned it" in text for text in advice_on(make_run, same))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told", "is_advised"),
+    [
+        ({}, "3 pairs (15 %) are cut at `--max_length 1024`. 99 % of the pairs fit in `--max_length 1500`.", True),
+        ({"num_truncated": 0, "suggested": 600}, "No pair is cut at `--max_length 1024`.", False),
+        ({"num_truncated": 1}, "1 pair (5 %) is cut at", True),
+    ],
+)
+def test_lengths_are_told_and_a_longer_maximum_advised(make_audit, lengths, told, is_advised):
+    known = make_audit()["summary"]["token_lengths"] | lengths
+    _, sentences = said(make_audit, token_lengths=known)
+    assert plain(sentences["tokens"]).startswith(told)
+    assert any("lets 99 % of the pairs fit" in plain(text) for text in sentences["next"]) == is_advised
+
+
+@pytest.mark.parametrize(
+    ("checks", "is_late", "words"),
+    [
+        ([-1.5, -0.5, 0.2], True, "contradicted the label at first, but learned to agree with it"),
+        ([0.3, -1.2, 0.4], False, "is of two minds"),
+        ([0.3, 0.2, 0.4], False, "agreed with the label at every check"),
+    ],
+)
+def test_why_a_pair_is_hard(checks, is_late, words):
+    text = why_hard({"checks": checks, "is_learned_late": is_late})
+    assert text.startswith("Not a suspect: ")
+    assert words in text
+    assert f"0.{checks[2] * 10:.0f} nats)" in text
+
+
+def test_verdicts_are_left_out_of_what_to_read(make_audit):
+    tables, _ = said(make_audit)
+    tables["counts"]["num_judged"] = 2
+    assert plain(write_sentences(tables)["look"]).endswith("2 pairs with a verdict of a person are not counted.")
 
 
 def test_soft_weights_are_mentioned(make_run):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,13 +7,12 @@ import pyarrow as pa
 import pytest
 
 from ropo.pairs import Pair
-from ropo.report.tables import NUM_CURVE_POINTS, NUM_DROPPED_ROWS, build_tables, round_step, wilson_interval
-
-PINNED = Path(__file__).parents[2] / "data" / "report_20.json"
+from ropo.report.statistics import wilson_interval
+from ropo.report.tables import NUM_ANNOTATORS, NUM_CURVE_POINTS, NUM_DROPPED_ROWS, build_tables, round_step
 
 
 def build(run):
-    return build_tables(run["ledger"], run["summary"], run["pairs"], run["training_log"])
+    return build_tables(**run)
 
 
 def with_column(ledger, name, values):
@@ -20,13 +20,15 @@ def with_column(ledger, name, values):
     return ledger.set_column(index, name, pa.array(values, ledger.schema.field(name).type))
 
 
-def test_twenty_pairs_give_the_pinned_dict(make_run):
+@pytest.mark.parametrize("task", ["train", "audit"])
+def test_twenty_pairs_give_the_pinned_dict(make_run, make_audit, task):
     """When the change is meant: delete the file, run once to write it anew, and read its difference."""
-    tables = build(make_run())
-    if not PINNED.exists():
-        PINNED.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        pytest.fail(f"{PINNED.name} was missing and has been written; read it and run again")
-    assert tables == json.loads(PINNED.read_text(encoding="utf-8"))
+    tables = build(make_run() if task == "train" else make_audit())
+    pinned = Path(__file__).parents[2] / "data" / f"{task}_20.json"
+    if not pinned.exists():
+        pinned.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        pytest.fail(f"{pinned.name} was missing and has been written; read it and run again")
+    assert tables == json.loads(pinned.read_text(encoding="utf-8"))
 
 
 def test_all_values_are_plain_and_finite(make_run):
@@ -110,7 +112,7 @@ def test_a_far_margin_does_not_flatten_the_histogram(make_run):
 def test_each_round_has_its_own_margins(make_run):
     before, after = build(make_run())["rounds"]
     assert before["median_margin"] == pytest.approx(after["median_margin"] / 2)
-    assert (before["rate"], before["num_kept"]) == (0.25, 16)
+    assert (before["rho"], before["num_kept"]) == (0.25, 16)
 
 
 def test_a_row_without_its_pair_is_refused(make_run):
@@ -187,16 +189,6 @@ def test_a_new_pair_stands_beside_the_one_it_replaces(make_run):
     assert new["parent"]["margin"] == -1.4
 
 
-def test_lengths_compare_groups_and_ties_count_half(make_run):
-    pairs = [Pair(prompt="p", chosen="xxxx", rejected="xxxx" if row == 3 else "xxx", row=row) for row in range(20)]
-    lengths = {entry["group"]: entry for entry in build(make_run(pairs))["lengths"]}
-    assert list(lengths) == ["all pairs", "kept", "dropped", "flipped"]
-    assert lengths["dropped"]["num_pairs"] == 3
-    assert lengths["dropped"]["share_chosen_longer"] == pytest.approx(2.5 / 3)
-    assert lengths["kept"]["mean_chosen"] == 4
-    assert lengths["all pairs"]["share_chosen_longer"] == pytest.approx(19.5 / 20)
-
-
 def test_wilson_interval_covers():
     """Seen shares of 40 draws cover the true share in 90 % of 4,000 trials; false alarm of these bounds below 1e-9."""
     draws = np.random.default_rng(0).binomial(40, 0.3, size=4000) / 40
@@ -221,3 +213,124 @@ def test_a_summary_with_little_in_it_is_enough(make_run):
     assert tables["estimate"]["is_informative"] is False
     assert tables["weight_curve"] is None
     assert tables["rounds"] == []
+
+
+def test_held_out_margins_are_shown_where_the_ledger_has_them(make_audit):
+    tables = build(make_audit())
+    assert tables["margins"]["is_held_out"]
+    assert tables["margins"]["share_negative"] == 0.2  # those of the policy are all positive
+    assert tables["suspects"][0]["margin"] == -3.1
+    assert tables["dropped"]["rows"][0]["margin"] == -3.1
+
+
+def test_a_ledger_whose_held_out_margins_are_null_shows_the_policy(make_audit):
+    run = make_audit()
+    empty = with_column(run["ledger"], "held_out_margin", [None] * 20)
+    tables = build(run | {"ledger": empty})
+    assert not tables["margins"]["is_held_out"]
+    assert tables["margins"]["share_negative"] == 0
+    assert tables["suspects"][0]["margin"] == pytest.approx(5.9)
+
+
+def test_a_pair_without_a_held_out_margin_is_counted_and_not_drawn(make_audit):
+    run = make_audit()
+    values = run["ledger"]["held_out_margin"].to_pylist()
+    margins = build(run | {"ledger": with_column(run["ledger"], "held_out_margin", [None, *values[1:]])})["margins"]
+    assert (margins["num_pairs"], margins["num_not_finite"]) == (19, 1)
+
+
+def test_pairs_with_a_verdict_are_not_offered_for_reading_again(make_audit):
+    pairs = [replace(pair, verdict="wrong") if pair.row == 7 else pair for pair in build_pairs(make_audit)]
+    tables = build(make_audit(pairs))
+    assert tables["counts"]["num_judged"] == 1
+    assert tables["review"]["num_likely"] == 3
+    assert 7 not in [pair["row"] for pair in tables["suspects"]]
+
+
+def build_pairs(make_audit):
+    return make_audit()["pairs"]
+
+
+def test_calibration_bins_get_wilson_intervals(make_audit):
+    calibration = build(make_audit())["calibration"]
+    # p = 1/2 of 100: 0.5 ± 1.6449·√(¼/100 + 1.6449²/4·10⁴)/(1 + 1.6449²/100) = 0.5 ± 0.0812
+    assert (calibration["bins"][1]["low"], calibration["bins"][1]["high"]) == (
+        pytest.approx(0.4188, abs=1e-4),
+        pytest.approx(0.5812, abs=1e-4),
+    )
+    assert (calibration["recall"], calibration["precision"], calibration["num_injected"]) == (0.9, 0.7, 100)
+    assert build(make_audit(summary={"calibration": None}))["calibration"] is None
+
+
+def test_hard_pairs_are_kept_low_on_average_and_agreed_with_at_some_check(make_audit):
+    hard = build(make_audit())["hard"]
+    assert [(pair["row"], pair["is_learned_late"]) for pair in hard] == [(9, True), (1, False)]  # means −0.6 and −0.17
+    assert hard[0]["checks"] == [-1.5, -0.5, 0.2]
+    assert not {pair["row"] for pair in hard} & {3, 7, 12, 18}, "suspects are not hard pairs"
+
+
+@pytest.mark.parametrize(
+    ("checks", "is_hard"),
+    [
+        ([-1.0, -1.0, 0.5], True),  # mean −0.5, sd 0.71
+        ([-1.0, -1.0, -0.9], False),  # contradicted at every check
+        ([-0.1, -0.1, -2.8], False),  # mean + sd > 0, but never agreed with
+        ([-2.0, -2.0, 0.1], False),  # mean + sd = −1.3 + 0.99 < 0: contradicted on the whole
+        ([0.9, 0.8, 0.9], False),  # neither below 0 nor in the lowest tenth
+    ],
+)
+def test_what_makes_a_pair_hard(make_audit, checks, is_hard):
+    run = make_audit()
+    hard = build(run | {"checks": run["checks"] | {0: checks}})["hard"]
+    assert (0 in [pair["row"] for pair in hard]) == is_hard
+
+
+def test_of_labels_that_all_look_right_the_lowest_tenth_is_hard(make_audit):
+    run = make_audit(checks={row: [1.0 + row, 1.0 + row, 1.0 + row] for row in range(20)})
+    assert [pair["row"] for pair in build(run)["hard"]] == [0, 1]
+
+
+def test_a_hard_pair_is_more_likely_right_than_wrong(make_audit):
+    run = make_audit()
+    p_flip = [0.6 if row == 9 else p for row, p in enumerate(run["ledger"]["p_flip"].to_pylist())]
+    assert [pair["row"] for pair in build(run | {"ledger": with_column(run["ledger"], "p_flip", p_flip)})["hard"]] == [
+        1
+    ]
+
+
+@pytest.mark.parametrize("change", [{"checks": {}}, {"checks": None}, {"summary": {"is_informative": False}}])
+def test_without_checks_or_signal_no_pair_is_called_hard(make_audit, change):
+    assert build(make_audit(**change))["hard"] == []
+
+
+def test_annotators_beyond_the_interval_of_all_and_beyond_one_half_are_told(make_audit):
+    rows = build(make_audit())["annotators"]["rows"]
+    assert [(row["name"], row["is_worse"], row["is_opposite"]) for row in rows] == [
+        ("a3", True, True),
+        ("a2", True, False),
+        ("a1", False, False),
+    ]
+
+
+def test_many_annotators_are_counted_and_the_first_shown(make_audit):
+    many = [{"name": str(i), "num_pairs": 5, "rate": 0.2, "low": 0.1, "high": 0.3} for i in range(NUM_ANNOTATORS + 7)]
+    annotators = build(make_audit(summary={"annotators": many}))["annotators"]
+    assert (annotators["num"], len(annotators["rows"])) == (NUM_ANNOTATORS + 7, NUM_ANNOTATORS)
+
+
+def test_without_signal_nothing_is_said_about_annotators(make_audit):
+    assert build(make_audit(summary={"is_informative": False}))["annotators"]["rows"] == []
+
+
+def test_biases_tell_kept_pairs_from_the_others(make_audit):
+    """All chosen are longer, save in rows that 3 divides, and in row 3 itself (a conversation)."""
+    length = build(make_audit())["biases"]["features"][0]
+    assert length["name"] == "length in characters"
+    assert (length["all"]["num_pairs"], length["all"]["share"]) == (20, 13 / 20)
+    assert (length["not_kept"]["num_pairs"], length["not_kept"]["share"]) == (4, 0.25)
+    assert length["kept"]["num_pairs"] == 16
+
+
+def test_token_lengths_are_passed_on_and_may_be_absent(make_audit, make_run):
+    assert build(make_audit())["token_lengths"]["suggested"] == 1500
+    assert build(make_run())["token_lengths"] is None

@@ -1,0 +1,355 @@
+"""Does the audit find the noise, and does training on what it keeps pay? The measurement behind the defaults.
+
+    python benchmarks/noise.py                  # fill in the missing cells of noise_detection.csv and noise_policy.csv
+    python benchmarks/noise.py --scratch=DIR    # the same; several processes with one folder share the work
+    python benchmarks/noise.py --table          # the tables of docs/noise.md, from the rows
+
+Two embedded tasks, 500 to 6,000 pairs, 0 to 40 % of the labels flipped, five seeds; noise with a pattern on one task.
+Every audit is `ropo audit` with the options in `COMMON` and `ROPO`. DPO and ROPO were tuned with the same budget (nine
+settings of learning rate and beta, at 0 and 30 % flips, on seed 100). Accuracy on 2,000 held-out pairs with right
+labels; gold reward and distance to the start (nats) on 1,000 samples. The reference lines that see right labels only
+(ceiling, information line) have the best of the nine settings on clean data.
+"""
+
+import csv
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit, run_rounds
+from ropo.bench.measures import auroc, average_precision, precision_recall
+from ropo.bench.policy import score_policy
+from ropo.data.toy import REVIEWS, SUPPORT, gold_reward, make_pairs, save_toy
+from ropo.ledger import read_ledger
+
+HERE = Path(__file__).parent
+DETECTION, POLICY = HERE / "noise_detection.csv", HERE / "noise_policy.csv"
+TASKS = {"reviews": REVIEWS, "support": SUPPORT}
+RATES, SEEDS = (0.0, 0.1, 0.2, 0.3, 0.4), (1, 2, 3, 4, 5)
+PATTERNS, PATTERN_RATE, PATTERN_SEEDS = ("length", "near_tie", "annotator", "topic"), 0.2, (1, 2, 3)
+POLICY_RATES = (0.0, 0.2, 0.3, 0.4)
+NUM_HELD_OUT, NUM_TRUSTED, MIN_GAP = 2000, 100, 1.5
+COMMON: dict[str, Any] = {
+    "per_device_train_batch_size": 16, "num_train_epochs": 1, "max_length": 128, "save_strategy": "no",
+    "disable_tqdm": True,
+}  # fmt: skip
+PLAIN: dict[str, Any] = {"loss": "dpo", "rho": "0", "num_folds": 0}
+DPO: dict[str, Any] = {**PLAIN, "learning_rate": 2e-4, "beta": 0.3}
+ORACLE: dict[str, Any] = {**PLAIN, "learning_rate": 4e-4, "beta": 1.0}
+ROPO: dict[str, Any] = {"learning_rate": 4e-4, "beta": 1.0}
+CELL = ("task", "kind", "num_pairs", "flip_rate", "seed", "extra")
+DETECTION_COLUMNS = (
+    *CELL, "estimate", "low", "high", "is_informative", "auroc",
+    "average_precision", "brier", "precision", "recall", "right_dropped", "clean_auroc", "claimed_precision",
+    "claimed_recall", "worst_annotator", "seconds", "version",
+)  # fmt: skip
+METHODS = ("ropo", "ropo, 3 passes", "floor", "floor, ropo's options", "ceiling", "information line")
+POLICY_COLUMNS = (*CELL, "method", "accuracy", "gold", "kl", "seconds", "version")
+
+
+def planted(task: str, num_pairs: int, rate: float, seed: int, kind: str) -> tuple[list[Pair], list[Pair], np.ndarray]:
+    """Right pairs with the held-out ones behind them, the noisy ones, and which are flipped."""
+    pairs = make_pairs(num_pairs + NUM_HELD_OUT + NUM_TRUSTED, seed=1000 * seed, min_gap=MIN_GAP, grammar=TASKS[task])
+    more: dict[str, Any] = {}
+    if kind == "near_tie":
+        more["gap"] = [gold_reward(p.prompt, p.chosen) - gold_reward(p.prompt, p.rejected) for p in pairs[:num_pairs]]
+    if kind == "topic":
+        more["words"] = [noun for group in TASKS[task].groups[:1] for noun in group.nouns]
+    noisy, is_flipped = flip_labels(pairs[:num_pairs], rate=rate, seed=1000 * seed + 1, kind=kind, **more)
+    return pairs, noisy, is_flipped
+
+
+def judged(folder: Path, is_flipped: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """How well the ledger of an audit finds planted flips, and its held-out margins by row."""
+    ledger = read_ledger(folder / "ledger.parquet").to_pandas()
+    rows = ledger[(ledger["origin"] == "data") & (ledger["round"] == 0)].sort_values("row")
+    truth = is_flipped[rows["row"].to_numpy()]
+    p_flip, margins = rows["p_flip"].to_numpy(), rows["held_out_margin"].to_numpy()
+    is_taken = (rows["decision"] != "keep").to_numpy()
+    # Where nothing is flipped p_flip is 0 throughout, and the margin ranks.
+    score = p_flip + 1e-9 * np.tanh(-margins)
+    precision, recall = precision_recall(is_taken, truth)
+    found = {
+        "auroc": auroc(score, truth) if truth.any() else np.nan,
+        "average_precision": average_precision(score, truth) if truth.any() else np.nan,
+        "brier": float(np.mean((p_flip - truth) ** 2)),
+        "precision": precision,
+        "recall": recall,
+        "right_dropped": float(is_taken[~truth].mean()),
+    }
+    return found, margins
+
+
+def detect(cell: dict[str, Any], scratch: Path, folder: Path) -> dict[str, Any]:
+    """One row of the detection table; the audit stays in `folder`."""
+    task, num_pairs, seed = cell["task"], cell["num_pairs"], cell["seed"]
+    pairs, noisy, is_flipped = planted(task, num_pairs, cell["flip_rate"], seed, cell["kind"])
+    start = time.monotonic()
+    more = {"trusted": pairs[num_pairs + NUM_HELD_OUT :]} if cell["extra"] == "trusted" else {}
+    options = ROPOConfig(output_dir=str(folder), seed=seed, **COMMON, **ROPO)
+    summary = run_audit(scratch / f"{task}_model", noisy, options, **more)
+    found, margins = judged(folder, is_flipped)
+    clean = scratch / f"clean_{task}_{num_pairs}_{seed}.npy"
+    if not cell["flip_rate"]:
+        np.save(clean, margins)
+    elif clean.exists():  # margins of models trained on the right labels, seen from the noisy ones
+        found["clean_auroc"] = auroc(-np.load(clean) * np.where(is_flipped, -1, 1), is_flipped)
+    calibration, annotators = summary["calibration"] or {}, summary["annotators"]
+    return {
+        **cell,
+        **summary["flip_rate"],
+        **found,
+        "is_informative": int(summary["is_informative"]),
+        "claimed_precision": calibration.get("precision"),
+        "claimed_recall": calibration.get("recall"),
+        "worst_annotator": annotators[0]["rate"] if annotators else None,
+        "seconds": time.monotonic() - start,
+        "version": __version__,
+    }
+
+
+def align(cell: dict[str, Any], method: str, scratch: Path, folder: Path) -> dict[str, Any]:
+    """One row of the policy table; for ROPO `folder` holds the audit already."""
+    task, num_pairs, seed, rate = cell["task"], cell["num_pairs"], cell["seed"], cell["flip_rate"]
+    pairs, noisy, is_flipped = planted(task, num_pairs, rate, seed, cell["kind"])
+    right, data, options, more = pairs[:num_pairs], noisy, ROPO, {}
+    if method == "ropo, 3 passes":
+        options = {**ROPO, "num_passes": 3}
+    elif method == "floor":
+        options = DPO
+    elif method == "floor, ropo's options":
+        options = ORACLE
+    elif method == "ceiling":
+        options, data = ORACLE, [pair for pair, wrong in zip(noisy, is_flipped, strict=True) if not wrong]
+    elif method == "information line":
+        kept = np.random.default_rng(seed).permutation(num_pairs)[: round((1 - 2 * rate) ** 2 * num_pairs)]
+        options, data = ORACLE, [right[i] for i in kept]
+    elif cell["extra"] == "trusted":
+        more["trusted"] = pairs[num_pairs + NUM_HELD_OUT :]
+    steps = -1 if method.startswith("ropo") else -(-num_pairs // COMMON["per_device_train_batch_size"])
+    base = scratch / f"{task}_model"
+    start = time.monotonic()
+    run_rounds(base, data, ROPOConfig(output_dir=str(folder), seed=seed, max_steps=steps, **COMMON, **options), **more)
+    seconds = time.monotonic() - start
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (folder, base)]
+    score = score_policy(
+        *models, AutoTokenizer.from_pretrained(base), pairs[num_pairs : num_pairs + NUM_HELD_OUT],
+        lambda prompt, text: gold_reward(prompt, text, grammar=TASKS[task]),
+        num_samples=1000, max_length=128, max_new_tokens=48, seed=seed,
+    )  # fmt: skip
+    return {
+        **cell, "method": method, "accuracy": score.accuracy.value, "gold": score.gold.value, "kl": score.kl.value,
+        "seconds": seconds, "version": __version__,
+    }  # fmt: skip
+
+
+def all_cells() -> list[dict[str, Any]]:
+    """Every cell, the most telling first, so that a run that is stopped early has whole seeds."""
+
+    def cell(task: str, kind: str, size: int, rate: float, seed: int, extra: str = "") -> dict[str, Any]:
+        return dict(zip(CELL, (task, kind, size, rate, seed, extra), strict=True))
+
+    large = [[cell(task, "symmetric", 6000, rate, seed) for rate in RATES for task in TASKS] for seed in SEEDS]
+    small = [
+        [cell(task, "symmetric", size, rate, seed) for size in (1500, 500) for rate in RATES for task in TASKS]
+        for seed in SEEDS
+    ]
+    patterns = [cell("reviews", kind, 6000, 0.2, seed) for seed in PATTERN_SEEDS for kind in PATTERNS]
+    helped = [cell("reviews", "symmetric", 6000, 0.4, seed, "trusted") for seed in SEEDS[:3]]
+    helped += [cell("reviews", "annotator", 6000, 0.4, seed, "annotators") for seed in SEEDS[:3]]
+    groups = [*large[:2], small[0], patterns[:4], large[2], helped, small[1], *large[3:], patterns[4:], *small[2:]]
+    return [one for group in groups for one in group]
+
+
+def methods_of(cell: dict[str, Any]) -> list[str]:
+    """Which policies are trained on the pairs of a cell; without flips all reference lines are one."""
+    if cell["task"] != "reviews" or cell["num_pairs"] != 6000 or cell["flip_rate"] not in POLICY_RATES:
+        return []
+    if cell["extra"]:
+        return ["ropo"]
+    if cell["kind"] != "symmetric":
+        return ["ropo", "floor"]
+    more = ["ropo, 3 passes", "ceiling", "information line"] if cell["flip_rate"] else []
+    return ["ropo", "floor", "floor, ropo's options", *more]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Finished cells."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
+    """Add a finished cell."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(
+            {key: f"{row.get(key):.4f}" if isinstance(row.get(key), float) else row.get(key) for key in columns}
+        )
+    print(
+        " ".join(f"{key}={row[key]:.3f}" if isinstance(row[key], float) else f"{row[key]}" for key in row), flush=True
+    )
+
+
+def key_of(row: dict[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
+    """What names a cell."""
+    return tuple(str(float(row[name])) if name == "flip_rate" else str(row[name]) for name in columns)
+
+
+def measure(cell: dict[str, Any], scratch: Path) -> None:
+    """Fill in what is missing of one cell: its detection row, then its policies."""
+    detected = {key_of(row, CELL) for row in rows_of(DETECTION)}
+    trained = {key_of(row, (*CELL, "method")) for row in rows_of(POLICY)}
+    missing = [name for name in methods_of(cell) if (*key_of(cell, CELL), name) not in trained]
+    if key_of(cell, CELL) in detected and not missing:
+        return
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        if key_of(cell, CELL) not in detected or any(method.startswith("ropo") for method in missing):
+            row = detect(cell, scratch, Path(name) / "ropo")
+            if key_of(cell, CELL) not in detected:
+                append(DETECTION, DETECTION_COLUMNS, row)
+        for method in missing:
+            out = Path(name) / ("ropo" if method.startswith("ropo") else "plain")
+            shutil.rmtree(Path(name) / "plain", ignore_errors=True)
+            append(POLICY, POLICY_COLUMNS, align(cell, method, scratch, out))
+
+
+def main() -> None:
+    """Fill in the missing cells; several processes with one --scratch= folder share the work."""
+    if "--table" in sys.argv:
+        show()
+        return
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    kept = [word.removeprefix("--scratch=") for word in sys.argv[1:] if word.startswith("--scratch=")]
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(kept[0] if kept else name)
+        scratch.mkdir(exist_ok=True)
+        for task, grammar in TASKS.items():
+            if not (scratch / f"{task}_model" / "tokenizer.json").exists():
+                save_toy(scratch / f"{task}_model", seed=0, grammar=grammar)
+        for number, cell in enumerate(all_cells()):
+            try:
+                (scratch / f"claimed_{number}").mkdir()
+            except FileExistsError:
+                continue  # another process has it, or had it: remove the folder to have it measured again
+            measure(cell, scratch)
+
+
+def show() -> None:
+    """Print the tables of docs/noise.md as Markdown."""
+    print(detection_table(), end="\n\n")
+    print(policy_table(), end="\n\n")
+    print(pattern_table())
+
+
+def detection_table() -> str:
+    """One line per task, size and rate: means over seeds."""
+    found = [row for row in rows_of(DETECTION) if row["kind"] == "symmetric" and not row["extra"]]
+    names = ("task", "pairs", "flipped", "seeds", "can tell", "covered", "estimate", "AUROC", "AUROC of clean models")
+    lines = [f"| {' | '.join(names)} | right pairs dropped |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for task, size, rate in sorted({(row["task"], -int(row["num_pairs"]), float(row["flip_rate"])) for row in found}):
+        cells = [
+            row for row in found
+            if (row["task"], -int(row["num_pairs"]), float(row["flip_rate"])) == (task, size, rate)
+        ]  # fmt: skip
+        told = [row for row in cells if row["is_informative"] == "1"]
+        covered = sum(float(row["low"]) <= rate <= float(row["high"]) for row in cells)
+        estimates = [float(row["estimate"]) for row in told]
+        shown = f"{np.mean(estimates):.3f} ({min(estimates):.3f}-{max(estimates):.3f})" if told else "-"
+        lines.append(
+            f"| {task} | {-size:,} | {rate:.0%} | {len(cells)} | {len(told)} | {covered} | {shown} "
+            f"| {_average(cells, 'auroc')} | {_average(cells, 'clean_auroc')} | {_average(cells, 'right_dropped')} |"
+        )
+    return "\n".join(lines)
+
+
+def policy_table() -> str:
+    """One line per rate and method: means over seeds with 90 % intervals."""
+    found = rows_of(POLICY)
+    lines = [
+        "| flipped | method | seeds | accuracy | gold reward | distance, nats | gap closed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    kinds = sorted({(float(row["flip_rate"]), row["kind"], row["extra"]) for row in found}, key=str)
+    for rate, kind, extra in kinds:
+        group = [row for row in found if (float(row["flip_rate"]), row["kind"], row["extra"]) == (rate, kind, extra)]
+        by_method = {name: {row["seed"]: row for row in group if row["method"] == name} for name in METHODS}
+        for name, cells in by_method.items():
+            if not cells:
+                continue
+            what = f"{rate:.0%}" + (f", {kind}" if kind != "symmetric" else "")
+            scores = {key: np.array([float(row[key]) for row in cells.values()]) for key in ("accuracy", "gold", "kl")}
+            title = f"{name} with {NUM_TRUSTED} trusted pairs" if extra == "trusted" else name
+            lines.append(
+                f"| {what} | {title} | {len(cells)} | {with_interval(scores['accuracy'], 3)} "
+                f"| {with_interval(scores['gold'], 2)} | {scores['kl'].mean():.1f} | {_gap_closed(by_method, name)} |"
+            )
+    return "\n".join(lines)
+
+
+def _gap_closed(by_method: dict[str, dict[str, dict[str, str]]], name: str) -> str:
+    """(score − floor) / (ceiling − floor) in accuracy, paired by seed."""
+    floor, ceiling = by_method["floor"], by_method["ceiling"]
+    seeds = [seed for seed in by_method[name] if seed in floor and seed in ceiling]
+    if name in ("floor", "ceiling") or not seeds:
+        return ""
+    gaps = [float(ceiling[seed]["accuracy"]) - float(floor[seed]["accuracy"]) for seed in seeds]
+    gains = [float(by_method[name][seed]["accuracy"]) - float(floor[seed]["accuracy"]) for seed in seeds]
+    return with_interval(np.array(gains) / np.array(gaps), 2)
+
+
+def pattern_table() -> str:
+    """Noise that does not fall at random, one line per kind."""
+    found = [row for row in rows_of(DETECTION) if row["kind"] != "symmetric" or row["extra"]]
+    names = ("noise", "flipped", "seeds", "estimate", "AUROC", "precision", "recall", "precision claimed")
+    lines = [f"| {' | '.join(names)} | recall claimed | worst annotator |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for kind, rate, extra in sorted({(row["kind"], float(row["flip_rate"]), row["extra"]) for row in found}):
+        cells = [row for row in found if (row["kind"], float(row["flip_rate"]), row["extra"]) == (kind, rate, extra)]
+        title = f"{kind}, {NUM_TRUSTED} trusted pairs" if extra == "trusted" else kind
+        shown = " | ".join(
+            _average(cells, key)
+            for key in (
+                "estimate",
+                "auroc",
+                "precision",
+                "recall",
+                "claimed_precision",
+                "claimed_recall",
+                "worst_annotator",
+            )
+        )
+        lines.append(f"| {title} | {rate:.0%} | {len(cells)} | {shown} |")
+    return "\n".join(lines)
+
+
+def _average(cells: list[dict[str, str]], key: str) -> str:
+    values = [float(row[key]) for row in cells if row[key] not in ("", "nan")]
+    return f"{np.mean(values):.3f}" if values else "-"
+
+
+def with_interval(values: np.ndarray, digits: int) -> str:
+    """Mean over seeds and half the width of its 90 % interval (Student's t)."""
+    if len(values) < 2:
+        return f"{values.mean():.{digits}f}"
+    half = float(t.ppf(0.95, len(values) - 1)) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():.{digits}f} ±{half:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""The noise of a dataset: held-out margins, flip rate, P(flipped) and a decision for every pair.
+
+In: tokenized pairs with reference log-probabilities, a model, a `ROPOConfig`. Out: a folder with one sub-folder per
+pass, and the weighted pairs to train on.
+
+The way: ROPO alternates between training on weighted pairs and weighing them by the trained model's losses. Here the
+losses are held-out, so that no pair is judged by a model that was trained on it. The first pass trains on all labels
+and gives the flip rate. A further pass trains on what the last one kept, with the robust loss, and judges all pairs
+anew: its models have seen fewer wrong labels, so they tell the pairs apart better. It keeps the first pass's rate,
+since labels that have been filtered agree with themselves.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from ropo.config import LOSS_OPTIONS, ROPOConfig
+from ropo.crossfit import crossfit_margins
+from ropo.noise.calibrate import Calibration, calibrate
+from ropo.noise.decide import decide
+from ropo.noise.estimate import FlipEstimate, estimate_flips
+from ropo.pairs import PairLogps
+from ropo.policy import PolicySource
+from ropo.provenance import hash_value, read_json, write_aside, write_json
+from ropo.stages import Stages
+from ropo.trainer import PairDataset
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float64]
+
+FIRST_PASS_BETA = 0.1
+"""Upper limit of beta in the first pass. Its models judge and are thrown away, so they may move as far as they like; a
+strong pull to the reference makes DPO fit single labels before what they have in common."""
+
+LEAST_ALPHA, ALPHA_PER_NOISE = 2.0, 34.0
+
+
+class Audit:
+    """What is known about the labels, in a folder.
+
+    Args:
+        data: All pairs that fit, as the data labels them, then the trusted ones.
+        args: Options of the run.
+        folder: Where the passes write.
+        source: Loads the initial model.
+        tokenizer: The model's.
+        peft_config: For adapters.
+    """
+
+    def __init__(
+        self,
+        data: PairDataset,
+        args: ROPOConfig,
+        *,
+        folder: Path,
+        source: PolicySource,
+        tokenizer: PreTrainedTokenizerBase,
+        peft_config: PeftConfig | None,
+    ) -> None:
+        self.data, self.args, self.folder = data, args, folder
+        self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
+        self.num_passes = 1
+        # +1 where the label stands, −1 where a person has called it wrong, 0 where the pair is to be left out.
+        self._sign = np.array([_SIGNS.get(pair.verdict, 1.0) for pair in data.pairs])
+        self._is_known = np.array(
+            [pair.origin == "trusted" or pair.verdict in ("right", "wrong") for pair in data.pairs], dtype=bool
+        )
+
+    def run(self, digest: str) -> str:
+        """Run every pass that teaches something new.
+
+        Args:
+            digest: Of everything that made `data`, and of the options.
+
+        Returns:
+            Digest of the audit, for what is made from it.
+        """
+        training = training_set(self.data, np.abs(self._sign) * self.data.weights, self._sign < 0)
+        for number in range(self.args.num_passes):
+            args = _first_pass_options(self.args) if number == 0 else self.options()
+            digest = hash_value([digest, number, args.loss, args.beta, args.loss_options])
+            checks = crossfit_margins(
+                self.data,
+                training,
+                args,
+                folder=self._pass(number),
+                source=self.source,
+                tokenizer=self.tokenizer,
+                peft_config=self.peft_config,
+                digest=digest,
+            )
+            stages = Stages(self._pass(number))
+            files = ["judgement.safetensors", "judgement.json"]
+            digest = stages.run("judge", digest, files, partial(self._judge, number, checks))
+            self.num_passes = number + 1
+            if not self.judgement()["rho"]:
+                break  # nothing was taken away, so another pass would train on the same pairs
+            training = self.training()
+        return digest
+
+    def judgement(self) -> dict[str, Any]:
+        """What the last pass wrote: the estimate, ρ, α and their reasons, and per pair `decisions` and `weights`."""
+        found: dict[str, Any] = read_json(self._pass(self.num_passes - 1) / "judgement.json")
+        return found
+
+    def estimate(self) -> dict[str, Any]:
+        """`FlipEstimate.to_dict()` of the first pass."""
+        found: dict[str, Any] = self.judgement()["estimate"]
+        return found
+
+    def options(self) -> ROPOConfig:
+        """Options of the training that follows, with α as the noise that is left asks for; at 0 the loss is DPO."""
+        return self.args.with_alpha(float(self.judgement()["alpha"]))
+
+    def margins(self) -> Floats:
+        """Held-out margin of every pair as the data labels it, shape (pairs,)."""
+        last: Floats = self.checks()[-1]
+        return last
+
+    def checks(self) -> Floats:
+        """Held-out margins at the checks of the last pass, shape (checks, pairs)."""
+        return self._tensor("margins", self.num_passes - 1)
+
+    def p_flip(self) -> Floats:
+        """P(flipped) of every pair, shape (pairs,)."""
+        return self._tensor("p_flip", self.num_passes - 1)
+
+    def calibration(self) -> Calibration | None:
+        """What became of labels turned round on purpose, at the first pass, whose margins no filter has touched."""
+        margins = self._tensor("margins", 0)[-1, ~self._is_known & (self._sign != 0)]
+        return calibrate(margins, estimate_flips(margins), seed=self.args.seed)
+
+    def training(self) -> PairDataset:
+        """The weighted pairs to train on."""
+        found = self.judgement()
+        return training_set(
+            self.data, np.array(found["weights"]), np.array([what == "flip" for what in found["decisions"]])
+        )
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage took."""
+        return {
+            f"pass {number} {name}": value
+            for number in range(self.num_passes)
+            for name, value in Stages(self._pass(number)).seconds.items()
+        }
+
+    def _pass(self, number: int) -> Path:
+        return self.folder / f"pass_{number}"
+
+    def _tensor(self, name: str, number: int) -> Floats:
+        values: Floats = load_file(self._pass(number) / "judgement.safetensors")[name].double().numpy()
+        return values
+
+    def _judge(self, number: int, checks: Floats) -> None:
+        estimate, p_flip = self._estimate(number, checks)
+        rho, reason = resolve_rho(self.args.fixed_rho, estimate)
+        decisions, weights = self._decide(checks, p_flip, rho)
+        # The flip probabilities of what is trained on: of flipped pairs it is that of their turned label.
+        wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)
+        left = float(np.sum(weights * wrong) / max(weights.sum(), 1e-12)) if estimate["is_informative"] else 0.0
+        alpha, alpha_reason = resolve_alpha(self.args.fixed_alpha, estimate, left)
+        logger.info("Pass %d: rho = %.4f, since %s; alpha = %.2f, since %s.", number, rho, reason, alpha, alpha_reason)
+        if PartialState().is_main_process:
+            with write_aside(self._pass(number) / "judgement.safetensors") as path:
+                save_file({"margins": torch.from_numpy(checks.copy()), "p_flip": torch.from_numpy(p_flip)}, path)
+            write_json(
+                self._pass(number) / "judgement.json",
+                {
+                    "estimate": estimate,
+                    "rho": rho,
+                    "rho_reason": reason,
+                    "alpha": alpha,
+                    "alpha_reason": alpha_reason,
+                    "noise_left": left,
+                    "decisions": decisions.tolist(),
+                    "weights": weights.tolist(),
+                },
+            )
+
+    def _estimate(self, number: int, checks: Floats) -> tuple[dict[str, Any], Floats]:
+        """Of the first pass the estimate; of later ones P(flipped) by their own margins at the first one's rates."""
+        open_ = self._sign != 0
+        sign, known = self._sign[open_], self._is_known[open_]
+        rate = None if number == 0 else float(read_json(self._pass(0) / "judgement.json")["estimate"]["rate"])
+        names = [pair.annotator for pair, is_open in zip(self.data.pairs, open_, strict=True) if is_open]
+        found = estimate_flips(
+            sign * checks[-1, open_], annotators=names, is_trusted=known if known.any() else None, rate=rate
+        )
+        told = found.to_dict() if number == 0 else self._first_estimate(found)
+        p_flip = np.ones(len(self._sign))
+        p_flip[open_] = np.where(sign < 0, 1.0, found.p_flip)
+        return told, p_flip
+
+    def _first_estimate(self, found: FlipEstimate) -> dict[str, Any]:
+        first = dict(read_json(self._pass(0) / "judgement.json")["estimate"])
+        later = found.to_dict()
+        return {**first, "scale": later["scale"], "tail": later["tail"]}
+
+    def _decide(self, checks: Floats, p_flip: Floats, rho: float) -> tuple[NDArray[np.str_], Floats]:
+        decisions = np.where(self._sign > 0, "keep", np.where(self._sign < 0, "flip", "drop")).astype("<U8")
+        weights = np.abs(self._sign)
+        doubtful = ~self._is_known & (self._sign != 0)
+        found = decide(
+            checks[-1, doubtful], p_flip[doubtful], rho=rho, rule=self.args.decision_rule, checks=checks[:, doubtful]
+        )
+        decisions[doubtful], weights[doubtful] = found.decision, found.weight
+        return decisions, weights * self.data.weights
+
+
+_SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}
+
+
+def _first_pass_options(args: ROPOConfig) -> ROPOConfig:
+    """Options of models whose margins are log-odds of the label, up to one scale: that is what DPO fits.
+
+    Robust losses sharpen margins, which reads as more flips than there are. Losses without a reference keep their own.
+    """
+    if not args.reads_reference:
+        return args
+    args = copy.copy(args)
+    args.loss = "dpo"
+    args.beta = min(args.beta, FIRST_PASS_BETA)
+    for name in LOSS_OPTIONS:
+        setattr(args, name, None)
+    return args
+
+
+def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> tuple[float, str]:
+    """The share of pairs to filter out, and the reason in words.
+
+    Args:
+        fixed: What the user gave, or None to follow the estimate.
+        estimate: `FlipEstimate.to_dict()`.
+
+    Returns:
+        ρ in [0, 0.5] and a clause that completes "ρ is ..., since ...".
+
+    Examples:
+        >>> resolve_rho(None, {"is_informative": True, "rate": 0.01, "low": 0.0, "high": 0.02})[0]
+        0.0
+    """
+    if fixed is not None:
+        return fixed, "it was given"
+    if not estimate["is_informative"]:
+        return 0.0, f"the margins cannot tell how many labels are flipped: {estimate['reason'].rstrip('.')}"
+    if estimate["low"] <= 0.0:
+        return 0.0, "the labels may all be right: the interval of the estimate reaches down to 0"
+    return min(float(estimate["rate"]), 0.5), "this is the estimated flip rate"
+
+
+def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any], left: float) -> tuple[float, str]:
+    """The α of the robust loss, and the reason in words.
+
+    ::
+
+        α = 0, which is DPO, if nothing speaks for flips;   else α = 2 + 34·(share of wrong labels left in training)
+
+    The rule is ours. Above 2 a contradicted pair weighs less than an undecided one; the paper's 14 is reached where
+    35 % of what is trained on is wrong.
+
+    Args:
+        fixed: What the user gave, or None to follow the noise.
+        estimate: `FlipEstimate.to_dict()`.
+        left: Expected share of wrong labels among the weighted pairs.
+
+    Returns:
+        α and a clause that completes "α is ..., since ...".
+
+    Examples:
+        >>> resolve_alpha(None, {"is_informative": True, "low": 0.25}, 0.1)[0]
+        5.4
+        >>> resolve_alpha(None, {"is_informative": True, "low": 0.0}, 0.0)
+        (0.0, 'nothing speaks for flipped labels, and without them DPO is best')
+    """
+    if fixed is not None:
+        return fixed, "it was given"
+    if not estimate["is_informative"]:
+        return 0.0, "it cannot be told how many labels are wrong, and DPO assumes the least"
+    if estimate["low"] <= 0.0:
+        return 0.0, "nothing speaks for flipped labels, and without them DPO is best"
+    return round(LEAST_ALPHA + ALPHA_PER_NOISE * left, 4), f"about {100 * left:.1f} % of what is trained on is wrong"
+
+
+def training_set(data: PairDataset, weights: Floats, is_flipped: NDArray[np.bool_]) -> PairDataset:
+    """What to train on: pairs with a positive weight, with chosen and rejected swapped where `is_flipped`.
+
+    Args:
+        data: Pairs as labelled.
+        weights: One per pair, 0 leaves the pair out.
+        is_flipped: One per pair.
+
+    Returns:
+        Weighted pairs in the order of `data`.
+
+    Raises:
+        ValueError: If no pair is left.
+    """
+    kept = np.flatnonzero(np.asarray(weights) > 0).tolist()
+    if not kept:
+        raise ValueError("Training needs at least one pair with a weight above 0; got none. Lower rho.")
+    chosen = data.select(kept)
+    turned = [i for i, place in enumerate(kept) if is_flipped[place]]
+    for i in turned:
+        pair, ids = chosen.pairs[i], chosen.tokens[i]
+        chosen.pairs[i] = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        chosen.tokens[i] = replace(ids, chosen=ids.rejected, rejected=ids.chosen)
+    if chosen.reference is not None and turned:
+        flipped = torch.tensor([bool(is_flipped[place]) for place in kept])
+        old = chosen.reference
+        chosen.reference = PairLogps(
+            chosen=torch.where(flipped, old.rejected, old.chosen),
+            rejected=torch.where(flipped, old.chosen, old.rejected),
+        )
+    chosen.weights = [float(weights[i]) for i in kept]
+    return chosen

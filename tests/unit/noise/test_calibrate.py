@@ -1,0 +1,61 @@
+"""What labels that are turned round on purpose say about the estimate."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ropo.noise.calibrate import calibrate
+from ropo.noise.estimate import estimate_flips
+
+
+def planted(rate, *, separation=2.0, num_pairs=20_000, seed=0):
+    rng = np.random.default_rng(seed)
+    clean = rng.normal(separation, 1.0, size=num_pairs)
+    is_flipped = rng.random(num_pairs) < rate
+    return np.where(is_flipped, -clean, clean), is_flipped
+
+
+@pytest.mark.parametrize("separation", [1.0, 2.0])
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_recall_and_precision_are_those_of_the_truth(rate, separation):
+    """Known from nothing but turned labels: 0.03 is four standard errors of 2,000; the rate has its own."""
+    margins, is_flipped = planted(rate, separation=separation)
+    found = estimate_flips(margins)
+    claimed = calibrate(margins, found)
+    # A label is called where P(flipped) exceeds one half once a tenth of all are turned.
+    rate_now = found.rate + 0.1 - 0.2 * found.rate
+    called = found.p_flip_at(margins, rate=rate_now) > 0.5
+    assert claimed.recall == pytest.approx(called[is_flipped].mean(), abs=0.03)
+    assert claimed.precision == pytest.approx(is_flipped[called].mean(), abs=0.08)
+    assert claimed.num_injected == 2000
+
+
+def test_bins_predict_what_is_observed():
+    margins, _ = planted(0.2)
+    bins = calibrate(margins, estimate_flips(margins)).bins
+    assert sum(one.num_pairs for one in bins) == len(margins)
+    assert [one.predicted for one in bins] == sorted(one.predicted for one in bins)
+    for one in bins:  # standard error at most 0.011
+        assert one.observed == pytest.approx(one.predicted, abs=0.045)
+
+
+def test_an_estimate_that_is_off_shows_in_the_bins():
+    margins, _ = planted(0.2)
+    wrong = dataclasses.replace(estimate_flips(margins), scale=estimate_flips(margins).scale / 5)
+    assert max(abs(one.observed - one.predicted) for one in calibrate(margins, wrong).bins) > 0.07
+
+
+def test_nothing_to_say():
+    rng = np.random.default_rng(1)
+    blind = rng.normal(size=500)
+    assert calibrate(blind, estimate_flips(blind)) is None
+    few, _ = planted(0.2, num_pairs=40)
+    assert calibrate(few, estimate_flips(few)) is None
+
+
+def test_no_flips_no_precision():
+    margins, _ = planted(0.0, separation=4.0, num_pairs=2000)
+    found = calibrate(margins, estimate_flips(margins))
+    assert found.precision is None
+    assert found.recall > 0.95

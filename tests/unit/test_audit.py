@@ -1,0 +1,189 @@
+"""The audit: who judges whom, what a verdict changes, and that nothing changes where nothing speaks for flips."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ropo.align import run_audit, run_rounds
+from ropo.audit import resolve_alpha
+from ropo.config import ROPOConfig
+from ropo.crossfit import NUM_CHECKS, deal
+from ropo.data.load import load_pairs
+from ropo.ledger import read_ledger
+from ropo.provenance import hash_file
+from ropo.trainer import ROPOTrainer
+
+
+def config(folder, **options):
+    common = {
+        "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 4, "max_length": 96,
+        "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "num_folds": 4,
+    }  # fmt: skip
+    return ROPOConfig(**{**common, **options})
+
+
+def ledger_of(folder):
+    return read_ledger(folder / "ledger.parquet").to_pandas()
+
+
+def test_no_model_judges_what_it_was_trained_on(model_folder, pairs, tmp_path, monkeypatch):
+    """Copies and contradictions of a pair share its fold; every pair is judged once in each pass."""
+    twin = replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen, row=20)
+    seen, train = [], ROPOTrainer.train_or_resume
+
+    def watching(self):
+        seen.append(
+            (self.args.loss, {p.id for p in self.train_dataset.pairs}, [p.row for p in self.eval_dataset.pairs])
+        )
+        train(self)
+        assert len(self.check_margins) == NUM_CHECKS
+
+    monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
+    run_audit(model_folder, [*pairs, twin], config(tmp_path / "O", rho="0.2"))
+    ids = {pair.row: pair.id for pair in [*pairs, twin]}
+    assert len(seen) == 8
+    assert {loss for loss, _, _ in seen[:4]} == {"dpo"}
+    for _, learned, judged in seen:
+        assert not learned & {ids[row] for row in judged}
+    for number in (0, 4):
+        assert sorted(row for _, _, judged in seen[number : number + 4] for row in judged) == list(range(21))
+
+
+def test_checks_are_different_moments_of_one_training(model_folder, pairs, tmp_path):
+    run_audit(model_folder, pairs, config(tmp_path / "O", num_train_epochs=3, num_passes=1))
+    report = json.loads((tmp_path / "O" / "report.json").read_text())
+    assert report["estimate"]["num_pairs"] == 20
+    margins = load_file(tmp_path / "O" / "audit" / "pass_0" / "judgement.safetensors")["margins"]
+    assert margins.shape == (NUM_CHECKS, 20)
+    assert np.abs(margins[0] - margins[1]).min() > 0
+    assert np.abs(margins[1] - margins[2]).min() > 0
+    assert np.abs(margins[0]).mean() < np.abs(margins[2]).mean()
+
+
+def test_where_nothing_speaks_for_flips_ropo_is_dpo_bit_for_bit(model_folder, pairs, tmp_path):
+    """Twenty pairs are too few to tell anything, so `auto` trains what plain DPO trains."""
+    summary = run_rounds(model_folder, pairs, config(tmp_path / "auto"))
+    run_rounds(model_folder, pairs, config(tmp_path / "dpo", loss="dpo", rho="0", num_folds=0))
+    assert (summary["is_informative"], summary["rho"], summary["alpha"]) == (False, 0.0, 0.0)
+    assert "cannot be told" in summary["alpha_reason"]
+    auto, dpo = (hash_file(tmp_path / name / "model.safetensors") for name in ("auto", "dpo"))
+    assert auto == dpo
+    run_rounds(model_folder, pairs, config(tmp_path / "given", alpha="14", rho="0"))
+    assert hash_file(tmp_path / "given" / "model.safetensors") != dpo
+
+
+@pytest.mark.parametrize(
+    ("estimate", "left", "alpha"),
+    [
+        ({"is_informative": True, "low": 0.1}, 0.35, 13.9),
+        ({"is_informative": True, "low": 0.1}, 0.0, 2.0),
+        ({"is_informative": True, "low": 0.0}, 0.2, 0.0),
+        ({"is_informative": False, "low": 0.1}, 0.2, 0.0),
+    ],
+)
+def test_alpha_follows_the_noise_that_is_left(estimate, left, alpha):
+    assert resolve_alpha(None, estimate, left)[0] == pytest.approx(alpha)
+    assert resolve_alpha(6.0, estimate, left) == (6.0, "it was given")
+
+
+def test_one_more_pass_goes_on_from_those_that_are_done(model_folder, pairs, tmp_path):
+    options = {"rho": "0.2", "alpha": "14"}
+    run_audit(model_folder, pairs, config(tmp_path / "O", num_passes=2, **options))
+    files = sorted((tmp_path / "O" / "audit").rglob("fold_*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in files}
+    summary = run_audit(model_folder, pairs, config(tmp_path / "O", num_passes=3, **options))
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert "pass 2 fold 3" in summary["seconds"]
+
+
+def test_an_audit_goes_on_as_a_training(model_folder, pairs, tmp_path, monkeypatch):
+    """The same folder and options: the folds are not trained again, and the result is that of a training alone."""
+    run_audit(model_folder, pairs, config(tmp_path / "O", rho="0.2"))
+    assert {"cleaned.jsonl", "dropped.jsonl", "review.csv"} <= {path.name for path in (tmp_path / "O").iterdir()}
+    run_rounds(model_folder, pairs, config(tmp_path / "alone", rho="0.2"))
+    trained, train = [], ROPOTrainer.train_or_resume
+
+    def watching(self):
+        trained.append(len(self.train_dataset))
+        train(self)
+
+    monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
+    run_rounds(model_folder, pairs, config(tmp_path / "O", rho="0.2"))
+    assert len(trained) == 1
+    assert hash_file(tmp_path / "O" / "model.safetensors") == hash_file(tmp_path / "alone" / "model.safetensors")
+
+
+def test_cleaned_data_is_ready_to_train_with(model_folder, pairs, tmp_path):
+    folder = tmp_path / "O"
+    summary = run_audit(model_folder, pairs, config(folder, rho="0.3", decision_rule="relabel"))
+    cleaned, ledger = load_pairs(folder / "cleaned.jsonl"), ledger_of(folder)
+    dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    assert not cleaned.problems
+    assert len(cleaned.pairs) == summary["num_kept"] + summary["num_flipped"]
+    assert [row["row"] for row in dropped] == ledger.loc[ledger["decision"] == "drop", "row"].tolist()
+    assert summary["num_dropped"] == len(dropped) > 0
+
+
+def fill(folder, verdicts):
+    with (folder / "review.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["verdict"] = verdicts.get(int(row["row"]), "")
+    path = folder.parent / "filled.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_persons_verdicts_are_obeyed(model_folder, pairs, tmp_path):
+    run_audit(model_folder, pairs, config(tmp_path / "O", rho="0.2", num_passes=1))
+    verdicts = {3: "wrong", 4: "drop", 5: "right", 6: "right"}
+    table = fill(tmp_path / "O", verdicts)
+    summary = run_rounds(
+        model_folder, pairs, config(tmp_path / "T", rho="0.5", decision_rule="lowest_loss"), decisions=table
+    )
+    ledger = ledger_of(tmp_path / "T").set_index("row")
+    assert ledger.loc[[3, 4, 5, 6], "decision"].tolist() == ["flip", "drop", "keep", "keep"]
+    assert ledger.loc[[3, 5, 6], "p_flip"].tolist() == [1, 0, 0]
+    assert ledger.loc[4, "weight"] == 0
+    assert summary["num_trusted"] == 3
+    rest = ledger.drop([3, 4, 5, 6])
+    assert (rest["decision"] == "drop").sum() == 8  # half of the sixteen that nobody has judged
+    cleaned = run_audit(model_folder, pairs, config(tmp_path / "A", num_passes=1), decisions=table)
+    assert cleaned["num_flipped"] == 1
+    turned = next(p for p in load_pairs(tmp_path / "A" / "cleaned.jsonl").pairs if p.id == pairs[3].id)
+    assert (turned.chosen, turned.rejected) == (pairs[3].rejected, pairs[3].chosen)
+
+
+def test_trusted_pairs_are_kept_and_are_no_part_of_the_data(model_folder, pairs, tmp_path):
+    summary = run_audit(
+        model_folder, pairs[:15], config(tmp_path / "O", rho="0.5", decision_rule="lowest_loss"), trusted=pairs[15:]
+    )
+    ledger = ledger_of(tmp_path / "O")
+    trusted = ledger[ledger["origin"] == "trusted"]
+    assert (len(trusted), summary["num_pairs"], summary["num_trusted"]) == (5, 15, 5)
+    assert set(trusted["decision"]) == {"keep"}
+    assert (trusted["p_flip"] == 0).all()
+    assert summary["num_dropped"] == 7
+    assert len(load_pairs(tmp_path / "O" / "cleaned.jsonl").pairs) == 8
+
+
+def test_folds_are_even_and_repeatable():
+    ids = [f"pair {number % 50}" for number in range(60)]
+    fold_of = deal(ids, 5, seed=1)
+    assert np.bincount(list(fold_of.values())).tolist() == [10] * 5
+    assert deal(ids[::-1], 5, seed=1) == fold_of
+    assert deal(ids, 5, seed=2) != fold_of
+    with pytest.raises(ValueError, match="got 5 folds and 3 pairs"):
+        deal(["a", "b", "c"], 5, seed=0)
+
+
+def test_an_audit_needs_folds(model_folder, pairs, tmp_path):
+    with pytest.raises(ValueError, match="An audit needs num_folds of 2 or more; got 0"):
+        run_audit(model_folder, pairs, config(tmp_path / "O", num_folds=0, rho="0.1", alpha="14"))
