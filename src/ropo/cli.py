@@ -32,6 +32,7 @@ from ropo.demo import run_demo
 from ropo.losses import methods_table
 
 DONE, NOT_ACCEPTABLE, MISUSE = 0, 1, 2
+COLUMNS = ("prompt", "chosen", "rejected", "annotator")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -142,11 +143,10 @@ def _demo(words: list[str]) -> int:
 
 def _inputs(task: str, given: TrainArguments, words: list[str]) -> dict[str, Any]:
     """What `run_rounds` and `run_audit` take beside the model, the dataset and the options."""
-    names = {name: getattr(given, f"{name}_column") for name in ("prompt", "chosen", "rejected", "annotator")}
     return {
         "peft_config": _adapter(given),
         "split": given.dataset_split,
-        "columns": {ours: theirs for ours, theirs in names.items() if ours != theirs},
+        "columns": _columns(given),
         "load_options": {
             "dtype": given.dtype,
             "attn_implementation": given.attn_implementation,
@@ -157,6 +157,12 @@ def _inputs(task: str, given: TrainArguments, words: list[str]) -> dict[str, Any
         "decisions": None if given.decisions is None else Path(given.decisions),
         "command": shlex.join(["ropo", task, *words]),
     }
+
+
+def _columns(given: Any) -> dict[str, str]:
+    """Names of columns that differ from ours."""
+    names = {name: getattr(given, f"{name}_column") for name in COLUMNS}
+    return {ours: theirs for ours, theirs in names.items() if ours != theirs}
 
 
 def _say_rate(summary: dict[str, Any]) -> None:
@@ -219,8 +225,10 @@ def _validate(words: list[str]) -> int:
     parser.add_argument("--split", default="train", help="Part of the dataset to read.")
     parser.add_argument("--model_name_or_path", help="Check lengths too, with this model's tokenizer.")
     parser.add_argument("--max_length", type=int, default=1024, help="Most tokens of prompt and one response together.")
+    for name in COLUMNS:
+        parser.add_argument(f"--{name}_column", default=name, help=f"Name of the column with the {name}.")
     given = parser.parse_args(words)
-    loaded = load_pairs(given.dataset, split=given.split)
+    loaded = load_pairs(given.dataset, split=given.split, columns=_columns(given))
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
     if given.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)

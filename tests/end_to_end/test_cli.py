@@ -200,6 +200,45 @@ def test_validate_clean_file(dataset, model_folder, capsys):
     assert "truncated" in capsys.readouterr().out
 
 
+def test_validate_takes_names_of_columns(tmp_path, capsys):
+    path = tmp_path / "other.jsonl"
+    path.write_text(json.dumps({"question": "1 + 1 =", "better": " 2", "worse": " 3"}) + "\n")
+    assert main(["validate", str(path)]) == 1
+    names = ["--prompt_column", "question", "--chosen_column", "better", "--rejected_column", "worse"]
+    capsys.readouterr()
+    assert main(["validate", str(path), *names]) == 0
+    assert "1 rows, 1 pairs" in capsys.readouterr().out
+
+
+def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsys, pairs):
+    """Audit, a person's verdict, training that obeys it."""
+    output = tmp_path / "O"
+    words = ["--model_name_or_path", model_folder, "--dataset_name", dataset, "--config", recipe, "--output_dir"]
+    assert main(["audit", *map(str, words), str(output)]) == 0
+    out = capsys.readouterr().out
+    assert "Flipped labels: cannot tell" in out
+    assert "Training would keep 14 pairs, drop 6 and flip 0." in out
+    assert {path.name for path in output.iterdir()} >= {
+        "audit", "cleaned.jsonl", "dropped.jsonl", "ledger.parquet", "problems.jsonl", "report.html", "report.json",
+        "report.md", "review.csv", "summary.json",
+    }  # fmt: skip
+    assert not (output / "model.safetensors").exists()
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["task"] == "audit"
+    assert summary["token_lengths"]["num_truncated"] == 2
+    review = (output / "review.csv").read_text().splitlines()
+    first = review[1].split(",")
+    (tmp_path / "mine.csv").write_text(f"row,pair_id,verdict\n{first[3]},{first[4]},wrong\n")
+    more = ["--decisions", str(tmp_path / "mine.csv")]
+    assert main(["train", *map(str, words), str(tmp_path / "T"), *more]) == 0
+    rows = pq.read_table(tmp_path / "T" / "ledger.parquet").to_pylist()
+    assert next(row["decision"] for row in rows if row["row"] == int(first[3]) and row["round"] == 0) == "flip"
+    assert main(["audit", *map(str, words[:4]), "--output_dir", str(tmp_path / "N"), "--num_folds", "0"]) == 2
+    assert "An audit needs num_folds of 2 or more" in capsys.readouterr().err
+    assert main(["audit", *map(str, words), str(tmp_path / "M"), "--decisions", str(tmp_path / "nowhere.csv")]) == 2
+    assert "--decisions needs a table" in capsys.readouterr().err
+
+
 def test_losses(capsys):
     assert main(["losses"]) == 0
     assert "ropo" in capsys.readouterr().out

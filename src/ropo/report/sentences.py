@@ -14,6 +14,8 @@ NB_SPACE = "\N{NO-BREAK SPACE}"
 SHOWN_NAME_CHARACTERS = 40
 ALPHA_LOSSES = ("ropo", "dpo", "")  # the losses that α tells apart; an unknown one is ropo's default
 
+WIDE_RANGE = 0.1  # an interval from 0 to beyond this says nothing about cleanness
+
 Table = Mapping[str, Any]
 
 
@@ -121,6 +123,8 @@ def title(tables: Table) -> str:
     if not estimate["is_informative"]:
         return "The margins carry too little signal to tell how many labels are flipped"
     if _may_be_clean(estimate):
+        if estimate["high"] > WIDE_RANGE:
+            return f"Anything from none to {percent(estimate['high'])} of the labels may be flipped"
         return f"The labels may well be clean: {percent(estimate['high'])} flipped at most"
     return f"About {percent(estimate['rate'])} of the labels look flipped"
 

@@ -38,6 +38,11 @@ def test_an_interval_that_reaches_zero_is_called_clean(make_run):
     assert any("--loss dpo --rho 0" in advice for advice in sentences["next"])
 
 
+def test_a_wide_interval_that_reaches_zero_is_not_called_clean(make_run):
+    _, sentences = said(make_run, flip_rate={"estimate": 0.06, "low": 0.0, "high": 0.196}, rho=0.0)
+    assert plain(sentences["title"]) == "Anything from none to 20 % of the labels may be flipped"
+
+
 def test_the_first_screen_counts_what_to_read_and_what_was_done(make_run):
     _, sentences = said(make_run, flip_rate=RATE)
     assert "About 3 should be wrong" in sentences["look"]

@@ -1,0 +1,123 @@
+"""Which margins tell the flip rate: of models that have seen the pair, of two folds, of five, of five judged twice?
+
+    python benchmarks/margins.py            # fill in the missing cells of margins.csv
+    python benchmarks/margins.py --table    # the table of docs/noise.md
+
+The embedded task, 6,000 pairs, the options of `benchmarks/noise.py`. "in-sample" is a DPO model trained on all pairs
+for one or two passes; "folds" are the audits of `ropo audit` with so many folds and passes of judging.
+"""
+
+import csv
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ropo import ROPOConfig, estimate_flips, flip_labels, run_audit, run_rounds
+from ropo.bench.measures import auroc
+from ropo.data.toy import make_pairs, save_toy
+from ropo.ledger import read_ledger
+
+RESULTS = Path(__file__).with_suffix(".csv")
+RATES, SEEDS, NUM_PAIRS = (0.0, 0.3), (1, 2), 6000
+COMMON: dict[str, Any] = {
+    "per_device_train_batch_size": 16,
+    "max_length": 128,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "learning_rate": 4e-4,
+}
+IN_SAMPLE = {"loss": "dpo", "rho": "0", "num_folds": 0, "beta": 0.1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "in-sample, 1 epoch": {**IN_SAMPLE, "num_train_epochs": 1},
+    "in-sample, 2 epochs": {**IN_SAMPLE, "num_train_epochs": 2},
+    "2 folds": {"beta": 1.0, "num_folds": 2, "num_passes": 1},
+    "5 folds": {"beta": 1.0, "num_folds": 5, "num_passes": 1},
+    "2 folds, 2 passes": {"beta": 1.0, "num_folds": 2, "num_passes": 2},
+    "5 folds, 2 passes": {"beta": 1.0, "num_folds": 5, "num_passes": 2},
+    "10 folds, 2 passes": {"beta": 1.0, "num_folds": 10, "num_passes": 2},
+}
+COLUMNS = ("variant", "flip_rate", "seed", "estimate", "low", "high", "auroc")
+
+
+def measure(variant: str, rate: float, seed: int, base: Path, folder: Path) -> dict[str, Any]:
+    """One cell."""
+    pairs = make_pairs(NUM_PAIRS, seed=1000 * seed, min_gap=1.5)
+    noisy, is_flipped = flip_labels(pairs, rate=rate, seed=1000 * seed + 1)
+    args = ROPOConfig(output_dir=str(folder), seed=seed, **COMMON, **VARIANTS[variant])
+    if args.num_folds:
+        found = run_audit(base, noisy, args)["flip_rate"]
+        column = "held_out_margin"
+    else:
+        run_rounds(base, noisy, args)
+        column = "margin"
+    ledger = read_ledger(folder / "ledger.parquet").to_pandas().sort_values("row")
+    if not args.num_folds:
+        estimate = estimate_flips(ledger[column].to_numpy())
+        found = {"estimate": estimate.rate, "low": estimate.low, "high": estimate.high}
+    score = auroc(-ledger[column].to_numpy(), is_flipped) if rate else np.nan
+    cell = {"variant": variant, "flip_rate": rate, "seed": seed}
+    return {**cell, **{name: f"{value:.4f}" for name, value in {**found, "auroc": score}.items()}}
+
+
+def rows() -> list[dict[str, str]]:
+    """Finished cells."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open() as file:
+        return list(csv.DictReader(file))
+
+
+def table() -> str:
+    """One line per variant: estimates with intervals by seed, mean AUROC."""
+    lines = [
+        f"| margins | {' | '.join(f'estimate at {rate:.0%}' for rate in RATES)} | AUROC at 30% |",
+        "|---|---|---|---|",
+    ]
+    for variant in VARIANTS:
+        shown = []
+        for rate in RATES:
+            cells = [row for row in rows() if row["variant"] == variant and float(row["flip_rate"]) == rate]
+            shown.append(
+                ", ".join(f"{float(c['estimate']):.3f} ({float(c['low']):.3f}-{float(c['high']):.3f})" for c in cells)
+                or "-"
+            )
+        found = [float(c["auroc"]) for c in cells]
+        lines.append(
+            f"| {variant} | {' | '.join(shown)} | {np.mean(found):.3f} |" if found else f"| {variant} | - | - | - |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Fill in the missing cells."""
+    if "--table" in sys.argv:
+        print(table())
+        return
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch) / "model"
+        save_toy(base, seed=0)
+        for seed in SEEDS:
+            for rate in reversed(RATES):
+                for variant in VARIANTS:
+                    if (variant, rate, seed) in {(r["variant"], float(r["flip_rate"]), int(r["seed"])) for r in rows()}:
+                        continue
+                    name = f"{list(VARIANTS).index(variant)}_{rate}_{seed}"
+                    row = measure(variant, rate, seed, base, Path(scratch) / name)
+                    is_new = not RESULTS.exists()
+                    with RESULTS.open("a", newline="") as file:
+                        writer = csv.DictWriter(file, COLUMNS)
+                        if is_new:
+                            writer.writeheader()
+                        writer.writerow(row)
+                    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
