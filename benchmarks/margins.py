@@ -4,7 +4,8 @@
     python benchmarks/margins.py --table    # the table of docs/noise.md
 
 The embedded task, 6,000 pairs, the options of `benchmarks/noise.py`. "in-sample" is a DPO model trained on all pairs
-for one or two passes; "folds" are the audits of `ropo audit` with so many folds and passes of judging.
+for one or two epochs; "folds" are audits with so many folds and passes of judging. With two passes the estimate is that
+of the first, the AUROC that of the second.
 """
 
 import csv
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from ropo import ROPOConfig, estimate_flips, flip_labels, run_audit, run_rounds
 from ropo.bench.measures import auroc
@@ -37,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in-sample, 2 epochs": {**IN_SAMPLE, "num_train_epochs": 2},
     "2 folds": {"beta": 1.0, "num_folds": 2, "num_passes": 1},
     "5 folds": {"beta": 1.0, "num_folds": 5, "num_passes": 1},
+    "5 folds, mean over checks": {"beta": 1.0, "num_folds": 5, "num_passes": 1},
     "2 folds, 2 passes": {"beta": 1.0, "num_folds": 2, "num_passes": 2},
     "5 folds, 2 passes": {"beta": 1.0, "num_folds": 5, "num_passes": 2},
     "10 folds, 2 passes": {"beta": 1.0, "num_folds": 10, "num_passes": 2},
@@ -56,10 +59,13 @@ def measure(variant: str, rate: float, seed: int, base: Path, folder: Path) -> d
         run_rounds(base, noisy, args)
         column = "margin"
     ledger = read_ledger(folder / "ledger.parquet").to_pandas().sort_values("row")
-    if not args.num_folds:
-        estimate = estimate_flips(ledger[column].to_numpy())
+    margins = ledger[column].to_numpy()
+    if "checks" in variant:  # area under the margin
+        margins = load_file(folder / "audit" / "pass_0" / "judgement.safetensors")["margins"].mean(axis=0)
+    if not args.num_folds or "checks" in variant:
+        estimate = estimate_flips(margins)
         found = {"estimate": estimate.rate, "low": estimate.low, "high": estimate.high}
-    score = auroc(-ledger[column].to_numpy(), is_flipped) if rate else np.nan
+    score = auroc(-margins, is_flipped) if rate else np.nan
     cell = {"variant": variant, "flip_rate": rate, "seed": seed}
     return {**cell, **{name: f"{value:.4f}" for name, value in {**found, "auroc": score}.items()}}
 

@@ -76,4 +76,4 @@ def test_docs_show_the_measured_noise():
     page, readme = (ROOT / "docs" / "noise.md").read_text(), (ROOT / "README.md").read_text()
     for table in (module.detection_table(), module.policy_table(), module.pattern_table()):
         assert table in page
-    assert module.policy_table() in readme
+    assert module.readme_table() in readme
