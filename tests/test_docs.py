@@ -70,10 +70,16 @@ def test_readme_shows_the_measured_demo():
 
 def test_docs_show_the_measured_noise():
     """The tables are those that the rows in benchmarks/ give, and the README's are among them."""
-    spec = importlib.util.spec_from_file_location("noise_benchmark", ROOT / "benchmarks" / "noise.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module, margins = benchmark("noise"), benchmark("margins")
     page, readme = (ROOT / "docs" / "noise.md").read_text(), (ROOT / "README.md").read_text()
     for table in (module.detection_table(), module.policy_table(), module.pattern_table()):
         assert table in page
     assert module.readme_table() in readme
+    assert margins.table() in page
+
+
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
