@@ -23,6 +23,7 @@ from ropo import ROPOConfig, estimate_flips, flip_labels, run_audit, run_rounds
 from ropo.bench.measures import auroc
 from ropo.data.toy import make_pairs, save_toy
 from ropo.ledger import read_ledger
+from ropo.noise.estimate import area_under_margin
 
 RESULTS = Path(__file__).with_suffix(".csv")
 RATES, SEEDS, NUM_PAIRS = (0.0, 0.3), (1, 2), 6000
@@ -61,7 +62,8 @@ def measure(variant: str, rate: float, seed: int, base: Path, folder: Path) -> d
     ledger = read_ledger(folder / "ledger.parquet").to_pandas().sort_values("row")
     margins = ledger[column].to_numpy()
     if "checks" in variant:  # area under the margin
-        margins = load_file(folder / "audit" / "pass_0" / "judgement.safetensors")["margins"].mean(axis=0)
+        margins = load_file(folder / "audit" / "pass_0" / "judgement.safetensors")["margins"]
+        margins = area_under_margin(margins)
     if not args.num_folds or "checks" in variant:
         estimate = estimate_flips(margins)
         found = {"estimate": estimate.rate, "low": estimate.low, "high": estimate.high}

@@ -8,7 +8,7 @@ Two embedded tasks, 500 to 6,000 pairs, 0 to 40 % of the labels flipped, five se
 Every audit is `ropo audit` with the options in `COMMON` and `ROPO`. DPO and ROPO were tuned with the same budget (nine
 settings of learning rate and beta, at 0 and 30 % flips, on seed 100). Accuracy on 2,000 held-out pairs with right
 labels; gold reward and distance to the start (nats) on 1,000 samples. The reference lines that see right labels only
-(ceiling, information line) have the best of the nine settings on clean data.
+(ceiling, information line) have the best of the nine settings on clean data. The search is not part of this command.
 """
 
 import csv

@@ -217,10 +217,13 @@ def _prepare(
         )  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
     tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
-    tokenized = tokenize_pairs([*pairs, *known], tokenizer, max_length=args.max_length)
+    tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
-    if not any(pair.origin == "data" for pair in tokenized.pairs):
+    if not tokenized.pairs:
         raise DataError(f"No pair is left to train on.\n{render(problems)}")
+    trusted_tokens = tokenize_pairs(known, tokenizer, max_length=args.max_length)
+    if trusted_tokens.problems:
+        logger.warning("Trusted pairs:\n%s", render(trusted_tokens.problems))
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
     identity = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
@@ -240,7 +243,9 @@ def _prepare(
         folder=folder,
         loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts)),
         problems=problems,
-        data=_with_reference(tokenized, folder / "reference", reference_of if needs_reference else None, digest),
+        data=_with_reference(
+            tokenized, trusted_tokens, folder / "reference", reference_of if needs_reference else None, digest
+        ),
         source=source,
         tokenizer=tokenizer,
         reference_of=reference_of,
@@ -330,20 +335,25 @@ def _reference_of(
 
 def _with_reference(
     tokenized: TokenizedPairs,
+    trusted: TokenizedPairs,
     folder: Path,
     reference_of: Callable[[Sequence[TokenizedPair]], PairLogps] | None,
     digest: str,
 ) -> PairDataset:
-    """The data with reference log-probabilities, computed as a stage of its own; without them if no loss reads them."""
+    """The data, then the trusted pairs, with reference log-probabilities, computed as a stage of its own.
+
+    Without them if no loss reads them.
+    """
+    pairs, tokens = [*tokenized.pairs, *trusted.pairs], [*tokenized.tokens, *trusted.tokens]
     if reference_of is None:
-        return PairDataset(tokenized.pairs, tokenized.tokens)
+        return PairDataset(pairs, tokens)
     path = folder / "reference_logps.safetensors"
 
     def make() -> None:
-        logps = reference_of(tokenized.tokens)
+        logps = reference_of(tokens)
         if PartialState().is_main_process:
             with write_aside(path) as aside:
                 save_file(asdict(logps), aside)
 
     Stages(folder).run("reference", digest, [path.name], make)
-    return PairDataset(tokenized.pairs, tokenized.tokens, reference=PairLogps(**load_file(path)))
+    return PairDataset(pairs, tokens, reference=PairLogps(**load_file(path)))

@@ -12,7 +12,7 @@ since labels that have been filtered agree with themselves.
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from ropo.crossfit import crossfit_margins
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.decide import decide
 from ropo.noise.estimate import FlipEstimate, estimate_flips
-from ropo.pairs import PairLogps
+from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import hash_value, read_json, write_aside, write_json
 from ropo.stages import Stages
@@ -73,11 +73,7 @@ class Audit:
         self.data, self.args, self.folder = data, args, folder
         self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
         self.num_passes = 1
-        # +1 where the label stands, −1 where a person has called it wrong, 0 where the pair is to be left out.
-        self._sign = np.array([_SIGNS.get(pair.verdict, 1.0) for pair in data.pairs])
-        self._is_known = np.array(
-            [pair.origin == "trusted" or pair.verdict in ("right", "wrong") for pair in data.pairs], dtype=bool
-        )
+        self._sign, self._is_known = known_labels(data.pairs)
 
     def run(self, digest: str) -> str:
         """Run every pass that teaches something new.
@@ -169,7 +165,9 @@ class Audit:
     def _judge(self, number: int, checks: Floats) -> None:
         estimate, p_flip = self._estimate(number, checks)
         rho, reason = resolve_rho(self.args.fixed_rho, estimate)
-        decisions, weights = self._decide(checks, p_flip, rho)
+        decisions, weights = decide_all(
+            self.data, checks[-1], p_flip, rho=rho, rule=str(self.args.decision_rule), checks=checks
+        )
         # The flip probabilities of what is trained on: of flipped pairs it is that of their turned label.
         wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)
         left = float(np.sum(weights * wrong) / max(weights.sum(), 1e-12)) if estimate["is_informative"] else 0.0
@@ -211,18 +209,50 @@ class Audit:
         later = found.to_dict()
         return {**first, "scale": later["scale"], "tail": later["tail"]}
 
-    def _decide(self, checks: Floats, p_flip: Floats, rho: float) -> tuple[NDArray[np.str_], Floats]:
-        decisions = np.where(self._sign > 0, "keep", np.where(self._sign < 0, "flip", "drop")).astype("<U8")
-        weights = np.abs(self._sign)
-        doubtful = ~self._is_known & (self._sign != 0)
-        found = decide(
-            checks[-1, doubtful], p_flip[doubtful], rho=rho, rule=self.args.decision_rule, checks=checks[:, doubtful]
-        )
-        decisions[doubtful], weights[doubtful] = found.decision, found.weight
-        return decisions, weights * self.data.weights
-
 
 _SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}
+
+
+def known_labels(pairs: Sequence[Pair]) -> tuple[Floats, NDArray[np.bool_]]:
+    """What a person has said about each label.
+
+    Args:
+        pairs: With their verdicts; trusted ones count as right.
+
+    Returns:
+        +1 where the label stands, −1 where it was called wrong, 0 where the pair is to be left out; and whether the
+        label is known to be right or wrong.
+    """
+    sign = np.array([_SIGNS.get(pair.verdict, 1.0) for pair in pairs])
+    is_known = [pair.origin == "trusted" or pair.verdict in ("right", "wrong") for pair in pairs]
+    return sign, np.array(is_known, dtype=bool)
+
+
+def decide_all(
+    data: PairDataset, margins: Floats, p_flip: Floats, *, rho: float, rule: str, checks: Floats | None = None
+) -> tuple[NDArray[np.str_], Floats]:
+    """Obey the verdicts, and decide about the rest by a rule.
+
+    Args:
+        data: The pairs, without resampled ones.
+        margins: One per pair.
+        p_flip: One per pair.
+        rho: The share of the pairs without a verdict that the budget takes away.
+        rule: A name in `RULES`.
+        checks: Margins at several checks, shape (checks, pairs), for rules that need them.
+
+    Returns:
+        "keep", "drop" or "flip" for each pair, and its weight times the one it has in the data.
+    """
+    sign, is_known = known_labels(data.pairs)
+    decisions = np.where(sign > 0, "keep", np.where(sign < 0, "flip", "drop")).astype("<U8")
+    weights = np.abs(sign)
+    doubtful = ~is_known & (sign != 0)
+    if doubtful.any():
+        of_doubtful = None if checks is None else checks[:, doubtful]
+        found = decide(margins[doubtful], p_flip[doubtful], rho=rho, rule=rule, checks=of_doubtful)
+        decisions[doubtful], weights[doubtful] = found.decision, found.weight
+    return decisions, weights * [pair.weight for pair in data.pairs]
 
 
 def _first_pass_options(args: ROPOConfig) -> ROPOConfig:

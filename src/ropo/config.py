@@ -77,7 +77,11 @@ class ROPOConfig(TrainingArguments):
         5, "Models that judge pairs they were not trained on; 0: each round filters by the trained model's own margins."
     )
     num_passes: int = _option(2, "Passes of judging: the first gives the flip rate, each further one judges better.")
-    decision_rule: str = _option("threshold", "How the pairs to filter out are chosen: " + ", ".join(RULES) + ".")
+    decision_rule: str | None = _option(
+        None,
+        "How the pairs to filter out are chosen: " + ", ".join(RULES) + ". Default: lowest_loss if rho is given, which "
+        "takes away just that share; else threshold.",
+    )
 
     # Resampling.
     num_candidates: int = _option(0, "Responses sampled for each prompt to win back, for example 4; 0: no resampling.")
@@ -94,11 +98,8 @@ class ROPOConfig(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_choice("round_start", ROUND_STARTS)
         self._check_choice("on_bad_rows", ON_BAD_ROWS)
-        self._check_choice("decision_rule", tuple(RULES))
         self._check_choice("selection_rule", tuple(SELECTION_RULES))
-        self.rho = str(self.rho)
-        if self.rho != "auto":
-            self._check_rho()
+        self._check_filter()
         for name, lowest in (
             ("rounds", 1),
             ("max_length", 2),
@@ -141,6 +142,11 @@ class ROPOConfig(TrainingArguments):
             except ValueError:
                 raise ValueError(f"alpha needs a number or 'auto'; got {self.alpha!r}.") from None
         bind_loss(self.loss, beta=self.beta, options=self.loss_options)
+        if RULES[str(self.decision_rule)].needs_checks and not self.needs_audit:
+            raise ValueError(
+                f"decision_rule {self.decision_rule} needs held-out margins; got num_folds={self.num_folds} and "
+                f"rho={self.rho}. Use num_folds of 2 or more and a rho above 0, or another rule."
+            )
         if LOSSES[self.loss].needs_whole_batch and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"{self.loss} needs the whole batch at once; got gradient_accumulation_steps="
@@ -151,6 +157,15 @@ class ROPOConfig(TrainingArguments):
         value = getattr(self, name)
         if value not in choices:
             raise ValueError(f"{name} needs one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}")
+
+    def _check_filter(self) -> None:
+        """A share that was given is taken away; one that follows the estimate is a ceiling."""
+        self.rho = str(self.rho)
+        if self.rho != "auto":
+            self._check_rho()
+        if self.decision_rule is None:
+            self.decision_rule = "threshold" if self.rho == "auto" else "lowest_loss"
+        self._check_choice("decision_rule", tuple(RULES))
 
     def _check_rho(self) -> None:
         try:

@@ -33,11 +33,10 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 from transformers import PreTrainedTokenizerBase
 
-from ropo.audit import Audit, resolve_rho, training_set
+from ropo.audit import Audit, decide_all, known_labels, resolve_rho, training_set
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
 from ropo.logps.score import score_pairs
-from ropo.noise.decide import decide
 from ropo.noise.estimate import estimate_flips
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
@@ -206,9 +205,10 @@ class Round:
             estimate = {**found.to_dict(), "margins": "in-sample", "is_informative": False, "reason": _IN_SAMPLE}
             p_flip = found.p_flip
             rho, reason = resolve_rho(self.args.fixed_rho, estimate)
-            decided = decide(margins[:read], p_flip, rho=rho, rule=self.args.decision_rule)
-            decisions = decided.decision.tolist()
-            weights = (decided.weight * [pair.weight for pair in self.data.pairs[:read]]).tolist()
+            found_all = decide_all(
+                self.data.select(range(read)), margins[:read], p_flip, rho=rho, rule=str(self.args.decision_rule)
+            )
+            decisions, weights = (values.tolist() for values in found_all)
             alpha, alpha_reason = self.args.fixed_alpha, "it was given"
         else:
             judged, p_flip = self.audit.judgement(), self.audit.p_flip()
@@ -330,7 +330,8 @@ def run_all(
     rounds: list[Round] = []
     if audit is None:
         args = args.with_alpha(14.0) if args.fixed_alpha is None else args
-        scored, trained_on = data, training_set(data, np.array(data.weights), np.zeros(len(data), dtype=bool))
+        sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
+        scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
         args, scored, trained_on = audit.options(), data, audit.training()
     for number in range(args.rounds):

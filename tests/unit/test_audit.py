@@ -161,6 +161,42 @@ def test_a_persons_verdicts_are_obeyed(model_folder, pairs, tmp_path):
     assert (turned.chosen, turned.rejected) == (pairs[3].rejected, pairs[3].chosen)
 
 
+def test_verdicts_are_obeyed_where_nobody_judges(model_folder, pairs, tmp_path, monkeypatch):
+    """Plain DPO trains on what a person has said, and so does a run without folds."""
+    run_audit(model_folder, pairs, config(tmp_path / "O", num_passes=1))
+    table = fill(tmp_path / "O", {3: "wrong", 4: "drop", 5: "right"})
+    trained, train = [], ROPOTrainer.train_or_resume
+
+    def watching(self):
+        trained.append({pair.row: pair for pair in self.train_dataset.pairs})
+        train(self)
+
+    monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
+    for name, options in (("dpo", {"loss": "dpo", "rho": "0"}), ("in_sample", {"num_folds": 0, "rho": "0.5"})):
+        run_rounds(model_folder, pairs, config(tmp_path / name, **options), decisions=table)
+        learned = trained.pop()
+        assert 4 not in learned
+        assert learned[3].chosen == pairs[3].rejected
+        decisions = ledger_of(tmp_path / name).set_index("row")["decision"]
+        assert decisions[[3, 4, 5]].tolist() == ["flip", "drop", "keep"]
+    assert (decisions == "drop").sum() == 1 + 8  # and half of the seventeen that nobody has judged
+
+
+def test_a_given_rho_takes_away_that_share(model_folder, pairs, tmp_path):
+    """Twenty pairs tell nothing about the rate, and still `--rho 0.2` leaves out four of them."""
+    for options in ({}, {"num_folds": 0}):
+        summary = run_rounds(model_folder, pairs, config(tmp_path / f"O{len(options)}", rho="0.2", **options))
+        assert (summary["is_informative"], summary["num_dropped"]) == (False, 4)
+    assert config(tmp_path, rho="0.2").decision_rule == "lowest_loss"
+    assert config(tmp_path).decision_rule == "threshold"
+
+
+@pytest.mark.parametrize("options", [{"num_folds": 0, "rho": "0.2"}, {"loss": "dpo", "rho": "0"}])
+def test_a_rule_that_needs_checks_needs_folds(options, tmp_path):
+    with pytest.raises(ValueError, match="decision_rule uncertainty needs held-out margins"):
+        config(tmp_path, decision_rule="uncertainty", **options)
+
+
 def test_trusted_pairs_are_kept_and_are_no_part_of_the_data(model_folder, pairs, tmp_path):
     summary = run_audit(
         model_folder, pairs[:15], config(tmp_path / "O", rho="0.5", decision_rule="lowest_loss"), trusted=pairs[15:]
