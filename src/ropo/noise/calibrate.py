@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ropo.noise.estimate import FlipEstimate, PerPair
+from ropo.noise.estimate import FlipEstimate, PerPair, estimate_flips
 
 INJECTED_SHARE = 0.1
+"""Labels that are turned round at a time; in ten such rounds every label is turned once."""
+
 NUM_BINS = 10
 
 
@@ -38,19 +40,25 @@ class Calibration:
     """What became of labels that were turned round on purpose.
 
     Attributes:
-        num_injected: Labels turned round.
+        num_injected: Labels turned round at a time.
+        num_turned: Labels turned round in all rounds: each once.
         share_found: Of these, called flipped (P > ½); some were wrong before, so 1 is neither possible nor meant.
         share_others: Of the others, called flipped.
         recall: Share of truly wrong labels that is called flipped, from these two shares and the rate; in [0, 1].
         precision: Share of called labels that is truly wrong; None if none is called or no label is thought wrong.
-        bins: Predicted and observed share of turned labels, from the least to the most suspect.
+        recall_range: The least and the most that `recall` is at the ends of the rate's interval.
+        precision_range: The same of `precision`; begins at 0 where the labels may all be right.
+        bins: Predicted and observed share of turned labels in one round, from the least to the most suspect.
     """
 
     num_injected: int
+    num_turned: int
     share_found: float
     share_others: float
     recall: float
     precision: float | None
+    recall_range: tuple[float, float]
+    precision_range: tuple[float, float]
     bins: tuple[CalibrationBin, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +67,7 @@ class Calibration:
 
 
 def calibrate(margins: PerPair, estimate: FlipEstimate, *, seed: int = 0) -> Calibration | None:
-    """Turn a tenth of the labels round and see how they are judged.
+    """Turn each label round once, a tenth of them at a time, and see how they are judged.
 
     ::
 
@@ -67,43 +75,65 @@ def calibrate(margins: PerPair, estimate: FlipEstimate, *, seed: int = 0) -> Cal
         R = [(1−ε)·found − ε·others] / (1−2ε),   precision = ε·R / [ε·R + (1−ε)·F]
 
     Assumptions: flips fall at random; every label has the overall rate. Where wrong labels have a pattern that the
-    model takes for the truth, ours are found and theirs are not.
+    model takes for the truth, ours are found and theirs are not. R and F hang on ε, which is not known exactly, so
+    they come with their values at both ends of its interval.
 
     Args:
         margins: Held-out margins of the pairs that are open to doubt.
         estimate: From the same margins.
-        seed: Which labels are turned.
+        seed: Which labels are turned for the bins.
 
     Returns:
         The calibration; None where the estimate is not informative or there are fewer than 50 pairs.
     """
     if not estimate.is_informative or len(margins) < 50 or estimate.rate >= 0.5:
         return None
-    rng = np.random.default_rng(seed)
-    is_turned = np.zeros(len(margins), dtype=bool)
-    is_turned[rng.choice(len(margins), size=round(INJECTED_SHARE * len(margins)), replace=False)] = True
-    rate, share = estimate.rate, float(is_turned.mean())
-    seen = np.where(is_turned, -margins, margins)
-    # Every label is now wrong with this probability, turned or not.
-    rate_now = rate + share - 2 * rate * share
-    p_wrong = estimate.p_flip_at(seen, rate=rate_now)
-    called = p_wrong > 0.5
-    p_turned = p_wrong * share * (1 - rate) / rate_now + (1 - p_wrong) * share * rate / (1 - rate_now)
-    found, others = float(called[is_turned].mean()), float(called[~is_turned].mean())
+    best = _claims(margins, estimate)
+    ends = [_claims(margins, estimate_flips(margins, rate=rate)) for rate in (estimate.low, min(estimate.high, 0.499))]
+    recalls, precisions = zip(*((one[2], one[3] or 0.0) for one in (best, *ends)), strict=True)
+    share_found, share_others, recall, precision = best
+    return Calibration(
+        num_injected=round(INJECTED_SHARE * len(margins)),
+        num_turned=len(margins),
+        share_found=share_found,
+        share_others=share_others,
+        recall=recall,
+        precision=precision,
+        recall_range=(min(recalls), max(recalls)),
+        precision_range=(min(precisions), max(precisions)),
+        bins=_bins(margins, estimate, seed=seed),
+    )
+
+
+def _claims(margins: PerPair, estimate: FlipEstimate) -> tuple[float, float, float, float | None]:
+    """Share called of turned and of other labels, and the recall and the precision that follow."""
+    rate = estimate.rate
+    found, others = (float((_p_wrong(seen, estimate) > 0.5).mean()) for seen in (-margins, margins))
     recall = float(np.clip(((1 - rate) * found - rate * others) / (1 - 2 * rate), 0.0, 1.0))
     alarms = float(np.clip(((1 - rate) * others - rate * found) / (1 - 2 * rate), 0.0, 1.0))
     hits = rate * recall
-    bins = tuple(
+    return found, others, recall, hits / (hits + (1 - rate) * alarms) if hits > 0 else None
+
+
+def _rate_with_turned(estimate: FlipEstimate) -> float:
+    """How often a label is wrong once a tenth of all are turned."""
+    return estimate.rate + INJECTED_SHARE - 2 * estimate.rate * INJECTED_SHARE
+
+
+def _p_wrong(seen: PerPair, estimate: FlipEstimate) -> PerPair:
+    return estimate.p_flip_at(seen, rate=_rate_with_turned(estimate))
+
+
+def _bins(margins: PerPair, estimate: FlipEstimate, *, seed: int) -> tuple[CalibrationBin, ...]:
+    rate, rate_now = estimate.rate, _rate_with_turned(estimate)
+    num_injected = round(INJECTED_SHARE * len(margins))
+    is_turned = np.zeros(len(margins), dtype=bool)
+    is_turned[np.random.default_rng(seed).choice(len(margins), size=num_injected, replace=False)] = True
+    p_wrong = _p_wrong(np.where(is_turned, -margins, margins), estimate)
+    p_turned = INJECTED_SHARE * (p_wrong * (1 - rate) / rate_now + (1 - p_wrong) * rate / (1 - rate_now))
+    return tuple(
         CalibrationBin(
             num_pairs=len(places), predicted=float(p_turned[places].mean()), observed=float(is_turned[places].mean())
         )
         for places in np.array_split(np.argsort(p_turned, kind="stable"), NUM_BINS)
-    )
-    return Calibration(
-        num_injected=int(is_turned.sum()),
-        share_found=found,
-        share_others=others,
-        recall=recall,
-        precision=hits / (hits + (1 - rate) * alarms) if hits > 0 else None,
-        bins=bins,
     )

@@ -225,9 +225,9 @@ def _tested(calibration: Table | None) -> list[str]:
         return []
     shown = percent_range(calibration["found_low"], calibration["found_high"])
     found = [
-        f"We turned {counted(calibration['num_injected'], 'label')} round on purpose after training: "
-        f"{percent(calibration['share_found'])} of them (interval {shown}) were called flipped, and "
-        f"{percent(calibration['share_others'])} of the others."
+        f"We turned each of {counted(calibration['num_turned'], 'label')} round once after training, "
+        f"{count(calibration['num_injected'])} at a time: {percent(calibration['share_found'])} of them (interval "
+        f"{shown}) were called flipped, and {percent(calibration['share_others'])} of the others."
     ]
     recall, precision = calibration["recall"], calibration["precision"]
     if not recall:
@@ -241,7 +241,8 @@ def _tested(calibration: Table | None) -> list[str]:
     return [
         *found,
         f"So about {percent(recall)} of the truly wrong labels are found, and about {percent(precision)} of the called "
-        "ones are truly wrong.",
+        f"ones are truly wrong. Both hang on the flip rate: over its interval they go through "
+        f"{percent_range(*calibration['recall_range'])} and {percent_range(*calibration['precision_range'])}.",
     ]
 
 

@@ -218,10 +218,12 @@ def _calibration(summary: Mapping[str, Any]) -> Table | None:
     if not found:
         return None
     names = ("share_found", "share_others", "recall", "precision")
-    low, high = wilson_interval(found["share_found"], found["num_injected"])
+    low, high = wilson_interval(found["share_found"], found["num_turned"])
     return {
         "num_injected": int(found["num_injected"]),
+        "num_turned": int(found["num_turned"]),
         **{name: number(found.get(name)) for name in names},
+        **{name: numbers(found[name]) for name in ("recall_range", "precision_range")},
         "found_low": number(low),
         "found_high": number(high),
         "bins": [_calibration_bin(entry) for entry in found.get("bins") or []],

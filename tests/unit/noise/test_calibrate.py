@@ -19,7 +19,7 @@ def planted(rate, *, separation=2.0, num_pairs=20_000, seed=0):
 @pytest.mark.parametrize("separation", [1.0, 2.0])
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_recall_and_precision_are_those_of_the_truth(rate, separation):
-    """Known from nothing but turned labels: 0.03 is four standard errors of 2,000; the rate has its own."""
+    """Known from nothing but turned labels; what is left is the error of the rate, and the ranges hold the truth."""
     margins, is_flipped = planted(rate, separation=separation)
     found = estimate_flips(margins)
     claimed = calibrate(margins, found)
@@ -28,7 +28,24 @@ def test_recall_and_precision_are_those_of_the_truth(rate, separation):
     called = found.p_flip_at(margins, rate=rate_now) > 0.5
     assert claimed.recall == pytest.approx(called[is_flipped].mean(), abs=0.03)
     assert claimed.precision == pytest.approx(is_flipped[called].mean(), abs=0.08)
-    assert claimed.num_injected == 2000
+    low, high = claimed.precision_range
+    assert low < claimed.precision < high
+    assert low - 0.01 < is_flipped[called].mean() < high + 0.01
+    assert (claimed.num_injected, claimed.num_turned) == (2000, 20_000)
+
+
+def test_a_rate_that_is_not_known_well_makes_claims_that_are_not():
+    """200 pairs at 30 % have a wide interval; 20,000 a narrow one."""
+    few, many = (planted(0.3, separation=2.0, num_pairs=num_pairs, seed=3)[0] for num_pairs in (200, 20_000))
+    widths = [np.ptp(calibrate(margins, estimate_flips(margins)).precision_range) for margins in (few, many)]
+    assert widths[0] > 2 * widths[1] > 0
+
+
+def test_without_flips_in_reach_of_the_interval_all_called_pairs_may_be_right():
+    margins, _ = planted(0.02, separation=1.5, num_pairs=400, seed=1)
+    found = estimate_flips(margins)
+    assert found.low == 0.0
+    assert calibrate(margins, found).precision_range[0] == 0.0
 
 
 def test_bins_predict_what_is_observed():

@@ -144,11 +144,14 @@ def audit_summary() -> dict[str, Any]:
             for name, (num, rate, low, high) in rates.items()
         ],
         "calibration": {
-            "num_injected": 100,
+            "num_injected": 10,
+            "num_turned": 100,
             "share_found": 0.85,
             "share_others": 0.2,
             "recall": 0.9,
             "precision": 0.7,
+            "recall_range": [0.8, 0.95],
+            "precision_range": [0.55, 0.9],
             "bins": [
                 {"num_pairs": 100, "predicted": 0.02, "observed": 0.01},
                 {"num_pairs": 100, "predicted": 0.3, "observed": 0.5},

@@ -78,11 +78,12 @@ def test_rules_keep_silent_when_they_do_not_apply(make_audit):
 def test_trust_tells_what_became_of_labels_turned_on_purpose(make_audit):
     _, sentences = said(make_audit)
     assert plain(sentences["trust"][0]) == (
-        "We turned 100 labels round on purpose after training: 85 % of them (interval 78–90 %) were called flipped, "
-        "and 20 % of the others."
+        "We turned each of 100 labels round once after training, 10 at a time: 85 % of them (interval 78–90 %) were "
+        "called flipped, and 20 % of the others."
     )
     assert plain(sentences["trust"][1]) == (
-        "So about 90 % of the truly wrong labels are found, and about 70 % of the called ones are truly wrong."
+        "So about 90 % of the truly wrong labels are found, and about 70 % of the called ones are truly wrong. Both hang "
+        "on the flip rate: over its interval they go through 80–95 % and 55–90 %."
     )
 
 
@@ -97,7 +98,8 @@ def test_trust_without_a_precision_claims_none(make_audit, recall, words):
 
 
 def calibration():
-    return {"num_injected": 40, "share_found": 0.5, "share_others": 0.1, "bins": []}
+    ranges = {"recall_range": [0.6, 0.7], "precision_range": [0.0, 0.5]}
+    return {"num_injected": 4, "num_turned": 40, "share_found": 0.5, "share_others": 0.1, "bins": [], **ranges}
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,8 @@ def test_calibration_bins_get_wilson_intervals(make_audit):
         pytest.approx(0.4188, abs=1e-4),
         pytest.approx(0.5812, abs=1e-4),
     )
-    assert (calibration["recall"], calibration["precision"], calibration["num_injected"]) == (0.9, 0.7, 100)
+    assert (calibration["recall"], calibration["precision"], calibration["num_injected"]) == (0.9, 0.7, 10)
+    assert (calibration["recall_range"], calibration["precision_range"]) == ([0.8, 0.95], [0.55, 0.9])
     assert build(make_audit(summary={"calibration": None}))["calibration"] is None
 
 
