@@ -25,6 +25,8 @@ from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import read_verdicts, with_verdicts
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
+from ropo.judge.make import make_judge
+from ropo.judge.verdicts import Judge
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
 from ropo.outputs import Read, publish, publish_audit
@@ -43,7 +45,8 @@ _NOT_IDENTITY = (
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir",
     "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
     "save_total_limit", "dataloader_num_workers", "hub_token", "push_to_hub", "local_rank", "_n_gpu",
-    "do_train", "do_eval", "do_predict",
+    "do_train", "do_eval", "do_predict", "judge_url", "judge_api_key_env", "judge_on_failure", "generation_url",
+    "generation_api_key_env",
 )  # fmt: skip
 
 
@@ -78,6 +81,7 @@ def run_rounds(
     load_options: Mapping[str, Any] | None = None,
     trusted: Any = None,
     decisions: Path | None = None,
+    judge: Judge | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Align a model on preference pairs whose labels may be wrong (ROPO, arXiv:2404.04102v2).
@@ -96,6 +100,7 @@ def run_rounds(
         load_options: Passed to `from_pretrained` (dtype, attn_implementation, revision, ...).
         trusted: Further pairs whose labels are known to be right, read like `dataset`; 50 to 200 help.
         decisions: A `review.csv` with verdicts of a person, which are obeyed.
+        judge: Asked about what the rules cannot settle; default what `args.judge` names. The same in every call.
         command: What the user typed, for the report.
 
     Returns:
@@ -109,8 +114,9 @@ def run_rounds(
         model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions
     )
     digest, audit = made.digest, None
+    judge = judge or make_judge(args, made.folder / "judge")
     if args.needs_audit:
-        audit = _audit_of(made, args, peft_config)
+        audit = _audit_of(made, args, peft_config, judge)
         digest = audit.run(digest)
     rounds = run_all(
         made.data,
@@ -121,6 +127,7 @@ def run_rounds(
         tokenizer=made.tokenizer,
         reference_of=made.reference_of,
         peft_config=peft_config,
+        judge=judge,
         digest=digest,
     )
     return publish(rounds, folder=made.folder, read=made.read(command))
@@ -138,6 +145,7 @@ def run_audit(
     load_options: Mapping[str, Any] | None = None,
     trusted: Any = None,
     decisions: Path | None = None,
+    judge: Judge | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Find out how many labels are wrong and which, without aligning a model.
@@ -156,6 +164,7 @@ def run_audit(
         load_options: As for `run_rounds`.
         trusted: As for `run_rounds`.
         decisions: As for `run_rounds`.
+        judge: As for `run_rounds`.
         command: What the user typed, for the report.
 
     Returns:
@@ -171,12 +180,12 @@ def run_audit(
     made = _prepare(
         model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions
     )
-    audit = _audit_of(made, args, peft_config)
+    audit = _audit_of(made, args, peft_config, judge or make_judge(args, made.folder / "judge"))
     audit.run(made.digest)
     return publish_audit(audit, folder=made.folder, read=made.read(command))
 
 
-def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None) -> Audit:
+def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None, judge: Judge | None) -> Audit:
     return Audit(
         made.data,
         args,
@@ -184,6 +193,7 @@ def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None)
         source=made.source,
         tokenizer=made.tokenizer,
         peft_config=peft_config,
+        judge=judge,
     )
 
 

@@ -28,8 +28,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ropo.config import LOSS_OPTIONS, ROPOConfig
 from ropo.crossfit import crossfit_margins
+from ropo.judge.verdicts import Judge, flip_judge
 from ropo.noise.calibrate import Calibration, calibrate
-from ropo.noise.decide import decide
+from ropo.noise.decide import RULES, decide
 from ropo.noise.estimate import FlipEstimate, estimate_flips
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
@@ -58,6 +59,7 @@ class Audit:
         source: Loads the initial model.
         tokenizer: The model's.
         peft_config: For adapters.
+        judge: Asked by rules that take one about what they cannot settle; None for nobody.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Audit:
         source: PolicySource,
         tokenizer: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None,
+        judge: Judge | None = None,
     ) -> None:
+        self.judge = judge
         self.data, self.args, self.folder = data, args, folder
         self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
         self.num_passes = 1
@@ -166,7 +170,13 @@ class Audit:
         estimate, p_flip = self._estimate(number, checks)
         rho, reason = resolve_rho(self.args.fixed_rho, estimate)
         decisions, weights = decide_all(
-            self.data, checks[-1], p_flip, rho=rho, rule=str(self.args.decision_rule), checks=checks
+            self.data,
+            checks[-1],
+            p_flip,
+            rho=rho,
+            rule=str(self.args.decision_rule),
+            checks=checks,
+            judge=self.judge,
         )
         # The flip probabilities of what is trained on: of flipped pairs it is that of their turned label.
         wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)
@@ -229,7 +239,14 @@ def known_labels(pairs: Sequence[Pair]) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def decide_all(
-    data: PairDataset, margins: Floats, p_flip: Floats, *, rho: float, rule: str, checks: Floats | None = None
+    data: PairDataset,
+    margins: Floats,
+    p_flip: Floats,
+    *,
+    rho: float,
+    rule: str,
+    checks: Floats | None = None,
+    judge: Judge | None = None,
 ) -> tuple[NDArray[np.str_], Floats]:
     """Obey the verdicts, and decide about the rest by a rule.
 
@@ -240,6 +257,7 @@ def decide_all(
         rho: The share of the pairs without a verdict that the budget takes away.
         rule: A name in `RULES`.
         checks: Margins at several checks, shape (checks, pairs), for rules that need them.
+        judge: Asked by rules that take one; the others leave it alone.
 
     Returns:
         "keep", "drop" or "flip" for each pair, and its weight times the one it has in the data.
@@ -250,7 +268,10 @@ def decide_all(
     doubtful = ~is_known & (sign != 0)
     if doubtful.any():
         of_doubtful = None if checks is None else checks[:, doubtful]
-        found = decide(margins[doubtful], p_flip[doubtful], rho=rho, rule=rule, checks=of_doubtful)
+        asked = None
+        if judge is not None and RULES[rule].takes_judge:
+            asked = flip_judge(judge, [data.pairs[i] for i in np.flatnonzero(doubtful)], p_flip[doubtful])
+        found = decide(margins[doubtful], p_flip[doubtful], rho=rho, rule=rule, checks=of_doubtful, judge=asked)
         decisions[doubtful], weights[doubtful] = found.decision, found.weight
     return decisions, weights * [pair.weight for pair in data.pairs]
 

@@ -4,6 +4,8 @@ In: what the user wrote. Out: a configuration that is known to be valid before a
 """
 
 import copy
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,13 +14,19 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ropo.endpoint import check_key, check_url
+from ropo.judge.endpoint import ON_FAILURE
+from ropo.judge.make import JUDGES, judge_options
 from ropo.losses import LOSSES, bind_loss
 from ropo.noise.decide import RULES
-from ropo.resample.select import SELECTION_RULES
+from ropo.resample.engine import Sampling
+from ropo.resample.engines import ENGINES, engine_options
+from ropo.resample.select import SELECTION_RULES, Guards
 
 # Options of single losses. `None` means the default of the loss; a value that the chosen loss ignores is an error.
 LOSS_OPTIONS = ("alpha", "gamma", "flip_rate", "target_margin", "beta_prime", "holder_gamma", "reliability")
 ROUND_STARTS = ("restart", "carry_on")
+SAMPLE_FROM = ("reference", "policy")
 ON_BAD_ROWS = ("refuse", "skip")
 
 
@@ -88,31 +96,63 @@ class ROPOConfig(TrainingArguments):
     max_new_tokens: int = _option(256, "Longest sampled response.")
     temperature: float = _option(1.0, "Sampling temperature.")
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this much probability.")
+    generation_engine: str = _option(
+        "transformers",
+        "What samples: " + ", ".join(f"{name} ({spec.meaning})" for name, spec in ENGINES.items()) + ".",
+    )
+    generation_url: str | None = _option(
+        None, "server: base address, like http://localhost:8000/v1. Prompts are sent there, as token ids."
+    )
+    generation_model: str | None = _option(
+        None, "server: name of the model there; best the one that sample_from names, and at least one with its tokens."
+    )
+    generation_api_key_env: str | None = _option(
+        None,
+        "server: environment variable that holds the key; default OPENAI_API_KEY. No key is sent if it is not set.",
+    )
+    sample_from: str = _option(
+        "reference", "Who is sampled: the reference, whose samples the policy judges best, or the policy itself."
+    )
     selection_rule: str = _option("min_loss", "How new pairs are chosen: " + ", ".join(SELECTION_RULES) + ".")
-    max_abs_margin: float = _option(
-        10.0, "Guard: new pairs with a larger absolute margin are refused as self-confirming."
+    max_abs_margin: float | None = _option(
+        None, "Guard: new pairs with a larger absolute margin are refused as self-confirming. Default: none is."
     )
     max_length_ratio: float = _option(3.0, "Guard: most that one response of a new pair may be longer than the other.")
+    max_repetition: float = _option(0.5, "Guard: largest share of a response's three-word sequences that are repeats.")
+    max_copies: int = _option(10, "Guard: most prompts that may be answered by one and the same sampled text.")
+    max_resampled_share: float = _option(0.5, "Guard: most new pairs in a round, as a share of the kept ones.")
+    resampled_weight: float = _option(1.0, "Weight of a new pair in training.")
+    resampled_decay: float = _option(0.5, "What a new pair's weight is multiplied by in every further round.")
+
+    # A judge, optional.
+    judge: str = _option(
+        "none",
+        "Who is asked about pairs that the rules cannot settle: none, "
+        + ", ".join(f"{name} ({spec.meaning})" for name, spec in JUDGES.items())
+        + ".",
+    )
+    judge_model: str | None = _option(None, "reward_model: folder or hub id; endpoint: name of the model there.")
+    judge_url: str | None = _option(
+        None, "endpoint: base address, like http://localhost:8000/v1. Prompts and responses are sent there."
+    )
+    judge_api_key_env: str | None = _option(
+        None,
+        "endpoint: environment variable that holds the key; default OPENAI_API_KEY. No key is sent if it is not set.",
+    )
+    judge_on_failure: str | None = _option(
+        None,
+        "endpoint: what to do when it fails for good: go_on without it and warn (default), or stop; the same command "
+        "then goes on from what was judged.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_choice("round_start", ROUND_STARTS)
         self._check_choice("on_bad_rows", ON_BAD_ROWS)
         self._check_choice("selection_rule", tuple(SELECTION_RULES))
+        self._check_choice("sample_from", SAMPLE_FROM)
         self._check_filter()
-        for name, lowest in (
-            ("rounds", 1),
-            ("max_length", 2),
-            ("num_candidates", 0),
-            ("num_folds", 0),
-            ("num_passes", 1),
-            ("max_new_tokens", 1),
-        ):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} needs {lowest} or more; got {getattr(self, name)}.")
-        for name in ("temperature", "top_p", "max_abs_margin", "max_length_ratio"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} needs a number above 0; got {getattr(self, name)}.")
+        self._check_numbers()
         if self.num_folds == 1:
             raise ValueError(
                 "num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on."
@@ -122,6 +162,8 @@ class ROPOConfig(TrainingArguments):
                 f"num_candidates needs rounds of 2 or more; got {self.num_candidates} with one round. What is "
                 "resampled is trained on in the next round."
             )
+        self._check_judge()
+        self._check_generation()
         if self.dataloader_pin_memory and not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for
         if self.label_smoothing_factor:
@@ -130,6 +172,69 @@ class ROPOConfig(TrainingArguments):
                 "training; for preference labels use --loss cdpo --flip_rate."
             )
         self._check_losses()
+
+    def _check_numbers(self) -> None:
+        for name, lowest in (
+            ("rounds", 1),
+            ("max_length", 2),
+            ("num_candidates", 0),
+            ("num_folds", 0),
+            ("num_passes", 1),
+            ("max_new_tokens", 1),
+            ("max_copies", 1),
+        ):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} needs {lowest} or more; got {getattr(self, name)}.")
+        for name in ("temperature", "top_p", "max_abs_margin", "max_length_ratio", "max_resampled_share"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} needs a number above 0; got {getattr(self, name)}.")
+        for name in ("max_repetition", "resampled_weight", "resampled_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} needs a number from 0 to 1; got {getattr(self, name)}.")
+
+    def _check_generation(self) -> None:
+        """An engine can run here and has what it needs, and no option is ignored or holds a key."""
+        self._check_choice("generation_engine", tuple(ENGINES))
+        engine, spec = self.generation_engine, ENGINES[self.generation_engine]
+        for name, takers in engine_options().items():
+            if getattr(self, name) is not None and engine not in takers:
+                raise ValueError(
+                    f"{name} needs generation_engine {' or '.join(takers)}; got generation_engine {engine}. Leave it "
+                    "out, or change the engine."
+                )
+        for name in spec.needs:
+            if not getattr(self, name):
+                raise ValueError(
+                    f"generation_engine {engine} needs {' and '.join(spec.needs)}; got no {name}. Add --{name}."
+                )
+        if engine != "transformers" and not self.num_candidates:
+            raise ValueError(
+                f"generation_engine {engine} needs something to sample; got num_candidates 0. Set it, or leave the "
+                "engine out."
+            )
+        Sampling(  # refuses what it could not sample by
+            num_candidates=max(self.num_candidates, 1),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+        )
+        for name, default in spec.takes.items():
+            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
+        if self.generation_url is not None:
+            self._check_access("generation_url", "generation_api_key_env")
+        spec.check(self.world_size)
+
+    def _check_access(self, url_option: str, key_option: str) -> None:
+        """Options are logged and written; a key that was put here by mistake must not even be in the message."""
+        url, variable = getattr(self, url_option), getattr(self, key_option)
+        if variable and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", variable):
+            raise ValueError(
+                f"{key_option} needs the name of an environment variable in capitals, like OPENAI_API_KEY; got "
+                f"{len(variable)} other characters. Put the key into a variable and give its name."
+            )
+        if url is not None:
+            check_url(url, what=url_option)
+            check_key(url, variable, what=url_option)
 
     def _check_losses(self) -> None:
         self.alpha = "auto" if self.alpha is None and self.loss == "ropo" else self.alpha
@@ -152,6 +257,42 @@ class ROPOConfig(TrainingArguments):
                 f"{self.loss} needs the whole batch at once; got gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}. Set it to 1 and raise per_device_train_batch_size."
             )
+
+    def _check_judge(self) -> None:
+        """A judge has what it needs and something to do, and no option is ignored or holds a key."""
+        self._check_choice("judge", ("none", *JUDGES))
+        spec = JUDGES.get(self.judge)
+        for name, takers in judge_options().items():
+            if getattr(self, name) is not None and self.judge not in takers:
+                raise ValueError(
+                    f"{name} needs judge {' or '.join(takers)}; got judge {self.judge}. Leave it out, or name one."
+                )
+        if spec is None:
+            return
+        for name in spec.needs:
+            if not getattr(self, name):
+                raise ValueError(f"judge {self.judge} needs {' and '.join(spec.needs)}; got no {name}. Add --{name}.")
+        for name, default in spec.takes.items():
+            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
+        self._check_judge_access()
+        if not RULES[str(self.decision_rule)].takes_judge and not self.num_candidates:
+            raise ValueError(
+                f"judge {self.judge} needs something to settle; got decision_rule {self.decision_rule} and "
+                "num_candidates 0. Use decision_rule hard_or_noisy, or resampling."
+            )
+
+    def _check_judge_access(self) -> None:
+        if self.judge_on_failure is not None:
+            self._check_choice("judge_on_failure", ON_FAILURE)
+        # Options are logged and written; a key that was put here by mistake must not even be in the message.
+        if self.judge_api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.judge_api_key_env):
+            raise ValueError(
+                "judge_api_key_env needs the name of an environment variable in capitals, like OPENAI_API_KEY; got "
+                f"{len(self.judge_api_key_env)} other characters. Put the key into a variable and give its name."
+            )
+        if self.judge_url is not None:
+            check_url(self.judge_url, what="judge_url")
+            check_key(self.judge_url, self.judge_api_key_env, what="judge_url")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -189,6 +330,17 @@ class ROPOConfig(TrainingArguments):
             if alpha == 0:
                 args.loss, args.alpha = "dpo", None
         return args
+
+    @property
+    def guards(self) -> Guards:
+        """What every candidate must pass in resampling."""
+        return Guards(
+            max_abs_margin=math.inf if self.max_abs_margin is None else self.max_abs_margin,
+            max_length_ratio=self.max_length_ratio,
+            max_repetition=self.max_repetition,
+            max_copies=self.max_copies,
+            max_share=self.max_resampled_share,
+        )
 
     @property
     def loss_options(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         pa.field("origin", pa.string(), nullable=False),
         pa.field("held_out_margin", pa.float64()),
         pa.field("annotator", pa.string()),
+        pa.field("parent_id", pa.string()),
     ],
     metadata={
         "pair_id": "hash of prompt and unordered responses",
@@ -39,6 +40,7 @@ SCHEMA = pa.schema(
         "origin": "data, trusted or resampled",
         "held_out_margin": "margin under a model that was not trained on the pair; p_flip comes from it; null if none",
         "annotator": "who labelled the pair, if the data says so",
+        "parent_id": "pair_id of the pair whose prompt a resampled pair wins back; null for others",
     },
 )
 
@@ -82,6 +84,7 @@ def ledger_table(
         "origin": [pair.origin for pair in pairs],
         "held_out_margin": [*held_out, *[None] * (len(pairs) - len(held_out))],
         "annotator": [pair.annotator for pair in pairs],
+        "parent_id": [pair.parent_id for pair in pairs],
     }
     return pa.table(columns, schema=SCHEMA)
 

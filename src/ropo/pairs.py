@@ -53,6 +53,7 @@ class Pair:
         annotator: Who labelled the pair, if the data says so.
         weight: Weight that the data gives the pair, 0 or more; 1 when it gives none.
         verdict: What a person has said about the label: "right", "wrong", "drop", or None for nothing.
+        parent_id: Id of the pair whose prompt a resampled pair wins back; None for others.
         id: `pair_id` of the three texts; computed when not given.
     """
 
@@ -64,6 +65,7 @@ class Pair:
     annotator: str | None = None
     weight: float = 1.0
     verdict: str | None = None
+    parent_id: str | None = None
     id: str = field(default="")
 
     def __post_init__(self) -> None:

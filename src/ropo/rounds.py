@@ -21,6 +21,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,21 @@ from numpy.typing import NDArray
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit, decide_all, known_labels, resolve_rho, training_set
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
+from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
 from ropo.noise.estimate import estimate_flips
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import read_json, write_aside, write_json
+from ropo.resample.engines import Reach, open_engine
 from ropo.resample.generate import sample_responses
-from ropo.resample.win_back import WonBack, win_back
+from ropo.resample.select import SELECTION_RULES
+from ropo.resample.win_back import NOTHING, Scored, Scorer, WonBack, win_back
 from ropo.stages import Stages
 from ropo.trainer import PairDataset, ROPOTrainer, batching, losses_of, margins_of
 
@@ -50,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
 _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
+_HALFWAY = "model_halfway"
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
 _IN_SAMPLE = (
@@ -72,6 +77,7 @@ class Round:
         audit: What is known about the labels; None to go by the margins of the trained model.
         reference_of: Reference log-probabilities of tokenized pairs; loads the reference only for pairs never seen.
         peft_config: For adapters.
+        judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
     """
 
     def __init__(
@@ -86,11 +92,12 @@ class Round:
         audit: Audit | None,
         reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
         peft_config: PeftConfig | None,
+        judge: Judge | None = None,
     ) -> None:
         self.number, self.folder, self.args = number, folder, args
         self.source, self.tokenizer, self.data, self.peft_config = source, tokenizer, data, peft_config
         self.reference_of = reference_of
-        self.audit = audit
+        self.audit, self.judge = audit, judge
         self.num_data = sum(pair.origin == "data" for pair in data.pairs)
         self.num_read = sum(pair.origin != "resampled" for pair in data.pairs)
         self.stages = Stages(folder)
@@ -112,7 +119,9 @@ class Round:
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
         digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
         if not is_last:
-            digest = self.stages.run("resample", digest, _RESAMPLE_FILES, self._resample)
+            made_by = digest
+            digest = self.stages.run("resample", digest, _RESAMPLE_FILES, lambda: self._resample(made_by))
+            self._clear_up()
         return digest
 
     def margins(self) -> NDArray[np.float64]:
@@ -157,12 +166,16 @@ class Round:
         found = self.decisions()
         stays = [i for i, what in enumerate(found["decisions"]) if i < self.num_read or what == "keep"]
         scored = self.data.select(stays)
+        for place, i in enumerate(stays):
+            if i >= self.num_read:  # of data pairs the weights are those that the data gives
+                scored.weights[place] = found["weights"][i]
+        num_before = len(scored)
         if new := self.new_pairs():
             tokenized = tokenize_pairs(new, self.tokenizer, max_length=self.args.max_length)
             reference = load_file(self.folder / "resampled_reference.safetensors")
             scored = scored.joined(tokenized, PairLogps(**reference) if reference else None)
-        weights = [found["weights"][i] for i in stays] + [1.0] * (len(scored) - len(stays))
-        is_flipped = [found["decisions"][i] == "flip" for i in stays] + [False] * (len(scored) - len(stays))
+        weights = [found["weights"][i] for i in stays] + scored.weights[num_before:]
+        is_flipped = [found["decisions"][i] == "flip" for i in stays] + [False] * (len(scored) - num_before)
         return scored, training_set(scored, np.array(weights), np.array(is_flipped))
 
     def _train(self, dataset: PairDataset, start: Path | None) -> None:
@@ -177,6 +190,7 @@ class Round:
             train_dataset=dataset,
             processing_class=self.tokenizer,
             peft_config=self.peft_config if start is None else None,
+            halfway_folder=self.folder / _HALFWAY if self._needs_halfway else None,
         )
         trainer.train_or_resume()
         trainer.save_whole(self.model_folder)
@@ -186,6 +200,16 @@ class Round:
                 save_file({"margins": first_margins}, path)
             write_json(self.folder / "training_log.json", trainer.state.log_history)
             shutil.rmtree(args.output_dir, ignore_errors=True)
+
+    def _clear_up(self) -> None:
+        """Remove what only resampling reads; it is finished, so nobody will ask for it again."""
+        if PartialState().is_main_process:
+            shutil.rmtree(self.folder / _HALFWAY, ignore_errors=True)
+        PartialState().wait_for_everyone()
+
+    @property
+    def _needs_halfway(self) -> bool:
+        return bool(self.args.num_candidates) and SELECTION_RULES[self.args.selection_rule].needs_views
 
     def _score(self) -> None:
         policy = self.source.load(self.model_folder)
@@ -215,8 +239,10 @@ class Round:
             estimate = {**judged["estimate"], "margins": "held-out"}
             rho, reason, decisions, weights = (judged[key] for key in ("rho", "rho_reason", "decisions", "weights"))
             alpha, alpha_reason = judged["alpha"], judged["alpha_reason"]
-        # Resampled pairs carry the model's own labels: one goes on as long as the policy sides with it.
+        # Resampled pairs carry the model's own labels: one goes on, with a little less weight each time, as long as the
+        # policy sides with it.
         resampled = margins[read:]
+        faded = np.where(resampled > 0, self.args.resampled_decay * np.array(self.data.weights[read:]), 0.0)
         p_resampled = expit(logit(estimate["rate"]) - estimate["scale"] * resampled)
         self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(np.concatenate([p_flip, p_resampled]))})
         told = {
@@ -225,21 +251,17 @@ class Round:
             "alpha": alpha,
             "alpha_reason": alpha_reason,
             "decisions": [*decisions, *np.where(resampled > 0, "keep", "drop").tolist()],
-            "weights": [*weights, *(resampled > 0).astype(float).tolist()],
+            "weights": [*weights, *faded.tolist()],
         }
         if PartialState().is_main_process:
             write_json(self.folder / "flip_estimate.json", estimate)
             write_json(self.folder / "decisions.json", told)
 
-    def _resample(self) -> None:
+    def _resample(self, digest: str) -> None:
         found = read_json(self.folder / "decisions.json")["decisions"]
         has_new = {self.data.pairs[i].row for i in range(self.num_read, len(found)) if found[i] == "keep"}
         lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
-        won = (
-            self._win_back(lost)
-            if lost and self.args.num_candidates
-            else WonBack(pairs=[], margins=np.zeros(0), refused={})
-        )
+        won = self._win_back(lost, digest) if lost and self.args.num_candidates else NOTHING
         reference: dict[str, torch.Tensor] = {}
         if won.pairs and self.data.reference is not None:
             tokenized = tokenize_pairs(won.pairs, self.tokenizer, max_length=self.args.max_length)
@@ -249,44 +271,73 @@ class Round:
             with write_aside(self.folder / "resampled.jsonl") as path:
                 rows = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in won.pairs]
                 path.write_text("".join(rows), encoding="utf-8")
-            write_json(self.folder / "resampling.json", {"num_prompts": len(lost), "refused": won.refused})
+            told = {"num_prompts": len(lost), "num_judged": won.num_judged, "refused": won.refused}
+            write_json(self.folder / "resampling.json", told)
 
-    def _win_back(self, lost: Sequence[int]) -> WonBack:
+    def _win_back(self, lost: Sequence[int], digest: str) -> WonBack:
         args = self.args
         found = read_json(self.folder / "decisions.json")["decisions"]
         losses = self.losses()
         parents = [self.data.pairs[i] for i in lost]
-        policy = self.source.load(self.model_folder)
-        samples = sample_responses(
-            policy,
-            self.tokenizer,
-            encode_prompts([pair.prompt for pair in parents], self.tokenizer),
-            num_candidates=args.num_candidates,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed + 1000 * self.number,
-            title=f"Round {self.number}: sampling",
-        )
+        policy = cache(lambda: self.source.load(self.model_folder))  # not before it is needed: vLLM wants the memory
+        reach = self._reach(policy if args.sample_from == "policy" else None)
+        with open_engine(args.generation_engine, reach) as engine:
+            samples = sample_responses(
+                engine,
+                self.tokenizer,
+                encode_prompts([pair.prompt for pair in parents], self.tokenizer),
+                num_candidates=args.num_candidates,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seed=args.seed + 1000 * self.number,
+                folder=self.folder / "samples",
+                model_digest=digest,
+                title=f"Round {self.number}: sampling",
+            )
+        reference = self.data.reference
         return win_back(
             parents,
             samples,
-            self._scores()[list(lost)],
-            None if self.data.reference is None else self.data.reference[list(lost)],
-            score_policy=lambda tokens: score_pairs(
-                policy, tokens, title=f"Round {self.number}: scoring samples", **batching(args, self.tokenizer)
-            ),
-            score_reference=self.reference_of if self.data.reference is not None else None,
-            margins_of=lambda own, reference: margins_of(own, reference, args),
+            policy=Scored(parents=self._scores()[list(lost)], score=self._scorer(policy)),
+            reference=None if reference is None else Scored(parents=reference[list(lost)], score=self.reference_of),
+            earlier=self._earlier(lost),
+            margins_of=lambda own, base: margins_of(own, base, args),
             loss_of=lambda margins: losses_of(margins, args),
             tokenizer=self.tokenizer,
             max_length=args.max_length,
             rule=args.selection_rule,
-            worst_kept_loss=max(
-                (loss for loss, what in zip(losses, found, strict=True) if what == "keep"), default=0.0
-            ),
-            max_abs_margin=args.max_abs_margin,
-            max_length_ratio=args.max_length_ratio,
+            guards=args.guards,
+            kept_losses=losses[np.array(found) == "keep"],
+            judge=self.judge,
+            weight=args.resampled_weight,
+            seed=args.seed + 1000 * self.number,
+        )
+
+    def _scorer(self, policy: Callable[[], PreTrainedModel]) -> Scorer:
+        options, title = batching(self.args, self.tokenizer), f"Round {self.number}: scoring samples"
+        return lambda tokens: score_pairs(policy(), tokens, title=title, **options)
+
+    def _earlier(self, lost: Sequence[int]) -> Scored | None:
+        """The model half way through this round's training, for rules that compare with it."""
+        if not self._needs_halfway:
+            return None
+        score = self._scorer(cache(lambda: self.source.load(self.folder / _HALFWAY)))
+        return Scored(parents=score([self.data.tokens[i] for i in lost]), score=score)
+
+    def _reach(self, policy: Callable[[], PreTrainedModel] | None) -> Reach:
+        """Where an engine finds the model that this round has trained, or the initial one if `policy` is None."""
+        is_adapter, is_initial = self.source.is_adapter, policy is None
+        return Reach(
+            tokenizer=self.tokenizer,
+            load=policy or self.source.load,
+            folder=self.source.name_or_path if is_adapter or is_initial else self.model_folder,
+            adapter=self.model_folder if is_adapter and not is_initial else None,
+            load_options=self.source.load_options,
+            use_bf16=self.args.bf16,
+            url=self.args.generation_url,
+            name=self.args.generation_model,
+            api_key_env=self.args.generation_api_key_env,
         )
 
     def _write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -309,6 +360,7 @@ def run_all(
     tokenizer: PreTrainedTokenizerBase,
     reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
     peft_config: PeftConfig | None,
+    judge: Judge | None = None,
     digest: str,
 ) -> list[Round]:
     """Run `args.rounds` rounds, each in a folder of its own.
@@ -322,6 +374,7 @@ def run_all(
         tokenizer: The model's.
         reference_of: Reference log-probabilities of tokenized pairs.
         peft_config: For adapters.
+        judge: Asked about what the selection rule cannot settle; None for nobody.
         digest: Of everything that made `data` and `audit`, and of the options.
 
     Returns:
@@ -347,6 +400,7 @@ def run_all(
             audit=audit,
             reference_of=reference_of,
             peft_config=peft_config,
+            judge=judge,
         )
         start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
         digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)

@@ -168,6 +168,7 @@ class ROPOTrainer(Trainer):
         peft_config: Wraps the model with an adapter; the model without it is then the reference.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
+        halfway_folder: Where the model is saved half way through its training, if anywhere.
         num_checks: How often `eval_dataset` is scored in training, evenly spaced, the last time at its end; the margins
             are then in `check_margins`.
 
@@ -191,6 +192,7 @@ class ROPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         num_checks: int = 0,
+        halfway_folder: Path | None = None,
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
@@ -233,7 +235,12 @@ class ROPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.tokenizer,
-            callbacks=[*(callbacks or []), _Checks(self, num_checks), _SaveWithCheckpoint(self)],
+            callbacks=[
+                *(callbacks or []),
+                _Checks(self, num_checks),
+                _SaveWithCheckpoint(self),
+                _Halfway(self, halfway_folder),
+            ],
             optimizers=optimizers,
         )
         self.label_names = []
@@ -537,3 +544,14 @@ class _Checks(TrainerCallback):
             step * self.num_checks // state.max_steps for step in (state.global_step, state.global_step - 1)
         )
         return done - before
+
+
+class _Halfway(TrainerCallback):
+    """Saves the model once, half way through its training."""
+
+    def __init__(self, trainer: ROPOTrainer, folder: Path | None) -> None:
+        self.trainer, self.folder = trainer, folder
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        if self.folder is not None and state.global_step == max(state.max_steps // 2, 1):
+            self.trainer.save_whole(self.folder)

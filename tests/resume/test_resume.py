@@ -22,9 +22,10 @@ STAGES = [
 def config(folder, **options):
     common = {
         "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 4, "logging_steps": 1,
-        "save_strategy": "steps", "save_steps": 2, "max_length": 64, "max_new_tokens": 24, "num_candidates": 2,
+        "save_strategy": "steps", "save_steps": 2, "max_length": 64, "max_new_tokens": 24, "num_candidates": 8,
         "use_cpu": True, "disable_tqdm": True, "rho": "0.3", "max_length_ratio": 30.0, "rounds": 2, "num_folds": 2,
-        "decision_rule": "lowest_loss",
+        "decision_rule": "lowest_loss", "sample_from": "policy", "selection_rule": "uncertainty_aware",
+        "max_repetition": 1.0, "max_resampled_share": 1.0,
     }  # fmt: skip
     return ROPOConfig(**{**common, **options})
 

@@ -1,19 +1,32 @@
-"""Sample responses to prompts from a model, in batches of similar length.
+"""Sample responses to prompts, shard by shard, so that a killed run goes on where it was.
 
-In: a model, its tokenizer, prompts as token ids. Out: K responses per prompt, as text, and whether each ended.
+In: a model or an engine, prompts as token ids, a folder for the shards. Out: K responses per prompt, as text, and
+whether each ended.
+
+The one idea: prompts are sorted by length and dealt into shards; a finished shard is a file whose name is a digest of
+everything that made it, so it is found again, never sampled twice, and of no use to another model or other options.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ropo.logps.score import progress_bar
+from ropo.provenance import hash_value, write_aside
+from ropo.resample.engine import Advance, Engine, Prompt, Response, Sampling, seeded
+from ropo.resample.in_transformers import TransformersEngine
 
-_MAX_ROWS = 128  # sequences decoded together; more only helps where memory bandwidth is idle
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +47,7 @@ class Sample:
 
 
 def sample_responses(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -43,69 +56,141 @@ def sample_responses(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    folder: Path | None = None,
+    model_digest: str | None = None,
     title: str = "Sampling responses",
 ) -> list[Sample]:
     """Draw `num_candidates` responses for each prompt.
 
-    Prompts are sorted by length, so a batch needs little padding; each batch has a seed of its own, so the same call
-    gives the same text. With several processes each samples its share of the batches and all return everything.
+    The same call gives the same text: chance belongs to a prompt (see `engine`), and neither reads nor moves the global
+    random state. With several processes each samples its share of the shards and all return everything.
 
     Args:
-        model: A causal language model on its device.
-        tokenizer: Its tokenizer, for padding and decoding.
+        model: A causal language model on its device, or an engine from `engines.open_engine`.
+        tokenizer: The model's, for padding and decoding.
         prompts: Token ids of each prompt.
         num_candidates: Responses per prompt.
         max_new_tokens: Longest response.
         temperature: Sampling temperature.
         top_p: Nucleus sampling.
-        seed: Of the first batch; the others count up from it.
+        seed: Of everything that is drawn.
+        folder: Where finished shards are kept; None to keep none.
+        model_digest: Names the model by its content; needed with `folder`.
         title: What the progress bar says.
 
     Returns:
         `num_candidates` samples per prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: If an option is out of range, a prompt is empty, or shards are to be kept without `model_digest`.
     """
+    sampling = Sampling(
+        num_candidates=num_candidates, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    )
+    if folder is not None and not model_digest:
+        raise ValueError(
+            "sample_responses needs model_digest to keep shards; got none. Pass a digest that changes with the model, "
+            "or no folder."
+        )
+    if empty := [i for i, ids in enumerate(prompts) if not len(ids)]:
+        raise ValueError(f"Sampling needs prompts with tokens; got none in prompt {empty[0]}. Leave it out.")
+    if not prompts:
+        return []
+    engine = TransformersEngine(lambda: model, tokenizer) if isinstance(model, nn.Module) else model
     state = PartialState()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_batch = max(_MAX_ROWS // num_candidates, 1)
-    batches = [order[start : start + per_batch] for start in range(0, len(order), per_batch)]
+    shards = _deal(seeded(prompts, seed), sampling, engine.tokens_per_shard, num_processes=state.num_processes)
+    mine = shards[state.process_index :: state.num_processes]
+    files = {} if folder is None else _files(folder, mine, sampling, {**engine.identity, "model": model_digest})
+    known = {number: found for number, path in files.items() if (found := _read(path, len(mine[number]), sampling))}
+    if known:
+        logger.info("%d of %d shards of samples are read from %s", len(known), len(mine), folder)
     samples: list[tuple[int, int, Sample]] = []
-    was_training, was_cached = model.training, model.config.use_cache
-    model.eval()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with progress_bar(title, len(prompts), is_shown=state.is_main_process) as advance:
-        for number, where in list(enumerate(batches))[state.process_index :: state.num_processes]:
-            set_seed(seed + number)
-            width = max(len(prompts[i]) for i in where)
-            rows = [[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in where]
-            mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in where]
-            with torch.no_grad():
-                output = model.generate(  # type: ignore[operator]
-                    input_ids=torch.tensor(rows, device=model.device),
-                    attention_mask=torch.tensor(mask, device=model.device),
-                    num_return_sequences=num_candidates,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=True,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=0,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=pad,
-                    use_cache=True,
-                )
-            for row, ids in enumerate(output[:, width:].tolist()):
-                i, k = where[row // num_candidates], row % num_candidates
-                samples.append((i, k, _sample(i, ids, tokenizer)))
-            advance(len(where))
-    model.train(was_training)
-    model.config.use_cache = was_cached
+    num_known = sum(len(mine[number]) for number in known)
+    with _progress_bar(title, sum(map(len, mine)), num_known, is_shown=state.is_main_process) as advance:
+        for number, shard in enumerate(mine):
+            found = known.get(number) or engine.sample([prompt for _, prompt in shard], sampling, advance)
+            if number in files and number not in known:
+                _write(files[number], found)
+            for (place, _), responses in zip(shard, found, strict=True):
+                samples += [(place, k, Sample(prompt=place, **asdict(one))) for k, one in enumerate(responses)]
     if state.num_processes > 1:
         samples = gather_object(samples)
     return [sample for _, _, sample in sorted(samples, key=lambda item: item[:2])]
 
 
-def _sample(prompt: int, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
-    is_finished = tokenizer.eos_token_id in ids
-    if is_finished:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    return Sample(prompt=prompt, text=text, num_tokens=len(ids), is_finished=is_finished)
+_Shard = list[tuple[int, Prompt]]  # prompts and their places in the input
+
+
+def _deal(prompts: Sequence[Prompt], sampling: Sampling, tokens_per_shard: int, *, num_processes: int) -> list[_Shard]:
+    """Deal prompts into shards of neighbouring lengths and equal cost, the longest first.
+
+    There are as many shards as `tokens_per_shard` asks for, and then some, so that all processes get as many.
+    """
+    order = sorted(enumerate(prompts), key=lambda item: -len(item[1].ids))
+    costs = [sampling.num_candidates * (len(prompt.ids) + sampling.max_new_tokens) for _, prompt in order]
+    num_turns = -(-sum(costs) // (tokens_per_shard * num_processes))
+    each = -(-sum(costs) // (num_turns * num_processes))
+    shards: dict[int, _Shard] = {}
+    before = 0
+    for item, cost in zip(order, costs, strict=True):
+        shards.setdefault((2 * before + cost) // (2 * each), []).append(item)  # where its middle falls
+        before += cost
+    return list(shards.values())
+
+
+def _files(folder: Path, shards: Sequence[_Shard], sampling: Sampling, made_by: dict[str, Any]) -> dict[int, Path]:
+    """Where each shard is kept, under a digest of everything that makes it."""
+    found = {}
+    for number, shard in enumerate(shards):
+        told = [[list(prompt.ids), prompt.seed] for _, prompt in shard]
+        digest = hash_value({"made_by": made_by, "sampling": asdict(sampling), "prompts": told})
+        found[number] = folder / f"{digest[:32]}.jsonl"
+    return found
+
+
+def _write(path: Path, found: Sequence[Sequence[Response]]) -> None:
+    rows = [
+        json.dumps({"prompt": i, "candidate": k, **asdict(response)}, ensure_ascii=False)
+        for i, responses in enumerate(found)
+        for k, response in enumerate(responses)
+    ]
+    with write_aside(path) as aside:
+        aside.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+def _read(path: Path, num_prompts: int, sampling: Sampling) -> list[list[Response]] | None:
+    """The responses of a finished shard; None if there is none or somebody has changed it."""
+    if not path.exists():
+        return None
+    found: list[list[Response]] = [[] for _ in range(num_prompts)]
+    try:
+        # Not splitlines(): a text may hold characters that it takes for the end of a line.
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            row = json.loads(line)
+            found[row.pop("prompt")].append(Response(**{name: row[name] for name in Response.__slots__}))
+    except (ValueError, KeyError, IndexError, TypeError):
+        found = []
+    if [len(responses) for responses in found] != [sampling.num_candidates] * num_prompts:
+        logger.warning("%s is not what was written there; its prompts are sampled again.", path)
+        return None
+    return found
+
+
+@contextmanager
+def _progress_bar(title: str, total: int, num_known: int, *, is_shown: bool) -> Iterator[Advance]:
+    """Show prompts done, tokens per second and the time left; gone when done."""
+    columns = (
+        *Progress.get_default_columns()[:-1],
+        TextColumn("{task.completed}/{task.total} prompts, {task.fields[rate]:.0f} tokens/s,"),
+        TimeRemainingColumn(),
+    )
+    num_tokens, start = 0, time.monotonic()
+    with Progress(*columns, transient=True, disable=not is_shown) as bar:
+        task = bar.add_task(title, total=total, completed=num_known, rate=0.0)
+
+        def advance(more_prompts: int, more_tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += more_tokens
+            bar.update(task, advance=more_prompts, rate=num_tokens / max(time.monotonic() - start, 1e-9))
+
+        yield advance

@@ -1,15 +1,16 @@
 """Which sampled responses become new pairs (robustness-guided rejection sampling).
 
 In: candidate pairs, each a sampled response with one of the two original responses of its prompt, and their margins.
-Out: at most one new pair per prompt, and why the other candidates were refused.
+Out: at most one new pair per prompt, the prompts that no rule could settle, and why other candidates were refused.
 
 The paper states the purpose (to make up for the information in discarded queries, guided by the robust loss), not
 the procedure (arXiv:2404.04102v2, abstract). The procedure here is ours: the robust loss falls with the margin, so of
 the two orientations of a candidate pair the loss always prefers the one the policy already believes; the pair is
-therefore oriented by the sign of its margin, and guards keep it from being chosen because it is extreme.
+therefore oriented by the sign of its margin. What this sign is worth depends on where the response was drawn
+(docs/resampling.md): a policy rates its own samples above whatever else there is.
 
-Add a rule: write a function `(losses of one prompt's candidates, worst kept loss) -> position or None`, and add a
-line to SELECTION_RULES.
+Add a rule: write a function `Field -> position or None`, and add a line to SELECTION_RULES.
+Add a guard: a field in `Guards` whose default lets everything pass, and the line in `_refusal` that reads it.
 """
 
 from collections import Counter
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 
 from ropo.pairs import Pair, Text
 
-Losses = NDArray[np.float64]
+Floats = NDArray[np.float64]
+
+_WORDS_PER_GRAM = 3  # of the repetition guard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,7 @@ class Candidate:
 
     Attributes:
         parent: The pair whose prompt is to be won back.
-        sampled: The response the policy gave.
+        sampled: The response that was drawn.
         original: One of the parent's two responses.
         num_sampled_tokens: Tokens of `sampled`.
         num_original_tokens: Tokens of `original`.
@@ -45,98 +48,255 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """New pairs, their margins (pairs,), and the count of refused candidates by reason."""
+class Guards:
+    """What a candidate must pass whatever the rule. The defaults let everything pass but empty and identical texts.
 
-    pairs: list[Pair]
-    margins: NDArray[np.float64]
-    refused: dict[str, int]
+    Attributes:
+        max_abs_margin: Largest absolute margin that is believed, nats: a rule that looks for a low loss finds the most
+            extreme pair, which may be one that the policy is surely wrong about.
+        max_length_ratio: Most that one response may be longer than the other, in tokens.
+        max_repetition: Largest share of three-word sequences of the sampled response that repeat an earlier one.
+        max_copies: Most prompts that may be answered by one and the same sampled text; more is a stock phrase.
+        max_share: Most new pairs, as a share of the kept pairs.
+    """
+
+    max_abs_margin: float = np.inf
+    max_length_ratio: float = np.inf
+    max_repetition: float = 1.0
+    max_copies: float = np.inf
+    max_share: float = np.inf
 
 
-def min_loss(losses: Losses, worst_kept_loss: float) -> int | None:  # noqa: ARG001 - rules share one signature
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Field:
+    """The candidates of one prompt that have passed the guards, as a rule sees them.
+
+    Attributes:
+        losses: Training loss of each, oriented by the sign of its margin, shape (candidates,).
+        views: Margin under the earlier checkpoint, above 0 where it agrees with the orientation, shape (candidates,);
+            None for rules that do not ask for it.
+        kept_losses: Losses of the pairs that the filter kept, shape (kept,).
+    """
+
+    losses: Floats
+    views: Floats | None
+    kept_losses: Floats
+
+
+def min_loss(field: Field) -> int | None:
     """The candidate with the lowest loss, whatever it is."""
-    return int(np.argmin(losses))
+    return int(np.argmin(field.losses))
 
 
-def threshold(losses: Losses, worst_kept_loss: float) -> int | None:
-    """The candidate with the lowest loss, if no kept pair has a higher one than it."""
+def threshold(field: Field) -> int | None:
+    """The candidate with the lowest loss, if some kept pair has a higher one."""
+    best = int(np.argmin(field.losses))
+    return best if field.losses[best] <= field.kept_losses.max(initial=-np.inf) else None
+
+
+def quantile(field: Field) -> int | None:
+    """The candidate whose loss is nearest to the median of the kept pairs: a typical pair, not an extreme one."""
+    if not len(field.kept_losses):
+        return None
+    best = int(np.argmin(np.abs(field.losses - np.median(field.kept_losses))))
+    return best if field.losses[best] <= field.kept_losses.max() else None
+
+
+def uncertainty_aware(field: Field) -> int | None:
+    """The lowest loss among the candidates that the model half way through its training orients in the same way."""
+    assert field.views is not None  # noqa: S101 - the table says that this rule needs them
+    losses = np.where(field.views > 0, field.losses, np.inf)
     best = int(np.argmin(losses))
-    return best if losses[best] <= worst_kept_loss else None
+    return best if np.isfinite(losses[best]) else None
 
 
-SELECTION_RULES: Mapping[str, Callable[[Losses, float], int | None]] = MappingProxyType(
-    {"min_loss": min_loss, "threshold": threshold}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionSpec:
+    """A selection rule and what it needs.
+
+    Attributes:
+        fn: Position of the candidate to take, or None for none.
+        refusal: Why it takes none, for the counts.
+        needs_views: Whether it compares with the margins of an earlier checkpoint.
+    """
+
+    fn: Callable[[Field], int | None]
+    refusal: str = "never"
+    needs_views: bool = False
+
+    @property
+    def meaning(self) -> str:
+        """First sentence of the rule's docstring."""
+        return str(self.fn.__doc__).split("\n", 1)[0]
+
+
+SELECTION_RULES: Mapping[str, SelectionSpec] = MappingProxyType(
+    {
+        "min_loss": SelectionSpec(fn=min_loss),
+        "threshold": SelectionSpec(fn=threshold, refusal="loss above that of every kept pair"),
+        "quantile": SelectionSpec(fn=quantile, refusal="loss above that of every kept pair"),
+        "uncertainty_aware": SelectionSpec(
+            fn=uncertainty_aware, refusal="the model half way through training disagrees", needs_views=True
+        ),
+    }
 )
 
 
-def select_pairs(
+def selection_table() -> str:
+    """SELECTION_RULES as a Markdown table, for `docs/resampling.md`."""
+    rows = [f"| `{name}` | {spec.meaning} |" for name, spec in SELECTION_RULES.items()]
+    return "\n".join(["| rule | what it takes |", "|---|---|", *rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Selection:
+    """What became of the candidates.
+
+    Attributes:
+        taken: Places of the candidates that become pairs, at most one per parent, in the order of the parents.
+        unsettled: For each parent without one, the place of its best candidate that is fit to be read, if it has any.
+        refused: Number of candidates, or prompts, not used, by reason.
+    """
+
+    taken: list[int]
+    unsettled: list[int]
+    refused: Counter[str]
+
+
+def select_candidates(
     candidates: Sequence[Candidate],
-    margins: NDArray[np.float64],
-    loss_of: Callable[[NDArray[np.float64]], Losses],
+    margins: Floats,
+    loss_of: Callable[[Floats], Floats],
     *,
     rule: str,
-    worst_kept_loss: float,
-    max_abs_margin: float,
-    max_length_ratio: float,
+    guards: Guards,
+    kept_losses: Floats,
+    views: Floats | None = None,
+    seed: int = 0,
 ) -> Selection:
-    """Choose at most one new pair for each parent.
+    """Choose at most one candidate for each parent.
 
     Args:
         candidates: Those of one parent need not stand together.
         margins: Margin of each candidate with `sampled` as chosen, shape (candidates,), nats.
         loss_of: The training loss as a function of margins.
         rule: A name in SELECTION_RULES.
-        worst_kept_loss: Largest loss among the pairs that the filter kept.
-        max_abs_margin: Candidates with a larger absolute margin are refused as self-confirming.
-        max_length_ratio: Most that one response may be longer than the other, in tokens.
+        guards: What every candidate must pass.
+        kept_losses: Losses of the pairs that the filter kept, shape (kept,).
+        views: Margins like `margins` under the earlier checkpoint, for rules that need them.
+        seed: Which new pairs stay when there are more than `guards.max_share` allows.
 
     Returns:
-        Pairs with origin "resampled" and the row of their parent, in the order of the parents.
+        The choice. A candidate that is refused for its text is never unsettled, only one that is refused for its
+        margin or by the rule.
     """
+    spec = SELECTION_RULES[rule]
     refused: Counter[str] = Counter()
-    by_parent: dict[int, list[int]] = {}
+    copies = _prompts_by_text(candidates)
+    readable: dict[tuple[str, int], list[int]] = {}
+    usable: dict[tuple[str, int], list[int]] = {}
     for i, (candidate, h) in enumerate(zip(candidates, margins, strict=True)):
-        by_parent.setdefault(candidate.parent.row, [])
-        reason = _refusal(candidate, float(h), max_abs_margin=max_abs_margin, max_length_ratio=max_length_ratio)
-        if reason:
+        parent = (candidate.parent.id, candidate.parent.row)
+        usable.setdefault(parent, [])
+        readable.setdefault(parent, [])
+        if reason := _refusal(candidate, guards, num_copies=copies[_text(candidate.sampled)]):
             refused[reason] += 1
+            continue
+        if not np.isfinite(h):
+            refused["margin is not a number"] += 1
+            continue
+        readable[parent].append(i)
+        if abs(h) > guards.max_abs_margin:
+            refused["margin too extreme to be believed"] += 1
         else:
-            by_parent[candidate.parent.row].append(i)
-    chosen = []
-    for places in by_parent.values():
-        if not places:
+            usable[parent].append(i)
+    taken, unsettled = [], []
+    for parent, places in usable.items():
+        best = None
+        if places:
+            oriented = None if views is None else np.sign(margins[places]) * views[places]
+            best = spec.fn(Field(losses=loss_of(np.abs(margins[places])), views=oriented, kept_losses=kept_losses))
+            refused["another candidate was better" if best is not None else spec.refusal] += len(places) - (
+                best is not None
+            )
+        if best is not None:
+            taken.append(places[best])
+        elif readable[parent]:
+            unsettled.append(max(readable[parent], key=lambda i: abs(margins[i])))
+        else:
             refused["prompt without a usable candidate"] += 1
-            continue
-        best = SELECTION_RULES[rule](loss_of(np.abs(margins[places])), worst_kept_loss)
-        if best is None:
-            refused["loss above that of every kept pair"] += len(places)
-            continue
-        refused["another candidate was better"] += len(places) - 1
-        chosen.append(places[best])
-    return Selection(
-        pairs=[_oriented(candidates[i], float(margins[i])) for i in chosen],
-        margins=np.abs(margins[chosen]),
-        refused=dict(refused),
-    )
+    limit = np.inf if np.isinf(guards.max_share) else guards.max_share * len(kept_losses)
+    taken, num_over = _capped(taken, limit, seed)
+    refused["more new pairs than max_resampled_share allows"] += num_over
+    return Selection(taken=taken, unsettled=unsettled, refused=+refused)
 
 
-def _refusal(candidate: Candidate, h: float, *, max_abs_margin: float, max_length_ratio: float) -> str | None:
-    text = candidate.sampled if isinstance(candidate.sampled, str) else candidate.sampled[-1]["content"]
+def _capped(taken: list[int], limit: float, seed: int) -> tuple[list[int], int]:
+    """At most `limit` of the places, drawn at random so that no kind of pair is favoured, and how many went."""
+    if len(taken) <= limit:
+        return taken, 0
+    stay = np.sort(np.random.default_rng(seed).permutation(len(taken))[: int(limit)])
+    return [taken[i] for i in stay], len(taken) - len(stay)
+
+
+def _prompts_by_text(candidates: Sequence[Candidate]) -> Counter[str]:
+    """How many parents each sampled text answers."""
+    return Counter(text for text, _, _ in {(_text(one.sampled), one.parent.id, one.parent.row) for one in candidates})
+
+
+def _refusal(candidate: Candidate, guards: Guards, *, num_copies: int) -> str | None:
+    text = _text(candidate.sampled)
     if not text.strip():
         return "empty response"
     if candidate.sampled in (candidate.parent.chosen, candidate.parent.rejected):
         return "same text as an original response"
     longer = max(candidate.num_sampled_tokens, candidate.num_original_tokens)
-    if longer > max_length_ratio * min(candidate.num_sampled_tokens, candidate.num_original_tokens):
+    if longer > guards.max_length_ratio * min(candidate.num_sampled_tokens, candidate.num_original_tokens):
         return "lengths too different"
-    if not np.isfinite(h) or abs(h) > max_abs_margin:
-        return "margin too extreme to be believed"
+    if repetition(text) > guards.max_repetition:
+        return "response repeats itself"
+    if num_copies > guards.max_copies:
+        return "same response to many prompts"
     return None
 
 
-def _oriented(candidate: Candidate, h: float) -> Pair:
-    """The pair with the response that the policy prefers as chosen."""
-    better, worse = (candidate.sampled, candidate.original) if h > 0 else (candidate.original, candidate.sampled)
+def repetition(text: str) -> float:
+    """Share of three-word sequences that repeat an earlier one of the same text.
+
+    Args:
+        text: A response.
+
+    Returns:
+        0 for no repetition, near 1 for a loop; 0 for texts of fewer than four words.
+
+    Examples:
+        >>> repetition("it is good and it is cheap"), round(repetition("no no no no no no"), 2)
+        (0.0, 0.75)
+    """
+    words = text.split()
+    grams = [tuple(words[i : i + _WORDS_PER_GRAM]) for i in range(len(words) - _WORDS_PER_GRAM + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+
+
+def _text(response: Text) -> str:
+    return response if isinstance(response, str) else str(response[-1]["content"])
+
+
+def new_pair(candidate: Candidate, *, is_sampled_better: bool, weight: float = 1.0) -> Pair:
+    """The pair that a candidate becomes.
+
+    Args:
+        candidate: The candidate.
+        is_sampled_better: Whether the sampled response is the chosen one.
+        weight: Weight of the pair in training.
+
+    Returns:
+        A pair with origin "resampled", the row of its parent and the parent's id.
+    """
+    texts = (candidate.sampled, candidate.original)
+    chosen, rejected = texts if is_sampled_better else texts[::-1]
+    parent = candidate.parent
     return Pair(
-        prompt=candidate.parent.prompt, chosen=better, rejected=worse, row=candidate.parent.row, origin="resampled"
-    )
+        prompt=parent.prompt, chosen=chosen, rejected=rejected,
+        row=parent.row, origin="resampled", parent_id=parent.id, weight=weight,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
-"""New pairs for discarded prompts: sample, score under policy and reference, select.
+"""New pairs for discarded prompts: score sampled responses under policy and reference, select, ask a judge.
 
-In: the discarded pairs with their log-probabilities, and functions that sample and score. Out: `NewPair`s, each with
-its reference log-probabilities, and the count of refused candidates by reason.
+In: the discarded pairs with their log-probabilities, sampled responses, and functions that score. Out: new pairs with
+their margins, and the count of refused candidates by reason.
 """
 
 from collections import Counter
@@ -13,11 +13,25 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
+from ropo.judge.verdicts import Judge, settle
 from ropo.pairs import Pair, PairLogps, Text
 from ropo.resample.generate import Sample
-from ropo.resample.select import Candidate, select_pairs
+from ropo.resample.select import Candidate, Guards, new_pair, select_candidates
 
 Scorer = Callable[[Sequence[TokenizedPair]], PairLogps]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """One model's log-probabilities: of the discarded pairs, and a way to get those of others.
+
+    Attributes:
+        parents: Of the discarded pairs.
+        score: Of tokenized pairs under the same model.
+    """
+
+    parents: PairLogps
+    score: Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,53 +39,61 @@ class WonBack:
     """What resampling found.
 
     Attributes:
-        pairs: New pairs, origin "resampled", row of their parent.
-        margins: Margin of each new pair, shape (pairs,), nats; above 0 by construction.
+        pairs: New pairs, origin "resampled", row and id of their parent.
+        margins: Margin of each new pair, shape (pairs,), nats; below 0 only where a judge contradicts the policy.
+        num_judged: How many of the pairs, the last ones, were settled by the judge.
         refused: Number of candidates, or prompts, not used, by reason.
     """
 
     pairs: list[Pair]
     margins: NDArray[np.float64]
+    num_judged: int
     refused: dict[str, int]
+
+
+NOTHING = WonBack(pairs=[], margins=np.zeros(0), num_judged=0, refused={})
 
 
 def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
     parents: Sequence[Pair],
     samples: Sequence[Sample],
-    parent_policy: PairLogps,
-    parent_reference: PairLogps | None,
     *,
-    score_policy: Scorer,
-    score_reference: Scorer | None,
+    policy: Scored,
+    reference: Scored | None,
+    earlier: Scored | None,
     margins_of: Callable[[PairLogps, PairLogps | None], NDArray[np.float64]],
     loss_of: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     rule: str,
-    worst_kept_loss: float,
-    max_abs_margin: float,
-    max_length_ratio: float,
+    guards: Guards,
+    kept_losses: NDArray[np.float64],
+    judge: Judge | None = None,
+    weight: float = 1.0,
+    seed: int = 0,
 ) -> WonBack:
     """Turn sampled responses into at most one new pair per discarded pair.
 
     Each sample is scored once, beside its parent's chosen response; its margin against either original response
-    follows from that and the parent's own log-probabilities.
+    follows from that and the parent's own log-probabilities. The judge is asked only about prompts for which the rule
+    takes no candidate, about the best one that is fit to be read.
 
     Args:
         parents: The discarded pairs.
         samples: Sampled responses; `prompt` is the place of the parent.
-        parent_policy: Log-probabilities of the parents under the policy that sampled.
-        parent_reference: The same under the reference; None for losses without one.
-        score_policy: Log-probabilities of tokenized pairs under that policy.
-        score_reference: The same under the reference; None for losses without one.
-        margins_of: Margins from the two.
+        policy: The model in training.
+        reference: The frozen one; None for losses without it.
+        earlier: The model half way through its training, for rules that compare with it.
+        margins_of: Margins from log-probabilities under a policy and the reference.
         loss_of: The training loss as a function of margins.
         tokenizer: The model's.
         max_length: As in training.
         rule: See `select.SELECTION_RULES`.
-        worst_kept_loss: See `select.select_pairs`.
-        max_abs_margin: See `select.select_pairs`.
-        max_length_ratio: See `select.select_pairs`.
+        guards: See `select.Guards`.
+        kept_losses: See `select.select_candidates`.
+        judge: Settles what the rule cannot; None for nobody.
+        weight: Weight of the new pairs in training.
+        seed: See `select.select_candidates`.
 
     Returns:
         The new pairs.
@@ -86,54 +108,79 @@ def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
     ]  # fmt: skip
     tokenized = tokenize_pairs(beside, tokenizer, max_length=max_length)
     refused["no new text once tokenized"] += len(beside) - len(tokenized)
-    policy = score_policy(tokenized.tokens)
-    reference = score_reference(tokenized.tokens) if score_reference else None
     where = [finished[pair.row].prompt for pair in tokenized.pairs]
-    candidates, margins = [], []
-    for name in ("chosen", "rejected"):
-        own = _beside(policy, parent_policy[where], name)
-        assert own.chosen_tokens is not None  # noqa: S101 - scoring counts tokens
-        assert own.rejected_tokens is not None  # noqa: S101
-        base = (
-            _beside(reference, parent_reference[where], name)
-            if reference is not None and parent_reference is not None
-            else None
+    own = _against_both(policy, tokenized.tokens, where)
+    base = [None, None] if reference is None else _against_both(reference, tokenized.tokens, where)
+    margins = np.concatenate([margins_of(*both) for both in zip(own, base, strict=True)])
+    views = None
+    if earlier is not None:
+        then = _against_both(earlier, tokenized.tokens, where)
+        views = np.concatenate([margins_of(*both) for both in zip(then, base, strict=True)])
+    candidates = [
+        Candidate(
+            parent=parents[i],
+            sampled=pair.chosen,
+            original=getattr(parents[i], name),
+            num_sampled_tokens=num_sampled,
+            num_original_tokens=num_original,
         )
-        margins.append(margins_of(own, base))
-        candidates += [
-            Candidate(
-                parent=parents[i],
-                sampled=pair.chosen,
-                original=getattr(parents[i], name),
-                num_sampled_tokens=num_sampled,
-                num_original_tokens=num_original,
-            )
-            for pair, i, num_sampled, num_original in zip(
-                tokenized.pairs, where, own.chosen_tokens.tolist(), own.rejected_tokens.tolist(), strict=True
-            )
-        ]
-    selection = select_pairs(
+        for name, logps in zip(("chosen", "rejected"), own, strict=True)
+        for pair, i, num_sampled, num_original in zip(tokenized.pairs, where, *_token_counts(logps), strict=True)
+    ]
+    found = select_candidates(
         candidates,
-        np.concatenate(margins),
+        margins,
         loss_of,
         rule=rule,
-        worst_kept_loss=worst_kept_loss,
-        max_abs_margin=max_abs_margin,
-        max_length_ratio=max_length_ratio,
+        guards=guards,
+        kept_losses=kept_losses,
+        views=views,
+        seed=seed,
     )
-    refused.update(selection.refused)
-    return WonBack(pairs=selection.pairs, margins=selection.margins, refused={k: n for k, n in refused.items() if n})
+    pairs = [new_pair(candidates[i], is_sampled_better=bool(margins[i] > 0), weight=weight) for i in found.taken]
+    settled, settled_margins = _settled(judge, candidates, margins, found.unsettled, weight)
+    refused.update(found.refused)
+    refused["prompt without a candidate that the rule takes"] += len(found.unsettled) - len(settled)
+    return WonBack(
+        pairs=[*pairs, *settled],
+        margins=np.concatenate([np.abs(margins[found.taken]), settled_margins]),
+        num_judged=len(settled),
+        refused=dict(+refused),
+    )
+
+
+def _settled(
+    judge: Judge | None, candidates: Sequence[Candidate], margins: NDArray[np.float64], where: list[int], weight: float
+) -> tuple[list[Pair], NDArray[np.float64]]:
+    """Pairs that the judge has turned the right way round, with their margins; none without a judge."""
+    if judge is None or not where:
+        return [], np.zeros(0)
+    asked = [new_pair(candidates[i], is_sampled_better=bool(margins[i] > 0), weight=weight) for i in where]
+    answers = settle(judge, asked)
+    known = [(pair, asked[j], where[j]) for j, pair in enumerate(answers) if pair is not None]
+    signed = [abs(margins[i]) * (1.0 if pair.chosen == before.chosen else -1.0) for pair, before, i in known]
+    return [pair for pair, _, _ in known], np.array(signed, dtype=np.float64)
 
 
 def _response(sample: Sample, parent: Pair) -> Text:
     return sample.text if isinstance(parent.prompt, str) else [{"role": "assistant", "content": sample.text}]
 
 
-def _beside(sampled: PairLogps, parent: PairLogps, name: str) -> PairLogps:
-    """Log-probabilities of pairs whose chosen response is the sample and whose rejected one is the parent's `name`."""
-    return PairLogps(
-        chosen=sampled.chosen,
-        rejected=getattr(parent, name),
-        chosen_tokens=sampled.chosen_tokens,
-        rejected_tokens=getattr(parent, f"{name}_tokens"),
-    )
+def _against_both(model: Scored, tokens: Sequence[TokenizedPair], where: Sequence[int]) -> list[PairLogps]:
+    """Log-probabilities of the samples beside the chosen, then beside the rejected response of their parents."""
+    sampled, parents = model.score(tokens), model.parents[where]
+    return [
+        PairLogps(
+            chosen=sampled.chosen,
+            rejected=getattr(parents, name),
+            chosen_tokens=sampled.chosen_tokens,
+            rejected_tokens=getattr(parents, f"{name}_tokens"),
+        )
+        for name in ("chosen", "rejected")
+    ]
+
+
+def _token_counts(logps: PairLogps) -> tuple[list[int], list[int]]:
+    assert logps.chosen_tokens is not None  # noqa: S101 - scoring counts tokens
+    assert logps.rejected_tokens is not None  # noqa: S101
+    return logps.chosen_tokens.tolist(), logps.rejected_tokens.tolist()

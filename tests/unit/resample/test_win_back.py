@@ -1,5 +1,8 @@
 """From discarded pairs to new ones: the margins of new pairs are those a plain scoring would give."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,8 @@ from ropo.data.tokenize import encode_prompts, tokenize_pairs
 from ropo.logps.score import score_pairs
 from ropo.pairs import Pair, margin
 from ropo.resample.generate import Sample, sample_responses
-from ropo.resample.win_back import win_back
+from ropo.resample.select import Guards
+from ropo.resample.win_back import Scored, win_back
 
 BATCHING = {"pad_token_id": 0, "max_length": 128}
 
@@ -31,16 +35,21 @@ def parents(pairs):
     return pairs[:4]
 
 
-def run(model, reference, tokenizer, parents, samples, **options):
+def run(model, reference, tokenizer, parents, samples, *, earlier=None, **options):
+    """`earlier` is what the earlier model says of tokenized pairs."""
     tokens = tokenize_pairs(parents, tokenizer, max_length=128).tokens
-    defaults = {"rule": "min_loss", "worst_kept_loss": 9.0, "max_abs_margin": 1e6, "max_length_ratio": 1e6}
+
+    def scored(each):
+        score = each if callable(each) and not hasattr(each, "config") else partial(score_pairs, each, **BATCHING)
+        return Scored(parents=score(tokens), score=score)
+
+    defaults = {"rule": "min_loss", "guards": Guards(), "kept_losses": np.array([9.0])}
     return win_back(
         parents,
         samples,
-        score_pairs(model, tokens, **BATCHING),
-        score_pairs(reference, tokens, **BATCHING),
-        score_policy=lambda t: score_pairs(model, t, **BATCHING),
-        score_reference=lambda t: score_pairs(reference, t, **BATCHING),
+        policy=scored(model),
+        reference=scored(reference),
+        earlier=None if earlier is None else scored(earlier),
         margins_of=lambda own, base: margin(own, base, beta=0.1).double().numpy(),
         loss_of=lambda margins: np.log1p(np.exp(-margins)),
         tokenizer=tokenizer,
@@ -54,6 +63,7 @@ def test_margins_are_those_of_the_new_pairs(model, reference, tokenizer, parents
     samples = [sample(i, text) for i in range(4) for text in (" very kind", " cold soup and loud", " not good")]
     won = run(model, reference, tokenizer, parents, samples)
     assert [pair.row for pair in won.pairs] == [0, 1, 2, 3]
+    assert [pair.parent_id for pair in won.pairs] == [pair.id for pair in parents]
     tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128).tokens
     scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
     np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
@@ -83,6 +93,63 @@ def test_conversations_get_messages(model, reference, tokenizer):
     parent = Pair(prompt=[{"role": "user", "content": "soup?"}], chosen=said("good"), rejected=said("bad"), row=0)
     (won,) = run(model, reference, tokenizer, [parent], [sample(0, "very kind")]).pairs
     assert said("very kind") in (won.chosen, won.rejected)
+
+
+SAMPLES = [(i, text) for i in range(4) for text in (" very kind", " cold soup and loud", " not good")]
+
+
+def test_uncertainty_aware_follows_the_earlier_model(model, reference, tokenizer, parents):
+    """With the policy itself as the earlier model nothing is refused; with one that thinks the opposite all is."""
+    samples = [sample(*each) for each in SAMPLES]
+    options = {"rule": "uncertainty_aware"}
+
+    def opposite(tokens):
+        ours, base = (score_pairs(each, tokens, **BATCHING) for each in (model, reference))
+        return replace(ours, chosen=2 * base.chosen - ours.chosen, rejected=2 * base.rejected - ours.rejected)
+
+    same = run(model, reference, tokenizer, parents, samples, earlier=model, **options)
+    assert same.pairs == run(model, reference, tokenizer, parents, samples).pairs
+    found = run(model, reference, tokenizer, parents, samples, earlier=opposite, **options)
+    assert found.pairs == []
+    assert found.refused["the model half way through training disagrees"] == 2 * len(samples)
+
+
+class Spy:
+    """A judge that remembers what it was asked."""
+
+    def __init__(self, *said):
+        self.said, self.asked = said, []
+
+    def __call__(self, pairs):
+        self.asked += pairs
+        return [self.said[i % len(self.said)] for i in range(len(pairs))]
+
+
+def test_a_judge_is_asked_only_what_the_rule_cannot_settle(model, reference, tokenizer, parents):
+    samples = [sample(*each) for each in SAMPLES]
+    judge = Spy(0.9)
+    assert run(model, reference, tokenizer, parents, samples, judge=judge).num_judged == 0
+    assert judge.asked == []
+    nothing_believed = {"guards": Guards(max_abs_margin=1e-9)}
+    won = run(model, reference, tokenizer, parents, samples, judge=judge, weight=0.5, **nothing_believed)
+    assert (won.num_judged, len(won.pairs), len(judge.asked)) == (4, 4, 4)
+    assert won.pairs == judge.asked
+    assert {pair.weight for pair in won.pairs} == {0.5}
+    assert (won.margins > 0).all()
+
+
+def test_a_judge_turns_pairs_round_or_leaves_them(model, reference, tokenizer, parents):
+    samples = [sample(*each) for each in SAMPLES]
+    judge = Spy(0.1, None, 0.5, 0.9)
+    won = run(model, reference, tokenizer, parents, samples, judge=judge, guards=Guards(max_abs_margin=1e-9))
+    turned, stays = won.pairs
+    assert (turned.chosen, turned.rejected) == (judge.asked[0].rejected, judge.asked[0].chosen)
+    assert stays == judge.asked[3]
+    assert won.margins[0] < 0 < won.margins[1]
+    assert won.refused["prompt without a candidate that the rule takes"] == 2
+    tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128).tokens
+    scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+    np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
 
 
 def test_sampling_is_repeatable_and_in_order(model, tokenizer, pairs):

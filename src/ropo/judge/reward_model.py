@@ -1,0 +1,184 @@
+"""A reward model as judge: two rewards per pair, and the probability that follows from their difference.
+
+In: a sequence classifier with one label, pairs. Out: σ(r_chosen − r_rejected).
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ropo.data.tokenize import TokenizedPair, tokenize_pairs
+from ropo.judge.answers import Answers
+from ropo.logps.batch import batches_by_length, plain_batch
+from ropo.logps.cache import reference_hash
+from ropo.logps.score import progress_bar
+from ropo.pairs import Pair
+from ropo.provenance import hash_value
+
+logger = logging.getLogger(__name__)
+
+_MAX_POSITIONS = {"cpu": 4096, "cuda": 32768}  # of a batch; small ones stay in a CPU's cache, a GPU wants to be filled
+
+
+class RewardModelJudge:
+    """A reward model: σ(r_chosen − r_rejected), the Bradley-Terry probability that `chosen` is better.
+
+    Reads a pair as training does: conversations by the chat template, plain text as prompt and response in one with an
+    end-of-sequence token. A pair that does not fit into the model's context as a whole gets None.
+
+    Args:
+        name_or_path: Folder or hub id of a sequence classifier with one label, as safetensors. Code that comes with it
+            is never run.
+        folder: Where answers are kept, under a hash of the weights and of the pair's token ids.
+
+    Raises:
+        ValueError: If the configuration is not there or not that of a reward model.
+    """
+
+    def __init__(self, name_or_path: str, folder: Path) -> None:
+        _check_config(name_or_path)
+        self.name_or_path = name_or_path
+        self._answers = Answers(folder, "reward_model")
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """Judge pairs: load the model, score what was never scored, let the model go.
+
+        Raises:
+            ValueError: If the model has no trained head, or its tokenizer cannot read the pairs.
+        """
+        if not pairs:
+            return []
+        model, tokenizer = load_reward_model(self.name_or_path)
+        max_length = _context_tokens(model, tokenizer)
+        numbered = [replace(pair, row=i) for i, pair in enumerate(pairs)]
+        tokenized = tokenize_pairs(numbered, tokenizer, max_length=max_length)
+        is_cut = {problem.row for problem in tokenized.problems}
+        if is_cut:
+            logger.warning(
+                "The reward model gives no verdict on %d of %d pairs: they do not fit into its %d tokens, or have "
+                "nothing to compare.",
+                len(is_cut),
+                len(pairs),
+                max_length,
+            )
+        name = reference_hash(model, use_bf16=False)
+        whole = {
+            pair.row: (_key(name, tokens), tokens)
+            for pair, tokens in zip(tokenized.pairs, tokenized.tokens, strict=True)
+            if pair.row not in is_cut
+        }
+        missing = {key: tokens for key, tokens in whole.values() if key not in self._answers}
+        self._answers.share(missing, lambda mine: self._score(model, mine))
+        found = [self._answers.get(whole[i][0]) if i in whole else None for i in range(len(pairs))]
+        return [p if isinstance(p, float) else None for p in found]
+
+    def _score(self, model: PreTrainedModel, missing: Mapping[str, TokenizedPair]) -> None:
+        keys, tokens = list(missing), list(missing.values())
+        lengths = [2 * (len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))) for pair in tokens]
+        limit = _MAX_POSITIONS.get(model.device.type, _MAX_POSITIONS["cuda"])
+        with (
+            torch.no_grad(),
+            progress_bar("Asking the reward model", len(keys), is_shown=PartialState().is_main_process) as advance,
+        ):
+            for where in batches_by_length(lengths, max_tokens=limit):
+                rewards = rewards_of(model, [tokens[i] for i in where])
+                p_right = torch.sigmoid(rewards[0::2] - rewards[1::2]).tolist()
+                self._answers.add({keys[i]: p if np.isfinite(p) else None for i, p in zip(where, p_right, strict=True)})
+                advance(len(where))
+
+
+def _key(model: str, tokens: TokenizedPair) -> str:
+    return hash_value([model, *(ids.tolist() for ids in (tokens.prompt, tokens.chosen, tokens.rejected))])
+
+
+def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a reward model and its tokenizer.
+
+    Args:
+        name_or_path: Folder or hub id.
+
+    Returns:
+        The model on this process's device, in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: If there is no sequence classifier as safetensors, it needs code of its own, or weights are missing:
+            transformers would make them up at random.
+    """
+    with _explained(name_or_path):
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"A reward model needs trained weights for all its parts; got {name_or_path!r} without "
+            f"{', '.join(sorted(loading['missing_keys'])[:3])}. Name a sequence classifier trained on preferences."
+        )
+    return model.to(PartialState().device).eval(), tokenizer
+
+
+def _check_config(name_or_path: str) -> None:
+    """Refuse what is no reward model before anything is trained for hours and its judge is needed."""
+    with _explained(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    if config.num_labels != 1:
+        raise ValueError(
+            f"A reward model needs one label; got {name_or_path!r} with num_labels={config.num_labels}. Name a "
+            "sequence classifier trained on preferences."
+        )
+
+
+@contextlib.contextmanager
+def _explained(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            "A reward model needs a folder or hub id with safetensors weights, a tokenizer and no code of its own; got "
+            f"{name_or_path!r}, of which transformers says: {reason}. Check the name, or convert the weights."
+        ) from error
+
+
+def _context_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest text that the model was made for; tokenizers without a limit hold a number beyond all lengths."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(int(tokenizer.model_max_length), positions or 2**31)
+
+
+def rewards_of(model: PreTrainedModel, tokens: Sequence[TokenizedPair]) -> torch.Tensor:
+    """Rewards of one batch.
+
+    Args:
+        model: A sequence classifier with one label.
+        tokens: The pairs.
+
+    Returns:
+        Rewards of chosen and rejected of each pair in turn, shape (2·pairs,), on the CPU.
+    """
+    pad_token_id = model.config.get_text_config().pad_token_id
+    if pad_token_id is not None and pad_token_id >= 0:
+        batch = plain_batch(tokens, pad_token_id=pad_token_id)
+        rows = [(batch["input_ids"], batch["attention_mask"])]
+    else:  # such a model reads its reward at the last position, so nothing may be padded
+        texts = [np.concatenate([pair.prompt, end]) for pair in tokens for end in (pair.chosen, pair.rejected)]
+        ids = [torch.from_numpy(text.astype(np.int64))[None] for text in texts]
+        rows = [(one, torch.ones_like(one)) for one in ids]
+    found = [
+        model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
+        for input_ids, mask in rows
+    ]
+    return torch.cat(found).double().cpu()

@@ -1,0 +1,98 @@
+"""Sampling inside a run: killed between two shards it goes on, and what an engine needs reaches it."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from peft import LoraConfig
+
+from ropo.align import run_rounds
+from ropo.config import ROPOConfig
+from ropo.provenance import hash_file
+from ropo.resample import generate, in_transformers
+from ropo.rounds import Round
+
+
+def config(folder, **options):
+    common = {
+        "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 8, "save_strategy": "no",
+        "max_length": 64, "max_new_tokens": 12, "num_candidates": 2, "use_cpu": True, "disable_tqdm": True,
+        "rho": "0.3", "max_length_ratio": 30.0, "rounds": 2, "num_folds": 0, "decision_rule": "lowest_loss",
+    }  # fmt: skip
+    return ROPOConfig(**{**common, **options})
+
+
+def files(folder):
+    return {path.name: hash_file(path) for path in (folder / "rounds" / "00").glob("**/*.jsonl")}
+
+
+def test_killed_between_two_shards(model_folder, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(in_transformers, "_TOKENS_PER_SHARD", {"cpu": 100})
+    run_rounds(model_folder, pairs, config(tmp_path / "whole"))
+    whole = files(tmp_path / "whole")
+    assert len(whole) >= 4  # three shards and the new pairs
+    write, lives, written = generate._write, [2], []
+
+    def dying(path, found):
+        if lives and len(written) == lives[0]:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, found)
+
+    monkeypatch.setattr(generate, "_write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(model_folder, pairs, config(tmp_path / "killed"))
+    assert len(files(tmp_path / "killed")) == 2
+    lives.clear()
+    run_rounds(model_folder, pairs, config(tmp_path / "killed"))
+    assert files(tmp_path / "killed") == whole
+    assert len(written) == len(set(written)) == len(whole) - 1
+
+
+def test_a_server_in_a_run(model_folder, pairs, tmp_path, tokenizer):
+    """What it answers becomes new pairs."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(tokenizer.decode(body["prompt"]))
+            choices = [{"index": k, "text": f" cold soup {k}", "finish_reason": "stop"} for k in range(body["n"])]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": choices}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    options = {
+        "generation_engine": "server",
+        "generation_url": f"http://127.0.0.1:{server.server_port}",
+        "generation_model": "policy",
+    }
+    summary = run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
+    server.shutdown()
+    server.server_close()
+    assert summary["num_resampled"] > 0
+    assert set(asked) <= {pair.prompt for pair in pairs}
+    assert " cold soup " in (tmp_path / "O" / "rounds" / "00" / "resampled.jsonl").read_text()
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_where_the_model_is(is_adapter, model_folder, pairs, tmp_path, monkeypatch):
+    """A whole model is in the round's folder; an adapter is, and its base is where the run began."""
+    reaches, reach = [], Round._reach
+    monkeypatch.setattr(Round, "_reach", lambda self, policy: reaches.append(reach(self, policy)) or reaches[-1])
+    peft_config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM") if is_adapter else None
+    args = config(tmp_path / "O", num_candidates=1, sample_from="policy")
+    run_rounds(model_folder, pairs, args, peft_config=peft_config)
+    trained = tmp_path / "O" / "rounds" / "00" / "model"
+    (found,) = reaches
+    assert str(found.folder) == str(model_folder if is_adapter else trained)
+    assert found.adapter == (trained if is_adapter else None)
+    assert (trained / ("adapter_config.json" if is_adapter else "model.safetensors")).exists()
+    assert found.load().training is False
+    assert found.load() is found.load()

@@ -1,0 +1,171 @@
+"""What vLLM is told and how its answers are read, with a stand-in of the parts of its interface that are used."""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from accelerate import PartialState
+from transformers import GenerationConfig
+
+from ropo.resample.engine import Prompt, Response, Sampling
+from ropo.resample.generate import sample_responses
+from ropo.resample.in_vllm import VllmEngine
+
+SAMPLING = Sampling(num_candidates=2, max_new_tokens=5, temperature=0.7, top_p=0.9)
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Answers every prompt with its last token, then the number of the candidate; the first candidate ends."""
+    made = ModuleType("vllm")
+    made.__spec__ = ModuleSpec("vllm", None)
+    made.started, made.asked, made.events = [], [], []
+
+    class LLM:
+        def __init__(self, model, **options):
+            made.started.append({"model": model, **options})
+            made.events.append("start")
+            core = SimpleNamespace(shutdown=lambda: made.events.append("shutdown"))
+            self.llm_engine = SimpleNamespace(engine_core=core)
+
+        def generate(self, prompts, sampling_params, *, use_tqdm, lora_request):
+            assert use_tqdm is False
+            made.asked += zip(prompts, sampling_params, [lora_request] * len(prompts), strict=True)
+            return [
+                SimpleNamespace(outputs=made.outputs(prompt["prompt_token_ids"][-1], params))
+                for prompt, params in zip(prompts, sampling_params, strict=True)
+            ]
+
+    def outputs(token, params):
+        return [
+            SimpleNamespace(
+                index=k,
+                token_ids=[token, 70 + k, *([2] if k == 0 else [])],
+                finish_reason="length" if k else "stop",
+            )
+            for k in reversed(range(params.n))
+        ]
+
+    made.LLM, made.SamplingParams, made.outputs = LLM, SimpleNamespace, outputs
+    request = ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda name, number, path: (name, number, path)
+    for name, module in (("vllm", made), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", request)):
+        monkeypatch.setitem(sys.modules, name, module)
+    return made
+
+
+def sample(engine, *prompts):
+    advanced = []
+    return engine.sample(
+        [Prompt(ids, 11 + i) for i, ids in enumerate(prompts)], SAMPLING, lambda *n: advanced.append(n)
+    )
+
+
+def test_what_is_told(vllm, tokenizer, model_folder):
+    engine = VllmEngine(model_folder, tokenizer, options={"trust_remote_code": True})
+    assert vllm.started == []
+    found = sample(engine, [5, 6, 80], [81])
+    assert vllm.started == [
+        {
+            "model": str(model_folder),
+            "max_model_len": 8,
+            "skip_tokenizer_init": True,
+            "dtype": "auto",
+            "trust_remote_code": True,
+        }
+    ]
+    assert [(prompt, lora) for prompt, _, lora in vllm.asked] == [
+        ({"prompt_token_ids": [5, 6, 80]}, None),
+        ({"prompt_token_ids": [81]}, None),
+    ]
+    assert [vars(params) for _, params, _ in vllm.asked] == [
+        {
+            "seed": seed,
+            "n": 2,
+            "max_tokens": 5,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "stop_token_ids": [2],
+            "detokenize": False,
+        }
+        for seed in (11, 12)
+    ]
+    assert found == [
+        [
+            Response(text=tokenizer.decode([token, 70]), num_tokens=2, is_finished=True),
+            Response(text=tokenizer.decode([token, 71]), num_tokens=2, is_finished=False),
+        ]
+        for token in (80, 81)
+    ]
+
+
+def test_started_once_and_again_for_longer_texts(vllm, tokenizer):
+    engine = VllmEngine("m", tokenizer)
+    for prompt in ([3] * 9, [3] * 4, [3] * 20):
+        sample(engine, prompt)
+    engine.close()
+    assert [options["max_model_len"] for options in vllm.started] == [14, 25]
+    assert vllm.events == ["start", "shutdown", "start", "shutdown"]
+    engine.close()
+    assert vllm.events == ["start", "shutdown", "start", "shutdown"]
+
+
+def test_adapters_are_handed_over(vllm, tokenizer, tmp_path):
+    for rank, pattern, told in ((4, {}, 8), (16, {"layers.0": 40}, 64)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank, "rank_pattern": pattern}))
+        sample(VllmEngine("base", tokenizer, adapter=tmp_path, use_bf16=True), [80])
+        started = vllm.started[-1]
+        assert (started["model"], started["enable_lora"], started["max_lora_rank"]) == ("base", True, told)
+        assert started["dtype"] == "bfloat16"
+        assert vllm.asked[-1][2] == ("policy", 1, str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1024}))
+    with pytest.raises(ValueError, match="LoRA rank of at most 512; got 1024"):
+        VllmEngine("base", tokenizer, adapter=tmp_path)
+
+
+def test_published_ends_are_told(vllm, tokenizer, model_folder):
+    GenerationConfig(eos_token_id=[2, 77]).save_pretrained(model_folder)
+    sample(VllmEngine(model_folder, tokenizer), [80])
+    assert vllm.asked[-1][1].stop_token_ids == [2, 77]
+
+
+def test_memory_that_is_free(vllm, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30, 80))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    sample(VllmEngine("m", tokenizer), [80])
+    assert vllm.started[0]["gpu_memory_utilization"] == pytest.approx(0.3375, abs=1e-3)
+
+
+def test_wrong_number_of_responses(vllm, tokenizer):
+    vllm.outputs = lambda *_: []
+    with pytest.raises(RuntimeError, match=r"needs 2 responses to each of 1 prompts; got 1 answers of \[0\] from vLLM"):
+        sample(VllmEngine("m", tokenizer), [80])
+
+
+def test_shards(vllm, tokenizer, tmp_path):
+    """It serves `sample_responses` as any engine does; what is finished starts no vLLM."""
+    options = {"num_candidates": 2, "max_new_tokens": 5, "folder": tmp_path, "model_digest": "m"}
+    prompts = [[80], [81, 82]]
+    first = sample_responses(VllmEngine("m", tokenizer), tokenizer, prompts, **options)
+    assert [each.prompt for each in first] == [0, 0, 1, 1]
+    assert len(vllm.started) == 1
+    assert sample_responses(VllmEngine("m", tokenizer), tokenizer, prompts, **options) == first
+    assert len(vllm.started) == 1
+
+
+def test_missing_package(tokenizer, monkeypatch):
+    monkeypatch.setattr("ropo.resample.in_vllm.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"needs the package vllm; .* pip install 'ropo\[vllm\]', or use"):
+        VllmEngine("m", tokenizer)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_several_processes(tokenizer, monkeypatch):
+    PartialState()
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    with pytest.raises(ValueError, match=r"needs one process; got 2\. Start `vllm serve`"):
+        VllmEngine("m", tokenizer)

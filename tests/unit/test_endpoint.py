@@ -1,0 +1,405 @@
+"""One request: what is tried again, what ends at once, how long it may take, and where the key must never be."""
+
+import email.utils
+import errno
+import http.client
+import http.server
+import json
+import logging
+import pickle
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+import traceback
+import urllib.error
+
+import pytest
+
+from ropo.endpoint import EndpointError, check_url, post_json, resource_url
+
+KEY = "sk-test/0123456789abcdef+secret"
+OK = (200, {"answer": "yes"})
+
+
+class Server:
+    """A server on this machine that gives the answers it was told, the last one for ever, and notes what it was sent.
+
+    An answer is (status, body) or (status, body, headers), with a body of bytes or a value that becomes JSON, or a
+    function that writes to the open connection.
+    """
+
+    def __init__(self):
+        self.answers, self.requests = [OK], []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.requests.append({"path": self.path, "headers": dict(self.headers), "body": json.loads(body)})
+                answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                if callable(answer):
+                    answer(self)
+                    return
+                status, content, headers = (*answer, {})[:3]
+                content = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/chat/completions"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    return KEY
+
+
+class Waits(list):
+    """Stands in for `time.sleep` and notes what it was asked."""
+
+    def __call__(self, seconds):
+        self.append(seconds)
+
+
+def post(url, waits=None, **options):
+    waits = Waits() if waits is None else waits
+    return post_json(url, {"q": 1}, **{"api_key_env": "TEST_KEY", "timeout_seconds": 5.0, "sleep": waits, **options})
+
+
+def test_an_answer(server, key):
+    assert post(server.url) == {"answer": "yes"}
+    (request,) = server.requests
+    assert request["body"] == {"q": 1}
+    assert request["headers"]["Authorization"] == f"Bearer {KEY}"
+    assert request["headers"]["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize("name", [None, "", "TEST_KEY_THAT_IS_NOT_SET"])
+def test_no_key_no_header(server, key, name):
+    post(server.url, api_key_env=name)
+    assert "Authorization" not in server.requests[0]["headers"]
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
+def test_what_may_pass_is_tried_again(server, status):
+    server.answers = [(status, b"busy"), (status, b"busy"), OK]
+    waits = Waits()
+    assert post(server.url, waits) == {"answer": "yes"}
+    assert len(server.requests) == 3
+    assert 0.25 <= waits[0] <= 0.5 <= waits[1] <= 1.0  # doubled, with a random part
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 405])
+def test_a_refusal_ends_at_once(server, status):
+    server.answers = [(status, b"you shall not pass"), OK]
+    with pytest.raises(EndpointError, match=f"status {status}: 'you shall not pass'") as caught:
+        post(server.url)
+    assert len(server.requests) == 1
+    assert (caught.value.status, caught.value.is_final) == (status, True)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"<html>", b'{"answer": "y', b"[1, 2]", b'{"answer": "\xff"}', b"[" * 100_000, b"9" * 5000],
+    ids=["empty", "html", "cut short", "a list", "not UTF-8", "deep", "huge number"],
+)
+def test_garbage_is_tried_again(server, garbage):
+    server.answers = [(200, garbage), OK]
+    assert post(server.url) == {"answer": "yes"}
+    server.answers = [(200, garbage)]
+    with pytest.raises(EndpointError, match="status 200 with something else than a JSON object") as caught:
+        post(server.url)
+    assert (caught.value.status, caught.value.is_final) == (200, False)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_body_cut_short_is_tried_again(server):
+    server.answers = [(200, b'{"answer": "y', {"Content-Length": "1000"}), OK]
+    assert post(server.url) == {"answer": "yes"}
+    server.answers = [(200, b"5\r\nab", {"Transfer-Encoding": "chunked"}), OK]
+    assert post(server.url) == {"answer": "yes"}
+
+
+def test_a_reset_connection_is_tried_again(server):
+    def reset(handler):
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        handler.connection.close()
+
+    server.answers = [reset, lambda handler: handler.wfile.write(b"HELLO? WHO IS THERE?\r\n\r\n"), OK]
+    assert post(server.url) == {"answer": "yes"}
+    assert len(server.requests) == 3
+
+
+def test_nobody_listens(server):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    waits = Waits()
+    with pytest.raises(EndpointError, match=r"within 3 attempts and 300 seconds; got, at attempt 3, none \(Conn.*ref"):
+        post(f"http://127.0.0.1:{port}/v1", waits, max_retries=2)
+    assert len(waits) == 2
+
+
+def untrusted():
+    error = ssl.SSLCertVerificationError("certificate verify failed")
+    error.verify_message = "self-signed certificate"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "is_final"),
+    [
+        (urllib.error.URLError(untrusted()), "a certificate that cannot be trusted (self-signed certificate)", True),
+        (urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "unknown")), "name cannot be looked up", True),
+        (urllib.error.URLError(socket.gaierror(socket.EAI_AGAIN, "later")), "name cannot be looked up", False),
+        (
+            urllib.error.URLError(OSError(errno.ENETUNREACH, "Network is unreachable")),
+            "(Network is unreachable)",
+            False,
+        ),
+        (http.client.BadStatusLine(KEY), "none (BadStatusLine)", False),
+    ],
+)
+def test_what_the_network_says(monkeypatch, key, error, said, is_final):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("ropo.endpoint._exchange", fail)
+    waits = Waits()
+    with pytest.raises(EndpointError) as caught:
+        post("https://example.invalid/v1", waits, max_retries=1)
+    assert said in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert caught.value.is_final == is_final == (not waits)
+
+
+def test_silence_has_a_limit(server):
+    is_over = threading.Event()
+    server.answers = [lambda _: is_over.wait(5), OK]
+    start = time.monotonic()
+    assert post(server.url, timeout_seconds=0.2) == {"answer": "yes"}
+    server.answers = [lambda _: is_over.wait(5)]
+    with pytest.raises(EndpointError, match=r"none within 0\.2 seconds"):
+        post(server.url, timeout_seconds=0.2, max_retries=1)
+    is_over.set()
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("place", ["body", "headers"])
+def test_a_trickle_has_the_same_limit(server, place):
+    """Each byte comes in time, so the socket's own timeout never ends this."""
+    is_over = threading.Event()
+
+    def trickle(handler):
+        if place == "body":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+        while not is_over.wait(0.02):
+            handler.wfile.write(b" ")
+
+    server.answers = [trickle]
+    start = time.monotonic()
+    with pytest.raises(EndpointError, match=r"none within 0\.2 seconds"):
+        post(server.url, timeout_seconds=0.2, max_retries=0)
+    is_over.set()
+    assert time.monotonic() - start < 2
+
+
+def test_the_wait_that_was_asked_for(server):
+    date = email.utils.formatdate(time.time() + 20, usegmt=True)
+    server.answers = [
+        (429, b"", {"Retry-After": "7"}),
+        (503, b"", {"Retry-After": date}),
+        (429, b"", {"Retry-After": "soon"}),
+        (429, b"", {"Retry-After": "-5"}),
+        *[(429, b"", {"Retry-After": odd}) for odd in ("nan", "inf", "1e300")],
+        OK,
+    ]
+    waits = Waits()
+    assert post(server.url, waits, max_retries=7) == {"answer": "yes"}
+    assert waits[0] == 7
+    assert 15 < waits[1] <= 20
+    assert waits[2] <= 2
+    assert waits[3] <= 4
+    assert max(waits[4:]) <= 30
+
+
+def test_a_wait_longer_than_the_time_left_is_not_begun(server):
+    server.answers = [(429, b"slow down", {"Retry-After": "3600"}), OK]
+    waits = Waits()
+    with pytest.raises(EndpointError, match="at attempt 1, status 429: 'slow down' and the wish to wait 3600 seconds"):
+        post(server.url, waits)
+    assert waits == []
+
+
+def test_the_time_of_all_attempts_is_limited(server):
+    server.answers = [(500, b"")]
+    start = time.monotonic()
+    with pytest.raises(EndpointError, match=r"within 101 attempts and 0\.4 seconds"):
+        post(server.url, sleep=time.sleep, timeout_seconds=0.4, max_total_seconds=0.4, max_retries=100)
+    assert time.monotonic() - start < 2
+
+
+def test_a_long_answer_is_not_read(server):
+    server.answers = [(200, b" " * 5000)]
+    with pytest.raises(EndpointError, match="an answer of more than 1000 bytes"):
+        post(server.url, max_response_bytes=1000)
+    assert len(server.requests) == 1
+    server.answers = [(200, b'{"a": "' + b"b" * 991 + b'"}')]  # 1000 exactly
+    assert len(post(server.url, max_response_bytes=1000)["a"]) == 991
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(server, key, status):
+    other = Server()
+    server.answers = [(status, b"", {"Location": other.url + "?token=" + KEY})]
+    with pytest.raises(EndpointError, match=f"status {status}, a redirect to {other.url}, not followed") as caught:
+        post(server.url)
+    other.close()
+    assert other.requests == []
+    assert KEY not in str(caught.value)
+
+
+def test_foreign_text_is_short_and_tame(server):
+    server.answers = [(400, ("\x1b[31mred\n\nlines " + "x" * 500).encode())]
+    with pytest.raises(EndpointError) as caught:
+        post(server.url)
+    text = str(caught.value)
+    assert "?[31mred lines xxx" in text
+    assert text.count("x") <= 200
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 200])
+def test_the_key_is_in_no_message(server, key, status, caplog):
+    caplog.set_level(logging.DEBUG)
+    echo = f"bad key Bearer {KEY} or {json.dumps(KEY)} or sk-test\\/0123456789abcdef+secret or " + "y" * 150 + KEY
+    server.answers = [(status, echo.encode(), {"X-Echo": KEY})]
+    with pytest.raises(EndpointError) as caught:
+        post(server.url + "?hidden=query")
+    said = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(pickle.dumps(caught.value))
+    assert "[key]" in said
+    assert "0123456789" not in said  # not even its beginning, where a long text is cut
+    assert "hidden" not in str(caught.value)
+    assert "X-Echo" not in str(caught.value)
+
+
+def test_a_cut_leaves_no_part_of_the_key(server, key):
+    for before in range(170, 201, 5):
+        server.answers = [(400, b"y" * before + KEY.encode() + b"z" * 50)]
+        with pytest.raises(EndpointError) as caught:
+            post(server.url)
+        assert "sk-" not in str(caught.value)
+
+
+def test_the_key_is_in_no_answer(server, key):
+    server.answers = [(200, {"echo": f"Bearer {KEY}"})]
+    assert post(server.url) == {"echo": "Bearer [key]"}
+
+
+def test_a_placeholder_is_a_word_like_others(server, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "EMPTY")
+    server.answers = [(200, {"text": "EMPTY"})]
+    assert post(server.url) == {"text": "EMPTY"}
+
+
+@pytest.mark.parametrize("bad", ["sk-0123456789abc\nX-Evil: 1", "sk-0123456789abc def", "sk-0123456789abcé"])
+def test_a_broken_key_is_refused_unseen(server, monkeypatch, bad):
+    monkeypatch.setenv("TEST_KEY", bad)
+    with pytest.raises(ValueError, match="in the environment variable TEST_KEY, with spaces") as caught:
+        post(server.url)
+    assert "0123456789" not in "".join(traceback.format_exception(caught.value))
+    assert server.requests == []
+
+
+def test_a_key_goes_unencrypted_to_no_other_machine(key):
+    for host in ("example.invalid", "192.0.2.7", "localhost.example.invalid", "127.0.0.1.example.invalid"):
+        with pytest.raises(ValueError, match=f"needs https to send a key to another machine; got http://{host}/v1"):
+            post(f"http://{host}/v1")
+
+
+def test_advice_says_whether_there_was_a_key(server, key):
+    server.answers = [(401, b"no")]
+    with pytest.raises(EndpointError, match=r"Check the key in the environment variable TEST_KEY\.$"):
+        post(server.url)
+    with pytest.raises(EndpointError, match=r"Check the key in the environment variable NOT_SET, which is not set\.$"):
+        post(server.url, api_key_env="NOT_SET")
+    with pytest.raises(EndpointError, match=r"Check the key, of which none was sent\.$"):
+        post(server.url, api_key_env=None)
+
+
+def test_a_proxy_is_not_asked_for_this_machine(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    assert post(server.url, max_retries=0) == {"answer": "yes"}
+
+
+def test_an_error_survives_another_process():
+    error = pickle.loads(pickle.dumps(EndpointError("no", status=404, is_final=True)))
+    assert (str(error), error.status, error.is_final) == ("no", 404, True)
+
+
+def test_waiting_leaves_the_seeded_generator_alone(server):
+    random.seed(1)
+    expected = random.Random(1).random()
+    server.answers = [(500, b""), OK]
+    post(server.url)
+    assert random.random() == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:8000", "ftp://host/x", "http://", "http://host:99999999/v1", "http://host/a b", "http://host/#x"],
+)
+def test_bad_addresses(url):
+    with pytest.raises(ValueError, match=r"^judge_url needs "):
+        check_url(url, what="judge_url")
+
+
+def test_secrets_in_addresses_are_not_shown():
+    for url, match in (
+        ("https://me:0123456789@host/v1", "without user name and password; got one for host"),
+        ("https://0123456789@host/v1", "without user name and password; got one for host"),
+        (f"https://me:{KEY}@host/v1", "needs a valid address"),  # its slash ends the host
+        ("sk-0123456789", "got 13 characters without one"),
+        ("ftp://host/?q=0123456789", "got 'ftp://host/'"),
+        ("https://host/?api_key=0123456789", "without a key in it; got one for host"),
+        ("https://host/?a=1&Sig=0123456789", "without a key in it; got one for host"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(match)) as caught:
+            check_url(url, what="judge_url")
+        assert "0123456789" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"timeout_seconds": 0}, {"timeout_seconds": 400}, {"max_retries": -1}])
+def test_bad_limits(options):
+    with pytest.raises(ValueError, match="0 < timeout_seconds <= max_total_seconds"):
+        post("http://127.0.0.1:9/", **options)
+
+
+def test_resources():
+    assert resource_url("http://h/v1/", "chat/completions") == "http://h/v1/chat/completions"
+    assert resource_url("http://h?api-version=1", "completions") == "http://h/v1/completions?api-version=1"
