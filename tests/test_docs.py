@@ -11,6 +11,7 @@ import pytest
 from ropo.cli import parse_train
 from ropo.losses import methods_table
 from ropo.noise.decide import rules_table
+from ropo.resample.select import selection_table
 from ropo.trainer import metrics_table
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,7 @@ def test_generated_tables():
     assert methods_table().strip() in (ROOT / "docs" / "methods.md").read_text()
     assert metrics_table().strip() in (ROOT / "docs" / "metrics.md").read_text()
     assert rules_table().strip() in (ROOT / "docs" / "noise.md").read_text()
+    assert selection_table().strip() in (ROOT / "docs" / "resampling.md").read_text()
 
 
 def test_readme_shows_the_measured_demo():

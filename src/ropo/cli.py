@@ -1,6 +1,6 @@
 """`ropo demo | audit | train | validate | losses`.
 
-In: the command line. Out: an exit code: 0 done, 1 the data or the result is not acceptable, 2 misuse.
+In: the command line. Out: an exit code: 0 done, 1 the data, an endpoint or the result is not acceptable, 2 misuse.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from ropo.data.problems import PROBLEMS, render
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
+from ropo.endpoint import EndpointError
 from ropo.losses import methods_table
 
 DONE, NOT_ACCEPTABLE, MISUSE = 0, 1, 2
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()  # loading and writing shards takes a second; training keeps its bar
     try:
         return commands[words[0]](words[1:])
-    except DataError as error:
+    except (DataError, EndpointError) as error:
         print(f"ropo {words[0]}: {error}", file=sys.stderr)
         return NOT_ACCEPTABLE
     except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`

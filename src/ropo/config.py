@@ -79,7 +79,7 @@ class ROPOConfig(TrainingArguments):
 
     # The rounds.
     rounds: int = _option(1, "Rounds of train, score, decide, resample. Resampling needs two or more.")
-    round_start: str = _option("carry_on", "Each round's model: carry_on with the last, or restart from the given one.")
+    round_start: str = _option("restart", "Each round's model: restart from the given one, or carry_on with the last.")
     rho: str = _option("auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says.")
     num_folds: int = _option(
         5, "Models that judge pairs they were not trained on; 0: each round filters by the trained model's own margins."
@@ -220,8 +220,12 @@ class ROPOConfig(TrainingArguments):
         )
         for name, default in spec.takes.items():
             setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
-        if self.generation_url is not None:
-            self._check_access("generation_url", "generation_api_key_env")
+        self._check_access("generation_url", "generation_api_key_env")
+        if engine == "server" and self.sample_from == "policy":
+            raise ValueError(
+                "sample_from policy needs an engine that loads the model in training; got generation_engine server, "
+                "which serves a fixed one. Leave sample_from out, or use another engine."
+            )
         spec.check(self.world_size)
 
     def _check_access(self, url_option: str, key_option: str) -> None:
@@ -284,15 +288,7 @@ class ROPOConfig(TrainingArguments):
     def _check_judge_access(self) -> None:
         if self.judge_on_failure is not None:
             self._check_choice("judge_on_failure", ON_FAILURE)
-        # Options are logged and written; a key that was put here by mistake must not even be in the message.
-        if self.judge_api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.judge_api_key_env):
-            raise ValueError(
-                "judge_api_key_env needs the name of an environment variable in capitals, like OPENAI_API_KEY; got "
-                f"{len(self.judge_api_key_env)} other characters. Put the key into a variable and give its name."
-            )
-        if self.judge_url is not None:
-            check_url(self.judge_url, what="judge_url")
-            check_key(self.judge_url, self.judge_api_key_env, what="judge_url")
+        self._check_access("judge_url", "judge_api_key_env")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

@@ -100,6 +100,7 @@ def _ledger_of(this: Round) -> pa.Table:
 def _round_summary(this: Round) -> dict[str, Any]:
     found, estimate = this.decisions(), read_json(this.folder / "flip_estimate.json")
     counts = Counter(found["decisions"][: this.num_data])
+    told = read_json(path) if (path := this.folder / "resampling.json").exists() else {}
     return {
         "round": this.number,
         "flip_rate": {"estimate": estimate["rate"], "low": estimate["low"], "high": estimate["high"]},
@@ -115,7 +116,7 @@ def _round_summary(this: Round) -> dict[str, Any]:
         "num_flipped": counts["flip"],
         "num_resampled": len(this.new_pairs()),
         "num_resampled_trained_on": len(this.data) - this.num_data,
-        "refused": read_json(path)["refused"] if (path := this.folder / "resampling.json").exists() else {},
+        **{name: told.get(name, default) for name, default in (("num_judged", 0), ("refused", {}))},
     }
 
 

@@ -8,6 +8,7 @@ The one idea: nothing is computed after this file. A sentence, a figure or a tab
 Add a section: one function here, one line in `build_tables`, one block in each template.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def build_tables(
         "problems": _problems(summary),
         "decisions": _decisions(scores),
         "dropped": _dropped(scores, originals),
-        "resampled": _resampled(ledger, scores, originals, pairs),
+        "resampled": _resampled(ledger, scores, originals, pairs, summary.get("rounds") or []),
         "biases": response_biases(
             in_order, p_flip=scores["p_flip"], is_kept=scores["decision"] == "keep", is_informative=is_informative
         ),
@@ -495,8 +496,20 @@ def _dropped(scores: Columns, originals: Mapping[int, Pair]) -> Table:
     return {"num_rows": len(positions), "rows": rows}
 
 
-def _resampled(ledger: pa.Table, scores: Columns, originals: Mapping[int, Pair], pairs: Sequence[Pair]) -> Table:
-    """New pairs beside the pairs whose prompts they win back; a few of them, evenly spaced over the data."""
+def _resampled(
+    ledger: pa.Table,
+    scores: Columns,
+    originals: Mapping[int, Pair],
+    pairs: Sequence[Pair],
+    rounds: Sequence[Mapping[str, Any]],
+) -> Table:
+    """New pairs beside the pairs whose prompts they win back; a few of them, evenly spaced over the data.
+
+    And why candidates, or whole prompts, were not used, the most frequent reason first.
+    """
+    refused: Counter[str] = Counter()
+    for entry in rounds:
+        refused.update(entry.get("refused") or {})
     new = sorted((pair for pair in pairs if pair.origin == "resampled"), key=lambda pair: pair.row)
     columns = [ledger[name].to_pylist() for name in ("origin", "pair_id", "margin")] if new else [[], [], []]
     margins = {name: value for origin, name, value in zip(*columns, strict=True) if origin == "resampled"}
@@ -504,6 +517,8 @@ def _resampled(ledger: pa.Table, scores: Columns, originals: Mapping[int, Pair],
     shown = sorted({round(place) for place in np.linspace(0, len(new) - 1, NUM_RESAMPLED)}) if new else []
     return {
         "num_pairs": len(new),
+        "num_judged": sum(int(entry.get("num_judged") or 0) for entry in rounds),
+        "refused": [{"reason": reason, "num": num} for reason, num in refused.most_common()],
         "median_margin": median(np.array(list(margins.values()), dtype=np.float64)),
         "pairs": [_new_pair(new[i], margins, scores, position, originals) for i in shown],
     }

@@ -22,7 +22,7 @@ from ropo.resample.shared_prompt import DECODERS, choose_decoder
 logger = logging.getLogger(__name__)
 
 _MAX_ROWS = {"cpu": 64, "cuda": 512}  # decoded together; with more, a row costs as much as before
-_TOKENS_PER_SHARD = {"cpu": 2**18, "cuda": 2**20}
+_TOKENS_PER_SHARD = {"cpu": 2**18, "cuda": 2**22}
 _TOKENS_TOGETHER = 2**15  # prompts and longest responses of these rows, where there is no GPU memory to fill
 _CACHE_SHARE = 0.4  # of the GPU memory that the weights leave
 

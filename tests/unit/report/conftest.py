@@ -78,6 +78,7 @@ def example_summary() -> dict[str, Any]:
     before = {"round": 0, "rho": 0.25, "flip_rate": {"estimate": 0.25, "low": 0.1, "high": 0.4}}
     after = {"round": 1, "rho": 0.2, "flip_rate": {"estimate": 0.21, "low": 0.08, "high": 0.36}}
     counts = {"num_kept": 16, "num_dropped": 2, "num_flipped": 1, "num_resampled": 1}
+    counts |= {"num_judged": 1, "refused": {"empty response": 1, "another candidate was better": 3}}
     return {
         "flip_rate": after["flip_rate"],
         "is_informative": True,

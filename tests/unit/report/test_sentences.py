@@ -82,8 +82,8 @@ def test_trust_tells_what_became_of_labels_turned_on_purpose(make_audit):
         "called flipped, and 20 % of the others."
     )
     assert plain(sentences["trust"][1]) == (
-        "So about 90 % of the truly wrong labels are found, and about 70 % of the called ones are truly wrong. Both hang "
-        "on the flip rate: over its interval they go through 80–95 % and 55–90 %."
+        "So about 90 % of the truly wrong labels are found, and about 70 % of the called ones are truly wrong. Both "
+        "hang on the flip rate: over its interval they go through 80–95 % and 55–90 %."
     )
 
 

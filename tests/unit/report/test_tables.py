@@ -183,6 +183,10 @@ def test_the_list_of_dropped_pairs_is_bounded(make_run):
 
 def test_a_new_pair_stands_beside_the_one_it_replaces(make_run):
     resampled = build(make_run())["resampled"]
+    assert resampled["refused"] == [
+        {"reason": "another candidate was better", "num": 6}, {"reason": "empty response", "num": 2}
+    ]  # fmt: skip
+    assert resampled["num_judged"] == 2
     (new,) = resampled["pairs"]
     assert (new["chosen_source"], new["rejected_source"]) == ("sampled", "was chosen")
     assert (new["row"], new["margin"]) == (12, 1.5)

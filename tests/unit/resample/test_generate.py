@@ -273,24 +273,27 @@ SAMPLING = Sampling(num_candidates=2, max_new_tokens=8)
 
 
 def test_out_of_memory_halves_the_rows(model, tokenizer, prompts, monkeypatch, caplog):
-    """Finished prompts are kept and counted once; the others are drawn as they would have been."""
-    model.generation_config.eos_token_id = list(range(100, 150))  # so that candidates of one prompt end at odd times
+    """What was drawn is kept, each prompt counts once, and the others are drawn as they would have been."""
     given = seeded(prompts, 0)
     expected = engine(model, tokenizer).sample(given, SAMPLING, lambda *_: None)
-    read, sizes, advanced = shared_prompt._Flight._read, [], []
+    sizes, asked, advanced = [], [], []
 
-    def narrow(self, places):
-        sizes.append(self._job.num_rows)
-        if self._job.num_rows > 4 and len(sizes) > 2:
+    def narrow(job):
+        sizes.append(job.num_rows)
+        asked.append(len(job.places))
+        found = list(shared_prompt.share_prompts(job))
+        if job.num_rows == 4:
+            yield from found
+        else:  # an odd number: of some prompt one candidate has come, the last one
+            yield from found[::-1][:5]
             raise torch.OutOfMemoryError
-        return read(self, places)
 
-    monkeypatch.setattr(shared_prompt._Flight, "_read", narrow)
-    monkeypatch.setattr(in_transformers, "_MAX_ROWS", {"cpu": 8})
+    monkeypatch.setattr(in_transformers, "DECODERS", {"share_prompts": narrow})
+    monkeypatch.setattr(in_transformers, "_MAX_ROWS", {"cpu": 16})
     found = engine(model, tokenizer).sample(given, SAMPLING, lambda *counts: advanced.append(counts))
     assert found == expected
-    assert sizes[:3] == [8, 8, 8]
-    assert set(sizes[3:]) == {4}
+    assert sizes == [16, 8, 4]
+    assert asked[0] == 10 > asked[1] > asked[2]
     assert len(advanced) == 10
     assert "goes on with 4 rows at a time" in caplog.text
     monkeypatch.setattr(shared_prompt._Flight, "_read", lambda *_: exec("raise torch.OutOfMemoryError"))
@@ -303,11 +306,11 @@ def test_learned_positions_limit_responses(tokenizer):
     torch.manual_seed(0)
     shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
     small = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=1, **shape)).eval()
-    given = [[70 + i] * length for i, length in enumerate((3, 9, 16, 23))]
+    given = [[70 + i] * length for i, length in enumerate((9, 16, 23, 3, 3, 3, 3, 3, 3))]
     found = engine(small, tokenizer).sample(
         seeded(given, 0), Sampling(num_candidates=5, max_new_tokens=18), lambda *_: None
     )
-    for responses, most in zip(found, (18, 15, 8, 1), strict=True):
+    for responses, most in zip(found, (15, 8, 1, *[18] * 6), strict=True):
         assert {response.num_tokens for response in responses if not response.is_finished} == {most}
         assert all(response.num_tokens < most for response in responses if response.is_finished)
 

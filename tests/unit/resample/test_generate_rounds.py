@@ -16,20 +16,43 @@ from ropo.rounds import Round
 
 def config(folder, **options):
     common = {
-        "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 8, "save_strategy": "no",
+        "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 20, "save_strategy": "no",
         "max_length": 64, "max_new_tokens": 12, "num_candidates": 2, "use_cpu": True, "disable_tqdm": True,
         "rho": "0.3", "max_length_ratio": 30.0, "rounds": 2, "num_folds": 0, "decision_rule": "lowest_loss",
     }  # fmt: skip
     return ROPOConfig(**{**common, **options})
 
 
+class SecondRoundError(Exception):
+    """The first round is over, its resampling included."""
+
+
+@pytest.fixture
+def run(monkeypatch, model_folder, pairs):
+    """Runs the first of two rounds."""
+    train = Round._train
+
+    def train_once(self, *args):
+        if self.number:
+            raise SecondRoundError
+        train(self, *args)
+
+    monkeypatch.setattr(Round, "_train", train_once)
+
+    def first_round(args, **options):
+        with pytest.raises(SecondRoundError):
+            run_rounds(model_folder, pairs, args, **options)
+
+    return first_round
+
+
 def files(folder):
     return {path.name: hash_file(path) for path in (folder / "rounds" / "00").glob("**/*.jsonl")}
 
 
-def test_killed_between_two_shards(model_folder, pairs, tmp_path, monkeypatch):
+def test_killed_between_two_shards(run, model_folder, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(in_transformers, "_TOKENS_PER_SHARD", {"cpu": 100})
-    run_rounds(model_folder, pairs, config(tmp_path / "whole"))
+    run(config(tmp_path / "whole"))
     whole = files(tmp_path / "whole")
     assert len(whole) >= 4  # three shards and the new pairs
     write, lives, written = generate._write, [2], []
@@ -45,12 +68,12 @@ def test_killed_between_two_shards(model_folder, pairs, tmp_path, monkeypatch):
         run_rounds(model_folder, pairs, config(tmp_path / "killed"))
     assert len(files(tmp_path / "killed")) == 2
     lives.clear()
-    run_rounds(model_folder, pairs, config(tmp_path / "killed"))
+    run(config(tmp_path / "killed"))
     assert files(tmp_path / "killed") == whole
     assert len(written) == len(set(written)) == len(whole) - 1
 
 
-def test_a_server_in_a_run(model_folder, pairs, tmp_path, tokenizer):
+def test_a_server_in_a_run(run, pairs, tmp_path, tokenizer):
     """What it answers becomes new pairs."""
     asked = []
 
@@ -73,22 +96,20 @@ def test_a_server_in_a_run(model_folder, pairs, tmp_path, tokenizer):
         "generation_url": f"http://127.0.0.1:{server.server_port}",
         "generation_model": "policy",
     }
-    summary = run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
+    run(config(tmp_path / "O", **options))
     server.shutdown()
     server.server_close()
-    assert summary["num_resampled"] > 0
     assert set(asked) <= {pair.prompt for pair in pairs}
     assert " cold soup " in (tmp_path / "O" / "rounds" / "00" / "resampled.jsonl").read_text()
 
 
 @pytest.mark.parametrize("is_adapter", [False, True])
-def test_where_the_model_is(is_adapter, model_folder, pairs, tmp_path, monkeypatch):
+def test_where_the_model_is(is_adapter, run, model_folder, tmp_path, monkeypatch):
     """A whole model is in the round's folder; an adapter is, and its base is where the run began."""
     reaches, reach = [], Round._reach
     monkeypatch.setattr(Round, "_reach", lambda self, policy: reaches.append(reach(self, policy)) or reaches[-1])
     peft_config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM") if is_adapter else None
-    args = config(tmp_path / "O", num_candidates=1, sample_from="policy")
-    run_rounds(model_folder, pairs, args, peft_config=peft_config)
+    run(config(tmp_path / "O", num_candidates=1, sample_from="policy"), peft_config=peft_config)
     trained = tmp_path / "O" / "rounds" / "00" / "model"
     (found,) = reaches
     assert str(found.folder) == str(model_folder if is_adapter else trained)

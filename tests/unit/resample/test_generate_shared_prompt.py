@@ -14,6 +14,7 @@ from transformers import (
     MistralConfig,
 )
 
+from ropo.logps.shared_prefix import enable_response_logps
 from ropo.resample import call as calls
 from ropo.resample import shared_prompt
 from ropo.resample.call import Caller, Job
@@ -221,6 +222,13 @@ def test_diverged_model_is_refused(llama, decoder):
         ValueError, match=r"needs logits that are numbers; got NaN or infinity in \d+ of \d+ rows\. The"
     ):
         draw(decoder, llama)
+
+
+def test_a_model_that_has_scored_pairs_samples_as_before(llama):
+    expected = draw("share_prompts", llama)
+    enable_response_logps(llama)
+    assert choice(llama)[0] == "share_prompts"
+    assert draw("share_prompts", llama) == expected
 
 
 def test_prompts_beyond_the_positions_are_refused():
