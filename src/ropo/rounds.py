@@ -11,8 +11,8 @@ pairs for the prompts that w discards (stage resample). Every stage reads files 
 
 Where the paper leaves a choice open, it is ours and named here: the losses that w is decided by are held-out; ρ follows
 the estimated flip rate unless it is given, and is 0 while the estimate's interval touches 0; the reference is the
-initial model throughout; a round restarts from it unless told to carry on with the model of the round before. Without folds
-(`num_folds` 0) w is decided by the losses of the model just trained, as in the paper, and ρ must be given.
+initial model throughout; a round restarts from it unless told to carry on with the model of the round before. Without
+folds (`num_folds` 0) w is decided by the losses of the model just trained, as in the paper, and ρ must be given.
 """
 
 import copy
