@@ -14,7 +14,10 @@ learning_rate: 3e-3
 per_device_train_batch_size: 4
 max_length: 64
 max_new_tokens: 24
-num_candidates: 2
+num_candidates: 8
+sample_from: policy
+max_repetition: 1.0
+max_resampled_share: 1.0
 max_length_ratio: 30
 use_cpu: true
 rho: 0.3
@@ -139,7 +142,7 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--alpha", "much"], "alpha needs a number or 'auto'; got 'much'"),
         (["--loss", "ropo_v1", "--gamma", "1", "--alpha", "auto"], "alpha needs a number for ropo_v1; got 'auto'"),
         (["--alpha", "0"], "alpha"),
-        (["--rounds", "1"], "num_candidates needs rounds of 2 or more; got 2 with one round"),
+        (["--rounds", "1"], "num_candidates needs rounds of 2 or more; got 8 with one round"),
         (["--num_folds", "1"], "num_folds needs 2 or more, or 0 for none"),
         (["--num_folds", "30"], "num_folds needs at least as many different pairs; got 30 folds and 20 pairs"),
         (["--decision_rule", "lowest_los"], "Did you mean lowest_loss?"),
