@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
 _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
-_HALFWAY = "model_halfway"
+_HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
 _IN_SAMPLE = (
