@@ -149,6 +149,14 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--label_smoothing_factor", "0.1"], "--loss cdpo --flip_rate"),
         (["--beta", "-1"], "beta"),
         (["--loss", "dr_dpo", "--gradient_accumulation_steps", "2"], "whole batch at once"),
+        (["--max_repetition", "2"], "max_repetition needs a number from 0 to 1; got 2.0"),
+        (["--max_copies", "0"], "max_copies needs 1 or more; got 0"),
+        (["--max_resampled_share", "0"], "max_resampled_share needs a number above 0; got 0"),
+        (["--sample_from", "referenc"], "Did you mean reference?"),
+        (
+            ["--generation_engine", "server", "--generation_url", "http://localhost:1/v1", "--generation_model", "m"],
+            "sample_from policy needs an engine that loads the model in training",
+        ),
     ],
 )
 def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, tmp_path, capsys):
