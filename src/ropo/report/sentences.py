@@ -241,8 +241,8 @@ def _tested(calibration: Table | None) -> list[str]:
     return [
         *found,
         f"So about {percent(recall)} of the truly wrong labels are found, and about {percent(precision)} of the called "
-        f"ones are truly wrong. Both hang on the flip rate: over its interval they go through "
-        f"{percent_range(*calibration['recall_range'])} and {percent_range(*calibration['precision_range'])}.",
+        f"ones are truly wrong. Both hang on the flip rate: across its interval the first is "
+        f"{percent_range(*calibration['recall_range'])}, the second {percent_range(*calibration['precision_range'])}.",
     ]
 
 

@@ -83,7 +83,7 @@ def test_trust_tells_what_became_of_labels_turned_on_purpose(make_audit):
     )
     assert plain(sentences["trust"][1]) == (
         "So about 90 % of the truly wrong labels are found, and about 70 % of the called ones are truly wrong. Both "
-        "hang on the flip rate: over its interval they go through 80–95 % and 55–90 %."
+        "hang on the flip rate: across its interval the first is 80–95 %, the second 55–90 %."
     )
 
 
