@@ -1,0 +1,70 @@
+"""What is learned in a benchmark: a model to start from, pairs whose labels are right, and a true reward.
+
+In: a name, sizes, a seed, a folder for what is made once. Out: `Task`.
+
+Add a task: one function that makes it, one line in `TASKS`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from ropo.bench.policy import GoldReward
+from ropo.data.grammar import REVIEWS, SUPPORT, Grammar
+from ropo.data.toy import gold_reward, make_pairs, save_toy
+from ropo.pairs import Pair
+
+MIN_GAP = 1.5  # gold reward between the two responses of a toy pair; nearer ones are a coin toss to people, too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Everything a benchmark cell starts from; the same for every method.
+
+    Attributes:
+        name: Its name in `TASKS`.
+        model: Folder of the initial model, which is also the reference.
+        pairs: Training pairs with right labels, rows 0, 1, ...
+        held_out: Further pairs with right labels, to test on.
+        gold_reward: True reward of any response.
+        words: Words of the prompts of one subject, for noise of kind `topic`.
+        max_length: Longest prompt and response together, tokens.
+        max_new_tokens: Longest sampled response, tokens.
+    """
+
+    name: str
+    model: Path
+    pairs: list[Pair]
+    held_out: list[Pair]
+    gold_reward: GoldReward
+    words: tuple[str, ...]
+    max_length: int
+    max_new_tokens: int
+
+
+def _toy(name: str, grammar: Grammar) -> Callable[..., Task]:
+    def make(folder: Path, *, num_pairs: int, num_held_out: int, seed: int, source: Path | None) -> Task:
+        del source  # written by its grammar
+        model = folder / name
+        if not (model / "tokenizer.json").exists():
+            save_toy(model, seed=0, grammar=grammar)
+        pairs = make_pairs(num_pairs + num_held_out, seed=1000 * seed, min_gap=MIN_GAP, grammar=grammar)
+        return Task(
+            name=name,
+            model=model,
+            pairs=pairs[:num_pairs],
+            held_out=pairs[num_pairs:],
+            gold_reward=lambda prompt, response: gold_reward(prompt, response, grammar=grammar),
+            words=grammar.groups[0].nouns,
+            max_length=128,
+            max_new_tokens=48,
+        )
+
+    return make
+
+
+TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType(
+    {"reviews": _toy("reviews", REVIEWS), "support": _toy("support", SUPPORT)}
+)
+"""The tasks by name: functions of a folder, `num_pairs`, `num_held_out`, `seed` and `source`, the data of the user."""
