@@ -6,6 +6,7 @@ The one idea: it is small enough to be exact and to be stored as plain numbers, 
 seen. Fitted on thousands of labelled texts it is the truth of a controlled task; on a few pairs, a poor annotator.
 """
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -60,7 +61,7 @@ def terms(text: Text) -> set[str]:
     """
     plain = text if isinstance(text, str) else " ".join(str(message["content"]) for message in text)
     words = re.findall(r"[\w']+", plain.lower())
-    return {*words, *(f"{one} {other}" for one, other in zip(words, words[1:], strict=False))}
+    return {*words, *(f"{one} {other}" for one, other in itertools.pairwise(words))}
 
 
 def fit_on_texts(texts: Sequence[str], is_positive: ArrayLike, *, l2: float = 1.0, min_count: int = 2) -> WordReward:
