@@ -63,7 +63,7 @@ def planted(task: str, num_pairs: int, rate: float, seed: int, kind: str) -> tup
     pairs = make_pairs(num_pairs + NUM_HELD_OUT + NUM_TRUSTED, seed=1000 * seed, min_gap=MIN_GAP, grammar=TASKS[task])
     more: dict[str, Any] = {}
     if kind == "near_tie":
-        more["gap"] = [gold_reward(p.prompt, p.chosen) - gold_reward(p.prompt, p.rejected) for p in pairs[:num_pairs]]
+        more["rewards"] = [[gold_reward(p.prompt, y) for y in (p.chosen, p.rejected)] for p in pairs[:num_pairs]]
     if kind == "topic":
         more["words"] = [noun for group in TASKS[task].groups[:1] for noun in group.nouns]
     noisy, is_flipped = flip_labels(pairs[:num_pairs], rate=rate, seed=1000 * seed + 1, kind=kind, **more)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import expit
+from scipy.stats import rankdata
 
 from ropo.pairs import Pair, Text
 
@@ -55,7 +56,7 @@ def flip_labels(
     rate: float,
     seed: int,
     kind: str = "symmetric",
-    gap: ArrayLike | None = None,
+    rewards: ArrayLike | None = None,
     words: Sequence[str] | None = None,
 ) -> tuple[list[Pair], NDArray[np.bool_]]:
     """Swap chosen and rejected of exactly `round(rate · n)` pairs.
@@ -69,7 +70,8 @@ def flip_labels(
         rate: η, the share of pairs to flip, in [0, 0.5).
         seed: Same pairs, same seed, same flips.
         kind: A name in `NOISE`. `annotator` shares the pairs out among five annotators, in place of any that they had.
-        gap: How much better chosen is than rejected, one number for each pair; `near_tie` only.
+        rewards: Of chosen and rejected, shape (pairs, 2): the true ones for `near_tie` and `larger_model`, those that the
+            annotator goes by for `weak_annotator`; for these only.
         words: Whole words of the prompts on which the flips concentrate; `topic` only.
 
     Returns:
@@ -95,7 +97,7 @@ def flip_labels(
             f"flip_labels needs a kind of noise that exists; got {kind!r}. Choose from {', '.join(NOISE)}."
         )
     noise = NOISE[kind]
-    given = {"gap": gap, "words": words}
+    given = {"rewards": rewards, "words": words}
     for name, value in given.items():
         if name == noise.needs and value is None:
             raise ValueError(f"Noise of kind {kind!r} needs {name}; got none. Pass {name}=.")
@@ -137,14 +139,35 @@ def _length(pairs: list[Pair], _: ArrayLike | None) -> Scores:
     return _STEEPNESS * extra / max(float(extra.std()), 1.0)
 
 
-def _near_tie(pairs: list[Pair], gap: ArrayLike | None) -> Scores:
-    gaps = np.abs(np.asarray(gap, dtype=np.float64))
-    if gaps.shape != (len(pairs),) or not np.isfinite(gaps).all():
-        raise ValueError(
-            f"gap needs one finite number for each of the {len(pairs)} pairs; got shape {gaps.shape}. "
-            "Pass gold reward of chosen minus gold reward of rejected."
-        )
+def _near_tie(pairs: list[Pair], rewards: ArrayLike | None) -> Scores:
+    gaps = np.abs(np.subtract(*_checked(pairs, rewards).T))
     return -_STEEPNESS * gaps / (float(gaps.mean()) or 1.0)
+
+
+def _larger_model(pairs: list[Pair], rewards: ArrayLike | None) -> Scores:
+    """One response is a larger model's, the best of two such as the smaller model writes, and is taken for the better.
+
+    With F the distribution of rewards, the larger model's have density 2·f·F. So if the responses were written by one
+    of each, the worse is the larger model's with probability F(worse)/(F(worse) + F(better)), whose log-odds these are.
+    """
+    both = _checked(pairs, rewards)
+    share_below = rankdata(both, method="max").reshape(both.shape) / both.size
+    return np.asarray(np.log(share_below[:, 1]) - np.log(share_below[:, 0]))
+
+
+def _weak_annotator(pairs: list[Pair], rewards: ArrayLike | None) -> Scores:
+    gaps = np.subtract(*_checked(pairs, rewards).T)
+    return np.asarray(-_STEEPNESS * gaps / (float(gaps.std()) or 1.0))
+
+
+def _checked(pairs: list[Pair], rewards: ArrayLike | None) -> Scores:
+    both = np.asarray(rewards, dtype=np.float64)
+    if both.shape != (len(pairs), 2) or not np.isfinite(both).all():
+        raise ValueError(
+            f"rewards needs two finite numbers, of chosen and rejected, for each of the {len(pairs)} pairs; got shape "
+            f"{both.shape}. Pass one row per pair."
+        )
+    return both
 
 
 def _annotator(pairs: list[Pair], _: ArrayLike | None) -> Scores:
@@ -171,7 +194,15 @@ NOISE: Mapping[str, Noise] = MappingProxyType(
         "symmetric": Noise(score=_symmetric, meaning="every label is as likely to be wrong as any other"),
         "length": Noise(score=_length, meaning="annotators who take the longer response for the better one"),
         "near_tie": Noise(
-            score=_near_tie, meaning="annotators who err where the responses are about equal", needs="gap"
+            score=_near_tie, meaning="annotators who err where the responses are about equal", needs="rewards"
+        ),
+        "larger_model": Noise(
+            score=_larger_model,
+            meaning="nobody looks: the larger model's response is taken for better",
+            needs="rewards",
+        ),
+        "weak_annotator": Noise(
+            score=_weak_annotator, meaning="a poor reward model labels, as sure as it is of itself", needs="rewards"
         ),
         "annotator": Noise(score=_annotator, meaning="one of five annotators errs far more often", has_annotators=True),
         "topic": Noise(score=_topic, meaning="annotators who do not know one subject", needs="words"),
