@@ -70,8 +70,8 @@ def flip_labels(
         rate: η, the share of pairs to flip, in [0, 0.5).
         seed: Same pairs, same seed, same flips.
         kind: A name in `NOISE`. `annotator` shares the pairs out among five annotators, in place of any that they had.
-        rewards: Of chosen and rejected, shape (pairs, 2): the true ones for `near_tie` and `larger_model`, those that the
-            annotator goes by for `weak_annotator`; for these only.
+        rewards: Of chosen and rejected, shape (pairs, 2): the true ones for `near_tie` and `larger_model`, those
+            that the annotator goes by for `weak_annotator`; for these only.
         words: Whole words of the prompts on which the flips concentrate; `topic` only.
 
     Returns:
@@ -198,7 +198,7 @@ NOISE: Mapping[str, Noise] = MappingProxyType(
         ),
         "larger_model": Noise(
             score=_larger_model,
-            meaning="nobody looks: the larger model's response is taken for better",
+            meaning="nobody looks: the larger model is taken to write better",
             needs="rewards",
         ),
         "weak_annotator": Noise(
