@@ -1,4 +1,4 @@
-"""`ropo demo | audit | train | validate | losses`.
+"""`ropo demo | audit | train | bench | validate | losses`.
 
 In: the command line. Out: an exit code: 0 done, 1 the data, an endpoint or the result is not acceptable, 2 misuse.
 """
@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from ropo.align import run_audit, run_rounds
+from ropo.bench.grid import read_bench_config, run_bench
 from ropo.config import ROPOConfig, did_you_mean
 from ropo.data.load import load_pairs
 from ropo.data.problems import PROBLEMS, render
@@ -81,7 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"demo": _demo, "audit": _audit, "train": _train, "validate": _validate, "losses": _losses}
+    commands = {
+        "demo": _demo,
+        "audit": _audit,
+        "train": _train,
+        "bench": _bench,
+        "validate": _validate,
+        "losses": _losses,
+    }
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE)
         return DONE if words else MISUSE
@@ -108,6 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except RuntimeError as error:
+        if os.environ.get("ROPO_DEBUG"):
+            raise
+        print(f"ropo {words[0]}: {error}", file=sys.stderr)
+        return NOT_ACCEPTABLE
     except (ValueError, OSError) as error:
         if os.environ.get("ROPO_DEBUG"):
             raise
@@ -218,6 +232,26 @@ def _adapter(given: TrainArguments) -> LoraConfig | None:
         target_modules=given.lora_target_modules or "all-linear",
         task_type="CAUSAL_LM",
     )
+
+
+def _bench(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("ropo bench", description="Compare methods on noise whose truth is known.")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML file with the grid, like benchmarks/quick.yaml."
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="For rows, tables and figures; goes on there.")
+    parser.add_argument("--num_processes", type=int, help="Trainings at a time. Default: one per GPU or core.")
+    given = parser.parse_args(words)
+    config = read_bench_config(given.config)
+    start = time.monotonic()
+    run_bench(
+        config,
+        given.output_dir,
+        num_processes=given.num_processes,
+        on_row=lambda what, number, total: print(f"[{number}/{total}] {what}", flush=True),
+    )
+    print(f"Measured in {time.monotonic() - start:.0f} s. Rows: {given.output_dir / 'results.csv'}")
+    return DONE
 
 
 def _validate(words: list[str]) -> int:

@@ -5,6 +5,7 @@ In: a policy, a reference, held-out pairs with right labels, a gold reward. Out:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from ropo.logps.score import score_pairs
 from ropo.pairs import Pair, margin
 from ropo.resample.generate import Sample, sample_responses
 
-GoldReward = Callable[[str, str], float]
+GoldReward = Callable[[Any, Any], float]  # of a prompt and a response, as the task writes them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,7 +141,7 @@ def _length(pairs: list[Pair], _: ArrayLike | None) -> Scores:
 
 def _near_tie(pairs: list[Pair], rewards: ArrayLike | None) -> Scores:
     gaps = np.abs(np.subtract(*_checked(pairs, rewards).T))
-    return -_STEEPNESS * gaps / (float(gaps.mean()) or 1.0)
+    return np.asarray(-_STEEPNESS * gaps / (float(gaps.mean()) or 1.0))
 
 
 def _larger_model(pairs: list[Pair], rewards: ArrayLike | None) -> Scores:
