@@ -48,3 +48,14 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def round_step(step: float) -> float:
+    """The next number 1, 2, 2.5 or 5 times a power of ten.
+
+    Examples:
+        >>> round_step(0.13), round_step(3.0)
+        (0.2, 5.0)
+    """
+    power = float(10.0 ** np.floor(np.log10(step)))
+    return next(float(factor * power) for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))

@@ -21,7 +21,7 @@ from ropo.data.problems import PROBLEMS
 from ropo.pairs import Pair
 from ropo.report import sentences
 from ropo.report.biases import file_parts, response_biases
-from ropo.report.statistics import Floats, mean, median, number, numbers, wilson_interval
+from ropo.report.statistics import Floats, mean, median, number, numbers, round_step, wilson_interval
 from ropo.report.texts import clean, compare, excerpt, plain, show_prompt
 
 NUM_SUSPECTS = 10
@@ -354,17 +354,6 @@ def _margins(scores: Columns) -> Table:
         "median": median(finite),
         "share_negative": mean(finite < 0),
     }
-
-
-def round_step(step: float) -> float:
-    """The next number 1, 2, 2.5 or 5 times a power of ten.
-
-    Examples:
-        >>> round_step(0.13), round_step(3.0)
-        (0.2, 5.0)
-    """
-    power = float(10.0 ** np.floor(np.log10(step)))
-    return next(float(factor * power) for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
 
 
 def _rounds(ledger: pa.Table, summary: Mapping[str, Any]) -> list[Table]:
