@@ -399,15 +399,19 @@ class ROPOTrainer(Trainer):
         return margin(logps, reference, beta=self.options.beta)
 
     def _loss(self, h: Tensor, inputs: Batch) -> Tensor:
+        """Loss per pair, with exactly the inputs that the loss names; a loss of the whole batch sees all processes."""
+        known = {"reliability": lambda: self.reliability[inputs["annotator"]]}
+        given = {name: known[name]() for name in self.spec.inputs}
         if self.spec.needs_whole_batch:
-            return self.loss_of_margin(h, gathered=self.accelerator.gather(h.detach()))
-        if self.spec.learns_reliability:
-            who = inputs["annotator"]
-            loss = self.loss_of_margin(h, reliability=self.reliability[who])
-            if torch.is_grad_enabled():
-                self._update_reliability(h.detach(), who)
-            return loss
-        return self.loss_of_margin(h)
+            first, everywhere = self.accelerator.process_index * len(h), self.accelerator.gather(h.detach())
+            # Pairs of other processes are numbers here; their own process gives them their gradient.
+            whole = torch.cat([everywhere[:first], h, everywhere[first + len(h) :]])
+            loss = self.loss_of_margin(whole, **given)[first : first + len(h)]
+        else:
+            loss = self.loss_of_margin(h, **given)
+        if torch.is_grad_enabled() and "reliability" in self.spec.inputs:
+            self._update_reliability(h.detach(), inputs["annotator"])
+        return loss
 
     def _update_reliability(self, h: Tensor, who: Tensor) -> None:
         """Moving average of the posterior that a label is right, per annotator (arXiv:2509.24159, eq. 7)."""
@@ -441,7 +445,7 @@ class ROPOTrainer(Trainer):
         found["rewards/accuracies"] = (h > 0).float()
         found["loss/dpo"] = nn.functional.softplus(-h)
         found["loss/na"] = torch.sigmoid(-h)
-        if not (self.spec.needs_whole_batch or self.spec.learns_reliability):
+        if self.spec.is_per_pair:
             found["gradient_weight"] = gradient_weight(self.loss_of_margin, h)
         sums = self._sums["train" if is_training else "eval"]
         for name, values in {**found, "num_pairs": torch.ones_like(h)}.items():

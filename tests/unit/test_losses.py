@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from ropo.losses import (
+    INPUTS,
     LOSSES,
     bind_loss,
     cdpo,
@@ -38,7 +39,13 @@ from ropo.pairs import PairLogps, margin, margin_per_token
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text(encoding="utf-8"))
 CASES = GOLDEN["cases"]
+for case in CASES.values():
+    case["params"] = {
+        name: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+        for name, value in case["params"].items()
+    }
 PARAMS = {case["loss"]: case["params"] for case in reversed(CASES.values())}  # those of the first case of each loss
+MARGINS = {case["loss"]: torch.tensor(case["margins"], dtype=torch.float64) for case in reversed(CASES.values())}
 GRID = torch.linspace(-8, 8, 3201, dtype=torch.float64)
 RATES = (0.1, 0.2, 0.3, 0.4)
 
@@ -356,24 +363,28 @@ def test_dr_dpo_lies_between_the_mean_and_the_best_pair_and_ignores_an_outlier()
     assert gradient_weight("dr_dpo", float64([-50.0, 0.0, 1.0]))[0] < 1e-15
 
 
+def of_part(loss, h, here):
+    """The losses of the pairs `here`, taken for the whole batch."""
+    per_pair = ("reference_ratio",)
+    params = {name: value[here] if name in per_pair else value for name, value in PARAMS[loss].items()}
+    return LOSSES[loss].fn(h[here], **params)
+
+
+@pytest.mark.parametrize("loss", [name for name, spec in LOSSES.items() if spec.needs_whole_batch])
 @pytest.mark.parametrize("first", [3, 2])
-def test_dr_dpo_in_parts_is_dr_dpo_of_the_whole_batch(first):
-    """As in data-parallel training: each process averages its pairs, then the gradients are averaged over processes."""
-    h = float64([-2.0, 0.3, 1.0, -0.5, 4.0, 0.1])
-    parts = (h[:first], h[first:])
-
-    def value_and_gradient(**gathered):
-        leaves = [part.clone().requires_grad_() for part in parts]
-        means = [dr_dpo(leaf, beta_prime=0.5, **gathered).mean() for leaf in leaves]
-        total = sum(len(part) / len(h) * mean for part, mean in zip(parts, means, strict=True))
-        return total, torch.cat(torch.autograd.grad(total, leaves))
-
-    value, gradient = dr_dpo(h, beta_prime=0.5).mean(), -gradient_weight("dr_dpo", h, beta_prime=0.5) / len(h)
-    together, alone = value_and_gradient(gathered=h), value_and_gradient()
-    assert close(together[0], value)
-    assert close(together[1], gradient)
-    assert not close(alone[0], value, rtol=0.01)
-    assert not close(alone[1], gradient, rtol=0.01)
+def test_a_loss_of_the_batch_is_the_sum_of_its_parts_if_each_sees_the_batch(loss, first):
+    """As in data-parallel training: each process has the gradient of its pairs alone, and they are added up."""
+    h, fn = MARGINS[loss], partial(LOSSES[loss].fn, **PARAMS[loss])
+    whole = h.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(fn(whole).mean(), whole)
+    values, slopes = [], []
+    for here in (slice(0, first), slice(first, len(h))):
+        part = h[here].clone().requires_grad_()
+        values.append(fn(torch.cat([h[: here.start], part, h[here.stop :]]))[here].sum() / len(h))
+        slopes.append(torch.autograd.grad(values[-1], part)[0])
+        assert not close(of_part(loss, h, here), fn(h)[here], rtol=0.001)
+    assert close(sum(values).detach(), fn(h).mean())
+    assert close(torch.cat(slopes), gradient)
 
 
 def test_all_monotone_losses_rank_pairs_alike_and_cdpo_does_not():
@@ -420,7 +431,7 @@ def test_a_ropo_that_does_not_damp_wrong_labels_warns(call, is_warned):
         ("ropo", {"flip_rate": 0.3}, "ropo needs options among alpha; got flip_rate. Leave it out"),
         ("ropo", {"alhpa": 14.0}, "got alhpa. Did you mean alpha?"),
         ("ipo", {"beta": 0.1}, "ipo needs no options; got beta"),
-        ("dr_dpo", {"gathered": 1.0}, "dr_dpo needs options among beta_prime; got gathered"),
+        ("dr_dpo", {"reliability": 0.9}, "dr_dpo needs options among beta_prime; got reliability"),
         ("rdpo", {}, "rdpo needs flip_rate; got none"),
         ("ropo_v1", {"alpha": 2.0}, "ropo_v1 needs gamma; got none"),
         ("rdpo", {"flip_rate": 0.6}, "rdpo needs flip_rate in [0, 0.5); got 0.6. At 0.5 the labels carry no"),
@@ -464,10 +475,6 @@ def test_what_changes_between_batches_is_given_at_the_call():
     assert close(re_po_loss(h, reliability=reliability), re_po(h, reliability=reliability))
     with pytest.raises(ValueError, match="reliability in"):
         re_po_loss(h, reliability=float64([0.6, 0.7, 1.8]))
-    dr_dpo_loss = bind_loss("dr_dpo", beta=0.1, options={"beta_prime": 1})
-    assert close(dr_dpo_loss(h[:1], gathered=h), dr_dpo(h)[:1])
-    with pytest.raises(ValueError, match="got 2 pairs for 3 here"):
-        dr_dpo_loss(h, gathered=h[:2])
 
 
 def test_every_loss_declares_what_it_needs():
@@ -475,10 +482,12 @@ def test_every_loss_declares_what_it_needs():
         arguments = inspect.signature(spec.fn).parameters
         assert spec.fn.__name__ == name
         assert spec.needs_flip_rate == ("flip_rate" in arguments)
-        assert spec.learns_reliability == ("reliability" in arguments)
-        assert spec.needs_whole_batch == ("gathered" in arguments)
+        assert set(spec.inputs) == set(arguments) & set(INPUTS)
+        one, all_five = of_part(name, MARGINS[name], slice(1)), of_part(name, MARGINS[name], slice(5))
+        assert spec.needs_whole_batch != close(one, all_five[:1])
+        assert spec.is_per_pair == (not spec.needs_whole_batch and not spec.inputs)
         assert spec.needs_reference != spec.per_token
-        assert spec.params == tuple(param for param in arguments if param not in ("margin", "beta", "gathered"))
+        assert set(spec.params) == set(arguments) - {"margin", "beta", *INPUTS} | ({"reliability"} & set(arguments))
         assert spec.formula.startswith(("L(h) = ", "L(m) = ", "L = "))
         assert spec.paper.startswith(("arXiv:", "Mitchell 2023"))
         assert spec.when.endswith(".")

@@ -1,0 +1,9 @@
+"""Options outside their range are refused, in one sentence that says what to do instead."""
+
+import math
+
+
+def check_positive(loss: str, name: str, value: float, advice: str) -> None:
+    """Refuse a number that is not finite and above 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{loss} needs a finite {name} > 0; got {value}. {advice}")
