@@ -10,10 +10,12 @@ What all losses promise, so that none repeats it: they take `margin` and options
 not reduced, and refuse an option outside its range with a `ValueError` that says what to do instead.
 """
 
-from ropo.losses.batch_losses import dr_dpo
+from ropo.losses.batch_losses import dr_dpo, gamma_po, gamma_po_targets, plc_dpo, rappo
 from ropo.losses.margin_losses import (
     cdpo,
+    clipped,
     dpo,
+    focalpo,
     forward_corrected,
     hinge,
     holder,
@@ -35,15 +37,21 @@ __all__ = [
     "LossSpec",
     "bind_loss",
     "cdpo",
+    "clipped",
     "dpo",
     "dr_dpo",
+    "focalpo",
     "forward_corrected",
+    "gamma_po",
+    "gamma_po_targets",
     "gradient_weight",
     "hinge",
     "holder",
     "ipo",
     "methods_table",
     "na",
+    "plc_dpo",
+    "rappo",
     "rdpo",
     "re_po",
     "re_po_posterior",

@@ -247,6 +247,57 @@ def holder(margin: Float[Tensor, " pairs"], *, holder_gamma: float = 2.0) -> Flo
     return -torch.exp(-holder_gamma * dpo(margin)) * (1 + holder_gamma * na(margin))
 
 
+def focalpo(margin: Float[Tensor, " pairs"], *, focal_gamma: float = 0.05) -> Float[Tensor, " pairs"]:
+    """FocalPO: DPO, scaled down where the policy contradicts the label.
+
+    ::
+
+        L(h) = −p^γ·log p with p = σ(h)                                       (arXiv:2501.06645)
+        w(h) = p^γ·(1−p)·(1 + γ·log p)
+
+    The factor is not held fixed, so below p = exp(−1/γ) the weight turns negative and pushes the margin further down:
+    at γ = 0.05 from h = −20 on, at γ = 1 from h = −0.54 on. There the losses do not rank pairs, either.
+
+    Args:
+        margin: h, the margin of each pair.
+        focal_gamma: γ, positive; the paper uses 0.05. Warns above 0.1, where pairs with h around −10 are given up.
+    """
+    check_positive("focalpo", "focal_gamma", focal_gamma, "The paper uses 0.05; for the limit focal_gamma → 0 use dpo.")
+    if focal_gamma > 0.1:
+        warnings.warn(
+            f"focalpo needs focal_gamma of 0.1 or less to push every pair up; got {focal_gamma:g}. Pairs with a margin "
+            f"below about {-math.log(math.expm1(1 / focal_gamma)):.1f} are pushed further down. Use 0.05.",
+            UserWarning,
+            stacklevel=2,
+        )
+    loss = dpo(margin)
+    return torch.exp(-focal_gamma * loss) * loss
+
+
+def clipped(margin: Float[Tensor, " pairs"], *, max_weight: float = 0.5) -> Float[Tensor, " pairs"]:
+    """Clipped DPO: no pair pushes harder than `max_weight`.
+
+    ::
+
+        L(h) = min over δ ≥ 0 of dpo(h+δ) + λ·δ                               (after arXiv:2406.15568)
+             = dpo(h) if h ≥ t, else dpo(t) + λ·(t−h), with t = log((1−λ)/λ)
+        w(h) = min(σ(−h), λ)
+
+    δ = max(0, t−h) is by how much the label of a pair is taken to be wrong; pairs below t are the outliers. That it is
+    done to DPO is ours: the paper has such outliers in reward learning.
+
+    Args:
+        margin: h, the margin of each pair.
+        max_weight: λ, in (0, 1). → 1 is DPO; below ½ an undecided pair is an outlier, too. The default is our choice.
+    """
+    if not 0 < max_weight < 1:
+        raise ValueError(f"clipped needs max_weight in (0, 1); got {max_weight}. For the limit max_weight → 1 use dpo.")
+    threshold = math.log1p(-max_weight) - math.log(max_weight)
+    outlier = -math.log1p(-max_weight) + max_weight * (threshold - margin)  # dpo(t) = −log(1−λ)
+    # Not by max and min: both would halve the gradient at h = t, where at λ = ½ every pair starts.
+    return torch.where(margin >= threshold, dpo(margin), outlier)
+
+
 def _check_flip_rate(loss: str, flip_rate: float) -> None:
     if not 0 <= flip_rate < 0.5:
         raise ValueError(

@@ -17,10 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ropo.losses.batch_losses import dr_dpo
+from ropo.losses.batch_losses import dr_dpo, gamma_po, plc_dpo, rappo
 from ropo.losses.margin_losses import (
     cdpo,
+    clipped,
     dpo,
+    focalpo,
     forward_corrected,
     hinge,
     holder,
@@ -41,6 +43,9 @@ Loss = Callable[..., Tensor]
 INPUTS: Mapping[str, str] = MappingProxyType(
     {
         "reliability": "learned reliability",
+        "moments": "moving moments of margins",
+        "progress": "progress of training",
+        "reference_ratio": "ratio under the reference",
     }
 )
 
@@ -77,10 +82,10 @@ class LossSpec:
 
     @property
     def params(self) -> tuple[str, ...]:
-        """Names of its options; `beta` belongs to the margin. An input is one too if it has a number to start at."""
+        """Names of its options. `beta` is the margin's; inputs are none, but for `reliability`: it has a start."""
         parameters = inspect.signature(self.fn).parameters.values()
         named = (parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-        return tuple(p.name for p in named if p.name != "beta" and not (p.name in INPUTS and p.default is None))
+        return tuple(p.name for p in named if p.name not in {"beta", *INPUTS} - {"reliability"})
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -192,7 +197,9 @@ def methods_table() -> str:
         rows.append(f"| `{name}` | {spec.formula} | {spec.paper} | {', '.join(needs)} | {options} | {spec.when} |")
     legend = (
         "h: margin; m: margin per token; σ: logistic function; ε: `flip_rate`; η: `reliability`; α: `alpha`; "
-        "γ: `gamma`, `target_margin`, `holder_gamma`; β: `beta`; β′: `beta_prime`; B: pairs of an optimizer step."
+        "γ: `gamma`, `target_margin`, `holder_gamma`, `focal_gamma`; γ₀: `mean_target_margin`; λ: `max_weight`; "
+        "a: share of the correction; q: chances that a label is right, flipped, a tie (in rappo: `num_dropped`); "
+        "β: `beta`; β′: `beta_prime`; B: pairs of an optimizer step."
     )
     return "\n".join([*rows, "", legend, ""])
 
@@ -209,8 +216,17 @@ LOSSES: Mapping[str, LossSpec] = MappingProxyType(
             fn=forward_corrected, needs_flip_rate=True, when="A known rate. Not one set too high: hard pairs are lost."
         ),
         "re_po": LossSpec(fn=re_po, when="Unequal annotators. Not over-confident margins."),
+        "plc_dpo": LossSpec(fn=plc_dpo, when="Flips and ties together. Not for short training: it starts as dpo."),
         "holder": LossSpec(fn=holder, when="Heavy noise, to let go of contradicted pairs. Not from a poor start."),
+        "focalpo": LossSpec(fn=focalpo, when="Clean labels, some too hard. Not for flips: it damps them too little."),
+        "clipped": LossSpec(fn=clipped, when="Rare gross errors. Not for many flips: each still pulls with λ."),
         "dr_dpo": LossSpec(fn=dr_dpo, needs_whole_batch=True, when="Outliers in large batches. Not for small batches."),
+        "gamma_po": LossSpec(
+            fn=gamma_po, needs_whole_batch=True, when="Ambiguous pairs. Not for flips: what is contradicted pulls hard."
+        ),
+        "rappo": LossSpec(
+            fn=rappo, needs_whole_batch=True, when="A few gross errors and a good reference. Not for heavy noise."
+        ),
         "ipo": LossSpec(fn=ipo, when="Clean labels that dpo overfits. Not with outliers: their weight is unbounded."),
         "hinge": LossSpec(fn=hinge, when="To stop at a fixed margin. Not where margins should tell confidence."),
         "simpo": LossSpec(
