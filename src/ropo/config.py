@@ -24,7 +24,11 @@ from ropo.resample.engines import ENGINES, engine_options
 from ropo.resample.select import SELECTION_RULES, Guards
 
 # Options of single losses. `None` means the default of the loss; a value that the chosen loss ignores is an error.
-LOSS_OPTIONS = ("alpha", "gamma", "flip_rate", "target_margin", "beta_prime", "holder_gamma", "reliability")
+LOSS_OPTIONS = (
+    "alpha", "gamma", "flip_rate", "target_margin", "beta_prime", "holder_gamma", "reliability", "focal_gamma",
+    "max_weight", "mean_target_margin", "evenness", "num_dropped", "direction_temperature", "tie_temperature",
+    "correction_warmup", "correction_max", "correction_power",
+)  # fmt: skip
 ROUND_STARTS = ("restart", "carry_on")
 SAMPLE_FROM = ("reference", "policy")
 ON_BAD_ROWS = ("refuse", "skip")
@@ -69,6 +73,22 @@ class ROPOConfig(TrainingArguments):
     beta_prime: float | None = _option(None, "dr_dpo: temperature over the pairs of a batch.")
     holder_gamma: float | None = _option(None, "holder: how fast contradicted pairs lose weight.")
     reliability: float | None = _option(None, "re_po: share of labels believed right at the start.")
+    focal_gamma: float | None = _option(None, "focalpo: how fast contradicted pairs lose weight; the paper uses 0.05.")
+    max_weight: float | None = _option(None, "clipped: the largest weight of a pair, between 0 and 1.")
+    mean_target_margin: float | None = _option(None, "gamma_po: mean of the pairs' target margins, nats.")
+    evenness: float | None = _option(None, "gamma_po: how strongly target margins are held together.")
+    num_dropped: int | None = _option(
+        None, "rappo: pairs dropped at each step, of those that the reference contradicts."
+    )
+    direction_temperature: float | None = _option(
+        None, "plc_dpo: smaller tells right labels from flipped ones more sharply."
+    )
+    tie_temperature: float | None = _option(None, "plc_dpo: smaller calls fewer pairs ties.")
+    correction_warmup: float | None = _option(None, "plc_dpo: share of training before labels are corrected.")
+    correction_max: float | None = _option(
+        None, "plc_dpo: largest share of the corrected loss, reached at the end of training."
+    )
+    correction_power: float | None = _option(None, "plc_dpo: larger corrects only what is sure.")
 
     # The data.
     max_length: int = _option(1024, "Most tokens of prompt and one response together; longer responses lose their end.")

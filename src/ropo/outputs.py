@@ -125,7 +125,8 @@ def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, 
     per_round = [_round_summary(this) for this in rounds]
     final = per_round[-1]
     loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
-    curve = gradient_weight(loss, torch.from_numpy(_CURVE_MARGINS)) if not LOSSES[args.loss].needs_whole_batch else None
+    has_curve = not LOSSES[args.loss].needs_whole_batch and "moments" not in LOSSES[args.loss].inputs
+    curve = gradient_weight(loss, torch.from_numpy(_CURVE_MARGINS)) if has_curve else None
     seconds = _audit_seconds(folder, audit)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}

@@ -10,7 +10,7 @@ several devices) is therefore there.
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -66,6 +66,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
 
 _STATE_FILE = "ropo_state.safetensors"
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
+_MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597, the main recipe)
 
 
 def metrics_table() -> str:
@@ -224,6 +225,8 @@ class ROPOTrainer(Trainer):
         self.spec = LOSSES[args.loss]
         self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
         self.reliability = torch.full((len(sample.annotators),), args.reliability or 0.9, device=args.device)
+        self.moments = torch.zeros(3, device=args.device)  # sums of weights, means and variances: `update_moments`
+        self._step_margins: list[Tensor] = []
         self.first_margins = torch.full((len(sample),), float("nan"))
         self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"))
         self.check_margins: list[Tensor] = []
@@ -272,13 +275,14 @@ class ROPOTrainer(Trainer):
         return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]  # noqa: FBT001
-        """As in `Trainer`; a checkpoint also brings back annotator reliability and first margins."""
+        """As in `Trainer`; a checkpoint also brings back annotator reliability, moments and first margins."""
         folder = (
             get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
         )
         if folder and (path := Path(folder) / _STATE_FILE).exists():
             kept = load_file(path)
             self.reliability = kept["reliability"].to(self.args.device)
+            self.moments = kept["moments"].to(self.args.device)
             self.first_margins = kept["first_margins"]
             self.check_margins = list(kept["check_margins"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
@@ -399,15 +403,43 @@ class ROPOTrainer(Trainer):
         return margin(logps, reference, beta=self.options.beta)
 
     def _loss(self, h: Tensor, inputs: Batch) -> Tensor:
-        if self.spec.needs_whole_batch:
-            return self.loss_of_margin(h, gathered=self.accelerator.gather(h.detach()))
-        if self.spec.learns_reliability:
-            who = inputs["annotator"]
-            loss = self.loss_of_margin(h, reliability=self.reliability[who])
-            if torch.is_grad_enabled():
-                self._update_reliability(h.detach(), who)
-            return loss
-        return self.loss_of_margin(h)
+        """Loss per pair, given exactly the inputs it names; a loss of the whole batch sees that of all processes."""
+        gather = self.accelerator.gather if self.spec.needs_whole_batch else lambda here: here
+        known: dict[str, Callable[[], Tensor | float]] = {
+            "reliability": lambda: gather(self.reliability[inputs["annotator"]]),
+            "moments": lambda: self.moments[1:] / self.moments[0].clamp(min=_MOMENTS_RATE),
+            "progress": lambda: self.state.global_step / max(self.state.max_steps, 1),
+            "reference_ratio": lambda: gather(inputs["reference_chosen"] - inputs["reference_rejected"]),
+        }
+        given = {name: known[name]() for name in self.spec.inputs}
+        if not self.spec.needs_whole_batch:
+            loss = self.loss_of_margin(h, **given)
+        else:
+            # Pairs of other processes are numbers here; in their own process they have their gradient.
+            first, numbers = self.accelerator.process_index * len(h), gather(h.detach())
+            whole = torch.cat([numbers[:first], h, numbers[first + len(h) :]])
+            loss = self.loss_of_margin(whole, **given)[first : first + len(h)]
+        if torch.is_grad_enabled():
+            self._learn(h.detach(), inputs)
+        return loss
+
+    def _learn(self, h: Tensor, inputs: Batch) -> None:
+        if "reliability" in self.spec.inputs:
+            self._update_reliability(h, inputs["annotator"])
+        if "moments" in self.spec.inputs:
+            self._step_margins.append(h)
+
+    def update_moments(self) -> None:
+        """Moving mean and variance of the margins of each optimizer step (arXiv:2608.30597), over all processes.
+
+        The paper does not say where they start. Here the averages carry the sum of their weights, which they are
+        divided by, so that they start nowhere: after n steps they are averages of n steps.
+        """
+        if self._step_margins:
+            h = self.accelerator.gather(torch.cat(self._step_margins))
+            of_step = torch.stack([torch.ones_like(h[0]), h.mean(), h.var(correction=0)])
+            self.moments = (1 - _MOMENTS_RATE) * self.moments + _MOMENTS_RATE * of_step
+            self._step_margins.clear()
 
     def _update_reliability(self, h: Tensor, who: Tensor) -> None:
         """Moving average of the posterior that a label is right, per annotator (arXiv:2509.24159, eq. 7)."""
@@ -441,7 +473,7 @@ class ROPOTrainer(Trainer):
         found["rewards/accuracies"] = (h > 0).float()
         found["loss/dpo"] = nn.functional.softplus(-h)
         found["loss/na"] = torch.sigmoid(-h)
-        if not (self.spec.needs_whole_batch or self.spec.learns_reliability):
+        if self.spec.is_per_pair:
             found["gradient_weight"] = gradient_weight(self.loss_of_margin, h)
         sums = self._sums["train" if is_training else "eval"]
         for name, values in {**found, "num_pairs": torch.ones_like(h)}.items():
@@ -506,10 +538,13 @@ class _ProgressWithLoss(ProgressCallback):
 
 
 class _SaveWithCheckpoint(TrainerCallback):
-    """Saves what the trainer learns beside the weights; `ROPOTrainer.train` restores it."""
+    """Saves what the trainer learns beside the weights, complete at each step; `ROPOTrainer.train` restores it."""
 
     def __init__(self, trainer: ROPOTrainer) -> None:
         self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        self.trainer.update_moments()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         first_margins = self.trainer.gather_first_margins()
@@ -518,6 +553,7 @@ class _SaveWithCheckpoint(TrainerCallback):
             checks = self.trainer.check_margins
             tensors = {
                 "reliability": self.trainer.reliability.cpu(),
+                "moments": self.trainer.moments.cpu(),
                 "first_margins": first_margins,
                 "check_margins": torch.stack(checks) if checks else torch.zeros(0, 1),
             }

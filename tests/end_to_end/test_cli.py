@@ -110,7 +110,7 @@ def test_lora(model_folder, dataset, recipe, tmp_path):
     AutoModelForCausalLM.from_pretrained(output)
 
 
-@pytest.mark.parametrize("loss", ["simpo", "ipo"])
+@pytest.mark.parametrize("loss", ["simpo", "ipo", "plc_dpo", "rappo"])
 def test_other_losses_run_through(loss, model_folder, dataset, recipe, tmp_path):
     assert train(model_folder, dataset, recipe, tmp_path / "O", "--loss", loss, "--decision_rule", "relabel") == 0
 

@@ -16,17 +16,24 @@ import pytest
 import torch
 
 from ropo.losses import (
+    INPUTS,
     LOSSES,
     bind_loss,
     cdpo,
+    clipped,
     dpo,
     dr_dpo,
+    focalpo,
     forward_corrected,
+    gamma_po,
+    gamma_po_targets,
     gradient_weight,
     hinge,
     holder,
     methods_table,
     na,
+    plc_dpo,
+    rappo,
     rdpo,
     re_po,
     re_po_posterior,
@@ -38,12 +45,18 @@ from ropo.pairs import PairLogps, margin, margin_per_token
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text(encoding="utf-8"))
 CASES = GOLDEN["cases"]
+for case in CASES.values():
+    case["params"] = {
+        name: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+        for name, value in case["params"].items()
+    }
 PARAMS = {case["loss"]: case["params"] for case in reversed(CASES.values())}  # those of the first case of each loss
+MARGINS = {case["loss"]: torch.tensor(case["margins"], dtype=torch.float64) for case in reversed(CASES.values())}
 GRID = torch.linspace(-8, 8, 3201, dtype=torch.float64)
 RATES = (0.1, 0.2, 0.3, 0.4)
 
-# The cases go down to alpha = 2 on purpose; the warning has a test of its own.
-quiet = pytest.mark.filterwarnings("ignore:.*damp wrong labels:UserWarning")
+# The cases go down to alpha = 2 and up to focal_gamma = 2 on purpose; the warnings have tests of their own.
+quiet = pytest.mark.filterwarnings("ignore:.*(damp wrong labels|push every pair up):UserWarning")
 
 
 def float64(numbers):
@@ -100,6 +113,23 @@ PARAM_MUTANTS = {
     "target_margin": {"target ignored": lambda _: 0.0, "target doubled": lambda value: 2 * value},
     "beta_prime": {"beta' ignored": lambda _: 1.0, "beta' doubled": lambda value: 2 * value},
     "reliability": {"reliability ignored": lambda _: 1.0, "taken for the flip rate": lambda value: 1 - value},
+    "focal_gamma": {"gamma ignored": lambda _: 1e-9, "gamma doubled": lambda value: 2 * value},
+    "max_weight": {"clip ignored": lambda _: 1 - 1e-9, "taken for 1 - max_weight": lambda value: 1 - value},
+    "mean_target_margin": {"target ignored": lambda _: 0.5, "target doubled": lambda value: 2 * value},
+    "evenness": {"evenness ignored": lambda _: 1.0, "evenness doubled": lambda value: 2 * value},
+    "num_dropped": {"number ignored": lambda _: 1.0, "number doubled": lambda value: 2 * value, "none": lambda _: 0.0},
+    "direction_temperature": {"ignored": lambda _: 1.0, "doubled": lambda value: 2 * value},
+    "tie_temperature": {"ignored": lambda _: 1.0, "doubled": lambda value: 2 * value},
+    "correction_warmup": {"warm-up ignored": lambda _: 0.0},
+    "correction_max": {"largest correction ignored": lambda _: 1.0},
+    "correction_power": {"power ignored": lambda _: 1.0},
+    "moments": {
+        "moments ignored": lambda _: None,
+        "mean ignored": lambda value: value * float64([0, 1]),
+        "variance taken for spread": lambda value: value ** float64([1, 2]),
+    },
+    "progress": {"progress ignored": lambda _: 1.0},
+    "reference_ratio": {"ratio ignored": lambda _: None, "sign turned": lambda value: -value},
     "beta": {"beta ignored": lambda _: 1.0, "beta doubled": lambda value: 2 * value},
 }
 
@@ -114,6 +144,17 @@ FORMULA_MUTANTS = {
     ("re_po", "posterior not held fixed"): lambda h, reliability: dpo(h) + (1 - re_po_posterior(h, reliability)) * h,
     ("holder", "first term left out"): lambda h, holder_gamma: -(1 + holder_gamma) * torch.sigmoid(h) ** holder_gamma,
     ("dr_dpo", "taken for the mean of dpo"): lambda h, **_: dpo(h),
+    ("focalpo", "taken for the focal loss"): lambda h, focal_gamma: torch.sigmoid(-h) ** focal_gamma * dpo(h),
+    ("focalpo", "factor held fixed"): lambda h, focal_gamma: torch.sigmoid(h).detach() ** focal_gamma * dpo(h),
+    ("clipped", "outliers dropped"): lambda h, max_weight: dpo(h.clamp(min=math.log((1 - max_weight) / max_weight))),
+    ("gamma_po", "taken for its form for simpo"): lambda h, **params: dpo(h - gamma_po_targets(h, **params)),
+    ("gamma_po", "offset added"): lambda h, mean_target_margin, evenness: dpo(
+        h + gamma_po_targets(h, mean_target_margin=mean_target_margin, evenness=evenness) - mean_target_margin
+    ),
+    ("rappo", "divided by all pairs"): lambda h, **params: rappo(h, **params) * (1 - params["num_dropped"] / len(h)),
+    ("rappo", "any pair dropped"): lambda h, **params: rappo(h, **params | {"reference_ratio": -torch.ones_like(h)}),
+    ("plc_dpo", "no ties"): lambda h, **params: plc_dpo(h, **params | {"tie_temperature": 1e-9}),
+    ("plc_dpo", "taken for dpo"): lambda h, **_: dpo(h),
     ("ipo", "target not halved"): lambda h, beta: ((h - 1) / beta) ** 2,
     ("hinge", "squared"): lambda h: hinge(h) ** 2,
     ("simpo", "target added"): lambda h, target_margin: dpo(h + target_margin),
@@ -138,6 +179,12 @@ def mistakes_of(loss):
     for (mutated, mistake), mutant in FORMULA_MUTANTS.items():
         if mutated == loss:
             yield mistake, mutant
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("gamma_po")])
+def test_gamma_po_targets_are_the_golden_ones(name):
+    """To 10 digits, in which those after one more update of the authors' loop would differ."""
+    assert close(gamma_po_targets(MARGINS["gamma_po"], **CASES[name]["params"]), CASES[name]["targets"])
 
 
 @quiet
@@ -166,6 +213,8 @@ END_TO_END = {
     "ropo_v1": ({"alpha": 2.0, "gamma": 0.1}, 1.00356650663),
     "holder": ({"holder_gamma": 2.0}, -0.544892271535),
     "forward_corrected": ({"flip_rate": 0.1}, 0.646318478969),
+    "focalpo": ({"focal_gamma": 0.05}, 0.615104892906),
+    "clipped": ({"max_weight": 0.5}, 0.634946101596),
 }
 
 
@@ -208,7 +257,9 @@ def test_simpo_works_on_means_per_token():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_extreme_margins_stay_finite_and_float32_agrees_with_float64(loss):
     def values_and_weights(h):
-        return torch.stack([LOSSES[loss].fn(h, **PARAMS[loss]), gradient_weight(loss, h, **PARAMS[loss])])
+        contradicted = {"reference_ratio": -torch.ones_like(h)} if "reference_ratio" in PARAMS[loss] else {}
+        params = PARAMS[loss] | contradicted
+        return torch.stack([LOSSES[loss].fn(h, **params), gradient_weight(loss, h, **params)])
 
     extremes = float64([-1e4, -1e3, -100.0, -50.0, -20.0, 0.0, 20.0, 50.0, 100.0, 1e3, 1e4])
     exact, single = values_and_weights(extremes), values_and_weights(extremes.float())
@@ -356,24 +407,92 @@ def test_dr_dpo_lies_between_the_mean_and_the_best_pair_and_ignores_an_outlier()
     assert gradient_weight("dr_dpo", float64([-50.0, 0.0, 1.0]))[0] < 1e-15
 
 
+def of_part(loss, h, here):
+    """The losses of the pairs `here`, taken for the whole batch."""
+    per_pair = ("reference_ratio",)
+    params = {name: value[here] if name in per_pair else value for name, value in PARAMS[loss].items()}
+    return LOSSES[loss].fn(h[here], **params)
+
+
+@pytest.mark.parametrize("loss", [name for name, spec in LOSSES.items() if spec.needs_whole_batch])
 @pytest.mark.parametrize("first", [3, 2])
-def test_dr_dpo_in_parts_is_dr_dpo_of_the_whole_batch(first):
-    """As in data-parallel training: each process averages its pairs, then the gradients are averaged over processes."""
-    h = float64([-2.0, 0.3, 1.0, -0.5, 4.0, 0.1])
-    parts = (h[:first], h[first:])
+def test_a_loss_of_the_batch_is_the_sum_of_its_parts_if_each_sees_the_batch(loss, first):
+    """As in data-parallel training: each process has the gradient of its pairs alone, and they are added up."""
+    h, fn = MARGINS[loss], partial(LOSSES[loss].fn, **PARAMS[loss])
+    whole = h.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(fn(whole).mean(), whole)
+    values, slopes = [], []
+    for here in (slice(0, first), slice(first, len(h))):
+        part = h[here].clone().requires_grad_()
+        values.append(fn(torch.cat([h[: here.start], part, h[here.stop :]]))[here].sum() / len(h))
+        slopes.append(torch.autograd.grad(values[-1], part)[0])
+        assert not close(of_part(loss, h, here), fn(h)[here], rtol=0.001)
+    assert close(sum(values).detach(), fn(h).mean())
+    assert close(torch.cat(slopes), gradient)
 
-    def value_and_gradient(**gathered):
-        leaves = [part.clone().requires_grad_() for part in parts]
-        means = [dr_dpo(leaf, beta_prime=0.5, **gathered).mean() for leaf in leaves]
-        total = sum(len(part) / len(h) * mean for part, mean in zip(parts, means, strict=True))
-        return total, torch.cat(torch.autograd.grad(total, leaves))
 
-    value, gradient = dr_dpo(h, beta_prime=0.5).mean(), -gradient_weight("dr_dpo", h, beta_prime=0.5) / len(h)
-    together, alone = value_and_gradient(gathered=h), value_and_gradient()
-    assert close(together[0], value)
-    assert close(together[1], gradient)
-    assert not close(alone[0], value, rtol=0.01)
-    assert not close(alone[1], gradient, rtol=0.01)
+def test_focalpo_damps_what_is_contradicted_and_turns_far_out():
+    ratio = gradient_weight("focalpo", GRID) / gradient_weight("dpo", GRID)
+    assert (ratio.diff() > 0).all()
+    assert close(focalpo(GRID, focal_gamma=1e-9), dpo(GRID), rtol=1e-7)
+    with pytest.warns(UserWarning, match=r"margin below about -0\.5 are pushed further down"):
+        below, above = gradient_weight("focalpo", float64([-0.55, -0.53]), focal_gamma=1.0)
+    assert below < 0 < above
+    far = gradient_weight("focalpo", float64([-20.1, -19.9]))
+    assert far[0] < 0 < far[1]
+
+
+@pytest.mark.parametrize("max_weight", [0.2, 0.5, 0.9])
+def test_clipped_is_dpo_with_the_best_outlier_of_each_pair(max_weight):
+    offsets = torch.linspace(0, 20, 4001, dtype=torch.float64)
+    h = float64([-6.0, -2.5, -1.0, 0.0, 1.0, 3.0])
+    best = [(dpo(one + offsets) + max_weight * offsets).min() for one in h]
+    assert close(clipped(h, max_weight=max_weight), torch.stack(best), rtol=1e-4)
+    weights = gradient_weight("clipped", GRID, max_weight=max_weight)
+    assert close(weights, gradient_weight("dpo", GRID).clamp(max=max_weight), rtol=1e-12)
+    assert close(gradient_weight("clipped", float64([0.0])), [0.5], rtol=1e-14)  # where every pair starts
+
+
+@pytest.mark.parametrize("evenness", [0.3, 1.0, 10.0])
+def test_gamma_po_gives_larger_targets_to_pairs_that_fit(evenness):
+    h, mean = float64([-5.0, -1.0, 0.0, 0.5, 3.0]), 0.8
+    targets = gamma_po_targets(h, mean_target_margin=mean, evenness=evenness)
+    assert (targets.diff() > 0).all()
+    assert close(targets.mean(), mean)
+    at_minimum = torch.softmax(-mean * torch.sigmoid(targets - h) / evenness, dim=0)
+    assert close(targets, mean * len(h) * at_minimum, rtol=1e-3)
+    assert close(gamma_po(h, evenness=1e9), dpo(h), rtol=1e-8)
+    assert close(gradient_weight("gamma_po", float64([-50.0, 0.0])).amax(), 1.0)  # not robust to flips, and says so
+
+
+def test_rappo_drops_the_worst_of_those_that_the_reference_contradicts_and_no_other():
+    h, ratio = float64([-9.0, -3.0, 0.5, -2.0, 1.0]), float64([0.1, -0.1, -2.0, 0.0, 3.0])
+    for num_dropped, dropped in ((0.0, []), (1.0, [1]), (2.0, [1, 3]), (3.0, [1, 2, 3]), (8.0, [1, 2, 3])):
+        loss = rappo(h, num_dropped=num_dropped, reference_ratio=ratio)
+        kept = [i for i in range(5) if i not in dropped]
+        assert loss.nonzero().flatten().tolist() == kept
+        assert close(loss.mean(), dpo(h)[kept].mean())
+    assert close(rappo(h), dpo(h))
+    assert rappo(h, num_dropped=5.0, reference_ratio=-torch.ones(5)).tolist() == [0.0] * 5
+
+
+def test_plc_dpo_starts_as_dpo_and_lets_go_of_what_is_surely_flipped():
+    moments = float64([0.5, 2.0])
+    for progress in (0.0, 0.05, 0.07):
+        assert close(plc_dpo(GRID, moments=moments, progress=progress), dpo(GRID))
+    flipped, fitting = gradient_weight("plc_dpo", float64([-20.0, 5.0]), moments=moments)
+    assert flipped == pytest.approx(1 - 0.85, abs=1e-6)
+    assert fitting == pytest.approx(torch.sigmoid(torch.tensor(-5.0)).item(), rel=0.05)
+
+
+def test_plc_dpo_reads_a_margin_by_where_it_stands():
+    """A margin of 0.7 is read alike wherever it is 1.5 spreads above the mean; what is read differs elsewhere."""
+    h, same = float64([-2.0, -0.4, 0.3, 1.0, 2.5]), float64([0.7])
+    assert close(plc_dpo(h), plc_dpo(h, moments=torch.stack([h.mean(), h.var(correction=0)])))
+    alike = [plc_dpo(same, moments=float64([0.7 - 1.5 * s, s * s])) for s in (0.5, 1.0, 4.0)]
+    assert close(torch.cat(alike), alike[0].expand(3))
+    assert not close(plc_dpo(same, moments=float64([0.7 + 1.5, 1.0])), alike[0], rtol=0.01)
+    assert torch.isfinite(plc_dpo(torch.zeros(3))).all()  # nothing has moved yet
 
 
 def test_all_monotone_losses_rank_pairs_alike_and_cdpo_does_not():
@@ -420,7 +539,7 @@ def test_a_ropo_that_does_not_damp_wrong_labels_warns(call, is_warned):
         ("ropo", {"flip_rate": 0.3}, "ropo needs options among alpha; got flip_rate. Leave it out"),
         ("ropo", {"alhpa": 14.0}, "got alhpa. Did you mean alpha?"),
         ("ipo", {"beta": 0.1}, "ipo needs no options; got beta"),
-        ("dr_dpo", {"gathered": 1.0}, "dr_dpo needs options among beta_prime; got gathered"),
+        ("dr_dpo", {"reliability": 0.9}, "dr_dpo needs options among beta_prime; got reliability"),
         ("rdpo", {}, "rdpo needs flip_rate; got none"),
         ("ropo_v1", {"alpha": 2.0}, "ropo_v1 needs gamma; got none"),
         ("rdpo", {"flip_rate": 0.6}, "rdpo needs flip_rate in [0, 0.5); got 0.6. At 0.5 the labels carry no"),
@@ -436,6 +555,20 @@ def test_a_ropo_that_does_not_damp_wrong_labels_warns(call, is_warned):
         ("simpo", {"target_margin": -0.5}, "simpo needs a finite target_margin >= 0; got -0.5"),
         ("re_po", {"reliability": 0.0}, "re_po needs reliability in (0, 1]; got 0.0"),
         ("re_po", {"reliability": 1.1}, "got 1.1"),
+        ("focalpo", {"focal_gamma": 0.0}, "focalpo needs a finite focal_gamma > 0; got 0.0. The paper uses 0.05"),
+        ("clipped", {"max_weight": 1.0}, "clipped needs max_weight in (0, 1); got 1.0. For the limit"),
+        ("clipped", {"max_weight": math.nan}, "got nan"),
+        ("gamma_po", {"mean_target_margin": 0.0}, "gamma_po needs a finite mean_target_margin > 0"),
+        ("gamma_po", {"evenness": -1.0}, "gamma_po needs a finite evenness > 0"),
+        ("rappo", {"num_dropped": 1.5}, "rappo needs a whole num_dropped >= 0; got 1.5"),
+        ("rappo", {"num_dropped": -1}, "got -1"),
+        ("rappo", {"reference_ratio": 0.0}, "rappo needs options among num_dropped; got reference_ratio"),
+        ("plc_dpo", {"direction_temperature": 0.0}, "plc_dpo needs a finite direction_temperature > 0"),
+        ("plc_dpo", {"tie_temperature": 0.0}, "plc_dpo needs a finite tie_temperature > 0"),
+        ("plc_dpo", {"correction_power": 0.0}, "plc_dpo needs a finite correction_power > 0"),
+        ("plc_dpo", {"correction_max": 1.1}, "plc_dpo needs correction_max in [0, 1]; got 1.1"),
+        ("plc_dpo", {"correction_warmup": 1.0}, "plc_dpo needs correction_warmup in [0, 1); got 1.0"),
+        ("plc_dpo", {"progress": 0.5}, "got progress. Leave it out"),
     ],
 )
 def test_what_does_not_fit_is_refused_when_it_is_bound(name, options, message):
@@ -464,10 +597,6 @@ def test_what_changes_between_batches_is_given_at_the_call():
     assert close(re_po_loss(h, reliability=reliability), re_po(h, reliability=reliability))
     with pytest.raises(ValueError, match="reliability in"):
         re_po_loss(h, reliability=float64([0.6, 0.7, 1.8]))
-    dr_dpo_loss = bind_loss("dr_dpo", beta=0.1, options={"beta_prime": 1})
-    assert close(dr_dpo_loss(h[:1], gathered=h), dr_dpo(h)[:1])
-    with pytest.raises(ValueError, match="got 2 pairs for 3 here"):
-        dr_dpo_loss(h, gathered=h[:2])
 
 
 def test_every_loss_declares_what_it_needs():
@@ -475,12 +604,14 @@ def test_every_loss_declares_what_it_needs():
         arguments = inspect.signature(spec.fn).parameters
         assert spec.fn.__name__ == name
         assert spec.needs_flip_rate == ("flip_rate" in arguments)
-        assert spec.learns_reliability == ("reliability" in arguments)
-        assert spec.needs_whole_batch == ("gathered" in arguments)
+        assert set(spec.inputs) == set(arguments) & set(INPUTS)
+        one, all_five = of_part(name, MARGINS[name], slice(1)), of_part(name, MARGINS[name], slice(5))
+        assert spec.needs_whole_batch != close(one, all_five[:1])
+        assert spec.is_per_pair == (not spec.needs_whole_batch and not spec.inputs)
         assert spec.needs_reference != spec.per_token
-        assert spec.params == tuple(param for param in arguments if param not in ("margin", "beta", "gathered"))
+        assert set(spec.params) == set(arguments) - {"margin", "beta", *set(INPUTS) - {"reliability"}}
         assert spec.formula.startswith(("L(h) = ", "L(m) = ", "L = "))
-        assert spec.paper.startswith(("arXiv:", "Mitchell 2023"))
+        assert spec.paper.startswith(("arXiv:", "after arXiv:", "Mitchell 2023", "RAPPO, ICLR 2026"))
         assert spec.when.endswith(".")
     with pytest.raises(TypeError):
         LOSSES["mine"] = LOSSES["dpo"]

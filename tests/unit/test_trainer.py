@@ -1,6 +1,7 @@
 """One training stage: what a step minimises, what is logged, what stops it, what survives a restart."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
-from ropo.pairs import Pair
+from ropo.pairs import Pair, PairLogps
 from ropo.trainer import METRICS, PairDataset, ROPOTrainer
 
 OPTIONS = {
@@ -75,7 +76,7 @@ def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
     assert trainer.gather_first_margins().tolist() == pytest.approx([h] * 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("loss", ["ropo", "simpo"])
+@pytest.mark.parametrize("loss", ["ropo", "simpo", "plc_dpo"])
 def test_accumulation_changes_nothing(loss, model_folder, tokenizer, pairs, tmp_path):
     """Batch 8, and 2 times 4, take the same steps, even where the last step is smaller."""
     weights = [1.0, 0.2] * 10
@@ -142,7 +143,82 @@ def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
     assert learned["good"] > 0.89
 
 
-@pytest.mark.parametrize("loss", ["ropo", "re_po"])
+WHOLE_BATCH = [name for name, spec in LOSSES.items() if spec.needs_whole_batch]
+
+
+@pytest.mark.parametrize("loss", WHOLE_BATCH)
+def test_a_loss_of_the_batch_refuses_a_batch_in_parts(loss, tmp_path):
+    with pytest.raises(ValueError, match=f"{loss} needs the whole batch at once; got gradient_accumulation_steps=2"):
+        config(tmp_path, loss=loss, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("loss", WHOLE_BATCH)
+def test_a_loss_of_the_batch_sees_all_processes(loss, model, tokenizer, pairs, tmp_path, monkeypatch):
+    """The second of two processes: its pairs get the losses and gradients that they have in the batch of both."""
+    trainer = ROPOTrainer(model, config(tmp_path, loss=loss), train_dataset=pairs, processing_class=tokenizer)
+    h = torch.tensor([-2.0, 0.5, 1.0, -0.3, 0.1, 0.7])
+    ratio = torch.tensor([-1.0, 0.2, -0.4, -0.1, 0.3, -2.0])
+    everywhere = {"reference_chosen": ratio, "reference_rejected": torch.zeros(6)}
+    alone = h.clone().requires_grad_()
+    expected = trainer._loss(alone, everywhere)
+    (slope,) = torch.autograd.grad(expected.sum(), alone)
+
+    def gather(here):
+        return torch.cat([h[:3] if here.equal(h[3:]) else ratio[:3], here])
+
+    mine, inputs = h[3:].clone().requires_grad_(), {name: values[3:] for name, values in everywhere.items()}
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(process_index=1, gather=gather))
+    found = trainer._loss(mine, inputs)
+    torch.testing.assert_close(found, expected[3:])
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), mine)[0], slope[3:])
+
+
+def test_rappo_drops_what_the_reference_contradicts(model, tokenizer, pairs, tmp_path):
+    """Of four pairs the two worst are the reference's own choice; the worse of the other two is left out."""
+    tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
+    policy = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
+    ratio = torch.tensor([600.0, -10.0, -20.0, 400.0])
+    trainer = ROPOTrainer(
+        model,
+        config(tmp_path, loss="rappo", max_steps=1),
+        train_dataset=PairDataset(
+            tokenized.pairs, tokenized.tokens, reference=PairLogps(chosen=policy.chosen, rejected=policy.chosen - ratio)
+        ),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    losses = torch.nn.functional.softplus(-0.1 * (policy.chosen - policy.rejected - ratio))
+    dropped = 1 if losses[1] > losses[2] else 2
+    assert losses[[0, 3]].min() > losses[dropped]
+    expected = (losses.sum() - losses[dropped]) / 3
+    assert losses_of(trainer)[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_plc_dpo_knows_moments_and_progress(model, tokenizer, pairs, tmp_path):
+    """After some steps the moments are those of the margins seen, and the progress is the share of steps done."""
+    seen = []
+
+    class Watching(ROPOTrainer):
+        def _loss(self, h, inputs):
+            loss = self.loss_of_margin
+            self.loss_of_margin = lambda h, **given: seen.append((h.detach(), given)) or loss(h, **given)
+            found = super()._loss(h, inputs)
+            self.loss_of_margin = loss
+            return found
+
+    trainer = Watching(model, config(tmp_path, loss="plc_dpo"), train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    assert [given["progress"] for _, given in seen] == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert seen[0][1]["moments"].tolist() == [0.0, 0.0]
+    weights = torch.tensor([0.98**3, 0.98**2, 0.98, 1.0])
+    margins = torch.stack([h for h, _ in seen[:4]])
+    expected = [
+        (weights * of_step).sum() / weights.sum() for of_step in (margins.mean(1), margins.var(1, correction=0))
+    ]
+    torch.testing.assert_close(seen[4][1]["moments"], torch.stack(expected), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["ropo", "re_po", "plc_dpo"])
 def test_checkpoint_resumes_to_the_same_model(loss, model_folder, tokenizer, pairs, tmp_path):
     """Stopped after step 3 and taken up from its checkpoint, a run ends where it would have ended."""
 
@@ -157,6 +233,8 @@ def test_checkpoint_resumes_to_the_same_model(loss, model_folder, tokenizer, pai
     assert resumed.state.global_step == whole.state.global_step == 10
     torch.testing.assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
     torch.testing.assert_close(resumed.reliability, whole.reliability)
+    torch.testing.assert_close(resumed.moments, whole.moments, rtol=0, atol=0)
+    assert (whole.moments[0] > 0) == (loss == "plc_dpo")
     torch.testing.assert_close(resumed.gather_first_margins(), whole.gather_first_margins())
 
 
