@@ -203,7 +203,7 @@ def missing_trials(config: BenchConfig, path: Path) -> list[Cell]:
             seed=config.tuning_seed,
             options=options,
         )
-        for method in config.methods
+        for method in dict.fromkeys(METHODS[name].like or name for name in config.methods)
         if method not in config.tuned
         for options in trials_of(method, config.num_trials)
     )
@@ -242,6 +242,7 @@ def best_setting(config: BenchConfig, method: str, trials: Path) -> dict[str, An
     Returns:
         Learning rate, beta and own parameters.
     """
+    method = METHODS[method].like or method
     if method in config.tuned:
         return dict(config.tuned[method])
     wanted = _named(

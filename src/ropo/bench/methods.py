@@ -27,7 +27,7 @@ from ropo.bench.tasks import Task
 from ropo.config import ROPOConfig
 from ropo.pairs import Pair
 
-LEARNING_RATES, BETAS = (1e-4, 2e-4, 4e-4), (0.1, 0.3, 1.0)
+LEARNING_RATES, BETAS = (1e-4, 2e-4, 4e-4), (0.3, 1.0)  # for one pass over some thousand toy pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,7 @@ class Method:
         data: What it trains on, from what it is given; the noisy pairs as they are by default.
         run: Trains, and returns the model's folder; `align` by default.
         is_reference: Whether it is a line to compare with, not a competitor.
+        like: The method whose setting it takes over, as a variant of it; empty if it is tuned itself.
     """
 
     meaning: str
@@ -83,6 +84,7 @@ class Method:
     data: Callable[[Noisy], list[Pair]] = lambda noisy: noisy.pairs
     run: Callable[..., Path] | None = None
     is_reference: bool = False
+    like: str = ""
 
 
 def align(noisy: Noisy, pairs: list[Pair], folder: Path, options: Mapping[str, Any]) -> Path:
@@ -122,7 +124,9 @@ def run_method(name: str, noisy: Noisy, folder: Path, tuned: Mapping[str, Any]) 
 
 
 def trials_of(name: str, num_trials: int) -> list[dict[str, Any]]:
-    """The settings that are tried for a method: all of them if they are few, else a fixed random choice.
+    """The settings that are tried for a method: all of them if they are few, else a Latin hypercube.
+
+    In the latter every learning rate, every beta and every value of an own parameter is tried about equally often.
 
     Args:
         name: A name in `METHODS`.
@@ -132,12 +136,19 @@ def trials_of(name: str, num_trials: int) -> list[dict[str, Any]]:
         Learning rate, beta and own parameters of each trial.
 
     Examples:
-        >>> len(trials_of("dpo", 9)), len(trials_of("holder", 9))
-        (9, 9)
+        >>> len(trials_of("dpo", 6)), [trial["holder_gamma"] for trial in trials_of("holder", 3)]
+        (6, [4.0, 2.0, 1.0])
     """
     axes = {"learning_rate": LEARNING_RATES, "beta": BETAS, **METHODS[name].search}
     every = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return every if len(every) <= num_trials else random.Random(0).sample(every, num_trials)
+    if len(every) <= num_trials:
+        return every
+    rng, columns = random.Random(0), []
+    for values in axes.values():
+        column = list(itertools.islice(itertools.cycle(values), num_trials))
+        rng.shuffle(column)
+        columns.append(column)
+    return [dict(zip(axes, trial, strict=True)) for trial in zip(*columns, strict=True)]
 
 
 def _without_flipped(noisy: Noisy) -> list[Pair]:
@@ -227,10 +238,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             meaning="ropo, then new pairs for the prompts it lost, then once more",
             paper="arXiv:2404.04102, adapted",
             options={"rounds": 2, "num_candidates": 4},
+            like="ropo",
         ),
         "ropo_relabel": Method(
             meaning="ropo that turns the surest suspects round instead of dropping them",
             options={"decision_rule": "relabel"},
+            like="ropo",
         ),
         "cdpo": Method(
             meaning="label smoothing",
@@ -270,6 +283,28 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             paper="arXiv:2407.07880",
             options=_loss("dr_dpo"),
             search={"beta_prime": (0.5, 1.0, 2.0)},
+        ),
+        "rappo": Method(
+            meaning="leaves out the worst pair of a batch that the reference contradicts",
+            paper="RAPPO, ICLR 2026",
+            options=_loss("rappo"),
+        ),
+        "gamma_po": Method(
+            meaning="target margins by how sure each pair is",
+            paper="arXiv:2506.03690",
+            options=_loss("gamma_po"),
+            search={"mean_target_margin": (0.1, 0.5, 1.0)},
+        ),
+        "plc_dpo": Method(
+            meaning="posterior of clean, flipped and tied by moving averages of margins",
+            paper="arXiv:2608.30597",
+            options=_loss("plc_dpo"),
+        ),
+        "clipped": Method(
+            meaning="gradient weight cut off at λ",
+            paper="arXiv:2406.15568",
+            options=_loss("clipped"),
+            search={"max_weight": (0.3, 0.5, 0.7)},
         ),
         "simpo": Method(
             meaning="no reference, mean log-probabilities",
