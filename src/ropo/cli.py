@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from ropo.align import run_audit, run_rounds
 from ropo.bench.grid import read_bench_config, run_bench
+from ropo.bench.publish import publish_bench
 from ropo.config import ROPOConfig, did_you_mean
 from ropo.data.load import load_pairs
 from ropo.data.problems import PROBLEMS, render
@@ -250,7 +251,11 @@ def _bench(words: list[str]) -> int:
         num_processes=given.num_processes,
         on_row=lambda what, number, total: print(f"[{number}/{total}] {what}", flush=True),
     )
-    print(f"Measured in {time.monotonic() - start:.0f} s. Rows: {given.output_dir / 'results.csv'}")
+    tables, *pictures = publish_bench(given.output_dir)
+    print(
+        f"Measured in {time.monotonic() - start:.0f} s.\nRows:     {given.output_dir / 'results.csv'}\n"
+        f"Pictures: {', '.join(path.name for path in pictures)}\nTables:   {tables}   <- look here next"
+    )
     return DONE
 
 

@@ -17,10 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def run_bench(
     Args:
         config: The grid.
         folder: For `trials.csv`, `results.csv` and what tasks make once; used again by the next call.
-        num_processes: Trainings at a time; default one per core, or per GPU where there are any.
+        num_processes: Trainings at a time; default one per core, or per GPU where there are any. With 1 they run here.
         on_row: Called when a row is there, with what it is, its number and how many there are to do.
 
     Returns:
@@ -447,23 +448,25 @@ def _commit() -> str:
 
 
 class _Workers:
-    """Processes that measure cells; only this process writes rows."""
+    """What measures cells, in this process or in several; only this process writes rows."""
 
     def __init__(self, config: BenchConfig, folder: Path, number: int, num_gpus: int) -> None:
-        context = multiprocessing.get_context("spawn")  # torch does not survive a fork
-        places = context.Queue()
-        for i in range(number):
-            places.put(i)
-        threads = max(1, (os.cpu_count() or 1) // number)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import numpy
-        self._config, self._folder = config, folder
-        self._pool = ProcessPoolExecutor(number, context, _start, (places, num_gpus, threads))
+        self._config, self._folder, self._pool = config, folder, None
+        if number > 1:
+            context = multiprocessing.get_context("spawn")  # torch does not survive a fork
+            places = context.Queue()
+            for i in range(number):
+                places.put(i)
+            threads = max(1, (os.cpu_count() or 1) // number)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import numpy
+            self._pool = ProcessPoolExecutor(number, context, _start, (places, num_gpus, threads))
 
     def __enter__(self) -> "_Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def fill(self, path: Path, cells: list[Cell], told: Callable[[str, int, int], None]) -> None:
         """Measure cells and append a row for each as it is finished.
@@ -472,13 +475,9 @@ class _Workers:
             RuntimeError: If a worker was killed; or at the end, if some cells failed.
         """
         failed: list[str] = []
-        waiting: dict[Future[dict[str, Any]], Cell] = {
-            self._pool.submit(measure, self._config, cell, self._folder): cell for cell in cells
-        }
-        for number, future in enumerate(as_completed(waiting), 1):
-            cell = waiting[future]
+        for number, (cell, finished) in enumerate(self._finished(cells), 1):
             try:
-                row = future.result()
+                row = finished()
             except BrokenProcessPool:
                 raise RuntimeError(
                     "A worker was killed, perhaps for want of memory. What was finished is kept; the same command goes "
@@ -494,6 +493,15 @@ class _Workers:
                 f"{len(failed)} of {len(cells)} cells failed; the others are kept, and the same command tries these "
                 "again:\n" + "\n".join(failed)
             )
+
+    def _finished(self, cells: list[Cell]) -> Iterator[tuple[Cell, Callable[[], dict[str, Any]]]]:
+        """Cells as they are finished, with what gives their row or raises what stopped them."""
+        if self._pool is None:
+            yield from ((cell, partial(measure, self._config, cell, self._folder)) for cell in cells)
+            return
+        waiting = {self._pool.submit(measure, self._config, cell, self._folder): cell for cell in cells}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result
 
 
 def describe(cell: Cell, row: Mapping[str, Any] | None = None) -> str:

@@ -32,7 +32,7 @@ def mean_of(values: ArrayLike, *, level: float = 0.90) -> Mean:
     """Mean with its normal interval.
 
     Args:
-        values: Independent values; one gives an interval without width.
+        values: Independent values; one gives an interval without width, none a mean that is not a number.
         level: Coverage.
 
     Returns:
@@ -43,6 +43,8 @@ def mean_of(values: ArrayLike, *, level: float = 0.90) -> Mean:
         2.0
     """
     array = np.asarray(values, dtype=np.float64)
+    if not len(array):
+        return Mean(value=np.nan, low=np.nan, high=np.nan, count=0)
     half = norm.ppf((1 + level) / 2) * array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else 0.0
     return Mean(
         value=float(array.mean()), low=float(array.mean() - half), high=float(array.mean() + half), count=len(array)

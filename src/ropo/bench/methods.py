@@ -137,7 +137,7 @@ def trials_of(name: str, num_trials: int) -> list[dict[str, Any]]:
 
     Examples:
         >>> len(trials_of("dpo", 6)), [trial["holder_gamma"] for trial in trials_of("holder", 3)]
-        (6, [4.0, 2.0, 1.0])
+        (6, [1.0, 2.0, 4.0])
     """
     axes = {"learning_rate": LEARNING_RATES, "beta": BETAS, **METHODS[name].search}
     every = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

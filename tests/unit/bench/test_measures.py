@@ -35,3 +35,10 @@ def test_intervals_cover():
 def test_share_stays_inside():
     found = share_of([1, 1, 1, 0.5])
     assert 0 < found.low < found.value < found.high <= 1
+
+
+def test_a_mean_of_nothing_is_not_a_number():
+    """A policy of which no sample ever ends has no distance."""
+    found = mean_of([])
+    assert np.isnan(found.value)
+    assert found.count == 0

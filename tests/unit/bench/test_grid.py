@@ -1,0 +1,217 @@
+import json
+
+import numpy as np
+import pytest
+
+from ropo.bench import grid
+from ropo.bench.grid import (
+    KEY,
+    BenchConfig,
+    Cell,
+    append_row,
+    best_setting,
+    measure,
+    missing_cells,
+    missing_trials,
+    plant,
+    read_bench_config,
+    read_rows,
+    run_bench,
+)
+from ropo.bench.methods import METHODS, trials_of
+from ropo.bench.word_reward import fit_on_pairs
+from ropo.data.inject import NOISE
+
+SMALL = {"num_pairs": 24, "num_held_out": 10, "num_samples": 4, "num_trials": 2, "options": {"use_cpu": True}}
+
+
+def config(**more):
+    given = {"task": "reviews", "seeds": (1, 2), "noise": {"symmetric": [0.0, 0.25]}, "methods": ("dpo", "ceiling")}
+    return BenchConfig(**{**given, **SMALL, **more})
+
+
+def row(method="dpo", accuracy=0.9, gold=1.0, **more):
+    """A row of the tuning cell."""
+    return {
+        "task": "reviews",
+        "num_pairs": 24,
+        "kind": "symmetric",
+        "flip_rate": 0.2,
+        "seed": 100,
+        "method": method,
+        "options": json.dumps({"learning_rate": 1e-4}),
+        "accuracy": accuracy,
+        "gold": gold,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "review"}, "task needs known names; got 'review'. Did you mean reviews?"),
+        ({"methods": ("dpoo",)}, "Did you mean dpo?"),
+        ({"noise": {"symetric": [0.1]}}, "Did you mean symmetric?"),
+        ({"noise": {"symmetric": [0.5]}}, r"rates in \[0, 0.5\); got 0.5 for symmetric"),
+        ({"seeds": (1, 100)}, "got 100, which is in seeds"),
+        ({"tuned": {"dpo2": {}}}, "tuned needs known names"),
+        ({"num_pairs": 3}, "num_pairs needs 10 or more; got 3"),
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config(**change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "holds a list"),
+        ("task: reviews\nseed: [1]\n", "got 'seed'. Did you mean seeds?"),
+        ("task: reviews\n", "needs seeds, noise, methods"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_bench_config(path)
+    with pytest.raises(ValueError, match="is not there"):
+        read_bench_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["quick", "toy"])
+def test_the_grids_that_we_ship_can_be_read(name, request):
+    found = read_bench_config(request.config.rootpath / "benchmarks" / f"{name}.yaml")
+    assert {"dpo", "ropo", "ceiling"} <= set(found.methods)
+
+
+def test_every_method_is_tried_as_often():
+    tried = {name: len(trials_of(name, 6)) for name, method in METHODS.items() if not method.like}
+    assert set(tried.values()) == {6}
+
+
+def test_trials_of_an_own_parameter_cover_every_value_alike():
+    trials = trials_of("holder", 6)
+    for name, times in (("learning_rate", 2), ("beta", 3), ("holder_gamma", 2)):
+        values = [trial[name] for trial in trials]
+        assert {values.count(value) for value in values} == {times}
+
+
+def test_the_setting_is_the_best_gold_reward_among_nearly_best_accuracies(tmp_path):
+    path = tmp_path / "trials.csv"
+    for number, (accuracy, gold) in enumerate([(0.90, 0.2), (0.895, 0.9), (0.85, 2.0), (np.nan, 9.0)]):
+        append_row(path, row(accuracy=accuracy, gold=gold, options=json.dumps({"beta": number})))
+    append_row(path, row(method="ceiling", accuracy=1.0, gold=5.0))
+    assert best_setting(config(), "dpo", path) == {"beta": 1}
+
+
+def test_a_method_that_always_diverged_is_named(tmp_path):
+    append_row(tmp_path / "trials.csv", row(accuracy=np.nan))
+    with pytest.raises(RuntimeError, match="dpo diverged with every setting"):
+        best_setting(config(), "dpo", tmp_path / "trials.csv")
+
+
+def test_a_variant_takes_over_the_setting_of_its_method(tmp_path):
+    grid_with_variant = config(methods=("ropo_relabel",), tuned={"ropo": {"beta": 0.7}})
+    assert missing_trials(grid_with_variant, tmp_path / "trials.csv") == []
+    assert best_setting(grid_with_variant, "ropo_relabel", tmp_path / "trials.csv") == {"beta": 0.7}
+
+
+def test_only_what_is_missing_is_to_do_whole_seeds_first(tmp_path):
+    known = config(tuned={"dpo": {"beta": 0.1}, "ceiling": {"beta": 1.0}})
+    results = tmp_path / "results.csv"
+    cells = missing_cells(known, tmp_path / "trials.csv", results)
+    # Without flips the ceiling is DPO itself.
+    assert [(cell.seed, cell.flip_rate, cell.method) for cell in cells] == [
+        (seed, rate, method) for seed in (1, 2) for rate, method in ((0.0, "dpo"), (0.25, "dpo"), (0.25, "ceiling"))
+    ]
+    append_row(results, row(flip_rate=0.25, seed=1))
+    assert len(missing_cells(known, tmp_path / "trials.csv", results)) == len(cells) - 1
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_every_kind_of_noise_can_be_planted(kind, small_task, tmp_path):
+    task, spare = grid._make_task(config(), tmp_path, 1)
+    noisy, is_flipped = plant(task, kind, 0.25, 1, spare)
+    assert is_flipped.sum() == 6
+    assert [a.chosen == b.rejected for a, b in zip(noisy, task.pairs, strict=True)] == is_flipped.tolist()
+
+
+def test_the_weak_annotator_errs_where_its_own_reward_does(small_task, tmp_path):
+    task, spare = grid._make_task(config(num_pairs=1000), tmp_path, 1)
+    weak = fit_on_pairs(spare[: grid.NUM_SEEN_BY_WEAK_ANNOTATOR])
+    is_fooled = np.array([weak(p.prompt, p.rejected) > weak(p.prompt, p.chosen) for p in task.pairs])
+    _, is_flipped = plant(task, "weak_annotator", 0.3, 1, spare)
+    assert is_flipped[is_fooled].mean() > 0.5 > 0.25 > is_flipped[~is_fooled].mean()
+
+
+def test_held_out_and_spare_pairs_are_not_those_of_training(small_task, tmp_path):
+    task, spare = grid._make_task(config(), tmp_path, 1)
+    parts = [{pair.id for pair in pairs} for pairs in (task.pairs, task.held_out, spare)]
+    assert [len(part) for part in parts] == [24, 10, grid.NUM_SPARE]
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+
+
+def test_a_stopped_grid_goes_on_and_a_finished_one_does_nothing(small_task, tmp_path, monkeypatch):
+    done = []
+
+    def measured(config, cell, folder):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return {**grid._named(config, cell), "accuracy": 0.9, "gold": 1.0, "kl": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(grid, "measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(config(), tmp_path, num_processes=1)
+    assert len(read_rows(tmp_path / "trials.csv")) == 3
+    first, told = list(done), []
+    done.append("past the stop")
+    results = run_bench(config(), tmp_path, num_processes=1, on_row=lambda *what: told.append(what))
+    assert not set(map(str, first)) & set(map(str, done[4:])), "what was there is not measured again"
+    assert len(read_rows(tmp_path / "trials.csv")) == 4
+    assert len(read_rows(results)) == 6
+    assert told[0][1:] == (1, 1)
+    run_bench(config(), tmp_path, num_processes=1, on_row=lambda *_: pytest.fail("nothing was missing"))
+
+
+def test_one_cell_that_fails_does_not_cost_the_others(small_task, tmp_path, monkeypatch):
+    def measured(config, cell, folder):
+        if cell.method == "ceiling" and cell.seed == 1:
+            raise ValueError("no luck")
+        return {**grid._named(config, cell), "accuracy": 0.9, "gold": 1.0, "kl": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(grid, "measure", measured)
+    with pytest.raises(RuntimeError, match=r"1 of 6 cells failed.*\n.*ceiling on symmetric 25%, seed 1.*no luck"):
+        run_bench(config(), tmp_path, num_processes=1)
+    assert len(read_rows(tmp_path / "results.csv")) == 5
+
+
+def test_a_run_that_diverges_is_a_row_without_scores(small_task, tmp_path, monkeypatch):
+    def diverge(*_):
+        raise FloatingPointError("The loss is not finite")
+
+    monkeypatch.setattr(grid, "run_method", diverge)
+    found = measure(config(), Cell(method="dpo", kind="symmetric", flip_rate=0.25, seed=1, options={}), tmp_path)
+    append_row(tmp_path / "trials.csv", found)
+    assert read_rows(tmp_path / "trials.csv")[0]["accuracy"] == ""
+
+
+def test_a_cell_is_measured_and_leaves_nothing_but_its_row(small_task, tmp_path):
+    cell = Cell(
+        method="ropo",
+        kind="symmetric",
+        flip_rate=0.25,
+        seed=1,
+        options={"learning_rate": 1e-3, "beta": 0.3, "num_folds": 2, "num_passes": 1},
+    )
+    found = measure(config(), cell, tmp_path)
+    append_row(tmp_path / "results.csv", found)
+    [written] = read_rows(tmp_path / "results.csv")
+    assert [written[name] for name in KEY] == ["reviews", "24", "symmetric", "0.25", "1", "ropo"]
+    assert 0 <= float(written["accuracy"]) <= 1
+    assert 0 <= float(written["auroc"]) <= 1
+    assert -4 <= float(written["gold"]) < 2.5
+    assert list((tmp_path / "work").iterdir()) == []
+    assert any((tmp_path / "reference_cache").iterdir())
