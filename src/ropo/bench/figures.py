@@ -72,15 +72,14 @@ def score_over_rate(rows: Sequence[Row], key: str, *, methods: Sequence[str], y_
     shown = [
         one.mean + sign * np.nan_to_num(one.half) for line in lines.values() for _, one in line for sign in (-1, 1)
     ]
-    room = 0.04 * (max(shown) - min(shown))
     frame = svg.Frame(
         width=WIDTH,
-        height=400,
+        height=400.0,
         x_range=(min(cell.flip_rate for cell in cells) - 0.01, max(cell.flip_rate for cell in cells) + 0.01),
-        y_range=(min(shown) - room, max(shown) + room),
-        left=52,
-        right=190,
-        top=26,
+        y_range=_range(shown),
+        left=52.0,
+        right=190.0,
+        top=26.0,
     )
     ticks = [(cell.flip_rate, f"{cell.flip_rate:.0%}") for cell in cells]
     body = [svg.axes(frame, x_label="labels flipped", y_label=y_label, x_ticks=ticks)]
@@ -125,10 +124,9 @@ def gold_over_distance(rows: Sequence[Row], *, methods: Sequence[str]) -> str:
     }
     points = {name: found for name, found in points.items() if found}
     xs, ys = ([point[i] for found in points.values() for point in found] for i in (0, 1))
-    room = 0.05 * (max(ys) - min(ys))
     frame = svg.Frame(
-        width=WIDTH, height=380, x_range=(0.0, max(xs) * 1.05), y_range=(min(ys) - room, max(ys) + room),
-        left=52, right=190, top=26,
+        width=WIDTH, height=380.0, x_range=(0.0, max([*xs, 1e-3]) * 1.05), y_range=_range(ys),
+        left=52.0, right=190.0, top=26.0,
     )  # fmt: skip
     body = [svg.axes(frame, x_label="distance to the start, nats", y_label="gold reward")]
     looks = looks_of(list(points))
@@ -157,8 +155,8 @@ def cost_and_quality(rows: Sequence[Row]) -> str:
     high = max(one.mean + _half(one) for _, one in found.values())
     costs = [cost for cost, _ in found.values()]
     frame = svg.Frame(
-        width=WIDTH, height=400, x_range=(min(np.log10(min(costs)), 0) - 0.05, np.log10(max(costs)) + 0.45),
-        y_range=(low - 0.05, high + 0.05), left=52, right=20, top=26,
+        width=WIDTH, height=400.0, x_range=(min(np.log10(min(costs)), 0) - 0.05, np.log10(max(costs)) + 0.45),
+        y_range=(low - 0.05, high + 0.05), left=52.0, right=20.0, top=26.0,
     )  # fmt: skip
     ticks = [
         (float(np.log10(value)), f"{value:g}×")
@@ -203,6 +201,13 @@ def spread(wanted: Mapping[str, float], *, low: float, high: float) -> dict[str,
 
 def _top(group: tuple[list[str], float]) -> float:
     return group[1] - LABEL_HEIGHT * (len(group[0]) - 1) / 2
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """From the smallest to the largest, with some room, and never nothing."""
+    low, high = min(values), max(values)
+    room = 0.05 * (high - low) or 0.05
+    return low - room, high + room
 
 
 def _half(one: Interval) -> float:

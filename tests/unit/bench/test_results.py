@@ -1,0 +1,148 @@
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from ropo.bench.figures import spread
+from ropo.bench.grid import append_row, read_rows
+from ropo.bench.publish import publish_bench
+from ropo.bench.results import (
+    cell_tables,
+    cells_of,
+    detection_table,
+    interval_of,
+    mean_gap_closed,
+    relative_cost,
+    summary_table,
+)
+
+# accuracy by method and seed: the floor 0.8, the ceiling 0.9 and in between what closes half of the gap.
+SCORES = {
+    "dpo": (0.80, 0.81, 0.79),
+    "ceiling": (0.90, 0.91, 0.89),
+    "ropo": (0.88, 0.87, 0.875),
+    "rdpo": (0.85, 0.86, 0.84),
+    "holder": (0.88, 0.91, 0.82),
+}
+
+
+def rows(folder, *, gap=0.1, rates=(0.0, 0.3)):
+    for rate in rates:
+        for method, scores in SCORES.items():
+            if rate == 0 and method == "ceiling":
+                continue
+            for seed, score in enumerate(scores, 1):
+                accuracy = 0.8 + (score - 0.8) * gap / 0.1 if rate else 0.95 + 0.001 * seed
+                append_row(
+                    folder / "results.csv",
+                    {
+                        "task": "reviews", "num_pairs": 100, "kind": "symmetric", "flip_rate": rate, "seed": seed,
+                        "method": method, "options": "{}", "accuracy": accuracy, "gold": accuracy * 2, "kl": 3.0,
+                        "auroc": 0.9 if rate else np.nan, "estimate": 0.29, "seconds": 10.0 * (1 + (method == "ropo")),
+                        "device": "cpu", "version": "0", "commit": "c", "torch": "2",
+                    },
+                )  # fmt: skip
+    return read_rows(folder / "results.csv")
+
+
+@pytest.fixture
+def found(tmp_path):
+    return rows(tmp_path)
+
+
+def test_the_gap_is_closed_by_half_in_every_seed(found):
+    cell = cells_of(found)[1]
+    assert list(cell.gap_closed("rdpo", "accuracy").values()) == pytest.approx([0.5, 0.5, 0.5])
+    closed = mean_gap_closed(cells_of(found), "rdpo", "accuracy")
+    assert (closed.mean, closed.half) == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-9))
+
+
+def test_without_flips_the_ceiling_is_dpo_and_there_is_no_gap(found):
+    clean = cells_of(found)[0]
+    assert clean.scores("ceiling", "accuracy") == clean.scores("dpo", "accuracy")
+    assert not clean.has_gap("accuracy")
+
+
+def test_a_gap_inside_its_own_noise_counts_nothing(tmp_path):
+    found = rows(tmp_path, gap=0.0)
+    assert mean_gap_closed(cells_of(found), "ropo", "accuracy").count == 0
+
+
+def test_differences_are_paired_by_seed(found):
+    """rdpo and dpo move together, so their difference is certain; holder scatters, so it ties with ropo."""
+    cell = cells_of(found)[1]
+    assert cell.difference("rdpo", "dpo", "accuracy").half == pytest.approx(0.0, abs=1e-9)
+    assert cell.is_tie("holder", "ropo", "accuracy")
+    assert not cell.is_tie("rdpo", "ropo", "accuracy")
+
+
+def test_one_seed_tells_nothing_apart(tmp_path):
+    found = [row for row in rows(tmp_path) if row["seed"] == "1"]
+    cell = cells_of(found)[1]
+    assert cell.is_tie("dpo", "ceiling", "accuracy")
+    assert not cell.has_gap("accuracy")
+    assert cell.mean("dpo", "accuracy").write(2) == "0.80"
+
+
+def test_a_diverged_seed_is_not_averaged(tmp_path):
+    found = [dict(row) for row in rows(tmp_path)]
+    for row in found:
+        if row["method"] == "rdpo" and row["seed"] == "2":
+            row["accuracy"] = ""
+    assert cells_of(found)[1].mean("rdpo", "accuracy").count == 2
+
+
+def test_tables_say_what_the_rows_say(found):
+    summary = {line.split(" | ")[0].strip("| "): line for line in summary_table(found).split("\n")}
+    assert "| rdpo | flip rate | 0.50 ±0.00 |" in summary["rdpo"]
+    assert summary["rdpo"].endswith("| 1 of 2 | 1.0 |")
+    assert summary["ropo"].endswith("| 0 of 2 | 2.0 |")
+    assert "+0.000 ±0.000" in summary["ropo"]
+    table = cell_tables(found)
+    assert "### symmetric 30%" in table
+    assert re.search(r"\| ropo \| 3 \| \*\*0.875 ±", table)
+    assert re.search(r"\| rdpo \| 3 \| 0.850 ±", table)
+    assert re.search(r"\| \*ceiling\* \| 3 \| 0.900 ±", table)
+    assert "| ropo | 0.900 ±0.000 |" in detection_table(found)
+    assert relative_cost(cells_of(found), "ropo") == pytest.approx(2.0)
+
+
+def test_the_interval_is_students():
+    """Of 1, 2, 3: t(0.95, 2) = 2.92 times 1/√3."""
+    assert interval_of([1.0, 2.0, 3.0]).half == pytest.approx(2.919986 / np.sqrt(3), rel=1e-5)
+    assert interval_of([]).write(2) == "-"
+
+
+def test_labels_keep_their_order_and_their_distance():
+    wanted = dict(zip("abcdef", (50.0, 52.0, 51.0, 200.0, 399.0, 400.0), strict=True))
+    found = spread(wanted, low=0.0, high=400.0)
+    heights = [found[name] for name in sorted(wanted, key=lambda name: wanted[name])]
+    assert min(np.diff(heights)) >= 15 - 1e-9
+    assert max(heights) <= 400
+    assert found["d"] == 200
+
+
+def test_published_pictures_are_well_formed_and_named(found, tmp_path):
+    tables, *pictures = publish_bench(tmp_path)
+    assert {path.name for path in pictures} == {
+        f"reviews_100_{name}.svg" for name in ("accuracy", "gold", "detection", "distance", "cost")
+    }
+    text = tables.read_text()
+    for path in pictures:
+        assert f"({path.name})" in text
+        root = ElementTree.fromstring(path.read_text())
+        assert root.get("aria-label")
+        width, height = map(float, root.get("viewBox").split()[2:])
+        for element in root.iter():
+            for name, limit in (("cx", width), ("x1", width), ("x2", width), ("cy", height), ("y1", height)):
+                assert 0 <= float(element.get(name, 0)) <= limit, (path.name, name)
+        assert "nan" not in path.read_text()
+
+
+def test_an_unfinished_grid_can_be_published(tmp_path):
+    row = rows(tmp_path)[0]
+    (tmp_path / "results.csv").unlink()
+    append_row(tmp_path / "results.csv", row)
+    tables, *_ = publish_bench(tmp_path)
+    assert "dpo" in tables.read_text()
