@@ -7,8 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+from ropo.bench import methods
+from ropo.bench.grid import BenchConfig
 from ropo.cli import parse_train
+from ropo.data.inject import noise_table
 from ropo.losses import methods_table
 from ropo.noise.decide import rules_table
 from ropo.resample.select import selection_table
@@ -43,6 +47,11 @@ def test_train_commands_are_understood(code):
             parse_train([*words[2:], "--use_cpu"])  # bf16 is refused on a CPU otherwise
 
 
+@pytest.mark.parametrize("code", blocks("yaml"))
+def test_grids_are_understood(code):
+    BenchConfig(**yaml.safe_load(code))
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_resolve(path):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
@@ -54,6 +63,8 @@ def test_generated_tables():
     assert methods_table().strip() in (ROOT / "docs" / "methods.md").read_text()
     assert metrics_table().strip() in (ROOT / "docs" / "metrics.md").read_text()
     assert rules_table().strip() in (ROOT / "docs" / "noise.md").read_text()
+    assert methods.methods_table() in (ROOT / "docs" / "benchmark.md").read_text()
+    assert noise_table() in (ROOT / "docs" / "benchmark.md").read_text()
     assert selection_table().strip() in (ROOT / "docs" / "resampling.md").read_text()
 
 

@@ -338,3 +338,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 """The methods by name."""
+
+
+def methods_table() -> str:
+    """`METHODS` as a Markdown table, for `docs/benchmark.md`."""
+    rows = ["| method | what it is | source | told | own parameters tried |", "|---|---|---|---|---|"]
+    for name, method in METHODS.items():
+        tried = ", ".join(f"`{key}` {', '.join(map(str, values))}" for key, values in method.search.items())
+        own = f"(setting of {method.like})" if method.like else tried
+        rows.append(f"| `{name}` | {method.meaning} | {method.paper} | {method.oracle} | {own} |")
+    return "\n".join(rows)

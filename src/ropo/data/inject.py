@@ -208,3 +208,9 @@ NOISE: Mapping[str, Noise] = MappingProxyType(
         "topic": Noise(score=_topic, meaning="annotators who do not know one subject", needs="words"),
     }
 )
+
+
+def noise_table() -> str:
+    """`NOISE` as a Markdown table, for `docs/benchmark.md`."""
+    rows = [f"| `{name}` | {noise.meaning} | {noise.needs or ''} |" for name, noise in NOISE.items()]
+    return "\n".join(["| kind | who makes such noise | needs |", "|---|---|---|", *rows])
