@@ -163,7 +163,7 @@ def cost_and_quality(rows: Sequence[Row]) -> str:
         for value in (0.5, 1, 2, 5, 10, 20)
         if 0.8 * min(costs) <= value <= 2 * max(costs)
     ]
-    body = [svg.axes(frame, x_label="seconds, as a multiple of DPO's", y_label="gap closed, accuracy", x_ticks=ticks)]
+    body = [svg.axes(frame, x_label="cost, as a multiple of DPO's", y_label="gap closed, accuracy", x_ticks=ticks)]
     looks = looks_of(list(found))
     wanted = {name: frame.y(max(one.mean, low)) for name, (_, one) in found.items()}
     heights = spread(wanted, low=frame.top, high=frame.height - frame.bottom)

@@ -190,12 +190,14 @@ def _is_behind(cell: CellOfGrid, name: str, names: Sequence[str]) -> bool:
 
 
 def relative_cost(cells: Sequence[CellOfGrid], name: str) -> float:
-    """Seconds over those of DPO in the same cells, median."""
+    """Processor time of a run over that of DPO in the same cell, median; wall clock where a GPU did the work."""
+    is_on_cpu = all(row["device"].startswith("cpu") for cell in cells for row in cell.by_method.get(name, {}).values())
+    key = "cpu_seconds" if is_on_cpu else "seconds"
     ratios = [
         seconds / floor[seed]
         for cell in cells
-        for floor in [cell.scores(FLOOR, "seconds")]
-        for seed, seconds in cell.scores(name, "seconds").items()
+        for floor in [cell.scores(FLOOR, key)]
+        for seed, seconds in cell.scores(name, key).items()
         if seed in floor
     ]
     return float(np.median(ratios)) if ratios else np.nan
