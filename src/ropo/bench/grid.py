@@ -47,19 +47,8 @@ NUM_SEEN_BY_WEAK_ANNOTATOR = 30  # of the spare ones: it then errs on about a th
 NEARLY_BEST = 0.01  # accuracies that close are a tie when a setting is chosen
 
 KEY = ("task", "num_pairs", "kind", "flip_rate", "seed", "method")
-MEASURED = (
-    "accuracy",
-    "accuracy_error",
-    "gold",
-    "gold_error",
-    "kl",
-    "auroc",
-    "estimate",
-    "low",
-    "high",
-    "kept",
-    "seconds",
-)
+SCORES = ("accuracy", "accuracy_error", "gold", "gold_error", "kl")
+MEASURED = (*SCORES, "auroc", "estimate", "low", "high", "kept", "seconds", "cpu_seconds")
 PROVENANCE = ("memory_gib", "version", "commit", "torch", "device")
 RESULT_COLUMNS = (*KEY, "options", *MEASURED, *PROVENANCE)
 TRIAL_KEY = (*KEY, "options")

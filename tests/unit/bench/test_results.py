@@ -39,7 +39,8 @@ def rows(folder, *, gap=0.1, rates=(0.0, 0.3)):
                     {
                         "task": "reviews", "num_pairs": 100, "kind": "symmetric", "flip_rate": rate, "seed": seed,
                         "method": method, "options": "{}", "accuracy": accuracy, "gold": accuracy * 2, "kl": 3.0,
-                        "auroc": 0.9 if rate else np.nan, "estimate": 0.29, "seconds": 9.0 * seed, "cpu_seconds": 10.0 * (1 + (method == "ropo")),
+                        "auroc": 0.9 if rate else np.nan, "estimate": 0.29, "seconds": 9.0 * seed,
+                        "cpu_seconds": 10.0 * (1 + (method == "ropo")),
                         "device": "cpu", "version": "0", "commit": "c", "torch": "2",
                     },
                 )  # fmt: skip
