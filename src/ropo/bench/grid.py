@@ -375,8 +375,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a file of results."""
+    """Add a row to a file of results.
+
+    Raises:
+        ValueError: If the file has other columns.
+    """
     is_new = not path.exists()
+    if not is_new:
+        with path.open(newline="", encoding="utf-8") as file:
+            if tuple(next(csv.reader(file), ())) != RESULT_COLUMNS:
+                raise ValueError(f"{path} was written by another version: its columns differ. Use another output_dir.")
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, RESULT_COLUMNS)
         if is_new:

@@ -215,3 +215,11 @@ def test_a_cell_is_measured_and_leaves_nothing_but_its_row(small_task, tmp_path)
     assert -4 <= float(written["gold"]) < 2.5
     assert list((tmp_path / "work").iterdir()) == []
     assert any((tmp_path / "reference_cache").iterdir())
+
+
+def test_rows_are_not_added_to_a_file_with_other_columns(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("task,seed\nreviews,1\n")
+    with pytest.raises(ValueError, match="its columns differ"):
+        append_row(path, row())
+    assert path.read_text() == "task,seed\nreviews,1\n"
