@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 from ropo.cli import main
 from ropo.judge.endpoint import EndpointJudge
+from ropo.resample.engine import Response
 from ropo.resample.in_transformers import TransformersEngine
 
 CONVERSATIONS = [
@@ -142,7 +143,21 @@ def test_seed_and_temperature_reach_the_engine(model_folder, alpaca_eval, tmp_pa
 
     assert outputs("a") == outputs("b")
     assert outputs("a2", "--temperature", "3") != outputs("c", "--temperature", "3", "--seed", "1")
+    # one token holds all of a tiny top_p, whatever the seed
+    one = ("--temperature", "3", "--top_p", "1e-6")
+    assert outputs("f", *one) == outputs("g", *one, "--seed", "1")
     assert outputs("d", "--temperature", "0") == outputs("e", "--temperature", "0", "--seed", "1")
+
+
+def test_white_space_around_an_answer_goes_but_in_plain_text(model_folder, alpaca_eval, tmp_path, monkeypatch):
+    def saying(self, prompts, sampling, advance):
+        return [[Response(text="\n two\nlines \n", num_tokens=3, is_finished=False)] for _ in prompts]
+
+    monkeypatch.setattr(TransformersEngine, "sample", saying)
+    for name, more, expected in (("chat", (), "two\nlines"), ("plain", ("--plain_text",), "\n two\nlines \n")):
+        assert export(model_folder, "alpaca_eval", alpaca_eval, tmp_path, "--name", name, *more) == 0
+        rows = json.loads((tmp_path / name / "model_outputs.json").read_text())
+        assert {row["output"] for row in rows} == {expected}
 
 
 @pytest.mark.parametrize("benchmark", ["arena_hard", "arena_hard_2024"])
