@@ -149,7 +149,7 @@ def test_seed_and_temperature_reach_the_engine(model_folder, alpaca_eval, tmp_pa
     assert outputs("d", "--temperature", "0") == outputs("e", "--temperature", "0", "--seed", "1")
 
 
-def test_white_space_around_an_answer_goes_but_in_plain_text(model_folder, alpaca_eval, tmp_path, monkeypatch):
+def test_white_space_around_an_answer_goes_but_in_plain_text(model_folder, alpaca_eval, tmp_path, monkeypatch, capsys):
     def saying(self, prompts, sampling, advance):
         return [[Response(text="\n two\nlines \n", num_tokens=3, is_finished=False)] for _ in prompts]
 
@@ -158,6 +158,16 @@ def test_white_space_around_an_answer_goes_but_in_plain_text(model_folder, alpac
         assert export(model_folder, "alpaca_eval", alpaca_eval, tmp_path, "--name", name, *more) == 0
         rows = json.loads((tmp_path / name / "model_outputs.json").read_text())
         assert {row["output"] for row in rows} == {expected}
+    assert "average, 3 cut at max_new_tokens." in capsys.readouterr().out
+
+
+def test_empty_answers_are_counted(model_folder, alpaca_eval, tmp_path, monkeypatch, capsys):
+    def saying(self, prompts, sampling, advance):
+        return [[Response(text=" \n", num_tokens=1, is_finished=True)] for _ in prompts]
+
+    monkeypatch.setattr(TransformersEngine, "sample", saying)
+    assert export(model_folder, "alpaca_eval", alpaca_eval, tmp_path, "--plain_text") == 0
+    assert "average, 3 empty." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("benchmark", ["arena_hard", "arena_hard_2024"])
