@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from ropo.bench import methods
+from ropo.bench.export import EXPORTS
 from ropo.bench.grid import read_bench_config
-from ropo.cli import parse_train
+from ropo.bench.options import ExportArguments, WinRateArguments
+from ropo.cli import parse_options, parse_train
 from ropo.data.inject import noise_table
 from ropo.losses import methods_table
 from ropo.noise.decide import rules_table
@@ -39,11 +41,25 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", blocks("sh"))
-def test_train_commands_are_understood(code):
+def test_commands_are_understood(code):
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:2] in (["ropo", "train"], ["ropo", "audit"]):
             parse_train([*words[2:], "--use_cpu"])  # bf16 is refused on a CPU otherwise
+        for task, kind in (("export", ExportArguments), ("win_rate", WinRateArguments)):
+            if words[:2] == ["ropo", task]:
+                parse_options(kind, words[2:], task=task)
+
+
+def test_docs_name_every_format_with_its_defaults():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    for name, spec in EXPORTS.items():
+        assert f"| `{name}` |" in page
+        assert f"`{spec.file.format(name='NAME')}`" in page
+        [row] = [line for line in page.splitlines() if f"`{name}`" in line and f"| {spec.max_new_tokens} |" in line]
+        assert f"{spec.temperature:g}" in row
+        for category, temperature in spec.temperatures.items():
+            assert re.search(rf"{category}[a-z, ]* {temperature:g}\b", row), category
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))

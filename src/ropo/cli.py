@@ -1,4 +1,4 @@
-"""`ropo demo | audit | train | bench | validate | losses`.
+"""`ropo demo | audit | train | bench | export | win_rate | validate | losses`.
 
 In: the command line. Out: an exit code: 0 done, 1 the data, an endpoint or the result is not acceptable, 2 misuse.
 """
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from accelerate import PartialState
@@ -24,8 +24,11 @@ from transformers import AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from ropo.align import run_audit, run_rounds
+from ropo.bench.answers import export_answers
 from ropo.bench.grid import read_bench_config, run_bench
+from ropo.bench.options import ExportArguments, WinRateArguments
 from ropo.bench.publish import publish_bench
+from ropo.bench.win_rate import run_win_rate
 from ropo.config import ROPOConfig, did_you_mean
 from ropo.data.load import load_pairs
 from ropo.data.problems import PROBLEMS, render
@@ -36,6 +39,7 @@ from ropo.endpoint import EndpointError
 from ropo.losses import methods_table
 
 DONE, NOT_ACCEPTABLE, MISUSE = 0, 1, 2
+Options = TypeVar("Options")
 COLUMNS = ("prompt", "chosen", "rejected", "annotator")
 
 
@@ -89,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "audit": _audit,
         "train": _train,
         "bench": _bench,
+        "export": _export,
+        "win_rate": _win_rate,
         "validate": _validate,
         "losses": _losses,
     }
@@ -138,6 +144,12 @@ ropo: align language models on preference data whose labels are partly wrong
                                      how many labels are wrong, and which
   ropo train --model_name_or_path M --dataset_name D --output_dir O [--config recipe.yaml] [--option value]
                                      align a model on what is right
+  ropo bench --config grid.yaml --output_dir O
+                                     compare methods on noise whose truth is known
+  ropo export --model_name_or_path M --benchmark B --questions FILE --output_dir O
+                                     answers for AlpacaEval, MT-Bench or Arena-Hard, in their own formats
+  ropo win_rate --outputs A.json --baseline B.json --output_dir O --judge J --judge_model M
+                                     how often a judge prefers one model's outputs to another's
   ropo validate D                    list every problem of a dataset; exit code 1 if one must be fixed
   ropo losses                        the losses, their formulas, papers and options
 
@@ -221,6 +233,56 @@ def _train(words: list[str]) -> int:
         f"Model:  {folder}\nLedger: {folder / 'ledger.parquet'}\nReport: {folder / 'report.html'}   <- look here next"
     )
     return DONE
+
+
+def _export(words: list[str]) -> int:
+    given = parse_options(ExportArguments, words, task="export")
+    found = export_answers(given)
+    if not PartialState().is_main_process:
+        return DONE
+    counts = [
+        f"{found[f'num_{kind}']} {meaning}"
+        for kind, meaning in (("unfinished", "cut at max_new_tokens"), ("empty", "empty"))
+        if found[f"num_{kind}"]
+    ]
+    print(
+        f"\n{found['num_questions']} questions, {found['num_answers']} answers of {found['mean_chars']:.0f} characters "
+        f"on average{''.join(f', {count}' for count in counts)}.\n"
+        f"Temperature {' or '.join(f'{value:g}' for value in found['temperatures'])}, top_p {given.top_p:g}, at most "
+        f"{given.max_new_tokens} tokens.\n"
+        f"Answers: {found['file']}   <- what {given.benchmark} reads"
+    )
+    if given.benchmark == "alpaca_eval":
+        print(f"Next:    ropo win_rate --outputs {found['file']} --baseline B.json, or alpaca_eval itself")
+    return DONE
+
+
+def _win_rate(words: list[str]) -> int:
+    given = parse_options(WinRateArguments, words, task="win_rate")
+    found = run_win_rate(given)
+    if not PartialState().is_main_process:
+        return DONE
+    name, counts = found["outputs"]["name"], found["counts"]
+    total = sum(counts.values())
+    print(
+        f"\n{name} against {found['baseline']['name']} on {total} instructions: "
+        f"{_rate(found['rate']) if found['rate'] else 'cannot tell'}.\n"
+        f"Wins {counts['win']}, losses {counts['loss']}, ties {counts['tie']} ({found['num_identical']} of the same "
+        f"text), undecided {counts['undecided']}."
+    )
+    if counts["undecided"]:
+        print(f"If all undecided were lost {found['lowest']:.1%}, if all were won {found['highest']:.1%}.")
+    print(f"Mean length {found['mean_chars']:.0f} characters, baseline {found['mean_chars_baseline']:.0f}.")
+    for length, rate in found["by_length"].items():
+        if rate:
+            print(f"  {length.replace('_', ' ')}: {_rate(rate)} of {rate['count']}")
+    folder = Path(str(given.output_dir))
+    print(f"Result: {folder / 'win_rate.json'}\nEach instruction: {folder / 'comparisons.jsonl'}   <- look here next")
+    return DONE if found["rate"] else NOT_ACCEPTABLE
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    return f"{rate['value']:.1%} won, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}"
 
 
 def _adapter(given: TrainArguments) -> LoraConfig | None:
@@ -312,9 +374,7 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
     given, args, unknown = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"unknown option {unknown[0]}.{did_you_mean(name, known)} `ropo {task} --help` lists all.")
+    _refuse_unknown(unknown, known, task=task)
     for name, value in (
         ("model_name_or_path", given.model_name_or_path),
         ("dataset_name", given.dataset_name),
@@ -325,6 +385,32 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
                 f"--{name} is missing. Usage: ropo {task} --model_name_or_path M --dataset_name D --output_dir O"
             )
     return given, args
+
+
+def parse_options(kind: type[Options], words: Sequence[str], *, task: str) -> Options:
+    """Read the options of a command that one dataclass describes.
+
+    Args:
+        kind: The dataclass; it checks itself.
+        words: What follows the command.
+        task: The command, for messages.
+
+    Returns:
+        The options.
+
+    Raises:
+        ValueError: If an option is unknown, missing or out of range.
+    """
+    parser = HfArgumentParser(kind, prog=f"ropo {task}", allow_abbrev=False)  # type: ignore[arg-type]
+    given, unknown = parser.parse_known_args(list(words))
+    _refuse_unknown(unknown, [f.name for f in dataclasses.fields(kind)], task=task)  # type: ignore[arg-type]
+    return kind(**vars(given))
+
+
+def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], *, task: str) -> None:
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        raise ValueError(f"unknown option {unknown[0]}.{did_you_mean(name, known)} `ropo {task} --help` lists all.")
 
 
 def _named(words: Sequence[str], recipe: Path | None) -> set[str]:

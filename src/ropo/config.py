@@ -6,7 +6,7 @@ In: what the user wrote. Out: a configuration that is known to be valid before a
 import copy
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -214,19 +214,8 @@ class ROPOConfig(TrainingArguments):
 
     def _check_generation(self) -> None:
         """An engine can run here and has what it needs, and no option is ignored or holds a key."""
-        self._check_choice("generation_engine", tuple(ENGINES))
-        engine, spec = self.generation_engine, ENGINES[self.generation_engine]
-        for name, takers in engine_options().items():
-            if getattr(self, name) is not None and engine not in takers:
-                raise ValueError(
-                    f"{name} needs generation_engine {' or '.join(takers)}; got generation_engine {engine}. Leave it "
-                    "out, or change the engine."
-                )
-        for name in spec.needs:
-            if not getattr(self, name):
-                raise ValueError(
-                    f"generation_engine {engine} needs {' and '.join(spec.needs)}; got no {name}. Add --{name}."
-                )
+        check_engine(self)
+        engine = self.generation_engine
         if engine != "transformers" and not self.num_candidates:
             raise ValueError(
                 f"generation_engine {engine} needs something to sample; got num_candidates 0. Set it, or leave the "
@@ -238,27 +227,12 @@ class ROPOConfig(TrainingArguments):
             temperature=self.temperature,
             top_p=self.top_p,
         )
-        for name, default in spec.takes.items():
-            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
-        self._check_access("generation_url", "generation_api_key_env")
         if engine == "server" and self.sample_from == "policy":
             raise ValueError(
                 "sample_from policy needs an engine that loads the model in training; got generation_engine server, "
                 "which serves a fixed one. Leave sample_from out, or use another engine."
             )
-        spec.check(self.world_size)
-
-    def _check_access(self, url_option: str, key_option: str) -> None:
-        """Options are logged and written; a key that was put here by mistake must not even be in the message."""
-        url, variable = getattr(self, url_option), getattr(self, key_option)
-        if variable and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", variable):
-            raise ValueError(
-                f"{key_option} needs the name of an environment variable in capitals, like OPENAI_API_KEY; got "
-                f"{len(variable)} other characters. Put the key into a variable and give its name."
-            )
-        if url is not None:
-            check_url(url, what=url_option)
-            check_key(url, variable, what=url_option)
+        ENGINES[engine].check(self.world_size)
 
     def _check_losses(self) -> None:
         self.alpha = "auto" if self.alpha is None and self.loss == "ropo" else self.alpha
@@ -284,36 +258,15 @@ class ROPOConfig(TrainingArguments):
 
     def _check_judge(self) -> None:
         """A judge has what it needs and something to do, and no option is ignored or holds a key."""
-        self._check_choice("judge", ("none", *JUDGES))
-        spec = JUDGES.get(self.judge)
-        for name, takers in judge_options().items():
-            if getattr(self, name) is not None and self.judge not in takers:
-                raise ValueError(
-                    f"{name} needs judge {' or '.join(takers)}; got judge {self.judge}. Leave it out, or name one."
-                )
-        if spec is None:
-            return
-        for name in spec.needs:
-            if not getattr(self, name):
-                raise ValueError(f"judge {self.judge} needs {' and '.join(spec.needs)}; got no {name}. Add --{name}.")
-        for name, default in spec.takes.items():
-            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
-        self._check_judge_access()
-        if not RULES[str(self.decision_rule)].takes_judge and not self.num_candidates:
+        check_judge(self)
+        if self.judge != "none" and not RULES[str(self.decision_rule)].takes_judge and not self.num_candidates:
             raise ValueError(
                 f"judge {self.judge} needs something to settle; got decision_rule {self.decision_rule} and "
                 "num_candidates 0. Use decision_rule hard_or_noisy, or resampling."
             )
 
-    def _check_judge_access(self) -> None:
-        if self.judge_on_failure is not None:
-            self._check_choice("judge_on_failure", ON_FAILURE)
-        self._check_access("judge_url", "judge_api_key_env")
-
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{name} needs one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}")
+        check_choice(name, getattr(self, name), choices)
 
     def _check_filter(self) -> None:
         """A share that was given is taken away; one that follows the estimate is a ceiling."""
@@ -390,6 +343,93 @@ class ROPOConfig(TrainingArguments):
     def fixed_rho(self) -> float | None:
         """The share of pairs to filter out, or None when it follows the estimate."""
         return None if self.rho == "auto" else float(self.rho)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a name that is not in a table.
+
+    Args:
+        name: The option.
+        value: What was given.
+        choices: What there is.
+
+    Raises:
+        ValueError: If `value` is none of them.
+    """
+    known = list(choices)
+    if value not in known:
+        raise ValueError(f"{name} needs one of {', '.join(known)}; got {value!r}.{did_you_mean(value, known)}")
+
+
+def check_engine(args: Any) -> None:
+    """Check the options of an engine, and fill in what it can do without.
+
+    Args:
+        args: Options named as in `ROPOConfig`: `generation_engine` and those that engines take.
+
+    Raises:
+        ValueError: If one is unknown, missing, ignored by the engine, or holds a key.
+    """
+    check_choice("generation_engine", args.generation_engine, ENGINES)
+    engine, spec = args.generation_engine, ENGINES[args.generation_engine]
+    for name, takers in engine_options().items():
+        if getattr(args, name) is not None and engine not in takers:
+            raise ValueError(
+                f"{name} needs generation_engine {' or '.join(takers)}; got generation_engine {engine}. Leave it "
+                "out, or change the engine."
+            )
+    for name in spec.needs:
+        if not getattr(args, name):
+            raise ValueError(
+                f"generation_engine {engine} needs {' and '.join(spec.needs)}; got no {name}. Add --{name}."
+            )
+    _fill_in(args, spec.takes)
+    _check_access(args, "generation_url", "generation_api_key_env")
+
+
+def check_judge(args: Any) -> None:
+    """Check the options of a judge, and fill in what it can do without.
+
+    Args:
+        args: Options named as in `ROPOConfig`: `judge` and those that judges take.
+
+    Raises:
+        ValueError: If one is unknown, missing, ignored by the judge, or holds a key.
+    """
+    check_choice("judge", args.judge, ("none", *JUDGES))
+    for name, takers in judge_options().items():
+        if getattr(args, name) is not None and args.judge not in takers:
+            raise ValueError(
+                f"{name} needs judge {' or '.join(takers)}; got judge {args.judge}. Leave it out, or name one."
+            )
+    if args.judge == "none":
+        return
+    spec = JUDGES[args.judge]
+    for name in spec.needs:
+        if not getattr(args, name):
+            raise ValueError(f"judge {args.judge} needs {' and '.join(spec.needs)}; got no {name}. Add --{name}.")
+    _fill_in(args, spec.takes)
+    if args.judge_on_failure is not None:
+        check_choice("judge_on_failure", args.judge_on_failure, ON_FAILURE)
+    _check_access(args, "judge_url", "judge_api_key_env")
+
+
+def _fill_in(args: Any, defaults: Mapping[str, str]) -> None:
+    for name, default in defaults.items():
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+
+
+def _check_access(args: Any, url_option: str, key_option: str) -> None:
+    """Options are logged and written; a key that was put here by mistake must not even be in the message."""
+    url, variable = getattr(args, url_option), getattr(args, key_option)
+    if variable and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", variable):
+        raise ValueError(
+            f"{key_option} needs the name of an environment variable in capitals, like OPENAI_API_KEY; got "
+            f"{len(variable)} other characters. Put the key into a variable and give its name."
+        )
+    if url is not None:
+        check_url(url, what=url_option)
+        check_key(url, variable, what=url_option)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

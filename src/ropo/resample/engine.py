@@ -12,7 +12,7 @@ Add an engine: write a class with the methods of `Engine` in a file beside this 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -75,6 +75,7 @@ class Response:
     is_finished: bool
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Something that samples responses.
 
