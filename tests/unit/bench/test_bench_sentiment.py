@@ -1,6 +1,7 @@
 """Controlled sentiment on a made-up corpus: right labels, shared draws, nothing half-made."""
 
 import json
+import os
 import random
 import zipfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from ropo.bench.tasks import TASKS
 from ropo.bench.word_reward import WordReward
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
 
-REAL = Path(__file__).parents[4] / "shared" / "data" / "sentence_polarity.zip"
+SHARED = Path(os.environ.get("ROPO_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
+REAL = SHARED / "sentence_polarity.zip"
 GOOD, BAD = ("lovely", "great", "moving", "funny"), ("awful", "dull", "flat", "weak")
 
 
@@ -73,8 +75,8 @@ def test_task_has_right_labels(folder, source, made):
 def test_same_seed_same_pairs_and_longer_lists_begin_with_shorter_ones(made):
     short, long = (sentiment.make_pairs(made, num, seed=3) for num in (10, 60))
     assert short == long[:10]
-    ids = [{p.id for p in sentiment.make_pairs(made, 20, seed=seed)} for seed in (3, 4)]
-    assert not ids[0] & ids[1] or len(ids[0] & ids[1]) < 3  # a corpus this small writes some texts twice
+    ids = [{pair.id for pair in sentiment.make_pairs(made, 20, seed=seed)} for seed in (3, 4)]
+    assert not ids[0] & ids[1]
 
 
 def test_what_is_made_is_used_again(folder, source, made, monkeypatch):
@@ -100,7 +102,8 @@ def test_other_data_or_a_killed_run_leaves_nothing_behind(tmp_path, source, made
     def die(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sentiment, "pretrain", die)
+    monkeypatch.setattr(sentiment, "pretrain", lambda *_, **__: 1.0)
+    monkeypatch.setattr(sentiment, "write_json", die)  # when model and reward are written
     with pytest.raises(KeyboardInterrupt):
         sentiment.prepare(made.parent, other)
     assert [path.name for path in made.parent.iterdir()] == [made.name]
