@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from ropo.bench import sentiment
 from ropo.bench.policy import GoldReward
 from ropo.data.grammar import REVIEWS, SUPPORT, Grammar
 from ropo.data.toy import gold_reward, make_pairs, save_toy
@@ -64,7 +65,21 @@ def _toy(name: str, grammar: Grammar) -> Callable[..., Task]:
     return make
 
 
+def _sentiment(folder: Path, *, num_pairs: int, num_held_out: int, seed: int, source: Path | None) -> Task:
+    made = sentiment.prepare(folder, source)
+    return Task(
+        name="sentiment",
+        model=made / "model",
+        pairs=sentiment.make_pairs(made, num_pairs, seed=seed),
+        held_out=sentiment.make_pairs(made, num_held_out, seed=seed, kind="held_out", first_row=num_pairs),
+        gold_reward=sentiment.load_reward(made),
+        words=sentiment.WORDS,
+        max_length=sentiment.MAX_LENGTH,
+        max_new_tokens=sentiment.MAX_NEW_TOKENS,
+    )
+
+
 TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType(
-    {"reviews": _toy("reviews", REVIEWS), "support": _toy("support", SUPPORT)}
+    {"reviews": _toy("reviews", REVIEWS), "support": _toy("support", SUPPORT), "sentiment": _sentiment}
 )
 """The tasks by name: functions of a folder, `num_pairs`, `num_held_out`, `seed` and `source`, the data of the user."""
