@@ -42,6 +42,7 @@ def row(method="dpo", accuracy=0.9, gold=1.0, **more):
         "options": json.dumps({"learning_rate": 1e-4}),
         "accuracy": accuracy,
         "gold": gold,
+        "kl": 1.0,
         **more,
     }
 
@@ -98,12 +99,13 @@ def test_trials_of_an_own_parameter_cover_every_value_alike():
         assert {values.count(value) for value in values} == {times}
 
 
-def test_the_setting_is_the_best_gold_reward_among_nearly_best_accuracies(tmp_path):
+def test_the_setting_is_nearly_best_in_both_scores_and_of_these_the_nearest(tmp_path):
     path = tmp_path / "trials.csv"
-    for number, (accuracy, gold) in enumerate([(0.90, 0.2), (0.895, 0.9), (0.85, 2.0), (np.nan, 9.0)]):
-        append_row(path, row(accuracy=accuracy, gold=gold, options=json.dumps({"beta": number})))
-    append_row(path, row(method="ceiling", accuracy=1.0, gold=5.0))
-    assert best_setting(config(), "dpo", path) == {"beta": 1}
+    trials = [(0.90, 0.2, 1.0), (0.895, 0.9, 5.0), (0.892, 0.85, 3.0), (0.85, 2.0, 0.1), (np.nan, 9.0, 0.0)]
+    for number, (accuracy, gold, kl) in enumerate(trials):
+        append_row(path, row(accuracy=accuracy, gold=gold, kl=kl, options=json.dumps({"beta": number})))
+    append_row(path, row(method="ceiling", accuracy=1.0, gold=5.0, kl=0.0))
+    assert best_setting(config(), "dpo", path) == {"beta": 2}
 
 
 def test_a_method_that_always_diverged_is_named(tmp_path):
