@@ -201,8 +201,12 @@ def missing_trials(config: BenchConfig, path: Path) -> list[Cell]:
 
 
 def missing_cells(config: BenchConfig, trials: Path, results: Path) -> list[Cell]:
-    """Cells that are not in the file yet, whole seeds first, so that a run that is stopped early has some."""
-    done = {_key(row, KEY) for row in read_rows(results)}
+    """Cells that are not in the file yet, whole seeds first, so that a run that is stopped early has some.
+
+    Raises:
+        ValueError: If the file has a row of another setting than the trials now say.
+    """
+    done = {_key(row, KEY): row["options"] for row in read_rows(results)}
     tuned = {method: best_setting(config, method, trials) for method in config.methods}
     cells = (
         Cell(method=method, kind=kind, flip_rate=rate, seed=seed, options=tuned[method])
@@ -211,7 +215,18 @@ def missing_cells(config: BenchConfig, trials: Path, results: Path) -> list[Cell
         for method in config.methods
         if not (rate == 0 and method in ("ceiling", "clean", "information_line"))  # there all three are DPO
     )
-    return [cell for cell in cells if _key(_named(config, cell), KEY) not in done]
+    missing = []
+    for cell in cells:
+        named = _named(config, cell)
+        there = done.get(_key(named, KEY))
+        if there is None:
+            missing.append(cell)
+        elif there != named["options"]:
+            raise ValueError(
+                f"{results} has {cell.method} with {there}; the trials now say {named['options']}. Remove its rows, or "
+                "use another output_dir."
+            )
+    return missing
 
 
 def noise_of(config: BenchConfig) -> Iterator[tuple[str, float]]:
@@ -222,7 +237,7 @@ def noise_of(config: BenchConfig) -> Iterator[tuple[str, float]]:
 
 
 def best_setting(config: BenchConfig, method: str, trials: Path) -> dict[str, Any]:
-    """The setting of a method: of those nearly best in accuracy, those nearly best in gold reward; of these the nearest.
+    """The setting of a method: nearly best in accuracy, then nearly best in gold reward, then nearest to the start.
 
     The last step is what keeps a method from winning by a model that went far on the tuning seed and broke on others.
 

@@ -128,8 +128,11 @@ def test_only_what_is_missing_is_to_do_whole_seeds_first(tmp_path):
     assert [(cell.seed, cell.flip_rate, cell.method) for cell in cells] == [
         (seed, rate, method) for seed in (1, 2) for rate, method in ((0.0, "dpo"), (0.25, "dpo"), (0.25, "ceiling"))
     ]
-    append_row(results, row(flip_rate=0.25, seed=1))
+    append_row(results, row(flip_rate=0.25, seed=1, options=json.dumps({"beta": 0.1})))
     assert len(missing_cells(known, tmp_path / "trials.csv", results)) == len(cells) - 1
+    append_row(results, row(flip_rate=0.25, seed=2, options=json.dumps({"beta": 0.2})))
+    with pytest.raises(ValueError, match=r'has dpo with {"beta": 0.2}; the trials now say {"beta": 0.1}'):
+        missing_cells(known, tmp_path / "trials.csv", results)
 
 
 @pytest.mark.parametrize("kind", NOISE)
