@@ -90,14 +90,14 @@ def group_pairs(lengths: Sequence[int]) -> list[int]:
     return counts
 
 
-def _groups(lengths_P3: Tensor, dtype: torch.dtype) -> list["_Together | _Alone"]:
+def _groups(lengths_P3: Tensor) -> list["_Together | _Alone"]:
     """The groups of a row whose pairs have these many tokens of prompt, chosen and rejected."""
     sizes = lengths_P3.tolist()
     groups: list[_Together | _Alone] = []
     start = 0
     for count in group_pairs([sum(size) for size in sizes]):
         group = sizes[start : start + count]
-        groups.append(_alone(group[0], dtype) if count == 1 and _is_long(*group[0]) else _together(group, dtype))
+        groups.append(_alone(group[0]) if count == 1 and _is_long(*group[0]) else _together(group))
         start += count
     return groups
 
@@ -108,10 +108,10 @@ def _is_long(num_prompt: int, num_chosen: int, num_rejected: int) -> bool:
     return min(num_chosen, num_rejected) > 0 and spared > 2 * _CELLS_PER_CALL
 
 
-def _alone(size: list[int], dtype: torch.dtype) -> _Alone:
+def _alone(size: list[int]) -> _Alone:
     num_prompt, num_chosen, num_rejected = size
     chosen, rejected = (
-        torch.zeros(num, num_prompt + num, dtype=dtype).masked_fill_(
+        torch.zeros(num, num_prompt + num).masked_fill_(
             torch.ones(num, num_prompt + num, dtype=torch.bool).triu(num_prompt + 1), -torch.inf
         )
         for num in (num_chosen, num_rejected)
@@ -119,7 +119,7 @@ def _alone(size: list[int], dtype: torch.dtype) -> _Alone:
     return _Alone(sizes=(num_prompt, num_chosen, num_rejected), masks=(chosen, rejected))
 
 
-def _together(sizes: list[list[int]], dtype: torch.dtype) -> _Together:
+def _together(sizes: list[list[int]]) -> _Together:
     part = torch.tensor(sizes)
     total_P = part.sum(dim=1)
     width = int(total_P.max())
@@ -132,7 +132,7 @@ def _together(sizes: list[list[int]], dtype: torch.dtype) -> _Together:
         num_tokens=int(total_P.sum()),
         index_PL=(first_P[:, None] + place_L).clamp(max=int(total_P.sum()) - 1),
         places=is_token_PL.flatten().nonzero().squeeze(1),
-        mask_P1LL=torch.zeros(len(sizes), 1, width, width, dtype=dtype).masked_fill_(~tree_mask(branch_PL), -torch.inf),
+        mask_P1LL=torch.zeros(len(sizes), 1, width, width).masked_fill_(~tree_mask(branch_PL), -torch.inf),
     )
 
 
@@ -216,7 +216,15 @@ def tree_attention(
         )
     if options.get("softcap") is not None or dropout:
         raise ValueError("tree_attention needs attention without softcap and dropout.")
-    groups = _groups_of(attention_mask, query.dtype)
+    dtype = query.dtype
+    with torch.autocast("cpu", enabled=False):
+        output_TAD = _attend(query.float(), key.float(), value.float(), attention_mask, scaling)
+    return output_TAD.to(dtype)[None], None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attention over a packed row on a CPU, shape (T, A, D); in float32, whose kernel is the faster one there."""
+    groups = _groups_of(mask)
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     parts = [tensor[0].split([group.num_tokens for group in groups], dim=1) for tensor in (query, key, value)]
@@ -226,16 +234,15 @@ def tree_attention(
             output.append(_attend_together(q_ATD, k_ATD, v_ATD, group, scaling))
         else:
             output += _attend_alone(q_ATD, k_ATD, v_ATD, group, scaling)
-    return (output[0] if len(output) == 1 else torch.cat(output))[None], None
+    return output[0] if len(output) == 1 else torch.cat(output)
 
 
-def _groups_of(mask: Tensor, dtype: torch.dtype) -> list["_Together | _Alone"]:
+def _groups_of(mask: Tensor) -> list["_Together | _Alone"]:
     """The groups of a packed row, made once for all layers, which get the same mask."""
-    known: dict[torch.dtype, list[_Together | _Alone]] = getattr(mask, "ropo_groups", {})
-    if dtype not in known:
-        known[dtype] = _groups(mask[0, 0], dtype)
-        mask.ropo_groups = known  # type: ignore[attr-defined]
-    return known[dtype]
+    if not hasattr(mask, "ropo_groups"):
+        mask.ropo_groups = _groups(mask[0, 0])  # type: ignore[attr-defined]
+    groups: list[_Together | _Alone] = mask.ropo_groups  # type: ignore[attr-defined]
+    return groups
 
 
 def _attend_together(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, group: _Together, scaling: float | None) -> Tensor:
