@@ -271,9 +271,7 @@ def measure_score(way: Way, task: Task) -> dict[str, Any]:
     from ropo.logps.score import score_pairs
 
     def run(tokens: list[Any]) -> None:
-        score_pairs(
-            task.model, tokens, pad_token_id=task.tokenizer.pad_token_id, max_length=512, use_bf16=way.has_bf16
-        )
+        score_pairs(task.model, tokens, pad_token_id=task.tokenizer.pad_token_id, max_length=512, use_bf16=way.has_bf16)
 
     return _timed(run, task.tokens)
 

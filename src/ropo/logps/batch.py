@@ -159,6 +159,33 @@ def batches_by_length(lengths: Sequence[int], *, max_tokens: int, max_pairs: int
         start += count
 
 
+def split_by_tokens(lengths: Sequence[int], *, max_tokens: int | None) -> list[list[int]]:
+    """Split one batch into pieces that a forward pass takes at once, pairs of similar length together.
+
+    Args:
+        lengths: Unique tokens of each pair.
+        max_tokens: Most tokens in a piece; None for no limit. A single pair may exceed it.
+
+    Returns:
+        Positions of the pairs of each piece; every pair is in one, and a batch that fits stays in its order.
+
+    Examples:
+        >>> split_by_tokens([3, 9, 1, 4, 4], max_tokens=10)
+        [[1], [3, 4], [0, 2]]
+    """
+    if max_tokens is None or sum(lengths) <= max_tokens:
+        return [list(range(len(lengths)))]
+    pieces: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not pieces or lengths[i] > room:
+            pieces.append([])
+            room = max_tokens
+        pieces[-1].append(i)
+        room -= lengths[i]
+    return pieces
+
+
 LAYOUTS: MappingProxyType[str, Callable[..., Batch]] = MappingProxyType(
     {"plain": plain_batch, "shared_prefix": shared_prefix_batch, "packed": packed_batch}
 )

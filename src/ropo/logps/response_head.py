@@ -42,12 +42,13 @@ def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap:
     """
     if type(head) is not nn.Linear or not head.weight.numel() or _has_hooks(head):
         return _by_calling(hidden_NH, target_N, head, cap)
-    weight_VH, bias_V = head.weight, head.bias
     device = hidden_NH.device.type
     # Inside a function of our own autocast does not act, so its casts are made here, where they are differentiated.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
-    bias_V = None if bias_V is None else bias_V.to(dtype)
-    logps_N: Tensor = _LinearLogps.apply(hidden_NH.to(dtype), weight_VH.to(dtype), bias_V, target_N, cap)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    bias_V = None if head.bias is None else head.bias.to(dtype)
+    logps_N: Tensor = _LinearLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_NH.to(dtype), head.weight.to(dtype), bias_V, target_N, cap
+    )
     return logps_N
 
 

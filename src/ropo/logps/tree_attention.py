@@ -172,12 +172,10 @@ def row_mask_mod(lengths_P3: Tensor, num_positions: int) -> Callable[..., Tensor
         sizes, output_size=num_positions
     )
 
-    def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001 - what FlexAttention passes
-        is_same = part_T[q] == part_T[k]
-        is_its_prompt = (part_T[k] % 3 == 0) & (part_T[q] // 3 == part_T[k] // 3)
-        return (q >= k) & (is_same | is_its_prompt)
-
-    return may_see
+    # A lambda: FlexAttention counts the arguments, which a checked function (see tests) hides.
+    return lambda _b, _h, q, k: (
+        (q >= k) & ((part_T[q] == part_T[k]) | ((part_T[k] % 3 == 0) & (part_T[q] // 3 == part_T[k] // 3)))
+    )
 
 
 def row_mask(lengths_P3: Tensor, num_positions: int) -> Tensor | BlockMask:
