@@ -93,7 +93,7 @@ WAYS = (
     Way(name="whole, 5 folds, 2 passes", measure="whole", order="as given"),
 )
 QUICK = ("TRL, best", "ours, packed")
-NUM_PAIRS = {"hh": 96, "toy": 1600}
+NUM_PAIRS = {"hh": 64, "toy": 800}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +158,7 @@ def common(task: Task, folder: str) -> dict[str, Any]:
     return {
         "output_dir": folder, "per_device_train_batch_size": task.batch_size, "num_train_epochs": 1, "beta": 0.1,
         "learning_rate": 1e-4, "max_length": 512, "train_sampling_strategy": "sequential", "save_strategy": "no",
-        "logging_steps": 5, "logging_first_step": False, "disable_tqdm": True, "report_to": "none", "seed": 0,
+        "logging_steps": 4, "logging_first_step": False, "disable_tqdm": True, "report_to": "none", "seed": 0,
         "use_cpu": not torch.cuda.is_available(), "warmup_steps": 0, "lr_scheduler_type": "linear",
     }  # fmt: skip
 
