@@ -42,7 +42,8 @@ def test_two_processes_take_the_same_steps(model_folder, pairs, tmp_path):
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "ropo.cli", "train"),
             *(f"--model_name_or_path={model_folder}", f"--dataset_name={dataset}", f"--output_dir={two}"),
-            *("--per_device_train_batch_size=2", *words),
+            # In pieces too, of which each process has a number of its own.
+            *("--per_device_train_batch_size=2", "--max_tokens_per_batch=40", *words),
         ],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
