@@ -415,6 +415,7 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
     known = {(row["task"], row["way"], int(row["turn"])) for row in rows}
     ways = [way for way in WAYS if not args.quick or way.name in QUICK]
     ways = [way for way in ways if way.measure != "whole" or task == "hh"]
+    ways = [way for way in ways if way.name.startswith(tuple(args.only))]
     for way in ways if turn % 2 == 0 else ways[::-1]:
         if (task, way.name, turn) in known:
             continue
@@ -507,6 +508,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     parser.add_argument("--quick", action="store_true", help="two ways, a few steps, one turn")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV; rows that are there are kept")
+    parser.add_argument("--only", nargs="+", default=[""], help="ways whose names begin so")
     parser.add_argument("--table", action="store_true", help="print the tables of the results")
     parser.add_argument("--verbose", action="store_true", help="show what the measured processes say")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # one measurement in this process
