@@ -3,6 +3,7 @@
     python benchmarks/speed.py ../shared/data/hh_harmless_base_test.jsonl.gz   # fill in what is missing in speed.csv
     python benchmarks/speed.py PAIRS --quick --output x.csv                    # two ways, a few steps: what CI runs
     python benchmarks/speed.py --table                                         # the tables of docs/performance.md
+    python benchmarks/speed.py PAIRS --profile packed --threads 1              # where the time of six steps goes
 
 PAIRS is anything `ropo train` reads as text. Two tasks. "hh": those pairs, and a Llama made in code with random weights
 and a vocabulary of 4096 learned from them. "toy": the short pairs and the tiny model of `ropo demo`.
@@ -52,7 +53,9 @@ from ropo import ROPOConfig, load_pairs, run_rounds
 from ropo import trainer as ours
 from ropo.data import toy
 from ropo.data.tokenize import tokenize_pairs
+from ropo.logps.batch import LAYOUTS
 from ropo.logps.score import score_pairs
+from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.provenance import machine, versions
 
 HERE = Path(__file__).parent
@@ -391,6 +394,28 @@ def check_losses(found: dict[str, list[float]], task: str) -> None:
             raise SystemExit(f"{task}: {way.name} and TRL report losses that differ by {worst:.4f}: {ours}, {theirs}")
 
 
+def profile_steps(layout: str, source: str | None, threads: int) -> str:
+    """Time by operation of six steps of the task hh in one layout, forward, backward and update."""
+    torch.set_num_threads(threads)
+    task = make_task("hh", source, 112, "by length")
+    choose_layout(task.model, task.tokens[:2], pad_token_id=0, max_length=512)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-4, fused=True)
+
+    def step(number: int) -> None:
+        batch = LAYOUTS[layout](task.tokens[8 * number : 8 * number + 8], pad_token_id=0)
+        logps = FORWARDS[layout](task.model, batch)
+        torch.sigmoid(logps.chosen - logps.rejected).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(4):
+        step(number)
+    with torch.profiler.profile() as found:
+        for number in range(4, 10):
+            step(number)
+    return str(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=48))
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows so far."""
     if not path.exists():
@@ -510,6 +535,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV; rows that are there are kept")
     parser.add_argument("--only", nargs="+", default=[""], help="ways whose names begin so")
     parser.add_argument("--table", action="store_true", help="print the tables of the results")
+    parser.add_argument("--profile", choices=list(LAYOUTS), help="profile a layout instead of measuring")
     parser.add_argument("--verbose", action="store_true", help="show what the measured processes say")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # one measurement in this process
     parser.add_argument("--task", help=argparse.SUPPRESS)
@@ -517,6 +543,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         print(table(), whole_table(), sep="\n\n")
+    elif args.profile:
+        print(profile_steps(args.profile, args.pairs, args.threads))
     elif args.way:
         print(json.dumps(measure(args.way, args.task, args.pairs, args.count, args.threads)))
     else:
