@@ -9,8 +9,8 @@ row says how well the growth is predicted, not the speed.
 
 Planned: a 7B model (Llama 2's shape) on GPUs that reach 989 TFLOP/s in bfloat16 and read 3.35 TB/s, at a share of 40 %,
 60,000 pairs of 512 prompt and 2 x 256 response tokens. Both are assumptions: nothing here was measured on a GPU. Each
-GPU is taken to hold the whole model (13 GiB in bfloat16, and an adapter; to train all weights they must be sharded), and
-communication to hide behind the arithmetic.
+GPU is taken to hold the whole model (13 GiB in bfloat16, and an adapter; to train all weights they must be sharded),
+and communication to hide behind the arithmetic.
 """
 
 import argparse
