@@ -44,7 +44,8 @@ _NOT_IDENTITY = (
     "output_dir", "reference_cache_dir", "rounds", "num_passes", "resume_from_checkpoint", "overwrite_output_dir",
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir",
     "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
-    "save_total_limit", "dataloader_num_workers", "hub_token", "push_to_hub", "local_rank", "_n_gpu",
+    "save_total_limit", "dataloader_num_workers", "max_tokens_per_batch", "hub_token", "push_to_hub", "local_rank",
+    "_n_gpu",
     "do_train", "do_eval", "do_predict", "judge_url", "judge_api_key_env", "judge_on_failure", "generation_url",
     "generation_api_key_env",
 )  # fmt: skip

@@ -92,6 +92,11 @@ class ROPOConfig(TrainingArguments):
 
     # The data.
     max_length: int = _option(1024, "Most tokens of prompt and one response together; longer responses lose their end.")
+    max_tokens_per_batch: int | None = _option(
+        None,
+        "Most tokens in one forward pass of training, each prompt counted once. A larger batch is taken in pieces; the "
+        "pairs of a step and their loss stay the same. Default: 2048 on a CPU, no limit on a GPU.",
+    )
     on_bad_rows: str = _option("refuse", "What to do with rows that cannot be read: refuse, or skip and count them.")
     reference_cache_dir: str | None = _option(
         None, "Where reference log-probs are kept. Default: in the output folder."
@@ -250,10 +255,29 @@ class ROPOConfig(TrainingArguments):
                 f"decision_rule {self.decision_rule} needs held-out margins; got num_folds={self.num_folds} and "
                 f"rho={self.rho}. Use num_folds of 2 or more and a rho above 0, or another rule."
             )
+        self._check_pieces()
         if LOSSES[self.loss].needs_whole_batch and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"{self.loss} needs the whole batch at once; got gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}. Set it to 1 and raise per_device_train_batch_size."
+            )
+
+    def _check_pieces(self) -> None:
+        """A batch may be taken in pieces only where every process may have a number of its own, and the loss allows."""
+        if self.max_tokens_per_batch is None:
+            return
+        if self.max_tokens_per_batch < 1:
+            raise ValueError(f"max_tokens_per_batch needs 1 or more; got {self.max_tokens_per_batch}.")
+        if not LOSSES[self.loss].allows_pieces:
+            raise ValueError(
+                f"{self.loss} needs the whole batch at once; got max_tokens_per_batch={self.max_tokens_per_batch}. "
+                "Leave it out and lower per_device_train_batch_size."
+            )
+        if self.fsdp or self.deepspeed:
+            raise ValueError(
+                "max_tokens_per_batch needs processes that hold the whole model; got fsdp or deepspeed, where all must "
+                "make the same number of forward passes. Lower per_device_train_batch_size and raise "
+                "gradient_accumulation_steps."
             )
 
     def _check_judge(self) -> None:

@@ -41,7 +41,7 @@ from ropo.config import ROPOConfig
 from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import read_checked
-from ropo.logps.batch import LAYOUTS, Batch
+from ropo.logps.batch import LAYOUTS, Batch, split_by_tokens
 from ropo.logps.cache import reference_logps
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
@@ -63,6 +63,9 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "gradient_weight": "−dℓ/dh: how hard the loss pushes a pair. A robust loss pushes contradicted pairs less.",
     }
 )
+
+# Most unique tokens in one forward pass on a CPU, unless the user says otherwise. More costs memory and gains nothing.
+_CPU_TOKENS = 2048
 
 _STATE_FILE = "ropo_state.safetensors"
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
@@ -98,6 +101,8 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.pairs, self.tokens, self.reference = list(pairs), list(tokens), reference
         self.weights = [pair.weight for pair in pairs] if weights is None else list(weights)
         self.annotators = sorted({pair.annotator or "" for pair in pairs})
+        number_of = {name: i for i, name in enumerate(self.annotators)}
+        self.annotator_of = [number_of[pair.annotator or ""] for pair in pairs]
         sizes = {len(pairs), len(tokens), len(self.weights), len(pairs) if reference is None else len(reference)}
         if len(sizes) != 1:
             raise ValueError(f"PairDataset needs one entry per pair everywhere; got lengths {sorted(sizes)}.")
@@ -135,19 +140,37 @@ class PairDataset(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairCollator:
-    """Items of a `PairDataset` to one batch of tensors in the given layout."""
+    """Items of a `PairDataset` to the tensors of one batch, in pieces that a forward pass takes at once.
+
+    Attributes:
+        dataset: Where the items come from.
+        layout: One of `ropo.logps.batch.LAYOUTS`.
+        pad_token_id: For layouts that pad.
+        max_tokens: Most unique tokens in a piece; None for no limit.
+    """
 
     dataset: PairDataset
     layout: str
     pad_token_id: int
+    max_tokens: int | None = None
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
-        """Return the tensors of `ropo.logps.batch` and `position`, `weight`, `annotator`, `reference_*`, (pairs,)."""
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return `position` of all pairs and `pieces`; a piece is a batch of `ropo.logps.batch` with more beside it.
+
+        What stands beside it: `position`, `weight`, `annotator` and `reference_*`, each (pairs,).
+        """
+        pieces = split_by_tokens([len(item["input_ids"]) for item in items], max_tokens=self.max_tokens)
+        return {
+            "position": torch.tensor([item["position"] for item in items]),  # first: where `Trainer` counts the pairs
+            "pieces": [self._piece([items[i] for i in piece]) for piece in pieces],
+        }
+
+    def _piece(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         dataset, where = self.dataset, [item["position"] for item in items]
         batch = LAYOUTS[self.layout]([item["input_ids"] for item in items], pad_token_id=self.pad_token_id)
         batch["position"] = torch.tensor(where)
         batch["weight"] = torch.tensor([dataset.weights[i] for i in where], dtype=torch.float32)
-        batch["annotator"] = torch.tensor([dataset.annotators.index(dataset.pairs[i].annotator or "") for i in where])
+        batch["annotator"] = torch.tensor([dataset.annotator_of[i] for i in where])
         if dataset.reference is not None:
             batch["reference_chosen"] = dataset.reference.chosen[where]
             batch["reference_rejected"] = dataset.reference.rejected[where]
@@ -227,14 +250,15 @@ class ROPOTrainer(Trainer):
         self.reliability = torch.full((len(sample.annotators),), args.reliability or 0.9, device=args.device)
         self.moments = torch.zeros(3, device=args.device)  # sums of weights, means and variances: `update_moments`
         self._step_margins: list[Tensor] = []
-        self.first_margins = torch.full((len(sample),), float("nan"))
-        self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"))
+        self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
+        self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"), device=args.device)
         self.check_margins: list[Tensor] = []
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._sums: dict[str, dict[tuple[str, ...], Tensor]] = {"train": {}, "eval": {}}
+        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(dataset=sample, layout=self.layout, pad_token_id=self.pad_token_id),
+            data_collator=self._collator(sample),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.tokenizer,
@@ -250,6 +274,15 @@ class ROPOTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_ProgressWithLoss)
+
+    def _collator(self, dataset: PairDataset) -> PairCollator:
+        """Batches of a dataset, in pieces where a piece is what the loss needs."""
+        max_tokens = self.options.max_tokens_per_batch
+        if max_tokens is None and self.options.device.type == "cpu":
+            max_tokens = _CPU_TOKENS
+        if not self.spec.allows_pieces:
+            max_tokens = None
+        return PairCollator(dataset=dataset, layout=self.layout, pad_token_id=self.pad_token_id, max_tokens=max_tokens)
 
     def _prepare(self, source: Any, model: PreTrainedModel, args: ROPOConfig) -> PairDataset | None:
         """Whatever was given as data, as a `PairDataset` with reference log-probabilities if the loss needs them."""
@@ -283,7 +316,7 @@ class ROPOTrainer(Trainer):
             kept = load_file(path)
             self.reliability = kept["reliability"].to(self.args.device)
             self.moments = kept["moments"].to(self.args.device)
-            self.first_margins = kept["first_margins"]
+            self.first_margins = kept["first_margins"].to(self.args.device)
             self.check_margins = list(kept["check_margins"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
@@ -310,8 +343,24 @@ class ROPOTrainer(Trainer):
     ) -> tuple[list[Batch], Tensor | int | None]:
         """Collect the batches of one optimizer step and count their pairs over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_pairs = torch.tensor(sum(len(batch["weight"]) for batch in batches), device=device)
+        num_pairs = torch.tensor(sum(len(batch["position"]) for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward pass of each piece in turn; processes share their gradients after the last."""
+        *pieces, last = inputs["pieces"]
+        losses = []
+        for piece in pieces:
+            with self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, piece, num_items_in_batch))
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Six operations for each token of the input and each parameter, which are counted once."""
+        return 6 * self._num_parameters * sum(int(piece["input_ids"].numel()) for piece in inputs["pieces"])
 
     def compute_loss(
         self,
@@ -337,22 +386,24 @@ class ROPOTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: dict[str, Any],
         prediction_loss_only: bool,  # noqa: FBT001, ARG002 - the signature of Trainer
         ignore_keys: list[str] | None = None,  # noqa: ARG002
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss of one evaluation batch; the metrics are collected on the way."""
         inputs = self._prepare_inputs(inputs)
+        num_pairs = len(inputs["position"])
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            losses = [
+                self.compute_loss(model, piece) * len(piece["position"]) / num_pairs for piece in inputs["pieces"]
+            ]
+        return torch.stack(losses).sum(), None, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `Trainer`; an evaluation set that is not the training set brings its own collator."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(dataset, PairDataset):
-            own = PairCollator(dataset=dataset, layout=self.layout, pad_token_id=self.pad_token_id)
-            self.data_collator, kept = own, self.data_collator
+            self.data_collator, kept = self._collator(dataset), self.data_collator
             try:
                 return super().get_eval_dataloader(dataset)
             finally:
@@ -364,8 +415,8 @@ class ROPOTrainer(Trainer):
         mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
         sums = self._sums[mode]
         if sums:
-            stacked = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
-            values = dict(zip(sums, stacked.tolist(), strict=True))
+            ((names, found),) = sums.items()
+            values = dict(zip(names, self.accelerator.reduce(found, reduction="sum").tolist(), strict=True))
             num_pairs = values.pop("num_pairs")
             logs |= {prefix + name: value / num_pairs for name, value in values.items()}
             sums.clear()
@@ -475,15 +526,16 @@ class ROPOTrainer(Trainer):
         found["loss/na"] = torch.sigmoid(-h)
         if self.spec.is_per_pair:
             found["gradient_weight"] = gradient_weight(self.loss_of_margin, h)
-        sums = self._sums["train" if is_training else "eval"]
-        for name, values in {**found, "num_pairs": torch.ones_like(h)}.items():
-            sums[name] = sums.get(name, 0) + values.sum()
+        found["num_pairs"] = torch.ones_like(h)
+        sums, names = self._sums["train" if is_training else "eval"], tuple(found)
+        sums[names] = sums.get(names, 0) + torch.stack(list(found.values())).sum(dim=1)
+        # Nothing here asks the device for a value, which would make it wait.
+        where = inputs["position"]
         if is_training:
-            where, values = inputs["position"].cpu(), h.cpu()
-            is_new = self.first_margins[where].isnan()
-            self.first_margins[where[is_new]] = values[is_new]
+            before = self.first_margins[where]
+            self.first_margins[where] = torch.where(before.isnan(), h, before)
         else:
-            self.eval_margins[inputs["position"].cpu()] = h.cpu()
+            self.eval_margins[where] = h
 
 
 def _turn_dropout_off(model: nn.Module) -> None:

@@ -42,7 +42,8 @@ def test_two_processes_take_the_same_steps(model_folder, pairs, tmp_path):
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "ropo.cli", "train"),
             *(f"--model_name_or_path={model_folder}", f"--dataset_name={dataset}", f"--output_dir={two}"),
-            *("--per_device_train_batch_size=2", *words),
+            # In pieces too, of which each process has a number of its own.
+            *("--per_device_train_batch_size=2", "--max_tokens_per_batch=40", *words),
         ],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -112,3 +113,14 @@ def test_demo(tmp_path):
     again = run_demo(tmp_path / "demo", flip_rate=0.3, num_pairs=300, seed=0, console=console)
     assert again["scores"] == first["scores"]
     assert again["detection"] == first["detection"]
+
+
+def test_speed_benchmark_runs(tmp_path):
+    """The quick mode trains our way and TRL's, compares their losses and writes its rows."""
+    pytest.importorskip("trl", reason="installed by the extra `trl`")
+    script = Path(__file__).parents[2] / "benchmarks" / "speed.py"
+    output = tmp_path / "speed.csv"
+    subprocess.run([sys.executable, str(script), "--quick", f"--output={output}"], check=True)
+    rows = output.read_text().splitlines()
+    assert len(rows) == 3
+    assert rows[2].startswith('toy,"ours, packed",0,')

@@ -98,6 +98,55 @@ def test_accumulation_changes_nothing(loss, model_folder, tokenizer, pairs, tmp_
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("loss", ["ropo", "simpo"])
+def test_pieces_change_nothing(loss, model_folder, tokenizer, pairs, tmp_path):
+    """A batch that is taken in pieces by tokens takes the steps of the whole batch, accumulated or not."""
+    found = []
+    for max_tokens, batch, accumulation in ((None, 8, 1), (150, 8, 1), (1, 4, 2)):
+        args = config(
+            tmp_path / str(max_tokens),
+            loss=loss,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_tokens_per_batch=max_tokens,
+        )
+        trainer = ROPOTrainer(str(model_folder), args, train_dataset=pairs, processing_class=tokenizer)
+        num_pieces = len(trainer.data_collator([trainer.train_dataset[i] for i in range(batch)])["pieces"])
+        assert (num_pieces > 1) == (max_tokens is not None)
+        trainer.train()
+        found.append((losses_of(trainer), weights_of(trainer), trainer.gather_first_margins()))
+    for losses, weights, margins in found[1:]:
+        assert losses == pytest.approx(found[0][0], abs=1e-5)
+        torch.testing.assert_close(weights, found[0][1], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(margins, found[0][2], rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_in_pieces(model, tokenizer, pairs, tmp_path):
+    found = []
+    for max_tokens in (None, 100):
+        args = config(tmp_path, loss="dpo", max_tokens_per_batch=max_tokens, per_device_eval_batch_size=8)
+        trainer = ROPOTrainer(model, args, eval_dataset=pairs, processing_class=tokenizer)
+        with torch.no_grad():
+            trainer.eval_dataset.reference.chosen[:] -= 7.0
+        found.append(trainer.evaluate())
+        assert not trainer.gather_eval_margins().isnan().any()
+    for name in ("eval_loss", "eval_rewards/margins"):
+        assert found[1][name] == pytest.approx(found[0][name], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens_per_batch": 0}, "1 or more; got 0"),
+        ({"max_tokens_per_batch": 512, "loss": "dr_dpo"}, "dr_dpo needs the whole batch"),
+        ({"max_tokens_per_batch": 512, "loss": "re_po"}, "re_po needs the whole batch"),
+    ],
+)
+def test_pieces_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
 def pair_fields(pair):
     return {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected", "row")}
 

@@ -1,8 +1,8 @@
-"""Pairs to one batch of tensors, in either of two layouts.
+"""Pairs to one batch of tensors, in one of three layouts.
 
-In: `TokenizedPair`s. Out: a dict of tensors for `forward.plain_logps` or `shared_prefix.shared_prefix_logps`.
+In: `TokenizedPair`s. Out: a dict of tensors for the function of the same name in `shared_prefix.FORWARDS`.
 
-Both layouts describe their response tokens alike, with flat tensors over all response tokens N of the batch:
+All layouts describe their response tokens alike, with flat tensors over all response tokens N of the batch:
 `source` (place in the flattened B·T positions whose output predicts the token), `target` (the token id) and
 `response` (2·pair for a token of `chosen`, 2·pair + 1 for one of `rejected`).
 
@@ -11,6 +11,7 @@ Shapes: B rows, T positions, N response tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,9 +95,45 @@ def shared_prefix_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -
     }
 
 
-def _response_tokens(source: list[np.ndarray], target: list[np.ndarray], owner: list[np.ndarray]) -> Batch:
+def packed_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:  # noqa: ARG001 - there is no padding
+    """One row for all pairs: prompt, `chosen`, `rejected` of one pair, then those of the next, and nothing between.
+
+    The longest pair comes first. Positions restart as in `shared_prefix_batch`.
+
+    Args:
+        tokens: The pairs.
+        pad_token_id: Not used: nothing is padded.
+
+    Returns:
+        `input_ids`, `position_ids` (1, T), `lengths` (pairs, 3; tokens of prompt, chosen and rejected in the row) and
+        `source`, `target`, `response` (N,).
+    """
+    input_ids, position_ids, lengths, source, target, owner = [], [], [], [], [], []
+    start = 0
+    for i in sorted(range(len(tokens)), key=lambda i: -len(tokens[i])):
+        pair = tokens[i]
+        num_prompt, num_chosen, num_rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        end_chosen = num_prompt + num_chosen - 1
+        length = end_chosen + num_rejected - 1
+        input_ids += [pair.prompt, pair.chosen[:-1], pair.rejected[:-1]]
+        position_ids += [np.arange(end_chosen), np.arange(num_prompt, num_prompt + num_rejected - 1)]
+        lengths.append((num_prompt, num_chosen - 1, num_rejected - 1))
+        first = start + num_prompt - 1
+        source += [np.arange(first, first + num_chosen), [first], np.arange(start + end_chosen, start + length)]
+        target += [pair.chosen, pair.rejected]
+        owner += [np.full(num_chosen, 2 * i), np.full(num_rejected, 2 * i + 1)]
+        start += length
     return {
-        "source": torch.from_numpy(np.concatenate(source)),
+        "input_ids": torch.from_numpy(np.concatenate(input_ids).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate(position_ids))[None],
+        "lengths": torch.tensor(lengths, dtype=torch.int32),
+        **_response_tokens(source, target, owner),
+    }
+
+
+def _response_tokens(source: list[Any], target: list[np.ndarray], owner: list[np.ndarray]) -> Batch:
+    return {
+        "source": torch.from_numpy(np.concatenate(source).astype(np.int64)),
         "target": torch.from_numpy(np.concatenate(target).astype(np.int64)),
         "response": torch.from_numpy(np.concatenate(owner)),
     }
@@ -122,6 +159,33 @@ def batches_by_length(lengths: Sequence[int], *, max_tokens: int, max_pairs: int
         start += count
 
 
+def split_by_tokens(lengths: Sequence[int], *, max_tokens: int | None) -> list[list[int]]:
+    """Split one batch into pieces that a forward pass takes at once, pairs of similar length together.
+
+    Args:
+        lengths: Unique tokens of each pair.
+        max_tokens: Most tokens in a piece; None for no limit. A single pair may exceed it.
+
+    Returns:
+        Positions of the pairs of each piece; every pair is in one, and a batch that fits stays in its order.
+
+    Examples:
+        >>> split_by_tokens([3, 9, 1, 4, 4], max_tokens=10)
+        [[1], [3, 4], [0, 2]]
+    """
+    if max_tokens is None or sum(lengths) <= max_tokens:
+        return [list(range(len(lengths)))]
+    pieces: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not pieces or lengths[i] > room:
+            pieces.append([])
+            room = max_tokens
+        pieces[-1].append(i)
+        room -= lengths[i]
+    return pieces
+
+
 LAYOUTS: MappingProxyType[str, Callable[..., Batch]] = MappingProxyType(
-    {"plain": plain_batch, "shared_prefix": shared_prefix_batch}
+    {"plain": plain_batch, "shared_prefix": shared_prefix_batch, "packed": packed_batch}
 )

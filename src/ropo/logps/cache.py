@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_PER_SHARD = 30.0  # at most this much work is lost when a pass is killed
 _KEY_BYTES = 16
+# Where it was loaded from, by which version, and whether it keeps keys (which a trainer turns off) change no number.
+_NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache")
 
 
 def reference_hash(model: PreTrainedModel, *, use_bf16: bool) -> str:
@@ -43,8 +45,7 @@ def reference_hash(model: PreTrainedModel, *, use_bf16: bool) -> str:
         16 hexadecimal digits.
     """
     config = json.loads(model.config.to_json_string(use_diff=False))
-    # Where it was loaded from and by which version do not change what it computes.
-    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    config = {name: value for name, value in config.items() if name not in _NOT_COMPUTED}
     return hash_value([hash_tensors(model.state_dict()), config, use_bf16])[:16]
 
 

@@ -16,17 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch
 from ropo.logps.forward import plain_logps, sum_by_response
+from ropo.logps.response_head import response_logps
+from ropo.logps.tree_attention import BUCKET_TOKENS, NAME, row_mask, tree_mask
 from ropo.pairs import PairLogps
 
 logger = logging.getLogger(__name__)
-
-# Most bytes of float32 logits alive at once. Above it they are made in pieces and made again in the backward pass.
-_LOGITS_BUDGET_BYTES = 256 * 2**20
 
 
 def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
@@ -43,24 +41,35 @@ def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
     logps_N = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=_tree_mask(batch["branch"]),
+        attention_mask=tree_mask(batch["branch"]),
         response_source=batch["source"],
         response_target=batch["target"],
     )
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]))
 
 
-def _tree_mask(branch_BT: Tensor) -> Tensor:
-    """Who may look at whom, shape (B, 1, T, T), True where row position q may see k.
+def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
+    """The same with all pairs in one row, so that nothing is padded.
 
-    Earlier positions of the prompt or of one's own branch. Padding (-1) forms a branch of its own, so that no row
-    of the mask is empty, which would make its softmax undefined.
+    Args:
+        model: As for `shared_prefix_logps`, with `tree_attention.NAME` as its attention.
+        batch: What `packed_batch` returns, on the model's device.
+
+    Returns:
+        As `shared_prefix_logps`.
     """
-    width = branch_BT.shape[1]
-    is_prompt_B1T = branch_BT[:, None, :] == 0
-    is_same_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
-    is_past_TT = torch.ones(width, width, dtype=torch.bool, device=branch_BT.device).tril()
-    return ((is_prompt_B1T | is_same_BTT) & is_past_TT)[:, None]
+    input_ids, position_ids = batch["input_ids"], batch["position_ids"]
+    if input_ids.device.type != "cpu":
+        missing = -input_ids.shape[1] % BUCKET_TOKENS
+        input_ids, position_ids = (nn.functional.pad(tensor, (0, missing)) for tensor in (input_ids, position_ids))
+    logps_N = model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=row_mask(batch["lengths"], input_ids.shape[1]),
+        response_source=batch["source"],
+        response_target=batch["target"],
+    )
+    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]))
 
 
 def enable_response_logps(model: nn.Module) -> None:
@@ -93,26 +102,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     ).last_hidden_state
     hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
     cap = getattr(self.config, "final_logit_softcapping", None)
-    return _response_logps(hidden_NH, target_N, self.get_output_embeddings(), cap)
-
-
-def _response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
-    """Log-probability of each target, shape (N,), without ever holding all logits when they are many."""
-    vocabulary = int(head.get_parameter("weight").shape[0])
-    piece = max(_LOGITS_BUDGET_BYTES // (4 * vocabulary), 1)
-    if len(target_N) <= piece:
-        return _token_logps(hidden_NH, target_N, head, cap)
-    pieces = zip(hidden_NH.split(piece), target_N.split(piece), strict=True)
-    return torch.cat(
-        [checkpoint(_token_logps, hidden, target, head, cap, use_reentrant=False) for hidden, target in pieces]
-    )
-
-
-def _token_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
-    logits_NV: Tensor = head(hidden_NH).float()
-    if cap is not None:  # Gemma 2 bounds its logits after the head
-        logits_NV = cap * torch.tanh(logits_NV / cap)
-    return logits_NV.gather(1, target_N[:, None]).squeeze(1) - logits_NV.logsumexp(dim=-1)
+    return response_logps(hidden_NH, target_N, self.get_output_embeddings(), cap=cap)
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -123,42 +113,67 @@ def _causal_lm(model: nn.Module) -> Any:
 def choose_layout(
     model: nn.Module, tokens: Sequence[TokenizedPair], *, pad_token_id: int, max_length: int
 ) -> tuple[str, str]:
-    """Find out whether a model may use the fast forward, by comparing it with the plain one on real pairs.
+    """Find out which fast forward a model may use, by comparing with the plain one on real pairs.
+
+    A model that takes the packed layout keeps the attention `tree_attention.NAME`, which is `sdpa` for everything else.
 
     Args:
         model: A causal language model with its weights in place, not yet wrapped for distributed training.
         tokens: A few pairs; two are enough.
         pad_token_id: For the batches.
-        max_length: Longest sequence that will be seen; a sliding window shorter than it rules the fast way out.
+        max_length: Longest sequence that will be seen; a sliding window shorter than it rules the fast ways out.
 
     Returns:
-        The name of the layout, "shared_prefix" or "plain", and the reason in one sentence.
+        The name of the layout, "packed", "shared_prefix" or "plain", and the reason in one sentence.
     """
     obstacle = _obstacle(model, max_length=max_length)
     if obstacle:
         return "plain", obstacle
     enable_response_logps(model)
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    logps = {}
     try:
-        with torch.no_grad():
-            for layout, logps_of in FORWARDS.items():
-                batch = LAYOUTS[layout](tokens, pad_token_id=pad_token_id)
-                found = logps_of(model, {name: tensor.to(device) for name, tensor in batch.items()})
-                logps[layout] = torch.stack([found.chosen, found.rejected])
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        return "plain", f"the model does not take a tree mask ({type(error).__name__}: {str(error)[:120]})"
+        plain = _logps(model, tokens, "plain", pad_token_id)
+        for layout in ("packed", "shared_prefix"):
+            reason = _disagreement(model, tokens, layout, plain, pad_token_id)
+            if reason is None:
+                return layout, "it agrees with the plain forward"
     finally:
         model.train(was_training)
-    difference = (logps["shared_prefix"] - logps["plain"]).abs()
+    return "plain", reason or ""
+
+
+def _logps(model: nn.Module, tokens: Sequence[TokenizedPair], layout: str, pad_token_id: int) -> Tensor:
+    """Log-probabilities of both responses in one layout, shape (2, pairs)."""
+    batch = LAYOUTS[layout](tokens, pad_token_id=pad_token_id)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        found = FORWARDS[layout](model, {name: tensor.to(device) for name, tensor in batch.items()})
+    return torch.stack([found.chosen, found.rejected])
+
+
+def _disagreement(
+    model: nn.Module, tokens: Sequence[TokenizedPair], layout: str, plain: Tensor, pad_token_id: int
+) -> str | None:
+    """Why a layout cannot be used, in one sentence, or None; only where it can does the model keep its attention."""
+    config = _causal_lm(model).config
+    before = config._attn_implementation
+    if layout == "packed":
+        if before not in ("sdpa", NAME):
+            return f"attention {before!r} takes no packed rows; attn_implementation='sdpa' does"
+        config._attn_implementation = NAME
+    try:
+        difference = (_logps(model, tokens, layout, pad_token_id) - plain).abs()
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+        config._attn_implementation = before
+        return f"the model does not take a tree mask ({type(error).__name__}: {str(error)[:120]})"
     # A wrong mask or position shifts a log-probability by nats; rounding in half precision by a per cent or so.
     is_float32 = next(model.parameters()).dtype == torch.float32
     relative, absolute = (1e-4, 1e-3) if is_float32 else (2e-2, 0.5)
-    if not bool((difference <= absolute + relative * logps["plain"].abs()).all()):
-        return "plain", f"a tree mask changes this model's log-probabilities by up to {difference.max():.3g} nats"
-    return "shared_prefix", f"it agrees with the plain forward to {difference.max():.1e} nats"
+    if bool((difference <= absolute + relative * plain.abs()).all()):
+        return None
+    config._attn_implementation = before
+    return f"a tree mask changes this model's log-probabilities by up to {difference.max():.3g} nats"
 
 
 def _obstacle(model: nn.Module, *, max_length: int) -> str | None:
@@ -170,7 +185,7 @@ def _obstacle(model: nn.Module, *, max_length: int) -> str | None:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "prompt learning puts virtual tokens before the prompt"
     attention = getattr(config, "_attn_implementation", None)
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager", NAME):
         return f"attention {attention!r} takes no tree mask; attn_implementation='sdpa' does"
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < max_length:
@@ -179,5 +194,5 @@ def _obstacle(model: nn.Module, *, max_length: int) -> str | None:
 
 
 FORWARDS: MappingProxyType[str, Callable[[nn.Module, Batch], PairLogps]] = MappingProxyType(
-    {"plain": plain_logps, "shared_prefix": shared_prefix_logps}
+    {"plain": plain_logps, "shared_prefix": shared_prefix_logps, "packed": packed_logps}
 )

@@ -93,6 +93,11 @@ class LossSpec:
         return tuple(name for name in inspect.signature(self.fn).parameters if name in INPUTS)
 
     @property
+    def allows_pieces(self) -> bool:
+        """Whether the pairs of a batch may come in several calls; what is learned of annotators moves with each."""
+        return not (self.needs_whole_batch or "reliability" in self.inputs)
+
+    @property
     def is_per_pair(self) -> bool:
         """Whether the loss of a pair follows from its margin and the options alone."""
         return not (self.needs_whole_batch or self.inputs)

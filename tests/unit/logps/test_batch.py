@@ -5,7 +5,7 @@ import torch
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import batches_by_length, plain_batch, shared_prefix_batch
-from ropo.logps.shared_prefix import _tree_mask
+from ropo.logps.tree_attention import tree_mask
 
 
 def pair(prompt, chosen, rejected):
@@ -40,8 +40,8 @@ def test_shared_prefix():
     assert batch["target"].tolist() == [20, 21, 22, 30, 31, 23, 32, 33, 34]
 
 
-def test_tree_mask():
-    mask = _tree_mask(torch.tensor([[0, 1, 1, 2, -1]]))
+def testtree_mask():
+    mask = tree_mask(torch.tensor([[0, 1, 1, 2, -1]]))
     assert mask.shape == (1, 1, 5, 5)
     assert mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],

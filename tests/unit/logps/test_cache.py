@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps import cache, score
 from ropo.logps.cache import reference_hash, reference_logps
+from ropo.trainer import ROPOTrainer
 
 
 @pytest.fixture
@@ -96,3 +98,41 @@ def test_killed_pass_goes_on(model, tokens, tmp_path, monkeypatch, computed):
     monkeypatch.setitem(score._MAX_TOKENS, "cpu", 4096)
     fresh = read(model, tokens, tmp_path / "fresh")
     torch.testing.assert_close(resumed.chosen, fresh.chosen, rtol=1e-5, atol=1e-4)
+
+
+def test_options_do_not_matter_and_templates_do(model, tokenizer, pairs, tmp_path, computed, monkeypatch):
+    """Another learning rate, batch or output folder costs no forward pass; another template or truncation does."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": pair.prompt}],
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+        }
+        for pair in pairs
+    ]
+
+    def make(**options):
+        common = {"output_dir": str(tmp_path / "a"), "max_length": 128, "use_cpu": True}
+        args = ROPOConfig(**{**common, "reference_cache_dir": str(tmp_path / "cache"), **options})
+        return ROPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+    make()
+    make(learning_rate=1e-2, output_dir=str(tmp_path / "b"), beta=1.0, per_device_train_batch_size=2)
+    make(max_tokens_per_batch=100, gradient_accumulation_steps=4, seed=5)
+    assert computed == [20]
+    shorter = sum(len(pair.chosen) > 3 or len(pair.rejected) > 3 for pair in make().train_dataset.tokens)
+    longest = max(len(pair.prompt) for pair in make().train_dataset.tokens)
+    make(max_length=longest + 3)
+    assert shorter > 0
+    assert len(computed) == 2
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("<s>", "<s>the "))
+    make()
+    assert computed[2:] == [20]
+
+
+def test_the_attention_that_training_leaves_is_the_same_reference(model, tokens, tmp_path, computed):
+    """The first pass gives the model the attention of packed rows; its name must not make it another model."""
+    read(model, tokens, tmp_path)
+    assert model.config._attn_implementation == "ropo_tree"
+    read(model, tokens, tmp_path)
+    assert computed == [20]

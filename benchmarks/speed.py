@@ -1,0 +1,557 @@
+"""How fast pairs are trained on and scored, by us and by TRL's DPOTrainer, and what it takes in memory.
+
+    python benchmarks/speed.py ../shared/data/hh_harmless_base_test.jsonl.gz   # fill in what is missing in speed.csv
+    python benchmarks/speed.py PAIRS --quick --output x.csv                    # two ways, a few steps: what CI runs
+    python benchmarks/speed.py --table                                         # the tables of docs/performance.md
+    python benchmarks/speed.py PAIRS --profile packed --threads 1              # where the time of six steps goes
+
+PAIRS is anything `ropo train` reads as text. Two tasks. "hh": those pairs, and a Llama made in code with random weights
+and a vocabulary of 4096 learned from them. "toy": the short pairs and the tiny model of `ropo demo`.
+
+Every measurement is a process of its own, one after the other, in turn, so that whatever slows the machine down slows
+all ways alike; a ratio compares runs of the same turn. All get the same pairs in the same batches of 8 (16 for toy) and
+must report the same losses, or the benchmark stops. "as given" is the order of the data; otherwise pairs of similar
+length share a batch, which is given to TRL too where TRL is at its best. The first steps are not counted.
+
+Columns: training_per_second is pairs a second in training alone, pairs_per_second counts the pass over the reference
+too (TRL at its defaults reads it in every step; at its best it is computed before, and not counted). Tokens are unique
+ones, each prompt counted once. matrix_share is the arithmetic that cannot be avoided (unique tokens x weights of the
+layers, response tokens x weights of the head; 2 operations forward, 4 backward, 2 for a reference) over what large
+matrix products of that precision reach on this machine at that time. peak_mib is the highest resident memory during
+training (on a GPU, allocated memory) less what was resident before: libraries, weights and data are not in it.
+
+"whole" ways run `ropo train` itself, with everything it writes: two rounds of one epoch, 20 % filtered and sampled
+anew, four candidates each; pairs_per_second there is pairs of the data a second.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ropo import ROPOConfig, load_pairs, run_rounds
+from ropo import trainer as ours
+from ropo.data import toy
+from ropo.data.tokenize import tokenize_pairs
+from ropo.logps.batch import LAYOUTS
+from ropo.logps.score import score_pairs
+from ropo.logps.shared_prefix import FORWARDS, choose_layout
+from ropo.provenance import machine, versions
+
+HERE = Path(__file__).parent
+RESULTS = Path(__file__).with_suffix(".csv")
+COLUMNS = (
+    "task", "way", "turn", "training_per_second", "pairs_per_second", "tokens_per_second", "matrix_share", "peak_mib",
+    "seconds", "num_pairs", "num_tokens", "matrix_gflops", "threads", "num_parameters", "cores", "device", "torch",
+    "transformers", "trl", "date", "commit",
+)  # fmt: skip
+NUM_WARM_UP = 2  # steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to train or to score: whose, in which layout, order and precision."""
+
+    name: str
+    measure: str  # of MEASURES
+    layout: str | None = None
+    order: str = "by length"
+    has_bf16: bool = False
+    is_default: bool = False  # TRL as it comes: reference in every step, gradient checkpointing
+    options: Mapping[str, Any] | None = None  # of ROPOConfig
+
+
+WAYS = (
+    Way(name="TRL, defaults", measure="trl", order="as given", is_default=True),
+    Way(name="TRL, best", measure="trl"),
+    Way(name="ours, plain", measure="ours", layout="plain"),
+    Way(name="ours, shared prefix", measure="ours", layout="shared_prefix"),
+    Way(name="ours, packed", measure="ours", layout="packed"),
+    Way(name="ours, packed, as given", measure="ours", layout="packed", order="as given"),
+    Way(name="ours, packed, bf16", measure="ours", layout="packed", has_bf16=True),
+    Way(name="scoring", measure="score"),
+    Way(name="bare forward", measure="forward"),
+    Way(name="whole, no folds", measure="whole", order="as given", options={"num_folds": 0}),
+    Way(name="whole, 2 folds, 1 pass", measure="whole", order="as given", options={"num_folds": 2, "num_passes": 1}),
+    Way(name="whole, 5 folds, 2 passes", measure="whole", order="as given"),
+)
+QUICK = ("TRL, best", "ours, packed")
+NUM_PAIRS = {"hh": 64, "toy": 800}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A model, its tokenizer and pairs."""
+
+    model: Any
+    tokenizer: Any
+    pairs: list[Any]
+    tokens: list[Any]
+    batch_size: int
+
+
+def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task:
+    """Make the model and take pairs spread over the data, whole batches, the same in every process."""
+    if name == "toy":
+        tokenizer, pairs, batch_size = toy.make_tokenizer(), toy.make_pairs(num_pairs, seed=1), 16
+        model: Any = toy.make_model(tokenizer)
+    else:
+        pairs, batch_size = load_pairs(source).pairs, 8
+        tokenizer, model = make_tokenizer_and_model(pairs)
+    found = tokenize_pairs(pairs, tokenizer, max_length=512)
+    count = min(num_pairs, len(found.pairs)) // batch_size * batch_size
+    places = list(range(0, len(found.pairs), len(found.pairs) // count))[:count]
+    if order == "by length":
+        places = _by_length(places, [len(found.tokens[i]) for i in places], batch_size)
+    return Task(
+        model=model.float(),
+        tokenizer=tokenizer,
+        pairs=[found.pairs[i] for i in places],
+        tokens=[found.tokens[i] for i in places],
+        batch_size=batch_size,
+    )
+
+
+def _by_length(places: list[int], lengths: list[int], batch_size: int) -> list[int]:
+    """As the length-grouping sampler of `transformers` does."""
+    order = get_length_grouped_indices(lengths, batch_size, generator=torch.Generator().manual_seed(0))
+    return [places[i] for i in order]
+
+
+def make_tokenizer_and_model(pairs: Sequence[Any]) -> tuple[Any, Any]:
+    """Byte-level BPE learned from the pairs, and a Llama of 6.9 million parameters."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([f"{pair.prompt}{pair.chosen}{pair.rejected}" for pair in pairs], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, pad_token_id=0, eos_token_id=1, bos_token_id=1, **shape))
+    return tokenizer, model
+
+
+def common(task: Task, folder: str) -> dict[str, Any]:
+    """Options that both trainers share."""
+    return {
+        "output_dir": folder, "per_device_train_batch_size": task.batch_size, "num_train_epochs": 1, "beta": 0.1,
+        "learning_rate": 1e-4, "max_length": 512, "train_sampling_strategy": "sequential", "save_strategy": "no",
+        "logging_steps": 4, "logging_first_step": False, "disable_tqdm": True, "report_to": "none", "seed": 0,
+        "use_cpu": not torch.cuda.is_available(), "warmup_steps": 0, "lr_scheduler_type": "linear",
+    }  # fmt: skip
+
+
+class Clock(TrainerCallback):
+    """Seconds and peak memory of all steps but the first."""
+
+    def __init__(self) -> None:
+        self.start = self.seconds = 0.0
+        self.steps = 0
+        self.memory = Memory()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+        if state.global_step == NUM_WARM_UP:
+            self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+        self.seconds, self.steps = time.perf_counter() - self.start, state.global_step - NUM_WARM_UP
+
+    def found(self) -> dict[str, Any]:
+        """As a measurement reports it."""
+        return {"seconds": self.seconds, "steps": self.steps, "peak_mib": self.memory.peak_mib()}
+
+
+class Memory:
+    """The highest resident memory since this was made, less what was resident then; on a GPU, allocated memory."""
+
+    def __init__(self) -> None:
+        self.is_cuda = torch.cuda.is_available()
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the highest value so far (Linux)
+            self.before = self._read("VmRSS")
+
+    def peak_mib(self) -> float:
+        """The highest value so far."""
+        now = torch.cuda.max_memory_allocated() / 2**20 if self.is_cuda else self._read("VmHWM")
+        return now - self.before
+
+    @staticmethod
+    def _read(name: str) -> float:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) / 1024
+        raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def train(trainer: Any, clock: Clock) -> list[float]:
+    """Train; the losses of the log."""
+    trainer.add_callback(clock)
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def measure_ours(way: Way, task: Task) -> dict[str, Any]:
+    """Train with `ROPOTrainer`; the reference is scored before, and timed too."""
+    _force(str(way.layout))
+    clock = Clock()
+    start = time.perf_counter()
+    reference = score_pairs(
+        task.model, task.tokens, pad_token_id=task.tokenizer.pad_token_id, max_length=512, use_bf16=way.has_bf16
+    )
+    reference_seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        args = ROPOConfig(loss="dpo", rho="0", num_folds=0, bf16=way.has_bf16, **common(task, folder))
+        data = ours.PairDataset(task.pairs, task.tokens, reference=reference)
+        trainer = ours.ROPOTrainer(task.model, args, train_dataset=data, processing_class=task.tokenizer)
+        losses = train(trainer, clock)
+    return {**clock.found(), "reference_seconds": reference_seconds, "losses": losses}
+
+
+def _force(layout: str) -> None:
+    """Have the trainer use a layout."""
+    choose = ours.choose_layout
+
+    def forced(*args: Any, **options: Any) -> tuple[str, str]:
+        choose(*args, **options)
+        return layout, "the benchmark says so"
+
+    ours.choose_layout = forced
+
+
+def measure_trl(way: Way, task: Task) -> dict[str, Any]:
+    """Train with TRL's trainer, as it comes or with what makes it fast: reference before, nothing recomputed."""
+    from trl import DPOConfig, DPOTrainer  # noqa: PLC0415 - needed by these ways only
+
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in task.pairs]
+    more = {} if way.is_default else {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        task.model.save_pretrained(folder)  # where the trainer loads its reference from
+        task.model.config._name_or_path = folder
+        trainer = DPOTrainer(
+            task.model,
+            args=DPOConfig(bf16=way.has_bf16, **more, **common(task, folder)),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=task.tokenizer,
+        )
+        losses = train(trainer, clock)
+    return {**clock.found(), "losses": losses}
+
+
+def measure_score(way: Way, task: Task) -> dict[str, Any]:
+    """The scoring pass, batches made by itself, twice; the second is counted."""
+
+    def run(tokens: list[Any]) -> None:
+        score_pairs(task.model, tokens, pad_token_id=task.tokenizer.pad_token_id, max_length=512, use_bf16=way.has_bf16)
+
+    return _timed(run, task.tokens)
+
+
+def measure_forward(way: Way, task: Task) -> dict[str, Any]:
+    """The model without its head over the unique tokens in rows of 256, and the head over as many as are predicted."""
+    stream = torch.tensor([int(i) for pair in task.tokens for i in (*pair.prompt, *pair.chosen, *pair.rejected)])
+    rows = stream[: len(stream) // 256 * 256].view(-1, 256)
+    share = sum(len(pair.chosen) + len(pair.rejected) for pair in task.tokens) / len(stream)
+
+    def run(tokens: list[Any]) -> None:
+        with torch.no_grad():
+            for some in rows.split(16) if len(tokens) > task.batch_size else rows[:4].split(4):
+                hidden = task.model.get_decoder()(input_ids=some, use_cache=False).last_hidden_state.flatten(0, 1)
+                task.model.get_output_embeddings()(hidden[: round(share * len(hidden))]).logsumexp(-1)
+
+    del way
+    return _timed(run, task.tokens)
+
+
+def _timed(run: Callable[[list[Any]], None], tokens: list[Any]) -> dict[str, Any]:
+    run(tokens[:8])
+    memory, best = Memory(), float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        run(tokens)
+        best = min(best, time.perf_counter() - start)
+    return {"seconds": best, "steps": None, "peak_mib": memory.peak_mib(), "losses": []}
+
+
+def measure_whole(way: Way, task: Task) -> dict[str, Any]:
+    """All of `ropo train`: audit, two rounds, resampling, report."""
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in task.pairs]
+    memory = Memory()
+    with tempfile.TemporaryDirectory() as folder:
+        args = ROPOConfig(
+            **{**common(task, folder), "train_sampling_strategy": "group_by_length"},
+            **{"rounds": 2, "rho": "0.2", "num_candidates": 4, "max_new_tokens": 48, **(way.options or {})},
+        )
+        start = time.perf_counter()
+        run_rounds(task.model, rows, args, processing_class=task.tokenizer)
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "steps": None, "peak_mib": memory.peak_mib(), "losses": []}
+
+
+MEASURES: dict[str, Callable[[Way, Task], dict[str, Any]]] = {
+    "ours": measure_ours,
+    "trl": measure_trl,
+    "score": measure_score,
+    "forward": measure_forward,
+    "whole": measure_whole,
+}
+OPERATIONS = {"ours": 6, "trl": 6, "score": 2, "forward": 2}  # per weight and token
+
+
+def matrix_gflops(*, has_bf16: bool) -> float:
+    """What large matrix products reach, best of several."""
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        float((a @ b)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def measure(name: str, task_name: str, source: str | None, num_pairs: int, threads: int) -> dict[str, Any]:
+    """One measurement, in this process."""
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(threads)
+    way = next(way for way in WAYS if way.name == name)
+    task = make_task(task_name, source, num_pairs, way.order)
+    if torch.cuda.is_available():
+        task.model.cuda()
+    rate = matrix_gflops(has_bf16=way.has_bf16)
+    head = task.model.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for p in task.model.model.layers.parameters())
+    num_parameters = sum(p.numel() for p in task.model.parameters())
+    found = MEASURES[way.measure](way, task)
+    counted = task.tokens if found["steps"] is None else task.tokens[NUM_WARM_UP * task.batch_size :]
+    seconds, operations = found["seconds"], OPERATIONS.get(way.measure, 0)
+    if "reference_seconds" in found:
+        seconds += found["reference_seconds"] * len(counted) / len(task.tokens)
+    if "reference_seconds" in found or way.is_default:
+        operations += 2
+    num_tokens = sum(len(pair) for pair in counted)
+    num_predicted = sum(len(pair.chosen) + len(pair.rejected) for pair in counted)
+    floor = operations * (num_tokens * layers + num_predicted * head)
+    return {
+        "training_per_second": round(len(counted) / found["seconds"], 3),
+        "pairs_per_second": round(len(counted) / seconds, 3),
+        "tokens_per_second": round(num_tokens / seconds),
+        "matrix_share": round(floor / seconds / rate / 1e9, 3) if floor else None,
+        "peak_mib": round(found["peak_mib"]),
+        "seconds": round(seconds, 2),
+        "num_pairs": len(counted),
+        "num_tokens": num_tokens,
+        "matrix_gflops": round(rate),
+        "threads": threads,
+        "num_parameters": num_parameters,
+        "cores": machine()["cores"],
+        "device": machine()["device"],
+        **{name: versions().get(name) for name in ("torch", "transformers")},
+        "losses": found["losses"],
+    }
+
+
+def check_losses(found: dict[str, list[float]], task: str) -> None:
+    """Stop if a way of ours has learned something else than TRL."""
+    for way in WAYS:
+        theirs = found.get("TRL, defaults" if way.order == "as given" else "TRL, best")
+        ours = found.get(way.name)
+        if not ours or not theirs:
+            continue
+        worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        if worst > (0.02 if way.has_bf16 else 1e-3):
+            raise SystemExit(f"{task}: {way.name} and TRL report losses that differ by {worst:.4f}: {ours}, {theirs}")
+
+
+def profile_steps(layout: str, source: str | None, threads: int) -> str:
+    """Time by operation of six steps of the task hh in one layout, forward, backward and update."""
+    torch.set_num_threads(threads)
+    task = make_task("hh", source, 112, "by length")
+    choose_layout(task.model, task.tokens[:2], pad_token_id=0, max_length=512)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-4, fused=True)
+
+    def step(number: int) -> None:
+        batch = LAYOUTS[layout](task.tokens[8 * number : 8 * number + 8], pad_token_id=0)
+        logps = FORWARDS[layout](task.model, batch)
+        torch.sigmoid(logps.chosen - logps.rejected).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(4):
+        step(number)
+    with torch.profiler.profile() as found:
+        for number in range(4, 10):
+            step(number)
+    return str(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=48))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows so far."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows, in the order of turns, tasks and ways."""
+    names = [way.name for way in WAYS]
+    rows = sorted(rows, key=lambda row: (row["task"], int(row["turn"]), names.index(row["way"])))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
+    """Every way that has no row yet, each in a process of its own; every other turn in the opposite order."""
+    rows, losses = read_rows(args.output), {}
+    known = {(row["task"], row["way"], int(row["turn"])) for row in rows}
+    ways = [way for way in WAYS if not args.quick or way.name in QUICK]
+    ways = [way for way in ways if way.measure != "whole" or task == "hh"]
+    ways = [way for way in ways if way.name.startswith(tuple(args.only))]
+    for way in ways if turn % 2 == 0 else ways[::-1]:
+        if (task, way.name, turn) in known:
+            continue
+        count = NUM_PAIRS[task] // (3 if args.quick else 1)
+        words = [args.pairs or "", f"--way={way.name}", f"--task={task}", f"--count={count}"]
+        words += [f"--threads={args.threads}"]
+        shown = None if args.verbose else subprocess.DEVNULL
+        output = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=shown, check=True)
+        found = json.loads(output.stdout.splitlines()[-1])
+        losses[way.name] = found.pop("losses")
+        rows.append(
+            {
+                "task": task, "way": way.name, "turn": turn, **found, "trl": metadata.version("trl"),
+                "date": datetime.now(UTC).date().isoformat(), "commit": _commit(),
+            }
+        )  # fmt: skip
+        write_rows(args.output, rows)
+        print({name: rows[-1][name] for name in COLUMNS[:7]}, flush=True)
+    check_losses(losses, task)
+
+
+def _commit() -> str:
+    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def table() -> str:
+    """One table per task: speeds and memory as mean and range over the turns, and ratios of runs of one turn."""
+    rows = read_rows(RESULTS)
+    return "\n\n".join(_table(task, [row for row in rows if row["task"] == task]) for task in NUM_PAIRS)
+
+
+def _table(task: str, rows: list[dict[str, Any]]) -> str:
+    by_way = {way.name: {row["turn"]: row for row in rows if row["way"] == way.name} for way in WAYS}
+
+    def ratio(name: str, column: str, other: str) -> str:
+        mine, theirs = by_way[name], by_way[other]
+        return _spread([float(mine[turn][column]) / float(theirs[turn][column]) for turn in mine if turn in theirs])
+
+    lines = [
+        f"| {task} | training, pairs/s | with reference, pairs/s | share of matrix rate | peak, MiB "
+        "| with reference, to TRL's defaults | training, to TRL's best | memory, to TRL's best |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for way in WAYS:
+        if not (found := list(by_way[way.name].values())) or way.measure == "whole":
+            continue
+        has_reference = way.measure == "ours" or way.is_default
+        cells = [
+            _spread([float(row["training_per_second"]) for row in found]),
+            _spread([float(row["pairs_per_second"]) for row in found]) if has_reference else "",
+            _spread([float(row["matrix_share"]) for row in found]),
+            f"{statistics.mean(float(row['peak_mib']) for row in found):.0f}",
+            ratio(way.name, "pairs_per_second", "TRL, defaults") if has_reference else "",
+            ratio(way.name, "training_per_second", "TRL, best") if way.measure in ("ours", "trl") else "",
+            ratio(way.name, "peak_mib", "TRL, best") if way.measure in ("ours", "trl") else "",
+        ]
+        lines.append(f"| {way.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def whole_table() -> str:
+    """What a whole run costs, beside one TRL run (at its defaults) of as many epochs: two."""
+    rows = [row for row in read_rows(RESULTS) if row["task"] == "hh"]
+    trl = {row["turn"]: 2 / float(row["pairs_per_second"]) for row in rows if row["way"] == "TRL, defaults"}
+    lines = ["| run | ms a pair | to two epochs of TRL's DPOTrainer |", "|---|---|---|"]
+    lines.append(f"| TRL, defaults, 2 epochs | {_spread([1000 * value for value in trl.values()])} | 1 |")
+    for way in WAYS:
+        found = {row["turn"]: 1 / float(row["pairs_per_second"]) for row in rows if row["way"] == way.name}
+        if way.measure == "whole" and found:
+            ratios = [value / trl[turn] for turn, value in found.items() if turn in trl]
+            lines.append(f"| {way.name} | {_spread([1000 * v for v in found.values()])} | {_spread(ratios)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    digits = max(0, 1 - math.floor(math.log10(statistics.mean(values))))
+    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({low}-{high})"
+
+
+def main() -> None:
+    """Measure what is missing, or print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="?", help="where the pairs of the task hh come from; without it only toy is run")
+    parser.add_argument("--num_turns", type=int, default=3, help="repetitions")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
+    parser.add_argument("--quick", action="store_true", help="two ways, a few steps, one turn")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV; rows that are there are kept")
+    parser.add_argument("--only", nargs="+", default=[""], help="ways whose names begin so")
+    parser.add_argument("--table", action="store_true", help="print the tables of the results")
+    parser.add_argument("--profile", choices=list(LAYOUTS), help="profile a layout instead of measuring")
+    parser.add_argument("--verbose", action="store_true", help="show what the measured processes say")
+    parser.add_argument("--way", help=argparse.SUPPRESS)  # one measurement in this process
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.table:
+        print(table(), whole_table(), sep="\n\n")
+    elif args.profile:
+        print(profile_steps(args.profile, args.pairs, args.threads))
+    elif args.way:
+        print(json.dumps(measure(args.way, args.task, args.pairs, args.count, args.threads)))
+    else:
+        for turn in range(1 if args.quick else args.num_turns):
+            for task in NUM_PAIRS if args.pairs else ("toy",):
+                run_turn(args, task, turn)
+
+
+if __name__ == "__main__":
+    main()

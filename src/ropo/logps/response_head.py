@@ -1,0 +1,143 @@
+"""From hidden states to the log-probability of each predicted token, without the logits of a whole batch in memory.
+
+In: hidden states, target ids and the language-model head. Out: one log-probability per target.
+
+The one idea: what the backward pass needs of N·V logits is their softmax, and that can be made again from the hidden
+states, piece by piece. Where all logits fit into a budget their softmax is kept, which spares one of four products with
+the head; else at most a budget's worth exists at any time. Either way no second tensor of that size is made, which
+automatic differentiation needs three of.
+
+Shapes: N response tokens, H hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Most bytes of float32 logits alive at once.
+LOGITS_BUDGET_BYTES = 256 * 2**20
+# Logits made in one go. A piece is read several times, so it should stay in a CPU's cache.
+_PIECE_BYTES = {"cpu": 4 * 2**20}
+
+
+def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap: float | None = None) -> Tensor:
+    """Log-probability of each target token.
+
+    ::
+
+        log π = logits[target] − log Σ exp(logits),   logits = head(hidden), or cap·tanh(head(hidden)/cap)
+
+    Args:
+        hidden_NH: Hidden states that predict the targets.
+        target_N: Token ids.
+        head: The language-model head. A plain linear layer, tied or not, takes the fast way; anything else (an
+            adapter on the head, quantised or partitioned weights, hooks) is called as it is, in pieces that are made
+            again in the backward pass.
+        cap: Bound that some models put on their logits.
+
+    Returns:
+        Shape (N,), float32.
+    """
+    if type(head) is not nn.Linear or not head.weight.numel() or _has_hooks(head):
+        return _by_calling(hidden_NH, target_N, head, cap)
+    device = hidden_NH.device.type
+    # Inside a function of our own autocast does not act, so its casts are made here, where they are differentiated.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    bias_V = None if head.bias is None else head.bias.to(dtype)
+    logps_N: Tensor = _LinearLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_NH.to(dtype), head.weight.to(dtype), bias_V, target_N, cap
+    )
+    return logps_N
+
+
+def _has_hooks(head: nn.Module) -> bool:
+    return bool(head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+
+
+def _pieces(num_tokens: int, vocabulary: int, device: str) -> list[slice]:
+    size = max(_PIECE_BYTES.get(device, LOGITS_BUDGET_BYTES) // (4 * vocabulary), 1)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+class _LinearLogps(torch.autograd.Function):
+    """Linear layer, cap, log-softmax and choice of the target in one; the gradient is written out below."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor, cap: float | None
+    ) -> Tensor:
+        num_tokens, vocabulary = len(hidden_NH), len(weight_VH)
+        ctx.needs_softmax = any(ctx.needs_input_grad[:3])
+        is_kept = ctx.needs_softmax and 4 * num_tokens * vocabulary <= LOGITS_BUDGET_BYTES
+        logps_N = torch.empty(num_tokens, dtype=torch.float32, device=hidden_NH.device)
+        lse_N = torch.empty_like(logps_N)
+        softmax_NV = hidden_NH.new_empty(num_tokens, vocabulary, dtype=torch.float32) if is_kept else None
+        for piece in _pieces(num_tokens, vocabulary, hidden_NH.device.type):
+            logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, cap)
+            lse_N[piece] = logits_NV.logsumexp(dim=-1)
+            logps_N[piece] = logits_NV.gather(1, target_N[piece, None]).squeeze(1) - lse_N[piece]
+            if softmax_NV is not None:
+                torch.sub(logits_NV, lse_N[piece, None], out=softmax_NV[piece]).exp_()
+        ctx.cap = cap
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, lse_N, softmax_NV)
+        return logps_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """∂logp/∂logits = onehot(target) − softmax; the cap multiplies it by 1 − (logits/cap)²."""
+        hidden_NH, weight_VH, bias_V, target_N, lse_N, softmax_NV = ctx.saved_tensors
+        (gradient_N,) = gradients
+        d_hidden_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
+        d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for piece in _pieces(len(hidden_NH), len(weight_VH), hidden_NH.device.type):
+            if softmax_NV is None or ctx.cap is not None:
+                logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, ctx.cap)
+            d_logits_NV = softmax_NV[piece] if softmax_NV is not None else (logits_NV - lse_N[piece, None]).exp_()
+            d_logits_NV = d_logits_NV * -gradient_N[piece, None]
+            d_logits_NV.scatter_add_(1, target_N[piece, None], gradient_N[piece, None])
+            if ctx.cap is not None:
+                d_logits_NV *= 1 - (logits_NV / ctx.cap).square_()
+            d_logits_NV = d_logits_NV.to(weight_VH.dtype)
+            if d_hidden_NH is not None:
+                torch.mm(d_logits_NV, weight_VH, out=d_hidden_NH[piece])
+            if d_weight_VH is not None:
+                if weight_VH.dtype == torch.float32:
+                    d_weight_VH.addmm_(d_logits_NV.t(), hidden_NH[piece])
+                else:
+                    d_weight_VH += d_logits_NV.t() @ hidden_NH[piece]
+            if d_bias_V is not None:
+                d_bias_V += d_logits_NV.sum(dim=0)
+        return (
+            d_hidden_NH,
+            None if d_weight_VH is None else d_weight_VH.to(weight_VH.dtype),
+            None if d_bias_V is None else d_bias_V.to(weight_VH.dtype),
+            None,
+            None,
+        )
+
+
+def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, cap: float | None) -> Tensor:
+    logits_NV = nn.functional.linear(hidden_NH, weight_VH, bias_V).float()
+    return logits_NV if cap is None else logits_NV.div_(cap).tanh_().mul_(cap)
+
+
+def _by_calling(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
+    """The same through the head's own `forward`."""
+    vocabulary = int(head.get_parameter("weight").shape[0])
+    size = max(LOGITS_BUDGET_BYTES // (4 * max(vocabulary, 1)), 1)
+    if len(target_N) <= size:
+        return _token_logps(hidden_NH, target_N, head, cap)
+    pieces = zip(hidden_NH.split(size), target_N.split(size), strict=True)
+    return torch.cat(
+        [checkpoint(_token_logps, hidden, target, head, cap, use_reentrant=False) for hidden, target in pieces]
+    )
+
+
+def _token_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
+    logits_NV: Tensor = head(hidden_NH).float()
+    if cap is not None:  # Gemma 2 bounds its logits after the head
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    return logits_NV.gather(1, target_N[:, None]).squeeze(1) - logits_NV.logsumexp(dim=-1)

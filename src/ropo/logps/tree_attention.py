@@ -1,0 +1,273 @@
+"""Attention over a row that holds several pairs: each pair a tree of one prompt and two branches, no pair sees another.
+
+In: queries, keys and values of a packed row, and the lengths of its pairs in the place of a mask. Out: the attention's
+output. `transformers` calls it, under the name `NAME`, for models that were given that name; without such lengths it is
+the library's own `sdpa`.
+
+The one idea: all products with weights run over the row as it is, without padding, and only attention looks at single
+pairs. A mask over the whole row would be a square of its length. On a GPU that square is a FlexAttention block mask,
+which skips what is empty; on a CPU short pairs of similar length are attended to together, and long ones one by one.
+
+Shapes: P pairs of a group, L positions of its longest pair, T positions of the row, A heads, D size of a head.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "ropo_tree"
+
+# One more call of the attention costs as much as about this many more pairs of positions, forward and backward.
+_CELLS_PER_CALL = 2400
+# Rows on a GPU are filled up to a multiple of this, so that few shapes are compiled.
+BUCKET_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Together:
+    """Neighbours of similar length that are attended to in one call, filled up to the longest.
+
+    Attributes:
+        num_tokens: Of all its pairs.
+        index_PL: Place of each position in the group's part of the row; the last place where a pair is shorter.
+        places: Where the tokens stand in the flattened P·L positions.
+        mask_P1LL: What is added to the scores, 0 or -inf.
+    """
+
+    num_tokens: int
+    index_PL: Tensor
+    places: Tensor
+    mask_P1LL: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """A pair so long that prompt and branches are attended to in calls of their own, which see no empty corner.
+
+    Attributes:
+        sizes: Tokens of prompt, chosen and rejected.
+        masks: For chosen and rejected, what is added to the scores over prompt and branch.
+    """
+
+    sizes: tuple[int, int, int]
+    masks: tuple[Tensor, Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.sizes)
+
+
+def group_pairs(lengths: Sequence[int]) -> list[int]:
+    """How many neighbours to attend to together, so that filling up costs less than the calls it saves.
+
+    Args:
+        lengths: Tokens of each pair, longest first.
+
+    Returns:
+        Number of pairs of each group.
+
+    Examples:
+        >>> group_pairs([300, 200, 40, 38, 20])
+        [1, 1, 3]
+    """
+    counts: list[int] = []
+    longest = 0
+    for length in lengths:
+        if counts and longest**2 - length**2 < _CELLS_PER_CALL:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+            longest = length
+    return counts
+
+
+def _groups(lengths_P3: Tensor) -> list["_Together | _Alone"]:
+    """The groups of a row whose pairs have these many tokens of prompt, chosen and rejected."""
+    sizes = lengths_P3.tolist()
+    groups: list[_Together | _Alone] = []
+    start = 0
+    for count in group_pairs([sum(size) for size in sizes]):
+        group = sizes[start : start + count]
+        groups.append(_alone(group[0]) if count == 1 and _is_long(*group[0]) else _together(group))
+        start += count
+    return groups
+
+
+def _is_long(num_prompt: int, num_chosen: int, num_rejected: int) -> bool:
+    """Whether what two more calls leave out is worth them: the branches' scores of each other, the prompt's of both."""
+    spared = num_prompt * (num_chosen + num_rejected) + 2 * num_chosen * num_rejected
+    return min(num_chosen, num_rejected) > 0 and spared > 2 * _CELLS_PER_CALL
+
+
+def _alone(size: list[int]) -> _Alone:
+    num_prompt, num_chosen, num_rejected = size
+    chosen, rejected = (
+        torch.zeros(num, num_prompt + num).masked_fill_(
+            torch.ones(num, num_prompt + num, dtype=torch.bool).triu(num_prompt + 1), -torch.inf
+        )
+        for num in (num_chosen, num_rejected)
+    )
+    return _Alone(sizes=(num_prompt, num_chosen, num_rejected), masks=(chosen, rejected))
+
+
+def _together(sizes: list[list[int]]) -> _Together:
+    part = torch.tensor(sizes)
+    total_P = part.sum(dim=1)
+    width = int(total_P.max())
+    place_L = torch.arange(width)
+    is_token_PL = place_L < total_P[:, None]
+    branch_PL = (place_L >= part[:, :1]).long() + (place_L >= part[:, :2].sum(dim=1, keepdim=True)).long()
+    branch_PL[~is_token_PL] = -1  # positions without a token form a branch of their own, so that no row is empty
+    first_P = total_P.cumsum(0) - total_P
+    return _Together(
+        num_tokens=int(total_P.sum()),
+        index_PL=(first_P[:, None] + place_L).clamp(max=int(total_P.sum()) - 1),
+        places=is_token_PL.flatten().nonzero().squeeze(1),
+        mask_P1LL=torch.zeros(len(sizes), 1, width, width).masked_fill_(~tree_mask(branch_PL), -torch.inf),
+    )
+
+
+def tree_mask(branch_BT: Tensor) -> Tensor:
+    """Who may look at whom, shape (B, 1, T, T), True where row position q may see k.
+
+    Earlier positions of the prompt (0) or of one's own branch (1 chosen, 2 rejected). Padding (-1) forms a branch of
+    its own, so that no row of the mask is empty, which would make its softmax undefined.
+
+    Args:
+        branch_BT: Branch of every position.
+
+    Returns:
+        Booleans.
+    """
+    width = branch_BT.shape[1]
+    is_prompt_B1T = branch_BT[:, None, :] == 0
+    is_same_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
+    is_past_TT = torch.ones(width, width, dtype=torch.bool, device=branch_BT.device).tril()
+    return ((is_prompt_B1T | is_same_BTT) & is_past_TT)[:, None]
+
+
+def row_mask_mod(lengths_P3: Tensor, num_positions: int) -> Callable[..., Tensor]:
+    """The same rule for a whole packed row, as FlexAttention asks for it.
+
+    Args:
+        lengths_P3: Tokens of prompt, chosen and rejected of each pair.
+        num_positions: Of the row; those behind the last pair see each other only.
+
+    Returns:
+        A function of batch, head, query and key position that tells whether the one may see the other.
+    """
+    num_pairs = len(lengths_P3)
+    sizes = torch.cat([lengths_P3.flatten(), (num_positions - lengths_P3.sum()).reshape(1)])
+    # Part of the row: 3·pair + 0, 1 or 2. What fills the row up is the prompt of a pair that does not exist.
+    part_T = torch.arange(3 * num_pairs + 1, device=lengths_P3.device).repeat_interleave(
+        sizes, output_size=num_positions
+    )
+
+    # A lambda: FlexAttention counts the arguments, which a checked function (see tests) hides.
+    return lambda _b, _h, q, k: (
+        (q >= k) & ((part_T[q] == part_T[k]) | ((part_T[k] % 3 == 0) & (part_T[q] // 3 == part_T[k] // 3)))
+    )
+
+
+def row_mask(lengths_P3: Tensor, num_positions: int) -> Tensor | BlockMask:
+    """What `tree_attention` takes as the mask of a packed row: lengths on a CPU, a block mask elsewhere.
+
+    Args:
+        lengths_P3: Tokens of prompt, chosen and rejected of each pair, on the model's device.
+        num_positions: Of the row.
+    """
+    if lengths_P3.device.type == "cpu":
+        return lengths_P3[None, None]  # four dimensions, which models hand on untouched
+    return create_block_mask(
+        row_mask_mod(lengths_P3, num_positions), None, None, num_positions, num_positions, device=lengths_P3.device
+    )
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as `transformers` calls it; a packed row where the mask is one of `row_mask`, else `sdpa`."""
+    if isinstance(attention_mask, BlockMask):
+        found: tuple[Tensor, Tensor | None] = flex_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+        return found
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    if options.get("softcap") is not None or dropout:
+        raise ValueError("tree_attention needs attention without softcap and dropout.")
+    dtype = query.dtype
+    with torch.autocast("cpu", enabled=False):
+        output_TAD = _attend(query.float(), key.float(), value.float(), attention_mask, scaling)
+    return output_TAD.to(dtype)[None], None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attention over a packed row on a CPU, shape (T, A, D); in float32, whose kernel is the faster one there."""
+    groups = _groups_of(mask)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    parts = [tensor[0].split([group.num_tokens for group in groups], dim=1) for tensor in (query, key, value)]
+    output: list[Tensor] = []
+    for group, q_ATD, k_ATD, v_ATD in zip(groups, *parts, strict=True):
+        if isinstance(group, _Together):
+            output.append(_attend_together(q_ATD, k_ATD, v_ATD, group, scaling))
+        else:
+            output += _attend_alone(q_ATD, k_ATD, v_ATD, group, scaling)
+    return output[0] if len(output) == 1 else torch.cat(output)
+
+
+def _groups_of(mask: Tensor) -> list["_Together | _Alone"]:
+    """The groups of a packed row, made once for all layers, which get the same mask."""
+    if not hasattr(mask, "ropo_groups"):
+        mask.ropo_groups = _groups(mask[0, 0])  # type: ignore[attr-defined]
+    groups: list[_Together | _Alone] = mask.ropo_groups  # type: ignore[attr-defined]
+    return groups
+
+
+def _attend_together(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, group: _Together, scaling: float | None) -> Tensor:
+    """Attention within each pair of a group, shape (T, A, D)."""
+    num_pairs, width = group.index_PL.shape
+    is_even = num_pairs * width == group.num_tokens
+    index = group.index_PL.flatten()
+    q_PALD, k_PALD, v_PALD = (
+        (tensor if is_even else tensor.index_select(1, index)).unflatten(1, (num_pairs, width)).transpose(0, 1)
+        for tensor in (q_ATD, k_ATD, v_ATD)
+    )
+    output_PALD = scaled_dot_product_attention(q_PALD, k_PALD, v_PALD, attn_mask=group.mask_P1LL, scale=scaling)
+    output_TAD = output_PALD.transpose(1, 2).flatten(0, 1)
+    return output_TAD if is_even else output_TAD.index_select(0, group.places)
+
+
+def _attend_alone(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, group: _Alone, scaling: float | None) -> list[Tensor]:
+    """Attention of prompt, chosen and rejected, each shape (T, A, D)."""
+    (q_prompt, *q_branches), (k_prompt, *k_branches), (v_prompt, *v_branches) = (
+        tensor[None].split(group.sizes, dim=2) for tensor in (q_ATD, k_ATD, v_ATD)
+    )
+    output = [scaled_dot_product_attention(q_prompt, k_prompt, v_prompt, is_causal=True, scale=scaling)]
+    for q, k, v, mask in zip(q_branches, k_branches, v_branches, group.masks, strict=True):
+        keys, values = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
+        output.append(scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling))
+    return [tensor[0].transpose(0, 1) for tensor in output]
+
+
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
