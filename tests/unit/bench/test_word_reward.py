@@ -51,7 +51,7 @@ def test_labels_give_the_planted_weights():
 
 
 def test_pairs_give_the_planted_weights():
-    """8,000 Bradley-Terry labels: as above; the words of no pair but one have a weight near 0."""
+    """8,000 Bradley-Terry labels: tolerance and false alarms as above."""
     first, second = texts(8000, seed=2), texts(8000, seed=3)
     gap = np.array([value_of(a) - value_of(b) for a, b in zip(first, second, strict=True)])
     is_first = np.random.default_rng(4).random(len(gap)) < expit(gap)
@@ -64,6 +64,18 @@ def test_pairs_give_the_planted_weights():
     assert reward.bias == 0.0
     swapped = [Pair(prompt="p", chosen=p.rejected, rejected=p.chosen, row=p.row) for p in pairs]
     assert fit_on_pairs(swapped, l2=10.0).weights["superb"] == pytest.approx(-reward.weights["superb"], abs=1e-2)
+
+
+def test_the_fit_is_where_the_penalised_loss_is_flat():
+    """d/dw [Σ loss + ½·l2·w²] = 0: a weight is the sum of what is left unexplained where its term stands, over l2."""
+    given, l2 = ["good", "good", "good", "bad", "bad", "bad good"], 0.7
+    labels = np.array([True, True, False, False, False, True])
+    reward = fit_on_texts(given, labels, l2=l2, min_count=1)
+    rest = labels - expit([reward("", text) for text in given])
+    for term, weight in reward.weights.items():
+        has_term = np.array([term in terms(text) for text in given])
+        assert weight == pytest.approx(rest[has_term].sum() / l2, abs=1e-3)
+    assert rest.sum() == pytest.approx(0.0, abs=1e-3)
 
 
 def test_penalty_shrinks_and_rare_terms_are_left_out():
