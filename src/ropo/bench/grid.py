@@ -47,7 +47,7 @@ NUM_SEEN_BY_WEAK_ANNOTATOR = 30  # of the spare ones: it then errs on about a th
 NEARLY_BEST = {"accuracy": 0.01, "gold": 0.1}  # scores that close are a tie when a setting is chosen
 
 KEY = ("task", "num_pairs", "kind", "flip_rate", "seed", "method")
-SCORES = ("accuracy", "accuracy_error", "gold", "gold_error", "kl")
+SCORES = ("accuracy", "accuracy_error", "gold", "gold_error", "kl", "finished")
 MEASURED = (*SCORES, "auroc", "estimate", "low", "high", "kept", "seconds", "cpu_seconds")
 PROVENANCE = ("memory_gib", "version", "commit", "torch", "device")
 RESULT_COLUMNS = (*KEY, "options", *MEASURED, *PROVENANCE)
@@ -365,6 +365,7 @@ def _scores(config: BenchConfig, task: Task, trained: Path, seed: int) -> dict[s
         "gold": score.gold.value,
         "gold_error": (score.gold.high - score.gold.low) / 2,
         "kl": score.kl.value,
+        "finished": score.finished.value,
     }
 
 

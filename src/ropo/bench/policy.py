@@ -27,6 +27,7 @@ class PolicyScore:
         accuracy: Share of held-out pairs with a positive margin, ties counting half.
         gold: True reward of responses sampled at temperature 1.
         kl: Mean of log π − log π_ref over the finished samples, nats per response: the KL divergence to the reference.
+        finished: Share of the samples that ended by themselves.
         samples: The sampled responses.
         rewards: Their gold rewards.
     """
@@ -34,6 +35,7 @@ class PolicyScore:
     accuracy: Mean
     gold: Mean
     kl: Mean
+    finished: Mean
     samples: list[Sample]
     rewards: list[float]
 
@@ -89,6 +91,7 @@ def score_policy(
         accuracy=share_of((h > 0) + 0.5 * (h == 0)),
         gold=mean_of(rewards),
         kl=mean_of((drawn_own.chosen - drawn_base.chosen).numpy()),
+        finished=share_of([sample.is_finished for sample in samples]),
         samples=samples,
         rewards=rewards,
     )

@@ -86,7 +86,7 @@ class CellOfGrid:
 
     def scores(self, method: str, key: str) -> dict[str, float]:
         """One score of a method by seed; diverged runs count as not-a-number."""
-        return {seed: float(row[key] or "nan") for seed, row in self.by_method.get(method, {}).items()}
+        return {seed: float(row.get(key) or "nan") for seed, row in self.by_method.get(method, {}).items()}
 
     def mean(self, method: str, key: str) -> Interval:
         """A score of a method over seeds."""
@@ -219,8 +219,8 @@ def cell_tables(rows: Sequence[Row]) -> str:
         lines = [
             f"### {cell.title}",
             "",
-            "| method | seeds | accuracy | gold reward | distance, nats | gap closed, accuracy | gold |",
-            "|---|---|---|---|---|---|---|",
+            "| method | seeds | accuracy | gold reward | distance, nats | finished | gap closed, accuracy | gold |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for name in [*lines_of_reference, *names]:
             if name not in cell.by_method or (name in AT_NO_NOISE and not cell.flip_rate):
@@ -237,10 +237,14 @@ def cell_tables(rows: Sequence[Row]) -> str:
             title = f"*{name}*" if name in lines_of_reference else name
             lines.append(
                 f"| {title} | {accuracy.count} | {shown} | {cell.mean(name, 'gold').write(2)} "
-                f"| {cell.mean(name, 'kl').mean:.1f} | {gaps[0]} | {gaps[1]} |"
+                f"| {cell.mean(name, 'kl').mean:.1f} | {_share(cell.mean(name, 'finished'))} | {gaps[0]} | {gaps[1]} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _share(one: Interval) -> str:
+    return f"{one.mean:.0%}" if one.count else ""
 
 
 def settings_table(rows: Sequence[Row]) -> str:

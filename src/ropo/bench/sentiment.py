@@ -5,7 +5,7 @@ In: the sentence polarity data (Pang & Lee 2005), a folder for what is made once
 
 The one idea: what a label means is defined, not guessed. The snippets are dealt into two parts by a hash of their text.
 One, without its labels, teaches a language model to write; the labels of the other fit the reward that judges whatever
-is written. This is the setting of section 6.1 of the DPO paper (arXiv:2305.18290), small enough for one core.
+is written. This is the controlled sentiment of the DPO paper (arXiv:2305.18290), small enough for one core.
 
 Three choices make it measurable at this size. The model knows the words that are frequent in its part and no others, so
 every text that it can write is tokenised in one way. A prompt is the first words of a snippet with the space behind
