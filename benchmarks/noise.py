@@ -255,37 +255,10 @@ def main() -> None:
 
 
 def show() -> None:
-    """Print the table of the README and those of docs/noise.md as Markdown."""
-    print(readme_table(), end="\n\n")
+    """Print the tables of docs/noise.md as Markdown."""
     print(detection_table(), end="\n\n")
     print(policy_table(), end="\n\n")
     print(pattern_table())
-
-
-def readme_table() -> str:
-    """One line per flip rate of the larger cells of the first task: what training and audit come to."""
-    lines = [
-        "| flipped | seeds | DPO | ROPO | DPO without the flipped pairs | estimate | flips ranked (AUROC) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    wanted = {"task": "reviews", "kind": "symmetric", "num_pairs": "6000", "extra": ""}
-    for rate in POLICY_RATES:
-        detected, trained = (
-            [row for row in rows_of(path) if float(row["flip_rate"]) == rate and wanted.items() <= row.items()]
-            for path in (DETECTION, POLICY)
-        )
-        seeds = {row["seed"] for row in trained if row["method"] == "ropo"}
-        if not seeds:
-            continue
-        shown = []
-        for method in ("floor", "ropo", "ceiling"):
-            cells = [row for row in trained if row["method"] == method and row["seed"] in seeds]
-            both = [np.array([float(row[key]) for row in cells]) for key in ("accuracy", "gold")]
-            shown.append(f"{with_interval(both[0], 3)}, {with_interval(both[1], 2)}" if cells else "")
-        estimates = [float(row["estimate"]) for row in detected]
-        span = f"{min(estimates):.3f} to {max(estimates):.3f}"
-        lines.append(f"| {rate:.0%} | {len(seeds)} | {' | '.join(shown)} | {span} | {_average(detected, 'auroc')} |")
-    return "\n".join(lines)
 
 
 def detection_table() -> str:
