@@ -43,12 +43,11 @@ class _Look:
 
 
 def looks_of(names: Sequence[str]) -> dict[str, _Look]:
-    """A colour and a dash for each method; reference lines are grey."""
-    rest = [name for name in names if name != "ropo"]
-    places = {"ropo": 0, **{name: number for number, name in enumerate(rest, 1)}}
-    return {
-        name: _Look(COLOURS[place % len(COLOURS)], DASHES[place // 2 % len(DASHES)]) for name, place in places.items()
-    }
+    """A colour and a dash for each method; ropo has its own colour."""
+    looks = {"ropo": _Look(COLOURS[0], "")}
+    for place, name in enumerate(name for name in names if name != "ropo"):
+        looks[name] = _Look(COLOURS[1 + place % (len(COLOURS) - 1)], DASHES[(place + 1) // 2 % len(DASHES)])
+    return looks
 
 
 def score_over_rate(rows: Sequence[Row], key: str, *, methods: Sequence[str], y_label: str) -> str:

@@ -9,7 +9,17 @@ from pathlib import Path
 from ropo.bench.figures import cost_and_quality, gold_over_distance, score_over_rate
 from ropo.bench.grid import read_rows
 from ropo.bench.methods import METHODS
-from ropo.bench.results import Row, cell_tables, cells_of, detection_table, methods_of, settings_table, summary_table
+from ropo.bench.results import (
+    FLOOR,
+    CellOfGrid,
+    Row,
+    cell_tables,
+    cells_of,
+    detection_table,
+    methods_of,
+    settings_table,
+    summary_table,
+)
 from ropo.provenance import write_aside
 
 # A picture with more lines cannot be read: the lines to compare with, and of each family one.
@@ -47,27 +57,35 @@ def publish_bench(folder: Path) -> list[Path]:
 def draw(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """The pictures that the rows of one task suffice for: name -> what it shows, SVG."""
     lines, names = methods_of(rows)
-    drawn = [name for name in DRAWN if name in {*lines, *names}]
+    cells = cells_of(rows)
+    # A line that lacks cells or seeds would be compared with lines of other data.
+    whole = [name for name in {*lines, *names} if all(_is_whole(cell, name) for cell in cells)]
+    drawn = [name for name in DRAWN if name in whole]
     found: dict[str, tuple[str, str]] = {}
-    if len({cell.flip_rate for cell in cells_of(rows) if cell.kind == "symmetric"}) > 1:
+    if len({cell.flip_rate for cell in cells if cell.kind == "symmetric"}) > 1 and drawn:
         for key, what in (
             ("accuracy", "accuracy on held-out pairs with right labels"),
             ("gold", "gold reward of samples"),
         ):
             found[key] = (f"{what} over flip rate", score_over_rate(rows, key, methods=drawn, y_label=what))
-        judging = [name for name in names if any(row["auroc"] for row in rows if row["method"] == name)]
+        judging = [name for name in drawn if any(row["auroc"] for row in rows if row["method"] == name)]
         if judging:
             picture = score_over_rate(
                 [row for row in rows if float(row["flip_rate"])],
                 "auroc",
-                methods=[name for name in judging if name in DRAWN],
+                methods=judging,
                 y_label="flips ranked by margin, AUROC",
             )
             found["detection"] = ("AUROC over flip rate", picture)
-    found["distance"] = ("Gold reward over distance", gold_over_distance(rows, methods=drawn))
-    if any(cell.has_gap("accuracy") for cell in cells_of(rows)):
+    if drawn:
+        found["distance"] = ("Gold reward over distance", gold_over_distance(rows, methods=drawn))
+    if any(cell.has_gap("accuracy") for cell in cells):
         found["cost"] = ("Gap closed over cost", cost_and_quality(rows))
     return found
+
+
+def _is_whole(cell: CellOfGrid, name: str) -> bool:
+    return len(cell.by_method.get(name, {})) == len(cell.by_method.get(FLOOR, {}))
 
 
 def _conditions(rows: Sequence[Row]) -> str:

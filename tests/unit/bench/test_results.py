@@ -147,3 +147,15 @@ def test_an_unfinished_grid_can_be_published(tmp_path):
     append_row(tmp_path / "results.csv", row)
     tables, *_ = publish_bench(tmp_path)
     assert "dpo" in tables.read_text()
+
+
+def test_a_method_with_fewer_seeds_is_in_the_tables_and_not_in_the_pictures(tmp_path):
+    kept = [row for row in rows(tmp_path) if (row["method"], row["seed"]) != ("holder", "3")]
+    (tmp_path / "results.csv").unlink()
+    for row in kept:
+        append_row(tmp_path / "results.csv", row)
+    tables, *_ = publish_bench(tmp_path)
+    assert "| holder | 2 |" in tables.read_text()
+    picture = (tmp_path / "reviews_100_accuracy.svg").read_text()
+    assert ">rdpo<" in picture
+    assert ">holder<" not in picture
