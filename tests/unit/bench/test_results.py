@@ -84,6 +84,7 @@ def test_one_seed_tells_nothing_apart(tmp_path):
     assert cell.is_tie("dpo", "ceiling", "accuracy")
     assert not cell.has_gap("accuracy")
     assert cell.mean("dpo", "accuracy").write(2) == "0.80"
+    assert all("| - | " in line for line in summary_table(found).split("\n")[2:])
 
 
 def test_a_diverged_seed_is_not_averaged(tmp_path):
