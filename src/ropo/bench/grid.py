@@ -268,7 +268,8 @@ def best_setting(config: BenchConfig, method: str, trials: Path) -> dict[str, An
     for key, tie in NEARLY_BEST.items():
         best = max(float(row[key]) for row in rows)
         rows = [row for row in rows if float(row[key]) >= best - tie]
-    found: dict[str, Any] = json.loads(min(rows, key=lambda row: float(row["kl"]))["options"])
+    # Where no sample ended there is no distance: such a model has gone farther than any.
+    found: dict[str, Any] = json.loads(min(rows, key=lambda row: float(row["kl"] or "inf"))["options"])
     return found
 
 
