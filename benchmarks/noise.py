@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit, run_rounds
 from ropo.bench.measures import auroc, average_precision, precision_recall
 from ropo.bench.policy import score_policy
+from ropo.bench.rows import read_rows
 from ropo.data.toy import REVIEWS, SUPPORT, gold_reward, make_pairs, save_toy
 from ropo.ledger import read_ledger
 
@@ -186,14 +187,6 @@ def methods_of(cell: dict[str, Any]) -> list[str]:
     return ["ropo", "floor", "floor, ropo's options", *more]
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """Finished cells."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def append(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
     """Add a finished cell."""
     is_new = not path.exists()
@@ -216,8 +209,8 @@ def key_of(row: dict[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
 
 def measure(cell: dict[str, Any], scratch: Path) -> None:
     """Fill in what is missing of one cell: its detection row, then its policies."""
-    detected = {key_of(row, CELL) for row in rows_of(DETECTION)}
-    trained = {key_of(row, (*CELL, "method")) for row in rows_of(POLICY)}
+    detected = {key_of(row, CELL) for row in read_rows(DETECTION)}
+    trained = {key_of(row, (*CELL, "method")) for row in read_rows(POLICY)}
     missing = [name for name in methods_of(cell) if (*key_of(cell, CELL), name) not in trained]
     if key_of(cell, CELL) in detected and not missing:
         return
@@ -263,7 +256,7 @@ def show() -> None:
 
 def detection_table() -> str:
     """One line per task, size and rate: means over seeds."""
-    found = [row for row in rows_of(DETECTION) if row["kind"] == "symmetric" and not row["extra"]]
+    found = [row for row in read_rows(DETECTION) if row["kind"] == "symmetric" and not row["extra"]]
     names = ("task", "pairs", "flipped", "seeds", "can tell", "covered", "estimate", "AUROC", "AUROC of clean models")
     lines = [f"| {' | '.join(names)} | right pairs dropped |", "|---|---|---|---|---|---|---|---|---|---|"]
     for task, size, rate in sorted({(row["task"], -int(row["num_pairs"]), float(row["flip_rate"])) for row in found}):
@@ -284,7 +277,7 @@ def detection_table() -> str:
 
 def policy_table() -> str:
     """One line per rate and method: means over seeds with 90 % intervals."""
-    found = rows_of(POLICY)
+    found = read_rows(POLICY)
     lines = [
         "| flipped | method | seeds | accuracy | gold reward | distance, nats | gap closed |",
         "|---|---|---|---|---|---|---|",
@@ -319,7 +312,7 @@ def _gap_closed(by_method: dict[str, dict[str, dict[str, str]]], name: str) -> s
 
 def pattern_table() -> str:
     """Noise that does not fall at random, one line per kind."""
-    found = [row for row in rows_of(DETECTION) if row["kind"] != "symmetric" or row["extra"]]
+    found = [row for row in read_rows(DETECTION) if row["kind"] != "symmetric" or row["extra"]]
     names = ("noise", "flipped", "seeds", "estimate", "AUROC", "precision", "recall", "precision claimed")
     lines = [f"| {' | '.join(names)} | recall claimed | worst annotator |", "|---|---|---|---|---|---|---|---|---|---|"]
     for kind, rate, extra in sorted({(row["kind"], float(row["flip_rate"]), row["extra"]) for row in found}):

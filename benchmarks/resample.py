@@ -23,20 +23,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from noise import COMMON, MIN_GAP, NUM_HELD_OUT, ROPO, append, key_of, rows_of
+from noise import COMMON, MIN_GAP, NUM_HELD_OUT, ROPO, append, key_of
 from scipy.stats import t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ropo import Pair, ROPOConfig, ROPOTrainer, __version__, flip_labels, run_audit
 from ropo.bench.policy import PolicyScore, score_policy
+from ropo.bench.rows import read_rows
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
 from ropo.data.toy import gold_reward, make_pairs, save_toy
 from ropo.ledger import read_ledger
 from ropo.logps.score import score_pairs
+from ropo.pair_dataset import PairDataset
 from ropo.pairs import PairLogps
 from ropo.resample.generate import Sample, sample_responses
 from ropo.resample.win_back import Scored, WonBack, win_back
-from ropo.trainer import PairDataset, losses_of, margins_of
+from ropo.trainer import losses_of, margins_of
 
 RESULTS = Path(__file__).with_suffix(".csv")
 RATES, SEEDS, NUM_PAIRS, MOST_CANDIDATES = (0.2, 0.4), (1, 2, 3, 4, 5), 3000, 16
@@ -248,7 +250,7 @@ def table() -> str:
     """One table per flip rate: differences to training once without new pairs, paired by seed."""
     blocks = []
     for rate in RATES:
-        all_rows = [row for row in rows_of(RESULTS) if float(row["flip_rate"]) == rate]
+        all_rows = [row for row in read_rows(RESULTS) if float(row["flip_rate"]) == rate]
         found = [row for row in all_rows if int(row["num_dropped"])]
         plain = [row for row in found if row["variant"] == "none"]
         if not plain:
@@ -292,7 +294,7 @@ def main() -> None:
             save_toy(base, seed=0)
         for seed in SEEDS:
             for rate in RATES:
-                done = {key_of(row, CELL) for row in rows_of(RESULTS)}
+                done = {key_of(row, CELL) for row in read_rows(RESULTS)}
                 cells = [{"variant": variant, "flip_rate": rate, "seed": seed} for variant in VARIANTS]
                 missing = [cell for cell in cells if key_of(cell, CELL) not in done]
                 if not missing or not _claim(scratch / f"resample_{rate}_{seed}"):

@@ -49,14 +49,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from ropo import ROPOConfig, load_pairs, run_rounds
+from ropo import PairDataset, ROPOConfig, load_pairs, run_rounds
 from ropo import trainer as ours
+from ropo.bench.rows import read_rows
 from ropo.data import toy
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps.batch import LAYOUTS
 from ropo.logps.score import score_pairs
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
-from ropo.provenance import machine, versions
+from ropo.provenance import commit, machine, versions
 
 HERE = Path(__file__).parent
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -229,7 +230,7 @@ def measure_ours(way: Way, task: Task) -> dict[str, Any]:
     reference_seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         args = ROPOConfig(loss="dpo", rho="0", num_folds=0, bf16=way.has_bf16, **common(task, folder))
-        data = ours.PairDataset(task.pairs, task.tokens, reference=reference)
+        data = PairDataset(task.pairs, task.tokens, reference=reference)
         trainer = ours.ROPOTrainer(task.model, args, train_dataset=data, processing_class=task.tokenizer)
         losses = train(trainer, clock)
     return {**clock.found(), "reference_seconds": reference_seconds, "losses": losses}
@@ -416,14 +417,6 @@ def profile_steps(layout: str, source: str | None, threads: int) -> str:
     return str(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=48))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows so far."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """All rows, in the order of turns, tasks and ways."""
     names = [way.name for way in WAYS]
@@ -454,18 +447,12 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
         rows.append(
             {
                 "task": task, "way": way.name, "turn": turn, **found, "trl": metadata.version("trl"),
-                "date": datetime.now(UTC).date().isoformat(), "commit": _commit(),
+                "date": datetime.now(UTC).date().isoformat(), "commit": commit(),
             }
         )  # fmt: skip
         write_rows(args.output, rows)
         print({name: rows[-1][name] for name in COLUMNS[:7]}, flush=True)
     check_losses(losses, task)
-
-
-def _commit() -> str:
-    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 def table() -> str:

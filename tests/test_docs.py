@@ -12,10 +12,11 @@ import pytest
 
 from ropo.bench import methods
 from ropo.bench.export import EXPORTS
-from ropo.bench.grid import read_bench_config, read_rows
+from ropo.bench.grid_config import read_bench_config
 from ropo.bench.options import ExportArguments, WinRateArguments
 from ropo.bench.publish import publish_bench
 from ropo.bench.results import summary_table
+from ropo.bench.rows import read_rows
 from ropo.cli import parse_options, parse_train
 from ropo.data.inject import noise_table
 from ropo.losses import methods_table
@@ -126,7 +127,11 @@ def test_the_benchmark_is_published_as_its_rows_say(tmp_path):
         assert path.read_text() == (kept / path.name).read_text(), path.name
     table = summary_table(read_rows(kept / "results.csv"))
     assert table in (ROOT / "README.md").read_text()
-    assert table in (ROOT / "docs" / "results.md").read_text()
+    page, numbers = (ROOT / "docs" / "results.md").read_text(), (kept / "results.md").read_text().replace("-", "−")
+    assert table in page
+    # What the text quotes stands in a table.
+    for quoted in re.findall(r"[+−]?\d\.\d+ ±\d\.\d+", page.replace(table, "")):
+        assert quoted in numbers, quoted
 
 
 def benchmark(name):

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from ropo.losses import LOSSES as LOSSES
     from ropo.noise.decide import decide as decide
     from ropo.noise.estimate import estimate_flips as estimate_flips
+    from ropo.pair_dataset import PairDataset as PairDataset
     from ropo.pairs import Pair as Pair
     from ropo.pairs import PairLogps as PairLogps
     from ropo.pairs import margin as margin
-    from ropo.trainer import PairDataset as PairDataset
     from ropo.trainer import ROPOTrainer as ROPOTrainer
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ _HOME = {
     "DataError": "ropo.data.validate",
     "LOSSES": "ropo.losses",
     "Pair": "ropo.pairs",
-    "PairDataset": "ropo.trainer",
+    "PairDataset": "ropo.pair_dataset",
     "PairLogps": "ropo.pairs",
     "ROPOConfig": "ropo.config",
     "ROPOTrainer": "ropo.trainer",

@@ -30,12 +30,13 @@ from ropo.judge.verdicts import Judge
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
 from ropo.outputs import Read, publish, publish_audit
+from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import hash_value, read_json, write_aside, write_json
 from ropo.rounds import run_all
 from ropo.stages import Stages
-from ropo.trainer import PairDataset, batching
+from ropo.trainer import batching
 
 logger = logging.getLogger(__name__)
 

@@ -32,11 +32,11 @@ from ropo.judge.verdicts import Judge, flip_judge
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.decide import RULES, decide
 from ropo.noise.estimate import FlipEstimate, estimate_flips
+from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import hash_value, read_json, write_aside, write_json
 from ropo.stages import Stages
-from ropo.trainer import PairDataset
 
 logger = logging.getLogger(__name__)
 

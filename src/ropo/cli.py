@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from ropo.align import run_audit, run_rounds
 from ropo.bench.answers import export_answers
-from ropo.bench.grid import read_bench_config, run_bench
+from ropo.bench.grid import run_bench
+from ropo.bench.grid_config import read_bench_config
 from ropo.bench.options import ExportArguments, WinRateArguments
 from ropo.bench.publish import publish_bench
 from ropo.bench.win_rate import run_win_rate

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
+from ropo.pair_dataset import PairDataset
 from ropo.policy import PolicySource
 from ropo.provenance import write_aside
 from ropo.stages import Stages
-from ropo.trainer import PairDataset, ROPOTrainer
+from ropo.trainer import ROPOTrainer
 
 NUM_CHECKS = 3
 

@@ -14,18 +14,18 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ropo.align import run_rounds
-from ropo.bench.measures import Mean, auroc, precision_recall
+from ropo.bench.detection import detection
+from ropo.bench.measures import Mean
 from ropo.bench.policy import PolicyScore, score_policy
+from ropo.bench.tasks import MIN_GAP
 from ropo.config import ROPOConfig
 from ropo.data.inject import flip_labels
 from ropo.data.toy import gold_reward, make_pairs, save_toy
-from ropo.ledger import read_ledger
 from ropo.logps.score import progress_bar
 from ropo.pairs import Pair
 from ropo.provenance import write_json
 
 NUM_HELD_OUT = 500
-MIN_GAP = 1.5  # gold reward between the two responses of a pair; nearer ones are a coin toss to people, too
 # Shared by both methods: same start, same pairs, same passes over them.
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -126,25 +126,6 @@ def score_toy_policy(
         max_new_tokens=48,
         seed=seed,
     )
-
-
-def detection(path: Path, is_flipped: np.ndarray) -> dict[str, float]:
-    """How well the ledger of a run finds planted flips.
-
-    Args:
-        path: Output folder of the run.
-        is_flipped: The answer key, by row.
-
-    Returns:
-        `auroc` of P(flipped), or of −margin where no pair was judged by a model that had not seen it; `precision` and
-        `recall` of the pairs that were not kept.
-    """
-    ledger = read_ledger(path / "ledger.parquet").to_pandas()
-    rows = ledger[(ledger["origin"] == "data") & (ledger["round"] == 0)].sort_values("row")
-    truth = is_flipped[rows["row"].to_numpy()]
-    margins = rows["held_out_margin"].fillna(rows["margin"]).to_numpy()
-    precision, recall = precision_recall((rows["decision"] != "keep").to_numpy(), truth)
-    return {"auroc": auroc(-margins, truth), "precision": precision, "recall": recall}
 
 
 def _plain(score: PolicyScore) -> dict[str, Any]:

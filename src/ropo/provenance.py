@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,6 +105,18 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # a package that is only on the path has no metadata
             continue
     return found
+
+
+def commit() -> str:
+    """Commit of the code that runs, with a plus if files differ from it; empty outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    found = git("rev-parse", "--short=10", "HEAD")
+    return found + ("+" if found and git("status", "--porcelain", "--", str(here)) else "")
 
 
 def machine() -> dict[str, str]:

@@ -40,6 +40,7 @@ from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
 from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
 from ropo.noise.estimate import estimate_flips
+from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
 from ropo.provenance import read_json, write_aside, write_json
@@ -48,7 +49,7 @@ from ropo.resample.generate import sample_responses
 from ropo.resample.select import SELECTION_RULES
 from ropo.resample.win_back import NOTHING, Scored, Scorer, WonBack, win_back
 from ropo.stages import Stages
-from ropo.trainer import PairDataset, ROPOTrainer, batching, losses_of, margins_of
+from ropo.trainer import ROPOTrainer, batching, losses_of, margins_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ several devices) is therefore there.
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,13 +37,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ropo.config import ROPOConfig
 from ropo.data.problems import render
-from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
+from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import read_checked
-from ropo.logps.batch import LAYOUTS, Batch, split_by_tokens
+from ropo.logps.batch import Batch
 from ropo.logps.cache import reference_logps
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
-from ropo.pairs import Pair, PairLogps, margin, margin_per_token
+from ropo.pair_dataset import PairCollator, PairDataset
+from ropo.pairs import PairLogps, margin, margin_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -75,106 +74,6 @@ _MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597,
 def metrics_table() -> str:
     """METRICS as a Markdown table, for `docs/metrics.md`."""
     return "\n".join(["| name | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in METRICS.items())])
-
-
-class PairDataset(Dataset[dict[str, Any]]):
-    """Tokenized pairs with what training needs beside the tokens.
-
-    Args:
-        pairs: The pairs, for names in messages and for annotators.
-        tokens: Their token ids, same order.
-        reference: Log-probabilities under the reference, same order; None for losses without one.
-        weights: Weight of each pair in the loss; default the pair's own.
-
-    Raises:
-        ValueError: If the lengths differ.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        tokens: Sequence[TokenizedPair],
-        *,
-        reference: PairLogps | None = None,
-        weights: Sequence[float] | None = None,
-    ) -> None:
-        self.pairs, self.tokens, self.reference = list(pairs), list(tokens), reference
-        self.weights = [pair.weight for pair in pairs] if weights is None else list(weights)
-        self.annotators = sorted({pair.annotator or "" for pair in pairs})
-        number_of = {name: i for i, name in enumerate(self.annotators)}
-        self.annotator_of = [number_of[pair.annotator or ""] for pair in pairs]
-        sizes = {len(pairs), len(tokens), len(self.weights), len(pairs) if reference is None else len(reference)}
-        if len(sizes) != 1:
-            raise ValueError(f"PairDataset needs one entry per pair everywhere; got lengths {sorted(sizes)}.")
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def select(self, places: Iterable[int]) -> "PairDataset":
-        """The pairs at `places`, with their weights and reference log-probabilities."""
-        places = list(places)
-        return PairDataset(
-            [self.pairs[i] for i in places],
-            [self.tokens[i] for i in places],
-            reference=None if self.reference is None else self.reference[places],
-            weights=[self.weights[i] for i in places],
-        )
-
-    def joined(self, new: TokenizedPairs, reference: PairLogps | None) -> "PairDataset":
-        """This dataset followed by new pairs; `reference` is theirs."""
-        if self.reference is not None and reference is not None:
-            columns = ((getattr(self.reference, name), getattr(reference, name)) for name in ("chosen", "rejected"))
-            chosen, rejected = (torch.cat(column) for column in columns)
-            reference = PairLogps(chosen=chosen, rejected=rejected)
-        return PairDataset(
-            [*self.pairs, *new.pairs],
-            [*self.tokens, *new.tokens],
-            reference=reference,
-            weights=[*self.weights, *(pair.weight for pair in new.pairs)],
-        )
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        # "input_ids" is the name under which `Trainer` looks for the length of an item when it groups by length.
-        return {"input_ids": self.tokens[i], "position": i}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairCollator:
-    """Items of a `PairDataset` to the tensors of one batch, in pieces that a forward pass takes at once.
-
-    Attributes:
-        dataset: Where the items come from.
-        layout: One of `ropo.logps.batch.LAYOUTS`.
-        pad_token_id: For layouts that pad.
-        max_tokens: Most unique tokens in a piece; None for no limit.
-    """
-
-    dataset: PairDataset
-    layout: str
-    pad_token_id: int
-    max_tokens: int | None = None
-
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `position` of all pairs and `pieces`; a piece is a batch of `ropo.logps.batch` with more beside it.
-
-        What stands beside it: `position`, `weight`, `annotator` and `reference_*`, each (pairs,).
-        """
-        pieces = split_by_tokens([len(item["input_ids"]) for item in items], max_tokens=self.max_tokens)
-        return {
-            "position": torch.tensor([item["position"] for item in items]),  # first: where `Trainer` counts the pairs
-            "pieces": [self._piece([items[i] for i in piece]) for piece in pieces],
-        }
-
-    def _piece(self, items: Sequence[Mapping[str, Any]]) -> Batch:
-        dataset, where = self.dataset, [item["position"] for item in items]
-        batch = LAYOUTS[self.layout]([item["input_ids"] for item in items], pad_token_id=self.pad_token_id)
-        batch["position"] = torch.tensor(where)
-        batch["weight"] = torch.tensor([dataset.weights[i] for i in where], dtype=torch.float32)
-        batch["annotator"] = torch.tensor([dataset.annotator_of[i] for i in where])
-        if dataset.reference is not None:
-            batch["reference_chosen"] = dataset.reference.chosen[where]
-            batch["reference_rejected"] = dataset.reference.rejected[where]
-        return batch
 
 
 class ROPOTrainer(Trainer):

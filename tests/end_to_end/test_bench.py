@@ -2,7 +2,7 @@
 
 import pytest
 
-from ropo.bench.grid import read_rows
+from ropo.bench.rows import read_rows
 from ropo.cli import main
 from ropo.data.toy import make_model, make_tokenizer
 
@@ -62,5 +62,5 @@ def test_several_processes_measure_what_one_does(output, tmp_path):
 def test_misuse_is_told_before_anything_is_made(output, capsys):
     (output.parent / "grid.yaml").write_text(GRID.replace("dpo,", "dpoo,"))
     assert bench(output) == 2
-    assert "Did you mean dpo?" in capsys.readouterr().err
+    assert "Did you mean dpo" in capsys.readouterr().err
     assert not (output / "results.csv").exists()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ropo.bench.figures import cost_and_quality, gold_over_distance, score_over_rate
-from ropo.bench.grid import read_rows
 from ropo.bench.methods import METHODS
 from ropo.bench.results import (
     FLOOR,
@@ -16,10 +15,12 @@ from ropo.bench.results import (
     cell_tables,
     cells_of,
     detection_table,
+    difference_table,
     methods_of,
     settings_table,
     summary_table,
 )
+from ropo.bench.rows import read_rows
 from ropo.provenance import write_aside
 
 # A picture with more lines cannot be read: the lines to compare with, and of each family one.
@@ -48,7 +49,8 @@ def publish_bench(folder: Path) -> list[Path]:
                 path.write_text(picture, encoding="utf-8")
             parts += [f"![{what}]({made[-1].name})", ""]
         parts += ["### Flips ranked", "", detection_table(group), "", cell_tables(group), ""]
-        parts += ["### Settings", "", "Each is the best of its trials (`trials.csv`).", "", settings_table(group)]
+        parts += ["### Differences within seeds", "", difference_table(group), ""]
+        parts += ["### Settings", "", settings_table(group)]
     with write_aside(made[0]) as path:
         path.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return made

@@ -17,7 +17,6 @@ from ropo.bench.methods import METHODS
 Row = Mapping[str, str]
 
 FLOOR, CEILING = "dpo", "ceiling"
-AT_NO_NOISE = ("ceiling", "clean", "information_line")  # without flips all three are `dpo`, so they are not run there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +75,9 @@ class CellOfGrid:
         for row in rows:
             self.by_method.setdefault(row["method"], {})[row["seed"]] = row
         if flip_rate == 0 and FLOOR in self.by_method:
-            for name in AT_NO_NOISE:
-                self.by_method.setdefault(name, self.by_method[FLOOR])
+            for name, method in METHODS.items():  # there all reference lines are DPO, so they are not run
+                if method.is_reference:
+                    self.by_method.setdefault(name, self.by_method[FLOOR])
 
     @property
     def title(self) -> str:
@@ -225,7 +225,7 @@ def cell_tables(rows: Sequence[Row]) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for name in [*lines_of_reference, *names]:
-            if name not in cell.by_method or (name in AT_NO_NOISE and not cell.flip_rate):
+            if name not in cell.by_method or (METHODS[name].is_reference and not cell.flip_rate):
                 continue
             accuracy = cell.mean(name, "accuracy")
             is_best = best is not None and name in names and cell.is_tie(name, best, "accuracy")
@@ -245,12 +245,33 @@ def cell_tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def difference_table(rows: Sequence[Row], method: str = "ropo") -> str:
+    """A method against every other one and the lines, cell by cell, paired by seed.
+
+    Args:
+        rows: Of one task and size.
+        method: Whose scores the others' are taken from.
+
+    Returns:
+        Markdown; cells in which only one seed has both are left out.
+    """
+    lines, names = methods_of(rows)
+    written = [f"| {method} minus | cell | accuracy | gold reward |", "|---|---|---|---|"]
+    for other in [*lines, *names]:
+        for cell in cells_of(rows):
+            both = [(cell.difference(method, other, key), digits) for key, digits in _DIGITS]
+            if other != method and both[0][0].count > 1:
+                shown = " | ".join(one.write(digits, signed=True) for one, digits in both)
+                written.append(f"| {other} | {cell.title} | {shown} |")
+    return "\n".join(written)
+
+
 def _share(one: Interval) -> str:
     return f"{one.mean:.0%}" if one.count else ""
 
 
 def settings_table(rows: Sequence[Row]) -> str:
-    """The setting that each method was run with, and how it was judged among its trials.
+    """The setting that each method was run with.
 
     Args:
         rows: Of one task and size.

@@ -46,7 +46,8 @@ class Task:
 
 def _toy(name: str, grammar: Grammar) -> Callable[..., Task]:
     def make(folder: Path, *, num_pairs: int, num_held_out: int, seed: int, source: Path | None) -> Task:
-        del source  # written by its grammar
+        if source is not None:
+            raise ValueError(f"The task {name} needs no source, its grammar writes it; got {source}. Leave it out.")
         model = folder / name
         if not (model / "tokenizer.json").exists():
             save_toy(model, seed=0, grammar=grammar)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ropo.bench import grid
+from ropo.bench import cell
 from ropo.bench.tasks import Task
 from ropo.data.toy import gold_reward, make_model, make_pairs, make_tokenizer
 
@@ -31,5 +31,5 @@ def small_task(monkeypatch):
             max_new_tokens=8,
         )
 
-    monkeypatch.setattr(grid, "TASKS", {"reviews": make})
+    monkeypatch.setattr(cell, "TASKS", {"reviews": make})
     return made

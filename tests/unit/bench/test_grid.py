@@ -3,22 +3,13 @@ import json
 import numpy as np
 import pytest
 
+from ropo.bench import cell as cell_module
 from ropo.bench import grid
-from ropo.bench.grid import (
-    KEY,
-    BenchConfig,
-    Cell,
-    append_row,
-    best_setting,
-    measure,
-    missing_cells,
-    missing_trials,
-    plant,
-    read_bench_config,
-    read_rows,
-    run_bench,
-)
+from ropo.bench.cell import NUM_SEEN_BY_WEAK_ANNOTATOR, NUM_SPARE, Cell, make_task, measure, named, plant
+from ropo.bench.grid import best_setting, missing_cells, missing_trials, run_bench
+from ropo.bench.grid_config import BenchConfig, read_bench_config
 from ropo.bench.methods import METHODS, trials_of
+from ropo.bench.rows import KEY, append_row, read_rows
 from ropo.bench.word_reward import fit_on_pairs
 from ropo.data.inject import NOISE
 
@@ -50,13 +41,16 @@ def row(method="dpo", accuracy=0.9, gold=1.0, **more):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "review"}, "task needs known names; got 'review'. Did you mean reviews?"),
-        ({"methods": ("dpoo",)}, "Did you mean dpo?"),
-        ({"noise": {"symetric": [0.1]}}, "Did you mean symmetric?"),
+        ({"task": "review"}, "task needs one of .*; got 'review'. Did you mean reviews"),
+        ({"methods": ("dpoo",)}, "Did you mean dpo"),
+        ({"noise": {"symetric": [0.1]}}, "Did you mean symmetric"),
         ({"noise": {"symmetric": [0.5]}}, r"rates in \[0, 0.5\); got 0.5 for symmetric"),
         ({"seeds": (1, 100)}, "got 100, which is in seeds"),
-        ({"tuned": {"dpo2": {}}}, "tuned needs known names"),
+        ({"tuned": {"dpo2": {}}}, "methods needs one of"),
         ({"num_pairs": 3}, "num_pairs needs 10 or more; got 3"),
+        ({"options": {"max_lenght": 64}}, "Did you mean max_length"),
+        ({"tuned": {"dpo": {"learning_rat": 1e-4}}}, "Did you mean learning_rate"),
+        ({"tuned": {"ropo": {"beta": 0.1}}}, "tuned needs methods of this grid.*got ropo"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(change, message):
@@ -68,8 +62,9 @@ def test_a_grid_that_makes_no_sense_is_refused(change, message):
     ("text", "message"),
     [
         ("- a", "holds a list"),
-        ("task: reviews\nseed: [1]\n", "got 'seed'. Did you mean seeds?"),
+        ("task: reviews\nseed: [1]\n", "unknown option 'seed'. Did you mean seeds"),
         ("task: reviews\n", "needs seeds, noise, methods"),
+        ("task: reviews\nseeds: 1\nnoise: {symmetric: [0.2]}\nmethods: [dpo]\n", r"needs seeds like \[1, 2\]; got 1"),
     ],
 )
 def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
@@ -137,24 +132,24 @@ def test_only_what_is_missing_is_to_do_whole_seeds_first(tmp_path):
 
 @pytest.mark.parametrize("kind", NOISE)
 def test_every_kind_of_noise_can_be_planted(kind, small_task, tmp_path):
-    task, spare = grid._make_task(config(), tmp_path, 1)
+    task, spare = make_task(config(), tmp_path, 1)
     noisy, is_flipped = plant(task, kind, 0.25, 1, spare)
     assert is_flipped.sum() == 6
     assert [a.chosen == b.rejected for a, b in zip(noisy, task.pairs, strict=True)] == is_flipped.tolist()
 
 
 def test_the_weak_annotator_errs_where_its_own_reward_does(small_task, tmp_path):
-    task, spare = grid._make_task(config(num_pairs=1000), tmp_path, 1)
-    weak = fit_on_pairs(spare[: grid.NUM_SEEN_BY_WEAK_ANNOTATOR])
+    task, spare = make_task(config(num_pairs=1000), tmp_path, 1)
+    weak = fit_on_pairs(spare[:NUM_SEEN_BY_WEAK_ANNOTATOR])
     is_fooled = np.array([weak(p.prompt, p.rejected) > weak(p.prompt, p.chosen) for p in task.pairs])
     _, is_flipped = plant(task, "weak_annotator", 0.3, 1, spare)
     assert is_flipped[is_fooled].mean() > 0.5 > 0.25 > is_flipped[~is_fooled].mean()
 
 
 def test_held_out_and_spare_pairs_are_not_those_of_training(small_task, tmp_path):
-    task, spare = grid._make_task(config(), tmp_path, 1)
+    task, spare = make_task(config(), tmp_path, 1)
     parts = [{pair.id for pair in pairs} for pairs in (task.pairs, task.held_out, spare)]
-    assert [len(part) for part in parts] == [24, 10, grid.NUM_SPARE]
+    assert [len(part) for part in parts] == [24, 10, NUM_SPARE]
     assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
 
 
@@ -165,7 +160,7 @@ def test_a_stopped_grid_goes_on_and_a_finished_one_does_nothing(small_task, tmp_
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(cell)
-        return {**grid._named(config, cell), "accuracy": 0.9, "gold": 1.0, "kl": 1.0, "seconds": 1.0}
+        return {**named(config, cell), "accuracy": 0.9, "gold": 1.0, "kl": 1.0, "seconds": 1.0}
 
     monkeypatch.setattr(grid, "measure", measured)
     with pytest.raises(KeyboardInterrupt):
@@ -181,11 +176,30 @@ def test_a_stopped_grid_goes_on_and_a_finished_one_does_nothing(small_task, tmp_
     run_bench(config(), tmp_path, num_processes=1, on_row=lambda *_: pytest.fail("nothing was missing"))
 
 
+def test_a_folder_of_another_grid_is_not_gone_on_with(small_task, tmp_path, monkeypatch):
+    """Options that all rows share are in no row, so they stand beside them."""
+    monkeypatch.setattr(grid, "measure", lambda *_: pytest.fail("nothing should be measured"))
+    known = {"dpo": {"beta": 0.1}}
+    none = config(methods=("dpo",), tuned=known, noise={})
+    run_bench(none, tmp_path, num_processes=1)
+    run_bench(none, tmp_path, num_processes=1)
+    other = config(methods=("dpo",), tuned=known, noise={}, options={"use_cpu": True, "num_train_epochs": 2})
+    with pytest.raises(ValueError, match=r"measured with options \{'use_cpu': True\}; got"):
+        run_bench(other, tmp_path, num_processes=1)
+    with pytest.raises(ValueError, match="num_processes needs 1 or more; got 0"):
+        run_bench(none, tmp_path, num_processes=0)
+
+
+def test_a_task_that_needs_no_data_refuses_some(tmp_path):
+    with pytest.raises(ValueError, match="The task reviews needs no source"):
+        make_task(config(source="reviews.zip"), tmp_path, 1)
+
+
 def test_one_cell_that_fails_does_not_cost_the_others(small_task, tmp_path, monkeypatch):
     def measured(config, cell, folder):
         if cell.method == "ceiling" and cell.seed == 1:
             raise ValueError("no luck")
-        return {**grid._named(config, cell), "accuracy": 0.9, "gold": 1.0, "kl": 1.0, "seconds": 1.0}
+        return {**named(config, cell), "accuracy": 0.9, "gold": 1.0, "kl": 1.0, "seconds": 1.0}
 
     monkeypatch.setattr(grid, "measure", measured)
     with pytest.raises(RuntimeError, match=r"1 of 6 cells failed.*\n.*ceiling on symmetric 25%, seed 1.*no luck"):
@@ -197,7 +211,7 @@ def test_a_run_that_diverges_is_a_row_without_scores(small_task, tmp_path, monke
     def diverge(*_):
         raise FloatingPointError("The loss is not finite")
 
-    monkeypatch.setattr(grid, "run_method", diverge)
+    monkeypatch.setattr(cell_module, "run_method", diverge)
     found = measure(config(), Cell(method="dpo", kind="symmetric", flip_rate=0.25, seed=1, options={}), tmp_path)
     append_row(tmp_path / "trials.csv", found)
     assert read_rows(tmp_path / "trials.csv")[0]["accuracy"] == ""

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ropo.bench import grid, methods, selective
-from ropo.bench.grid import BenchConfig
+from ropo.bench import methods, selective
+from ropo.bench.cell import make_task
+from ropo.bench.grid_config import BenchConfig
 from ropo.bench.methods import METHODS, Noisy, run_method
 from ropo.bench.perp_correct import Mixture, correct_by_perplexity, fit_mixture, perplexity_differences
 from ropo.config import ROPOConfig
@@ -29,7 +30,7 @@ def noisy(small_task, tmp_path):
     config = BenchConfig(
         task="reviews", seeds=(1,), noise={}, methods=("dpo",), num_pairs=100, num_held_out=10, num_samples=4
     )
-    task, spare = grid._make_task(config, tmp_path, 1)
+    task, spare = make_task(config, tmp_path, 1)
     pairs, is_flipped = flip_labels(task.pairs, rate=0.2, seed=0)
     return Noisy(task=task, pairs=pairs, is_flipped=is_flipped, spare=spare, seed=3, common=OPTIONS)
 

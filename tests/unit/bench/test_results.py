@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 
 from ropo.bench.figures import spread
-from ropo.bench.grid import append_row, read_rows
 from ropo.bench.publish import publish_bench
 from ropo.bench.results import (
     cell_tables,
     cells_of,
     detection_table,
+    difference_table,
     interval_of,
     mean_gap_closed,
     relative_cost,
     summary_table,
 )
+from ropo.bench.rows import append_row, read_rows
 
 # accuracy by method and seed: the floor 0.8, the ceiling 0.9 and in between what closes half of the gap.
 SCORES = {
@@ -108,6 +109,13 @@ def test_tables_say_what_the_rows_say(found):
     assert re.search(r"\| \*ceiling\* \| 3 \| 0.900 ±", table)
     assert "| ropo | 0.900 ±0.000 |" in detection_table(found)
     assert relative_cost(cells_of(found), "ropo") == pytest.approx(2.0)
+
+
+def test_differences_are_those_within_seeds(found):
+    table = difference_table(found)
+    assert "| dpo | symmetric 30% | +0.075 ±" in table
+    assert "| rdpo | symmetric 30% | +0.025 ±" in table
+    assert "| ropo |" not in table
 
 
 def test_the_interval_is_students():

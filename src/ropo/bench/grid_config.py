@@ -1,0 +1,116 @@
+"""What a benchmark is to measure.
+
+In: a YAML file. Out: `BenchConfig`, known to be valid before anything is made.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ropo.bench.methods import METHODS
+from ropo.bench.tasks import TASKS
+from ropo.config import ROPOConfig, check_choice, did_you_mean
+from ropo.data.inject import NOISE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """What to measure; the fields are the keys of the YAML file.
+
+    Attributes:
+        task: A name in `TASKS`.
+        source: Data of the task, if it needs any.
+        num_pairs: Training pairs.
+        num_held_out: Pairs for the accuracy.
+        num_samples: Responses for gold reward and distance, at most one per held-out pair.
+        seeds: Those that are reported.
+        noise: Kind of noise -> flip rates.
+        methods: Names in `METHODS`; reference lines too.
+        num_trials: Settings that are tried for each method.
+        tuning_kind: Noise on which methods are tuned.
+        tuning_rate: Its rate.
+        tuning_seed: A seed that is not reported.
+        tuned: Settings that are known already: method -> learning rate, beta, own parameters. It is not tuned then.
+        options: Options of `ROPOConfig` that all methods share.
+    """
+
+    task: str
+    seeds: tuple[int, ...]
+    noise: Mapping[str, Sequence[float]]
+    methods: tuple[str, ...]
+    source: str | None = None
+    num_pairs: int = 6000
+    num_held_out: int = 2000
+    num_samples: int = 1000
+    num_trials: int = 9
+    tuning_kind: str = "symmetric"
+    tuning_rate: float = 0.2
+    tuning_seed: int = 100
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        for kind, rates in self.noise.items():
+            for rate in rates:
+                if not 0 <= rate < 0.5:
+                    raise ValueError(f"noise needs rates in [0, 0.5); got {rate} for {kind}.")
+        if self.tuning_seed in self.seeds:
+            raise ValueError(
+                f"tuning_seed needs a seed that is not reported; got {self.tuning_seed}, which is in seeds. Change one."
+            )
+        for name, least in (("num_pairs", 10), ("num_held_out", 1), ("num_samples", 2), ("num_trials", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} needs {least} or more; got {getattr(self, name)}.")
+
+    def _check_names(self) -> None:
+        """Every name is in its table, and no setting is given that nothing would use."""
+        check_choice("task", self.task, TASKS)
+        for what, names, table in (("methods", [*self.methods, *self.tuned], METHODS), ("noise", self.noise, NOISE)):
+            for name in names:
+                check_choice(what, name, table)
+        check_choice("tuning_kind", self.tuning_kind, NOISE)
+        for options in (self.options, *self.tuned.values()):
+            _check_keys("options", options, ROPOConfig)
+        tuned_ones = {METHODS[name].like or name for name in self.methods}
+        if unused := sorted(set(self.tuned) - tuned_ones):
+            raise ValueError(
+                f"tuned needs methods of this grid that are tuned themselves; got {unused[0]}. Leave it out."
+            )
+
+
+def read_bench_config(path: Path) -> BenchConfig:
+    """Read a grid from YAML.
+
+    Raises:
+        ValueError: If the file is not there, or a key is unknown, missing or out of range.
+    """
+    if not path.is_file():
+        raise ValueError(f"--config needs a YAML file; {path} is not there.")
+    found = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"--config needs a YAML file of `key: value` lines; {path} holds a {type(found).__name__}.")
+    _check_keys(str(path), found, BenchConfig)
+    missing = [name for name in ("task", "seeds", "noise", "methods") if name not in found]
+    if missing:
+        raise ValueError(f"{path} needs {', '.join(missing)}; got none. See benchmarks/quick.yaml.")
+    for name, kind, form in (
+        ("seeds", list, "[1, 2]"),
+        ("methods", list, "[dpo]"),
+        ("noise", dict, "{symmetric: [0.2]}"),
+    ):
+        if not isinstance(found[name], kind):
+            raise ValueError(f"{path} needs {name} like {form}; got {found[name]!r}.")
+    for name in ("seeds", "methods"):
+        found[name] = tuple(found[name])
+    return BenchConfig(**found)
+
+
+def _check_keys(where: str, found: Mapping[str, Any], kind: type) -> None:
+    known = [one.name for one in fields(kind)]
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{where}: unknown option {name!r}.{did_you_mean(name, known)}")
