@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ropo.bench.methods import METHODS
+from ropo.bench.methods import BETAS, LEARNING_RATES, METHODS
 from ropo.bench.tasks import TASKS
 from ropo.config import ROPOConfig, check_choice, did_you_mean
 from ropo.data.inject import NOISE
@@ -30,6 +30,8 @@ class BenchConfig:
         noise: Kind of noise -> flip rates.
         methods: Names in `METHODS`; reference lines too.
         num_trials: Settings that are tried for each method.
+        learning_rates: From these.
+        betas: And these.
         tuning_kind: Noise on which methods are tuned.
         tuning_rate: Its rate.
         tuning_seed: A seed that is not reported.
@@ -46,6 +48,8 @@ class BenchConfig:
     num_held_out: int = 2000
     num_samples: int = 1000
     num_trials: int = 9
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    betas: tuple[float, ...] = BETAS
     tuning_kind: str = "symmetric"
     tuning_rate: float = 0.2
     tuning_seed: int = 100
@@ -65,6 +69,12 @@ class BenchConfig:
         for name, least in (("num_pairs", 10), ("num_held_out", 1), ("num_samples", 2), ("num_trials", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} needs {least} or more; got {getattr(self, name)}.")
+        for name in ("learning_rates", "betas"):
+            values = getattr(self, name)
+            if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
+                raise ValueError(
+                    f"{name} needs one or more numbers above 0; got {list(values)}. In YAML 2e-4 is text, 2.0e-4 a number."
+                )
 
     def _check_names(self) -> None:
         """Every name is in its table, and no setting is given that nothing would use."""
@@ -101,11 +111,14 @@ def read_bench_config(path: Path) -> BenchConfig:
         ("seeds", list, "[1, 2]"),
         ("methods", list, "[dpo]"),
         ("noise", dict, "{symmetric: [0.2]}"),
+        ("learning_rates", list, "[2.0e-4]"),
+        ("betas", list, "[0.3]"),
     ):
-        if not isinstance(found[name], kind):
+        if name in found and not isinstance(found[name], kind):
             raise ValueError(f"{path} needs {name} like {form}; got {found[name]!r}.")
-    for name in ("seeds", "methods"):
-        found[name] = tuple(found[name])
+    for name in ("seeds", "methods", "learning_rates", "betas"):
+        if name in found:
+            found[name] = tuple(found[name])
     return BenchConfig(**found)
 
 

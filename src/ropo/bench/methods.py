@@ -27,7 +27,8 @@ from ropo.bench.tasks import Task
 from ropo.config import ROPOConfig
 from ropo.pairs import Pair
 
-LEARNING_RATES, BETAS = (1e-4, 2e-4, 4e-4), (0.3, 1.0)  # for one pass over some thousand toy pairs
+LEARNING_RATES, BETAS = (1e-4, 2e-4, 4e-4), (0.3, 1.0)
+"""What is tried where a grid names nothing else: for one pass of a model made in code over some thousand pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,13 @@ def run_method(name: str, noisy: Noisy, folder: Path, tuned: Mapping[str, Any]) 
     return (method.run or align)(noisy, method.data(noisy), folder, {**options, **tuned})
 
 
-def trials_of(name: str, num_trials: int) -> list[dict[str, Any]]:
+def trials_of(
+    name: str,
+    num_trials: int,
+    *,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    betas: Sequence[float] = BETAS,
+) -> list[dict[str, Any]]:
     """The settings that are tried for a method: all of them if they are few, else a Latin hypercube.
 
     In the latter every learning rate, every beta and every value of an own parameter is tried about equally often.
@@ -131,6 +138,8 @@ def trials_of(name: str, num_trials: int) -> list[dict[str, Any]]:
     Args:
         name: A name in `METHODS`.
         num_trials: The same for every method.
+        learning_rates: Values that are tried.
+        betas: Values that are tried.
 
     Returns:
         Learning rate, beta and own parameters of each trial.
@@ -139,7 +148,7 @@ def trials_of(name: str, num_trials: int) -> list[dict[str, Any]]:
         >>> len(trials_of("dpo", 6)), [trial["holder_gamma"] for trial in trials_of("holder", 3)]
         (6, [1.0, 2.0, 4.0])
     """
-    axes = {"learning_rate": LEARNING_RATES, "beta": BETAS, **METHODS[name].search}
+    axes = {"learning_rate": learning_rates, "beta": betas, **METHODS[name].search}
     every = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if len(every) <= num_trials:
         return every
