@@ -25,6 +25,7 @@ from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import read_verdicts, with_verdicts
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
+from ropo.forecast import tell_forecast
 from ropo.judge.make import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.logps.cache import reference_logps
@@ -113,8 +114,9 @@ def run_rounds(
         ValueError: If the output folder holds something else than this run, or a verdict is about another pair.
     """
     made = _prepare(
-        model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions
-    )
+        model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
+        is_audit=False,
+    )  # fmt: skip
     digest, audit = made.digest, None
     judge = judge or make_judge(args, made.folder / "judge")
     if args.needs_audit:
@@ -180,8 +182,9 @@ def run_audit(
     if not args.num_folds:
         raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
     made = _prepare(
-        model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions
-    )
+        model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
+        is_audit=True,
+    )  # fmt: skip
     audit = _audit_of(made, args, peft_config, judge or make_judge(args, made.folder / "judge"))
     audit.run(made.digest)
     return publish_audit(audit, folder=made.folder, read=made.read(command))
@@ -210,6 +213,8 @@ def _prepare(
     load_options: Mapping[str, Any] | None,
     trusted: Any,
     decisions: Path | None,
+    *,
+    is_audit: bool,
 ) -> _Prepared:
     """Read, check and tokenize the data, claim the output folder, score the reference."""
     folder = Path(str(args.output_dir))
@@ -248,6 +253,7 @@ def _prepare(
     identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
     _claim(folder, identity)
     _report_problems(folder, problems)
+    tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
     reference_of = _reference_of(source, tokenizer, args)
     digest = hash_value(identity)
     needs_reference = LOSSES[args.loss].needs_reference

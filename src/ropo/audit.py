@@ -6,8 +6,9 @@ pass, and the weighted pairs to train on.
 The way: ROPO alternates between training on weighted pairs and weighing them by the trained model's losses. Here the
 losses are held-out, so that no pair is judged by a model that was trained on it. The first pass trains on all labels
 and gives the flip rate. A further pass trains on what the last one kept, with the robust loss, and judges all pairs
-anew: its models have seen fewer wrong labels, so they tell the pairs apart better. It keeps the first pass's rate,
-since labels that have been filtered agree with themselves.
+anew: its models have seen fewer wrong labels, so they tell the pairs apart better. Its margins alone would give too low
+a rate, since labels that have been filtered agree with themselves. So it keeps the first pass's, unless both judges
+together contradict more labels than the first one's interval holds: then what it took for its doubt is wrong labels.
 """
 
 import copy
@@ -29,9 +30,10 @@ from transformers import PreTrainedTokenizerBase
 from ropo.config import LOSS_OPTIONS, ROPOConfig
 from ropo.crossfit import crossfit_margins
 from ropo.judge.verdicts import Judge, flip_judge
+from ropo.noise.agreement import rate_by_agreement
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.decide import RULES, decide
-from ropo.noise.estimate import FlipEstimate, estimate_flips
+from ropo.noise.estimate import estimate_flips
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
@@ -47,6 +49,10 @@ FIRST_PASS_BETA = 0.1
 strong pull to the reference makes DPO fit single labels before what they have in common."""
 
 LEAST_ALPHA, ALPHA_PER_NOISE = 2.0, 34.0
+
+AGREEMENT_LEVEL = 0.99
+"""How sure it must be that two judges together contradict more labels than the first pass's interval holds. Judges that
+have seen the same pairs share errors, so their agreement reads too high on few pairs: by 0.05 on 1,500 toy pairs."""
 
 
 class Audit:
@@ -117,7 +123,7 @@ class Audit:
         return found
 
     def estimate(self) -> dict[str, Any]:
-        """`FlipEstimate.to_dict()` of the first pass."""
+        """`FlipEstimate.to_dict()` of the first pass, with the rate of both judges where that is higher."""
         found: dict[str, Any] = self.judgement()["estimate"]
         return found
 
@@ -201,23 +207,51 @@ class Audit:
             )
 
     def _estimate(self, number: int, checks: Floats) -> tuple[dict[str, Any], Floats]:
-        """Of the first pass the estimate; of later ones P(flipped) by their own margins at the first one's rates."""
+        """Of the first pass the estimate; of later ones P(flipped) by their own margins at the rate of both."""
         open_ = self._sign != 0
         sign, known = self._sign[open_], self._is_known[open_]
-        rate = None if number == 0 else float(read_json(self._pass(0) / "judgement.json")["estimate"]["rate"])
+        told = None if number == 0 else self._with_agreement(checks[-1])
         names = [pair.annotator for pair, is_open in zip(self.data.pairs, open_, strict=True) if is_open]
         found = estimate_flips(
-            sign * checks[-1, open_], annotators=names, is_trusted=known if known.any() else None, rate=rate
+            sign * checks[-1, open_],
+            annotators=names,
+            is_trusted=known if known.any() else None,
+            rate=None if told is None else told["rate"],
         )
-        told = found.to_dict() if number == 0 else self._first_estimate(found)
+        own = found.to_dict()
+        told = {**own, "by_agreement": None} if told is None else {**told, "scale": own["scale"], "tail": own["tail"]}
         p_flip = np.ones(len(self._sign))
         p_flip[open_] = np.where(sign < 0, 1.0, found.p_flip)
         return told, p_flip
 
-    def _first_estimate(self, found: FlipEstimate) -> dict[str, Any]:
-        first = dict(read_json(self._pass(0) / "judgement.json")["estimate"])
-        later = found.to_dict()
-        return {**first, "scale": later["scale"], "tail": later["tail"]}
+    def _with_agreement(self, margins: Floats) -> dict[str, Any]:
+        """The first pass's estimate, in the light of this pass's margins."""
+        doubtful = (self._sign != 0) & ~self._is_known
+        first = self._tensor("margins", 0)[-1]
+        estimate = read_json(self._pass(0) / "judgement.json")["estimate"]
+        return raise_by_agreement(estimate, first[doubtful], margins[doubtful])
+
+
+def raise_by_agreement(estimate: Mapping[str, Any], first: Floats, second: Floats) -> dict[str, Any]:
+    """Take the rate of two judges where it is surely above what one judge's margins explain by flips at random.
+
+    Errors with a rule (the larger model is taken to write better, annotators err between responses that are nearly as
+    good) look like honest doubt to one judge: the surer it is of a pair, the seldomer the label is wrong.
+
+    Args:
+        estimate: `FlipEstimate.to_dict()` of the first pass.
+        first: Held-out margins of its judges, shape (pairs,).
+        second: Of judges trained on what it kept.
+
+    Returns:
+        The estimate with `by_agreement`, the rate of both or None; where it counts, `rate` is that rate, and the
+        interval reaches from the lower end of the one reading to the upper end of the other.
+    """
+    both = rate_by_agreement(first, second, level=AGREEMENT_LEVEL)
+    found = {**estimate, "by_agreement": None if both is None else both.rate}
+    if both is not None and both.low > estimate["high"]:
+        found |= {"rate": both.rate, "high": both.high}
+    return found
 
 
 _SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}

@@ -7,7 +7,7 @@ Hugging Face model folder, or `cleaned.jsonl`, `dropped.jsonl` and `review.csv`.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _round_summary(this: Round) -> dict[str, Any]:
     told = read_json(path) if (path := this.folder / "resampling.json").exists() else {}
     return {
         "round": this.number,
-        "flip_rate": {"estimate": estimate["rate"], "low": estimate["low"], "high": estimate["high"]},
+        "flip_rate": _flip_rate(estimate),
         "is_informative": estimate["is_informative"],
         "reason": estimate["reason"],
         "rho": found["rho"],
@@ -118,6 +118,12 @@ def _round_summary(this: Round) -> dict[str, Any]:
         "num_resampled_trained_on": len(this.data) - this.num_data,
         **{name: told.get(name, default) for name, default in (("num_judged", 0), ("refused", {}))},
     }
+
+
+def _flip_rate(estimate: Mapping[str, Any]) -> dict[str, float | None]:
+    """The rate with its interval, and the rate by two judges where there were two."""
+    names = {"estimate": "rate", "low": "low", "high": "high", "by_agreement": "by_agreement"}
+    return {name: estimate[key] for name, key in names.items()}
 
 
 def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, Any]:
@@ -216,11 +222,10 @@ def publish_audit(audit: Audit, *, folder: Path, read: Read) -> dict[str, Any]:
     )
     is_data = [pair.origin == "data" for pair in pairs]
     counts = Counter(what for what, own in zip(judged["decisions"], is_data, strict=True) if own)
-    rate = {"estimate": estimate["rate"], "low": estimate["low"], "high": estimate["high"]}
     names = ("rho", "rho_reason", "alpha", "alpha_reason")
     summary = {
         "task": "audit",
-        "flip_rate": rate,
+        "flip_rate": _flip_rate(estimate),
         "is_informative": estimate["is_informative"],
         "reason": estimate["reason"],
         **{name: judged[name] for name in names},

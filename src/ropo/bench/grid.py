@@ -98,9 +98,7 @@ def missing_trials(config: BenchConfig, path: Path) -> list[Cell]:
         )
         for method in dict.fromkeys(METHODS[name].like or name for name in config.methods)
         if method not in config.tuned
-        for options in trials_of(
-            method, config.num_trials, learning_rates=config.learning_rates, betas=config.betas
-        )
+        for options in trials_of(method, config.num_trials, learning_rates=config.learning_rates, betas=config.betas)
     )
     return [cell for cell in cells if key_of(named(config, cell), TRIAL_KEY) not in done]
 

@@ -73,7 +73,8 @@ class BenchConfig:
             values = getattr(self, name)
             if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
                 raise ValueError(
-                    f"{name} needs one or more numbers above 0; got {list(values)}. In YAML 2e-4 is text, 2.0e-4 a number."
+                    f"{name} needs one or more numbers above 0; got {list(values)}. In YAML 2e-4 is text, 2.0e-4 is "
+                    "a number."
                 )
 
     def _check_names(self) -> None:

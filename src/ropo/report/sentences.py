@@ -137,6 +137,12 @@ def interval(tables: Table) -> str:
         return f"{reason[:1].upper()}{reason[1:]}" + ("" if reason.endswith(".") else ".")
     shown = percent_range(estimate["low"], estimate["high"])
     best = f"; best guess {percent(estimate['rate'])}" if _may_be_clean(estimate) else ""
+    if estimate["by_agreement"] is not None and estimate["rate"] == estimate["by_agreement"]:
+        return (
+            f"Two readings, {shown}, from {counted(estimate['num_pairs'], 'pair')}: flips that fall at random explain "
+            "only the lower part, but two judges of different training contradict the same labels far more often. "
+            "So the errors do not fall at random, and the higher reading is acted on."
+        )
     return f"{percent(estimate['level'])} interval {shown}{best}, from {counted(estimate['num_pairs'], 'pair')}."
 
 

@@ -1,0 +1,212 @@
+"""What this run will cost on this machine, said before it starts.
+
+In: the model's config, tokenized pairs, a `ROPOConfig`. Out: a `Plan`.
+
+The one idea: a real training step of a model with the same config, random weights and at most two layers, on real
+pairs, reaches the operations a second that the whole run will reach. So the estimate needs neither the weights nor a
+table of machines.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from peft import PeftConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from ropo.config import ROPOConfig
+from ropo.data.tokenize import TokenizedPair
+from ropo.logps.batch import LAYOUTS
+from ropo.logps.shared_prefix import FORWARDS, choose_layout
+from ropo.losses import LOSSES
+from ropo.plan import Machine, ModelSize, PairSize, Plan, RunSize, forward_operations, plan_run
+from ropo.policy import PolicySource
+from ropo.trainer import batching
+
+logger = logging.getLogger(__name__)
+
+_NUM_LAYERS = 2  # of the model that is timed
+_NUM_STEPS = 3  # that are timed, the fastest counts: the first ones warm up
+
+
+def tell_forecast(
+    source: PolicySource,
+    tokens: Sequence[TokenizedPair],
+    args: ROPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_config: PeftConfig | None,
+    *,
+    is_audit: bool,
+) -> None:
+    """Log what a run will cost, or why that cannot be said; an estimate never stops a run.
+
+    Args:
+        source: Of the initial model.
+        tokens: All pairs.
+        args: Options.
+        tokenizer: The model's.
+        peft_config: For adapters.
+        is_audit: No model is aligned after the audit.
+    """
+    # Several processes would time each other; where nobody reads the log, nothing is timed.
+    if not logger.isEnabledFor(logging.INFO) or not PartialState().is_main_process:
+        return
+    try:
+        config = AutoConfig.from_pretrained(source.name_or_path, revision=source.load_options.get("revision"))
+        plan = forecast(config, tokens, args, tokenizer, peft_config, is_audit=is_audit)
+    except (
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OSError,
+    ) as error:  # a model of another make, or too little memory
+        logger.info("What this run will cost cannot be told: %s", error)
+        return
+    logger.info("This run, if nothing of it is done yet: %s", plan.sentence())
+
+
+def forecast(
+    config: PretrainedConfig,
+    tokens: Sequence[TokenizedPair],
+    args: ROPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_config: PeftConfig | None = None,
+    *,
+    is_audit: bool = False,
+) -> Plan:
+    """Count a run, and time a step of it.
+
+    The number of suspects is not known before the audit: without `rho` the plan has none, so it counts two passes of
+    judging, of which the second falls away on clean labels, and no sampling.
+
+    Args:
+        config: Of the model.
+        tokens: All pairs.
+        args: Options.
+        tokenizer: The model's.
+        peft_config: For adapters.
+        is_audit: No model is aligned after the audit.
+
+    Returns:
+        The plan.
+    """
+    num_devices = max(1, args.world_size)
+    run = RunSize(
+        rounds=0 if is_audit else args.rounds,
+        num_train_epochs=_epochs(args, len(tokens), num_devices),
+        pairs_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * num_devices,
+        num_folds=args.num_folds if args.needs_audit or is_audit else 0,
+        num_passes=args.num_passes,
+        rho=args.fixed_rho or 0.0,
+        num_candidates=args.num_candidates,
+        new_tokens=args.max_new_tokens / 2,  # responses end before the limit; half of it is a guess
+        needs_reference=LOSSES[args.loss].needs_reference,
+    )
+    pairs, size = _pair_size(tokens), model_size(config, peft_config)
+    machine = Machine(
+        flops=reached_rate(config, tokens, args, tokenizer),
+        share=1.0,
+        num_devices=num_devices,
+        weight_bytes=2 if args.bf16 and peft_config is not None else 4,
+    )
+    at_once = min(args.max_tokens_per_batch or np.inf, args.per_device_train_batch_size * pairs.unique_tokens)
+    return plan_run(size, pairs, run, machine, tokens_at_once=float(at_once))
+
+
+def _epochs(args: ROPOConfig, num_pairs: int, num_devices: int) -> float:
+    """Passes over the pairs, where steps are given too."""
+    if args.max_steps <= 0:
+        return float(args.num_train_epochs)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_devices
+    return args.max_steps * per_step / num_pairs
+
+
+def _pair_size(tokens: Sequence[TokenizedPair]) -> PairSize:
+    lengths = np.array([[len(one.prompt), len(one.chosen), len(one.rejected)] for one in tokens], dtype=np.float64)
+    prompt, chosen, rejected = lengths.mean(axis=0)
+    return PairSize(num_pairs=len(tokens), prompt_tokens=prompt, chosen_tokens=chosen, rejected_tokens=rejected)
+
+
+def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None) -> ModelSize:
+    """Count the weights of a model without making them.
+
+    Args:
+        config: Of the model.
+        peft_config: Of the adapter that is trained, if one is.
+
+    Returns:
+        Its size.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    outside = embedding.numel() + (0 if head is embedding else head.numel())
+    trained = total
+    if peft_config is not None:
+        adapted = get_peft_model(model, copy.deepcopy(peft_config))
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return ModelSize(
+        layer_weights=total - outside,
+        head_weights=head.numel(),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        trained_weights=trained,
+        total_weights=total,
+    )
+
+
+def reached_rate(
+    config: PretrainedConfig, tokens: Sequence[TokenizedPair], args: ROPOConfig, tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """Operations a second in training, measured on some of the pairs with a model of few layers.
+
+    Args:
+        config: Of the model.
+        tokens: All pairs.
+        args: Options, for the size of a batch and the precision.
+        tokenizer: The model's.
+
+    Returns:
+        Operations a second, as `forward_operations` counts them.
+    """
+    device = PartialState().device
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = min(_NUM_LAYERS, config.num_hidden_layers)
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[: small.num_hidden_layers]
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(small).to(device)
+    how = batching(args, tokenizer)
+    layout, _ = choose_layout(model, tokens[:2], pad_token_id=how["pad_token_id"], max_length=args.max_length)
+    # As in training, pairs come as they lie, not sorted by length; a few are enough.
+    some = [tokens[i] for i in np.random.default_rng(0).permutation(len(tokens))[: args.per_device_train_batch_size]]
+    batch = {
+        name: tensor.to(device) for name, tensor in LAYOUTS[layout](some, pad_token_id=how["pad_token_id"]).items()
+    }
+    fastest = min(_seconds(model, layout, batch, use_bf16=args.bf16) for _ in range(_NUM_STEPS))
+    pairs = _pair_size(some)
+    return 3 * len(some) * forward_operations(model_size(small), pairs) / fastest
+
+
+def _seconds(model: torch.nn.Module, layout: str, batch: dict[str, torch.Tensor], *, use_bf16: bool) -> float:
+    """Of one forward and backward pass."""
+    device = batch["input_ids"].device
+    model.zero_grad()
+    _wait_for(device)
+    start = time.perf_counter()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
+        logps = FORWARDS[layout](model, batch)
+    (logps.rejected - logps.chosen).sum().backward()
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
