@@ -97,7 +97,8 @@ def forecast(
     num_devices = max(1, args.world_size)
     run = RunSize(
         rounds=0 if is_audit else args.rounds,
-        num_train_epochs=_epochs(args, len(tokens), num_devices),
+        num_train_epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
         pairs_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * num_devices,
         num_folds=args.num_folds if args.needs_audit or is_audit else 0,
         num_passes=args.num_passes,
@@ -115,14 +116,6 @@ def forecast(
     )
     at_once = min(args.max_tokens_per_batch or np.inf, args.per_device_train_batch_size * pairs.unique_tokens)
     return plan_run(size, pairs, run, machine, tokens_at_once=float(at_once))
-
-
-def _epochs(args: ROPOConfig, num_pairs: int, num_devices: int) -> float:
-    """Passes over the pairs, where steps are given too."""
-    if args.max_steps <= 0:
-        return float(args.num_train_epochs)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_devices
-    return args.max_steps * per_step / num_pairs
 
 
 def _pair_size(tokens: Sequence[TokenizedPair]) -> PairSize:

@@ -60,6 +60,7 @@ class RunSize:
 
     rounds: int = 1
     num_train_epochs: float = 1.0
+    max_steps: int = -1
     pairs_per_step: int = 8
     num_folds: int = 5
     num_passes: int = 2
@@ -180,30 +181,29 @@ def plan_run(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, 
     n, once = pairs.num_pairs, forward_operations(model, pairs)
     rate = machine.flops * machine.share * machine.num_devices
 
+    def read_in_training(num_pairs: float) -> float:
+        """Pairs that one training on so many reads; `max_steps` is what each training is given."""
+        return run.max_steps * run.pairs_per_step if run.max_steps > 0 else num_pairs * run.num_train_epochs
+
     def stage(name: str, *, trained: float = 0.0, scored: float = 0.0) -> Stage:
         operations = (_TRAINING * trained + _FORWARD * scored) * once
         return Stage(
             name=name,
             tokens=(trained + scored) * pairs.unique_tokens,
-            steps=-(-int(trained) // run.pairs_per_step),
+            steps=-(-round(trained) // run.pairs_per_step),
             operations=operations,
             seconds=operations / rate,
         )
 
     stages = [stage("reference", scored=n)] if run.needs_reference else []
     if run.num_folds:
-        stages.append(
-            stage(
-                "audit",
-                trained=run.num_passes * (run.num_folds - 1) * n * run.num_train_epochs,
-                scored=run.num_passes * _NUM_CHECKS * n,
-            )
-        )
-    kept, new = (1 - run.rho) * n, run.rho * n if run.num_candidates else 0.0
-    trained = run.rounds * kept + (run.rounds - 1) * new
-    stages.append(stage("rounds", trained=trained * run.num_train_epochs, scored=run.rounds * n))
-    if new and run.rounds > 1:
-        stages.append(_sampling(model, pairs, run, machine, (run.rounds - 1) * new))
+        in_a_fold = read_in_training((run.num_folds - 1) / run.num_folds * n)
+        trained = run.num_passes * run.num_folds * in_a_fold
+        stages.append(stage("audit", trained=trained, scored=run.num_passes * _NUM_CHECKS * n))
+    if run.rounds:
+        stages.append(stage("rounds", trained=run.rounds * read_in_training(n), scored=run.rounds * n))
+    if run.num_candidates and run.rho and run.rounds > 1:
+        stages.append(_sampling(model, pairs, run, machine, (run.rounds - 1) * run.rho * n))
     return Plan(stages=stages, memory_bytes=training_bytes(model, machine, tokens_at_once=tokens_at_once))
 
 
