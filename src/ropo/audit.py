@@ -250,7 +250,14 @@ def raise_by_agreement(estimate: Mapping[str, Any], first: Floats, second: Float
     both = rate_by_agreement(first, second, level=AGREEMENT_LEVEL)
     found = {**estimate, "by_agreement": None if both is None else both.rate}
     if both is not None and both.low > estimate["high"]:
-        found |= {"rate": both.rate, "high": both.high}
+        found |= {
+            "rate": both.rate,
+            "high": both.high,
+            "reason": (
+                f"Flips at random explain {100 * estimate['low']:.1f} % to {100 * estimate['high']:.1f} %, but two judges "
+                f"of different training together contradict {100 * both.rate:.1f} %."
+            ),
+        }
     return found
 
 
