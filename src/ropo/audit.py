@@ -254,8 +254,8 @@ def raise_by_agreement(estimate: Mapping[str, Any], first: Floats, second: Float
             "rate": both.rate,
             "high": both.high,
             "reason": (
-                f"Flips at random explain {100 * estimate['low']:.1f} % to {100 * estimate['high']:.1f} %, but two judges "
-                f"of different training together contradict {100 * both.rate:.1f} %."
+                f"Flips at random explain {100 * estimate['low']:.1f} % to {100 * estimate['high']:.1f} %, but two "
+                f"judges of different training together contradict {100 * both.rate:.1f} %."
             ),
         }
     return found

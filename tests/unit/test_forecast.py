@@ -1,0 +1,111 @@
+"""The estimate before a run: sizes are the model's, steps are the trainer's, and it never stops or changes a run."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+
+from ropo import ROPOConfig, forecast
+from ropo.data.tokenize import tokenize_pairs
+from ropo.data.toy import make_pairs, save_toy
+from ropo.policy import PolicySource
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forecast") / "model"
+    save_toy(folder, seed=0, num_texts=32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return folder, tokenizer, tokenize_pairs(make_pairs(40, seed=0), tokenizer, max_length=128).tokens
+
+
+def options(tmp_path, **more):
+    return ROPOConfig(output_dir=str(tmp_path / "out"), max_length=128, per_device_train_batch_size=8, **more)
+
+
+LLAMA = LlamaConfig(
+    vocab_size=300, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+GPT2 = GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["untied", "tied"])
+def test_sizes_are_those_of_the_model(config):
+    model = AutoModelForCausalLM.from_config(config)
+    size = forecast.model_size(config)
+    total = sum(p.numel() for p in model.parameters())
+    assert size.total_weights == size.trained_weights == total
+    assert size.layer_weights == total - (300 * 32 if config is GPT2 else 2 * 300 * 32)
+    assert (size.num_layers, size.hidden_size, size.head_weights) == (3, 32, 300 * 32)
+    assert size.intermediate_size == (128 if config is GPT2 else 80)
+
+
+def test_an_adapter_trains_few_weights():
+    adapter = LoraConfig(r=4, target_modules=["q_proj"])
+    adapted = get_peft_model(AutoModelForCausalLM.from_config(LLAMA), adapter)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert forecast.model_size(LLAMA, adapter).trained_weights == trained < 2000
+
+
+@pytest.mark.parametrize(
+    ("more", "is_audit", "stages", "steps"),
+    [
+        ({"loss": "dpo", "rho": "0", "num_folds": 0}, False, ["reference", "rounds"], 5),
+        ({"num_folds": 2}, False, ["reference", "audit", "rounds"], 10 + 5),
+        ({"num_folds": 2, "max_steps": 3}, False, ["reference", "audit", "rounds"], 12 + 3),
+        ({"num_folds": 2, "gradient_accumulation_steps": 2}, True, ["reference", "audit"], 5),
+        (
+            {"num_folds": 0, "rho": "0.2", "rounds": 2, "num_candidates": 2},
+            False,
+            ["reference", "rounds", "sampling"],
+            10,
+        ),
+    ],
+)
+def test_stages_and_steps_are_those_of_the_run(toy, tmp_path, more, is_audit, stages, steps):
+    """40 pairs in batches of 8; a fold of two trains on 20 of them."""
+    folder, tokenizer, tokens = toy
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    plan = forecast.forecast(config, tokens, options(tmp_path, **more), tokenizer, is_audit=is_audit)
+    assert [stage.name for stage in plan.stages] == stages
+    assert sum(stage.steps for stage in plan.stages) == steps
+    assert 0 < plan.seconds < 3600
+    assert 0 < plan.memory_bytes < 2**30
+
+
+def test_random_state_is_left_alone(toy, tmp_path):
+    folder, tokenizer, tokens = toy
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    before = torch.random.get_rng_state()
+    forecast.reached_rate(config, tokens, options(tmp_path), tokenizer)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert config.num_hidden_layers == AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers
+
+
+def test_it_is_told(toy, tmp_path, caplog):
+    folder, tokenizer, tokens = toy
+    with caplog.at_level(logging.INFO, logger="ropo.forecast"):
+        forecast.tell_forecast(PolicySource(str(folder)), tokens, options(tmp_path), tokenizer, None, is_audit=True)
+    assert "This run, if nothing of it is done yet: About" in caplog.text
+    assert "GiB of memory" in caplog.text
+
+
+def test_a_model_that_it_cannot_size_stops_nothing(toy, tmp_path, caplog):
+    _, tokenizer, tokens = toy
+    source = PolicySource(str(tmp_path / "nothing_here"))
+    with caplog.at_level(logging.INFO, logger="ropo.forecast"):
+        forecast.tell_forecast(source, tokens, options(tmp_path), tokenizer, None, is_audit=False)
+    assert "cannot be told" in caplog.text
+
+
+def test_nothing_is_timed_where_nobody_reads_it(toy, tmp_path, monkeypatch):
+    folder, tokenizer, tokens = toy
+    monkeypatch.setattr(forecast, "forecast", lambda *_, **__: pytest.fail("timed"))
+    forecast.logger.setLevel(logging.WARNING)
+    try:
+        forecast.tell_forecast(PolicySource(str(folder)), tokens, options(tmp_path), tokenizer, None, is_audit=False)
+    finally:
+        forecast.logger.setLevel(logging.NOTSET)
