@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit, run_rounds
 from ropo.bench.measures import auroc, average_precision, precision_recall
-from ropo.bench.policy import score_policy
+from ropo.bench.policy import each, score_policy
 from ropo.bench.rows import read_rows
 from ropo.data.toy import REVIEWS, SUPPORT, gold_reward, make_pairs, save_toy
 from ropo.ledger import read_ledger
@@ -146,7 +147,7 @@ def align(cell: dict[str, Any], method: str, scratch: Path, folder: Path) -> dic
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (folder, base)]
     score = score_policy(
         *models, AutoTokenizer.from_pretrained(base), pairs[num_pairs : num_pairs + NUM_HELD_OUT],
-        lambda prompt, text: gold_reward(prompt, text, grammar=TASKS[task]),
+        each(partial(gold_reward, grammar=TASKS[task])),
         num_samples=1000, max_length=128, max_new_tokens=48, seed=seed,
     )  # fmt: skip
     return {

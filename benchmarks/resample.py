@@ -28,7 +28,7 @@ from scipy.stats import t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ropo import Pair, ROPOConfig, ROPOTrainer, __version__, flip_labels, run_audit
-from ropo.bench.policy import PolicyScore, score_policy
+from ropo.bench.policy import PolicyScore, each, score_policy
 from ropo.bench.rows import read_rows
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
 from ropo.data.toy import gold_reward, make_pairs, save_toy
@@ -219,7 +219,7 @@ class Cell:
             if options is not None:
                 model = self.train([*self.kept, *new], self.folder / "first" if carries_on else None)
             self.scores[key] = score_policy(
-                model, self.reference, self.tokenizer, self.held_out, gold_reward,
+                model, self.reference, self.tokenizer, self.held_out, each(gold_reward),
                 num_samples=1000, max_length=128, max_new_tokens=48, seed=self.seed,
             )  # fmt: skip
         score = self.scores[key]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ropo.align import run_rounds
 from ropo.bench.detection import detection
 from ropo.bench.measures import Mean
-from ropo.bench.policy import PolicyScore, score_policy
+from ropo.bench.policy import PolicyScore, each, score_policy
 from ropo.bench.tasks import MIN_GAP
 from ropo.config import ROPOConfig
 from ropo.data.inject import flip_labels
@@ -120,7 +120,7 @@ def score_toy_policy(
         reference,
         tokenizer,
         held_out,
-        gold_reward,
+        each(gold_reward),
         num_samples=NUM_HELD_OUT,
         max_length=128,
         max_new_tokens=48,

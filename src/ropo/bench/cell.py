@@ -22,8 +22,9 @@ import ropo
 from ropo.bench.detection import detection
 from ropo.bench.grid_config import BenchConfig
 from ropo.bench.methods import METHODS, Noisy, run_method
-from ropo.bench.policy import score_policy
-from ropo.bench.tasks import TASKS, Task
+from ropo.bench.policy import each, score_policy
+from ropo.bench.task import Task
+from ropo.bench.tasks import TASKS
 from ropo.bench.word_reward import fit_on_pairs
 from ropo.data.inject import NOISE, flip_labels
 from ropo.pairs import Pair
@@ -67,6 +68,7 @@ def make_task(config: BenchConfig, folder: Path, seed: int) -> tuple[Task, list[
         num_held_out=config.num_held_out + NUM_SPARE,
         seed=seed,
         source=None if config.source is None else Path(config.source),
+        **config.own,
     )
     return replace(made, held_out=made.held_out[: config.num_held_out]), made.held_out[config.num_held_out :]
 
@@ -87,8 +89,11 @@ def plant(task: Task, kind: str, rate: float, seed: int, spare: Sequence[Pair]) 
     needs = NOISE[kind].needs
     more: dict[str, Any] = {}
     if needs == "rewards":
-        reward = fit_on_pairs(spare[:NUM_SEEN_BY_WEAK_ANNOTATOR]) if kind == "weak_annotator" else task.gold_reward
-        more["rewards"] = [[reward(pair.prompt, y) for y in (pair.chosen, pair.rejected)] for pair in task.pairs]
+        is_weak = kind == "weak_annotator"
+        rewards = each(fit_on_pairs(spare[:NUM_SEEN_BY_WEAK_ANNOTATOR])) if is_weak else task.gold_rewards
+        prompts = [pair.prompt for pair in task.pairs]
+        columns = ([pair.chosen for pair in task.pairs], [pair.rejected for pair in task.pairs])
+        more["rewards"] = np.array([rewards(prompts, responses) for responses in columns]).T
     elif needs == "words":
         more["words"] = task.words
     return flip_labels(task.pairs, rate=rate, seed=1000 * seed + 1, kind=kind, **more)
@@ -149,7 +154,7 @@ def _scores(config: BenchConfig, task: Task, trained: Path, seed: int) -> dict[s
         AutoModelForCausalLM.from_pretrained(task.model),
         AutoTokenizer.from_pretrained(task.model),
         task.held_out,
-        task.gold_reward,
+        task.gold_rewards,
         num_samples=min(config.num_samples, len(task.held_out)),
         max_length=task.max_length,
         max_new_tokens=task.max_new_tokens,

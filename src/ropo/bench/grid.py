@@ -74,13 +74,14 @@ def _claim(folder: Path, config: BenchConfig) -> None:
         "num_samples": config.num_samples,
         "source": None if config.source is None else Path(config.source).name,
         "options": dict(config.options),
+        **config.own,
     }
     path = folder / "bench.json"
     there = read_json(path) if path.exists() else shared
     for name, value in shared.items():
-        if there[name] != value:
+        if there.get(name) != value:
             raise ValueError(
-                f"{folder} holds rows measured with {name} {there[name]}; got {value}. Use another output_dir."
+                f"{folder} holds rows measured with {name} {there.get(name)}; got {value}. Use another output_dir."
             )
     write_json(path, shared)
 

@@ -11,9 +11,12 @@ from typing import Any
 import yaml
 
 from ropo.bench.methods import BETAS, LEARNING_RATES, METHODS
+from ropo.bench.own import LACKS
 from ropo.bench.tasks import TASKS
 from ropo.config import ROPOConfig, check_choice, did_you_mean
 from ropo.data.inject import NOISE
+
+_OWN = ("model", "judge", "max_length", "max_new_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,10 @@ class BenchConfig:
         tuning_seed: A seed that is not reported.
         tuned: Settings that are known already: method -> learning rate, beta, own parameters. It is not tuned then.
         options: Options of `ROPOConfig` that all methods share.
+        model: Initial model of the task `own`, folder or hub id.
+        judge: Its judge: options named as in `ROPOConfig`.
+        max_length: Of the task `own`: longest prompt and response together, tokens.
+        max_new_tokens: Of the task `own`: longest sampled response, tokens.
     """
 
     task: str
@@ -55,9 +62,20 @@ class BenchConfig:
     tuning_seed: int = 100
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What only the task `own` is given; empty for the others."""
+        given = {name: getattr(self, name) for name in _OWN}
+        return {name: value for name, value in given.items() if value}
 
     def __post_init__(self) -> None:
         self._check_names()
+        self._check_own()
         for kind, rates in self.noise.items():
             for rate in rates:
                 if not 0 <= rate < 0.5:
@@ -91,6 +109,21 @@ class BenchConfig:
             raise ValueError(
                 f"tuned needs methods of this grid that are tuned themselves; got {unused[0]}. Leave it out."
             )
+
+    def _check_own(self) -> None:
+        """A task of the user's has what it needs, and nothing is given that another task would ignore."""
+        if self.task != "own":
+            if self.own:
+                raise ValueError(
+                    f"The task {self.task} brings its own {next(iter(self.own))}; got another. Leave it out."
+                )
+            return
+        for name in ("source", "model", "judge"):
+            if not getattr(self, name):
+                raise ValueError(f"The task own needs {name}; got none. See docs/benchmark.md.")
+        for kind in (*self.noise, self.tuning_kind):
+            if kind in LACKS:
+                raise ValueError(f"The task own cannot have noise of kind {kind}; got it. Leave it out.")
 
 
 def read_bench_config(path: Path) -> BenchConfig:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ropo.align import run_rounds
 from ropo.bench.perp_correct import correct_by_perplexity
 from ropo.bench.selective import easiest_first
-from ropo.bench.tasks import Task
+from ropo.bench.task import Task
 from ropo.config import ROPOConfig
 from ropo.pairs import Pair
 

@@ -16,7 +16,13 @@ from ropo.logps.score import score_pairs
 from ropo.pairs import Pair, margin
 from ropo.resample.generate import Sample, sample_responses
 
-GoldReward = Callable[[Any, Any], float]  # of a prompt and a response, as the task writes them
+GoldRewards = Callable[[Sequence[Any], Sequence[Any]], list[float]]
+"""True rewards of prompts and of one response to each, as the task writes them: all at once, since a judge may ask."""
+
+
+def each(gold_reward: Callable[[Any, Any], float]) -> GoldRewards:
+    """`GoldRewards` from a reward of one prompt and one response."""
+    return lambda prompts, responses: [gold_reward(x, y) for x, y in zip(prompts, responses, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +51,7 @@ def score_policy(
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
-    gold_reward: GoldReward,
+    gold_rewards: GoldRewards,
     *,
     num_samples: int,
     max_length: int = 512,
@@ -59,7 +65,7 @@ def score_policy(
         reference: The model it was aligned from.
         tokenizer: Of both.
         pairs: Held-out pairs, text, right labels.
-        gold_reward: True reward of a prompt and a response.
+        gold_rewards: True rewards; `each` makes it from a function of one response.
         num_samples: Responses to sample, one for each of the first prompts.
         max_length: For tokenizing.
         max_new_tokens: Longest response.
@@ -84,7 +90,7 @@ def score_policy(
         seed=seed,
         title="Sampling for the gold reward",
     )
-    rewards = [gold_reward(str(prompts[sample.prompt]), sample.text) for sample in samples]
+    rewards = gold_rewards([prompts[sample.prompt] for sample in samples], [sample.text for sample in samples])
     drawn = _as_pairs(prompt_ids, samples, tokenizer)
     drawn_own, drawn_base = (score_pairs(model, drawn, title="Distance", **batching) for model in (policy, reference))
     return PolicyScore(

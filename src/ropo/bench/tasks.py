@@ -6,42 +6,17 @@ Add a task: one function that makes it, one line in `TASKS`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from ropo.bench import sentiment
-from ropo.bench.policy import GoldReward
+from ropo.bench import own, sentiment
+from ropo.bench.policy import each
+from ropo.bench.task import Task
 from ropo.data.grammar import REVIEWS, SUPPORT, Grammar
 from ropo.data.toy import gold_reward, make_pairs, save_toy
-from ropo.pairs import Pair
 
 MIN_GAP = 1.5  # gold reward between the two responses of a toy pair; nearer ones are a coin toss to people, too
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """Everything a benchmark cell starts from; the same for every method.
-
-    Attributes:
-        name: Its name in `TASKS`.
-        model: Folder of the initial model, which is also the reference.
-        pairs: Training pairs with right labels, rows 0, 1, ...
-        held_out: Further pairs with right labels, to test on.
-        gold_reward: True reward of any response.
-        words: Words of the prompts of one subject, for noise of kind `topic`.
-        max_length: Longest prompt and response together, tokens.
-        max_new_tokens: Longest sampled response, tokens.
-    """
-
-    name: str
-    model: Path
-    pairs: list[Pair]
-    held_out: list[Pair]
-    gold_reward: GoldReward
-    words: tuple[str, ...]
-    max_length: int
-    max_new_tokens: int
 
 
 def _toy(name: str, grammar: Grammar) -> Callable[..., Task]:
@@ -57,7 +32,7 @@ def _toy(name: str, grammar: Grammar) -> Callable[..., Task]:
             model=model,
             pairs=pairs[:num_pairs],
             held_out=pairs[num_pairs:],
-            gold_reward=lambda prompt, response: gold_reward(prompt, response, grammar=grammar),
+            gold_rewards=each(partial(gold_reward, grammar=grammar)),
             words=grammar.groups[0].nouns,
             max_length=128,
             max_new_tokens=48,
@@ -73,7 +48,7 @@ def _sentiment(folder: Path, *, num_pairs: int, num_held_out: int, seed: int, so
         model=made / "model",
         pairs=sentiment.make_pairs(made, num_pairs, seed=seed),
         held_out=sentiment.make_pairs(made, num_held_out, seed=seed, kind="held_out", first_row=num_pairs),
-        gold_reward=sentiment.load_reward(made),
+        gold_rewards=each(sentiment.load_reward(made)),
         words=sentiment.WORDS,
         max_length=sentiment.MAX_LENGTH,
         max_new_tokens=sentiment.MAX_NEW_TOKENS,
@@ -81,6 +56,12 @@ def _sentiment(folder: Path, *, num_pairs: int, num_held_out: int, seed: int, so
 
 
 TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType(
-    {"reviews": _toy("reviews", REVIEWS), "support": _toy("support", SUPPORT), "sentiment": _sentiment}
+    {
+        "reviews": _toy("reviews", REVIEWS),
+        "support": _toy("support", SUPPORT),
+        "sentiment": _sentiment,
+        "own": own.make,
+    }
 )
-"""The tasks by name: functions of a folder, `num_pairs`, `num_held_out`, `seed` and `source`, the data of the user."""
+"""The tasks by name: functions of a folder, `num_pairs`, `num_held_out`, `seed` and `source`, the user's data; `own`
+takes a model and a judge, too."""

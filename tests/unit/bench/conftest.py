@@ -3,7 +3,8 @@
 import pytest
 
 from ropo.bench import cell
-from ropo.bench.tasks import Task
+from ropo.bench.policy import each
+from ropo.bench.task import Task
 from ropo.data.toy import gold_reward, make_model, make_pairs, make_tokenizer
 
 
@@ -25,7 +26,7 @@ def small_task(monkeypatch):
             model=model,
             pairs=pairs[:num_pairs],
             held_out=pairs[num_pairs:],
-            gold_reward=gold_reward,
+            gold_rewards=each(gold_reward),
             words=("soup", "pizza", "curry", "coffee", "bread", "cake"),
             max_length=128,
             max_new_tokens=8,

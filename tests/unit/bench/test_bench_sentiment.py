@@ -67,7 +67,8 @@ def test_task_has_right_labels(folder, source, made):
     for pair in [*task.pairs, *task.held_out]:
         gap = truth("", pair.chosen) - truth("", pair.rejected)
         assert gap >= sentiment.MIN_GAP
-        assert task.gold_reward(pair.prompt, pair.chosen) - task.gold_reward(pair.prompt, pair.rejected) == gap
+        chosen, rejected = task.gold_rewards([pair.prompt] * 2, [pair.chosen, pair.rejected])
+        assert chosen - rejected == gap
     assert truth("", "lovely and great") > 1 > -1 > truth("", "awful and dull")
     assert json.loads((made / "about.json").read_text())["gold_accuracy"] > 0.95
 
