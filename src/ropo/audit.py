@@ -145,7 +145,13 @@ class Audit:
         return self._tensor("p_flip", self.num_passes - 1)
 
     def calibration(self) -> Calibration | None:
-        """What became of labels turned round on purpose, at the first pass, whose margins no filter has touched."""
+        """What became of labels turned round on purpose, at the first pass, whose margins no filter has touched.
+
+        None where the rate was raised: ours are turned at random, and there the errors do not fall at random.
+        """
+        found = self.estimate()
+        if found["rate"] == found["by_agreement"]:
+            return None
         margins = self._tensor("margins", 0)[-1, ~self._is_known & (self._sign != 0)]
         return calibrate(margins, estimate_flips(margins), seed=self.args.seed)
 

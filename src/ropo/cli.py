@@ -198,6 +198,8 @@ def _say_rate(summary: dict[str, Any]) -> None:
     rate = summary["flip_rate"]
     if summary["is_informative"]:
         print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
+        if rate["estimate"] == rate["by_agreement"]:
+            print(f"  {summary['reason']}")
     else:
         print(f"\nFlipped labels: cannot tell. {summary['reason']}")
     for one in summary["annotators"][:5]:
