@@ -54,21 +54,26 @@ def run_bench(
     """
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"num_processes needs 1 or more; got {num_processes}.")
-    _claim(folder, config)
+    shared = _shared(folder, config)
     num_gpus = torch.cuda.device_count()
     num_processes = num_processes or num_gpus or os.cpu_count() or 1
     told = on_row or (lambda *_: None)
     trials, results = folder / "trials.csv", folder / "results.csv"
     # One process makes what all read: two that pre-train a model at the same time would do so twice.
     make_task(config, folder, config.tuning_seed)
+    write_json(folder / "bench.json", shared)  # not before: what could not be made has measured nothing
     with _Workers(config, folder, num_processes, num_gpus) as workers:
         workers.fill(trials, missing_trials(config, trials), told)
         workers.fill(results, missing_cells(config, trials, results), told)
     return results
 
 
-def _claim(folder: Path, config: BenchConfig) -> None:
-    """Rows do not name what is the same for all of them; it stands beside them, and may not change."""
+def _shared(folder: Path, config: BenchConfig) -> dict[str, Any]:
+    """Rows do not name what is the same for all of them; it stands beside them, and may not change.
+
+    Raises:
+        ValueError: If it has changed.
+    """
     shared = {
         "num_held_out": config.num_held_out,
         "num_samples": config.num_samples,
@@ -78,12 +83,13 @@ def _claim(folder: Path, config: BenchConfig) -> None:
     }
     path = folder / "bench.json"
     there = read_json(path) if path.exists() else shared
-    for name, value in shared.items():
-        if there.get(name) != value:
+    for name in {**shared, **there}:  # what is no longer given counts, too
+        if there.get(name) != shared.get(name):
             raise ValueError(
-                f"{folder} holds rows measured with {name} {there.get(name)}; got {value}. Use another output_dir."
+                f"{folder} holds rows measured with {name} {there.get(name)}; got {shared.get(name)}. Use another "
+                "output_dir."
             )
-    write_json(path, shared)
+    return shared
 
 
 def missing_trials(config: BenchConfig, path: Path) -> list[Cell]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ropo.bench.methods import BETAS, LEARNING_RATES, METHODS
-from ropo.bench.own import LACKS
+from ropo.bench.own import LACKS, judge_args
 from ropo.bench.tasks import TASKS
 from ropo.config import ROPOConfig, check_choice, did_you_mean
 from ropo.data.inject import NOISE
@@ -71,7 +71,7 @@ class BenchConfig:
     def own(self) -> dict[str, Any]:
         """What only the task `own` is given; empty for the others."""
         given = {name: getattr(self, name) for name in _OWN}
-        return {name: value for name, value in given.items() if value}
+        return {name: value for name, value in given.items() if value is not None and value != {}}
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -121,6 +121,11 @@ class BenchConfig:
         for name in ("source", "model", "judge"):
             if not getattr(self, name):
                 raise ValueError(f"The task own needs {name}; got none. See docs/benchmark.md.")
+        judge_args(self.judge)
+        for name in ("max_length", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} needs 1 or more; got {value}.")
         for kind in (*self.noise, self.tuning_kind):
             if kind in LACKS:
                 raise ValueError(f"The task own cannot have noise of kind {kind}; got it. Leave it out.")
@@ -145,6 +150,7 @@ def read_bench_config(path: Path) -> BenchConfig:
         ("seeds", list, "[1, 2]"),
         ("methods", list, "[dpo]"),
         ("noise", dict, "{symmetric: [0.2]}"),
+        ("judge", dict, "{judge: reward_model, judge_model: R}"),
         ("learning_rates", list, "[2.0e-4]"),
         ("betas", list, "[0.3]"),
     ):

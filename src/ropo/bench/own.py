@@ -8,7 +8,6 @@ the judge prefers it to the better response of the pair whose prompt it answers.
 """
 
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 
 import numpy as np
 from scipy.special import logit
+from transformers import AutoConfig
 
 from ropo.bench.task import Task
 from ropo.config import check_judge
 from ropo.data.validate import read_checked
-from ropo.judge.make import JUDGES, judge_options, make_judge
+from ropo.judge.make import JUDGES, judge_options
 from ropo.judge.verdicts import Judge, ask
 from ropo.pairs import Pair, Text
 from ropo.provenance import hash_value
@@ -64,9 +64,11 @@ def make(
 
     Raises:
         DataError: If rows of the data cannot be read.
-        ValueError: If the judge is not one, or is sure of too few pairs.
+        ValueError: If the judge or the model is not one, or the judge is sure of too few pairs.
+        EndpointError: If the judge's endpoint fails, unless `judge_on_failure` is "go_on".
     """
     asked = judge_of(judge, folder / "judge")
+    _check_model(model)
     _, pairs, _ = read_checked(str(source), on_bad_rows="refuse")
     right = settled(asked, pairs)
     train, held_out = _deal(right, num_pairs, num_held_out, seed=seed, num_read=len(pairs))
@@ -91,17 +93,49 @@ def judge_of(options: Mapping[str, Any], folder: Path) -> Judge:
         folder: For its answers.
 
     Raises:
+        ValueError: As `judge_args`, or if what the options name is no judge.
+    """
+    args = judge_args(options)
+    return JUDGES[args.judge].make(args, folder)
+
+
+def judge_args(options: Mapping[str, Any]) -> Any:
+    """The options of a judge, checked and filled in; nothing is loaded and nobody is asked.
+
+    An endpoint that fails stops the benchmark by default: what it did not say would otherwise be left out of the truth,
+    or be a score of 0, and not for every method the same.
+
+    Args:
+        options: Named as in `ROPOConfig`.
+
+    Returns:
+        `JudgeOptions`.
+
+    Raises:
         ValueError: If an option is unknown, missing or ignored, or none names a judge.
     """
     for name in options:
         if name not in JUDGE_OPTIONS:
             raise ValueError(f"judge needs options named {', '.join(JUDGE_OPTIONS)}; got {name}.")
     args = SimpleNamespace(**{**dict.fromkeys(JUDGE_OPTIONS), "judge": "none", **options})
+    if args.judge in judge_options()["judge_on_failure"] and args.judge_on_failure is None:
+        args.judge_on_failure = "stop"
     check_judge(args)
-    found = make_judge(args, folder)
-    if found is None:
+    if args.judge == "none":
         raise ValueError(f"The task own needs a judge; got none. Set judge to one of {', '.join(JUDGES)}.")
-    return found
+    return args
+
+
+def _check_model(name_or_path: str) -> None:
+    """Refuse what is no model before a judge is paid to read all pairs."""
+    try:
+        AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"The task own needs model, a folder or hub id of a language model; got {name_or_path!r}, of which "
+            f"transformers says: {reason}. Check the name."
+        ) from error
 
 
 def settled(judge: Judge, pairs: Sequence[Pair]) -> list[Pair]:
@@ -167,16 +201,19 @@ def _key(prompt: Text) -> str:
 def _deal(
     pairs: Sequence[Pair], num_pairs: int, num_held_out: int, *, seed: int, num_read: int
 ) -> tuple[list[Pair], list[Pair]]:
-    """One pair of each prompt: what is tested on was not trained on, and every prompt has one better response."""
+    """One pair of each prompt: what is tested on was not trained on, and every prompt has one better response.
+
+    Dealt in the order of a hash: a pair of which the judge became sure later moves hardly any other.
+    """
     first: dict[str, Pair] = {}
     for pair in pairs:
         first.setdefault(_key(pair.prompt), pair)
     if len(first) < num_pairs + num_held_out:
         raise ValueError(
-            f"The task own needs {num_pairs} pairs to train and {num_held_out} to test on, each with a prompt of its "
-            f"own and a judge that is sure of it; got {len(first)} such among {num_read}. Lower num_pairs or "
-            "num_held_out, or give more pairs."
+            f"The task own needs {num_pairs} pairs to train and {num_held_out} to test on, spare ones among them, each "
+            f"with a prompt of its own and a judge that is sure of it; got {len(first)} such among {num_read}. Lower "
+            "num_pairs or num_held_out, or give more pairs."
         )
-    dealt = random.Random(seed).sample(list(first.values()), num_pairs + num_held_out)
-    numbered = [replace(pair, row=row) for row, pair in enumerate(dealt)]
+    order = sorted(first, key=lambda prompt: hash_value([seed, prompt]))[: num_pairs + num_held_out]
+    numbered = [replace(first[prompt], row=row) for row, prompt in enumerate(order)]
     return numbered[:num_pairs], numbered[num_pairs:]

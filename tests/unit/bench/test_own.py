@@ -9,11 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ropo import Pair
+from ropo.bench import grid as bench_grid
 from ropo.bench import own
 from ropo.bench.grid import run_bench
-from ropo.bench.grid_config import BenchConfig
+from ropo.bench.grid_config import BenchConfig, read_bench_config
 from ropo.bench.rows import read_rows
 from ropo.data.toy import make_model, make_pairs, make_tokenizer
+from ropo.judge.make import JUDGES
 
 PAIRS = [Pair(prompt=f"p{i} ", chosen=f"good {i}", rejected=f"bad {i}", row=i) for i in range(40)]
 
@@ -72,9 +74,18 @@ def test_prompts_are_dealt_once():
         own._deal(twice, 35, 10, seed=3, num_read=80)
 
 
+def test_one_pair_more_or_less_does_not_deal_anew():
+    """An endpoint that is out for a moment must not give one method other data than the rest."""
+    (all_of_them, _), (but_one, _) = (own._deal(pairs, 25, 10, seed=3, num_read=40) for pairs in (PAIRS, PAIRS[1:]))
+    assert len({pair.id for pair in all_of_them} & {pair.id for pair in but_one}) >= 24
+
+
+JUDGE = {"judge": "reward_model", "judge_model": "r"}
+
+
 def grid(**more):
     known = {"task": "own", "seeds": (1,), "noise": {"symmetric": [0.2]}, "methods": ("dpo",)}
-    return BenchConfig(**known | {"source": "pairs.jsonl", "model": "m", "judge": {"judge": "reward_model"}} | more)
+    return BenchConfig(**known | {"source": "pairs.jsonl", "model": "m", "judge": JUDGE} | more)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +97,71 @@ def grid(**more):
         ({"task": "reviews", "source": None, "judge": {}}, "The task reviews brings its own model; got another"),
         ({"noise": {"topic": [0.1]}}, "cannot have noise of kind topic"),
         ({"tuning_kind": "larger_model"}, "cannot have noise of kind larger_model"),
+        ({"max_length": 0}, "max_length needs 1 or more; got 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens needs 1 or more; got -1"),
+        (
+            {"task": "reviews", "source": None, "model": None, "judge": {}, "max_length": 0},
+            "The task reviews brings its own max_length",
+        ),
+        ({"judge": {"judge": "reward_model"}}, "judge reward_model needs judge_model"),
+        ({"judge": {**JUDGE, "judg_url": "http://h"}}, "judge needs options named judge, .*; got judg_url"),
     ],
 )
 def test_misuse(more, says):
+    """All of it is known before anything is made."""
     with pytest.raises(ValueError, match=says):
         grid(**more)
+
+
+def test_a_judge_in_a_file_is_a_mapping(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "{task: own, source: s, model: m, judge: reward_model, seeds: [1], noise: {symmetric: [0.2]}, methods: [dpo]}"
+    )
+    with pytest.raises(
+        ValueError, match=r"needs judge like \{judge: reward_model, judge_model: R\}; got 'reward_model'"
+    ):
+        read_bench_config(path)
+
+
+def test_a_dead_endpoint_stops_a_benchmark_unless_it_is_told_otherwise():
+    """For training a pair without a verdict is one pair; here it would be a score, and other pairs to learn from."""
+    endpoint = {"judge": "endpoint", "judge_model": "m", "judge_url": "http://127.0.0.1:1/v1"}
+    assert JUDGES["endpoint"].takes["judge_on_failure"] == "go_on"
+    assert own.judge_args(endpoint).judge_on_failure == "stop"
+    assert own.judge_args({**endpoint, "judge_on_failure": "go_on"}).judge_on_failure == "go_on"
+    assert own.judge_args(JUDGE).judge_on_failure is None
+
+
+def test_a_model_that_is_not_there_costs_no_judging(tmp_path, monkeypatch):
+    rows = [{name: getattr(p, name) for name in ("prompt", "chosen", "rejected")} for p in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(own, "judge_of", lambda *_: lambda _: pytest.fail("asked"))
+    config = grid(source=str(tmp_path / "pairs.jsonl"), model=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"The task own needs model, .*; got '.*nowhere', of which transformers says"):
+        run_bench(config, tmp_path / "out", num_processes=1)
+    assert not (tmp_path / "out" / "bench.json").exists(), "what has measured nothing claims no folder"
+
+
+def test_what_is_left_out_later_is_another_grid(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_grid, "make_task", lambda *_: None)
+    monkeypatch.setattr(bench_grid, "measure", lambda *_: pytest.fail("nothing should be measured"))
+    still = {"noise": {}, "tuned": {"dpo": {"beta": 0.1}}}
+    run_bench(grid(**still, max_length=64), tmp_path, num_processes=1)
+    with pytest.raises(ValueError, match="holds rows measured with max_length 64; got None"):
+        run_bench(grid(**still), tmp_path, num_processes=1)
+    reviews = {"task": "reviews", "source": None, "model": None, "judge": {}}
+    with pytest.raises(ValueError, match=r"holds rows measured with source pairs\.jsonl; got None"):
+        run_bench(grid(**still, **reviews), tmp_path, num_processes=1)
+
+
+def test_a_grid_from_before_this_task_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_grid, "make_task", lambda *_: None)
+    config = BenchConfig(task="reviews", seeds=(1,), noise={}, methods=("dpo",), tuned={"dpo": {"beta": 0.1}})
+    kept = '{"num_held_out": 2000, "num_samples": 1000, "source": null, "options": {}}'
+    (tmp_path / "bench.json").write_text(kept)
+    run_bench(config, tmp_path, num_processes=1)
+    assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(kept)
 
 
 @pytest.mark.parametrize(
