@@ -24,7 +24,7 @@ from ropo.bench.rows import read_rows
 from ropo.provenance import write_aside
 
 # A picture with more lines cannot be read: the lines to compare with, and of each family one.
-DRAWN = ("ceiling", "information_line", "ropo", "dpo", "ropo_loss", "ropo_paper", "rdpo", "holder", "dr_dpo")
+DRAWN = ("ceiling", "information_line", "ropo", "dpo", "ropo_loss", "ropo_paper", "rdpo", "holder", "plc_dpo")
 
 
 def publish_bench(folder: Path) -> list[Path]:
