@@ -5,8 +5,8 @@
 
 The embedded task, 6,000 pairs, the options of `benchmarks/noise.py`. "in-sample" is a DPO model trained on all pairs
 for one or two epochs; "folds" are audits with so many folds and passes of judging. With two passes the estimate is that
-of the first, the AUROC that of the second. Adapters: rank 16 on all linear layers, ten times the
-learning rate.
+of the first, the AUROC that of the second. Adapters: rank 16 on all linear layers,
+ten times the learning rate.
 """
 
 import csv

@@ -51,8 +51,12 @@ strong pull to the reference makes DPO fit single labels before what they have i
 LEAST_ALPHA, ALPHA_PER_NOISE = 2.0, 34.0
 
 AGREEMENT_LEVEL = 0.99
-"""How sure it must be that two judges together contradict more labels than the first pass's interval holds. Judges that
-have seen the same pairs share errors, so their agreement reads too high on few pairs: by 0.05 on 1,500 toy pairs."""
+"""How sure it must be that two judges together contradict more labels than the first pass's interval holds."""
+
+MAX_DISAGREEMENT = 0.1
+"""Judges that contradict each other on more of the pairs know too little, and share errors that their agreement cannot
+show: it would count right labels as wrong. Chosen after a look, between what was seen where raising is right (0.05 to
+0.09, 6,000 toy pairs) and where it is not (0.13 to 0.15, controlled sentiment)."""
 
 
 class Audit:
@@ -149,8 +153,7 @@ class Audit:
 
         None where the rate was raised: ours are turned at random, and there the errors do not fall at random.
         """
-        found = self.estimate()
-        if found["rate"] == found["by_agreement"]:
+        if self.estimate()["is_raised"]:
             return None
         margins = self._tensor("margins", 0)[-1, ~self._is_known & (self._sign != 0)]
         return calibrate(margins, estimate_flips(margins), seed=self.args.seed)
@@ -225,7 +228,7 @@ class Audit:
             rate=None if told is None else told["rate"],
         )
         own = found.to_dict()
-        told = {**own, "by_agreement": None} if told is None else {**told, "scale": own["scale"], "tail": own["tail"]}
+        told = {**own, "is_raised": False} if told is None else {**told, "scale": own["scale"], "tail": own["tail"]}
         p_flip = np.ones(len(self._sign))
         p_flip[open_] = np.where(sign < 0, 1.0, found.p_flip)
         return told, p_flip
@@ -250,21 +253,22 @@ def raise_by_agreement(estimate: Mapping[str, Any], first: Floats, second: Float
         second: Of judges trained on what it kept.
 
     Returns:
-        The estimate with `by_agreement`, the rate of both or None; where it counts, `rate` is that rate, and the
-        interval reaches from the lower end of the one reading to the upper end of the other.
+        The estimate with `is_raised`; where it is, `rate` is that of both, and the interval reaches from the lower end
+        of the one reading to the upper end of the other.
     """
     both = rate_by_agreement(first, second, level=AGREEMENT_LEVEL)
-    found = {**estimate, "by_agreement": None if both is None else both.rate}
-    if both is not None and both.low > estimate["high"]:
-        found |= {
-            "rate": both.rate,
-            "high": both.high,
-            "reason": (
-                f"Flips at random explain {100 * estimate['low']:.1f} % to {100 * estimate['high']:.1f} %, but two "
-                f"judges of different training together contradict {100 * both.rate:.1f} %."
-            ),
-        }
-    return found
+    if both is None or both.low <= estimate["high"] or both.disagreement > MAX_DISAGREEMENT:
+        return {**estimate, "is_raised": False}
+    return {
+        **estimate,
+        "is_raised": True,
+        "rate": both.rate,
+        "high": both.high,
+        "reason": (
+            f"Flips at random explain {100 * estimate['low']:.1f} % to {100 * estimate['high']:.1f} %, but two judges "
+            f"of different training together contradict {100 * both.rate:.1f} %."
+        ),
+    }
 
 
 _SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}

@@ -198,7 +198,7 @@ def _say_rate(summary: dict[str, Any]) -> None:
     rate = summary["flip_rate"]
     if summary["is_informative"]:
         print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
-        if rate["estimate"] == rate["by_agreement"]:
+        if rate["is_raised"]:
             print(f"  {summary['reason']}")
     else:
         print(f"\nFlipped labels: cannot tell. {summary['reason']}")

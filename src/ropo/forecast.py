@@ -58,12 +58,7 @@ def tell_forecast(
     try:
         config = AutoConfig.from_pretrained(source.name_or_path, revision=source.load_options.get("revision"))
         plan = forecast(config, tokens, args, tokenizer, peft_config, is_audit=is_audit)
-    except (
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        OSError,
-    ) as error:  # a model of another make, or too little memory
+    except (ValueError, AttributeError, RuntimeError, OSError) as error:  # another make, or too little memory
         logger.info("What this run will cost cannot be told: %s", error)
         return
     logger.info("This run, if nothing of it is done yet: %s", plan.sentence())

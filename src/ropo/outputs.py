@@ -120,10 +120,9 @@ def _round_summary(this: Round) -> dict[str, Any]:
     }
 
 
-def _flip_rate(estimate: Mapping[str, Any]) -> dict[str, float | None]:
-    """The rate with its interval, and the rate by two judges where there were two."""
-    names = {"estimate": "rate", "low": "low", "high": "high", "by_agreement": "by_agreement"}
-    return {name: estimate[key] for name, key in names.items()}
+def _flip_rate(estimate: Mapping[str, Any]) -> dict[str, Any]:
+    """The rate with its interval, and whether two judges have raised it."""
+    return {"estimate": estimate["rate"], **{name: estimate[name] for name in ("low", "high", "is_raised")}}
 
 
 def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, Any]:

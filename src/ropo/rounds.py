@@ -227,7 +227,7 @@ class Round:
         if self.audit is None:
             found = estimate_flips(margins[:read])
             # A model agrees with labels that it has learned, so these margins only rank.
-            estimate = {**found.to_dict(), "by_agreement": None, "margins": "in-sample"}
+            estimate = {**found.to_dict(), "is_raised": False, "margins": "in-sample"}
             estimate |= {"is_informative": False, "reason": _IN_SAMPLE}
             p_flip = found.p_flip
             rho, reason = resolve_rho(self.args.fixed_rho, estimate)

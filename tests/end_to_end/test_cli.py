@@ -84,7 +84,7 @@ def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert {row["origin"] for row in rows if row["round"] == 1} == {"data", "resampled"}
 
     summary = json.loads((output / "summary.json").read_text())
-    assert set(summary["flip_rate"]) == {"estimate", "low", "high", "by_agreement"}
+    assert set(summary["flip_rate"]) == {"estimate", "low", "high", "is_raised"}
     assert summary["num_pairs"] == 20
     assert summary["num_kept"] + summary["num_dropped"] + summary["num_flipped"] == 20
     assert summary["problems"] == {"truncated": 2}

@@ -22,11 +22,13 @@ class Agreement:
         rate: In [0, 0.5].
         low: Lower end of the interval.
         high: Upper end of the interval.
+        disagreement: d₁₂, how often the judges contradict each other.
     """
 
     rate: float
     low: float
     high: float
+    disagreement: float
 
 
 def rate_by_agreement(first: np.ndarray, second: np.ndarray, *, level: float = 0.90) -> Agreement | None:
@@ -72,4 +74,4 @@ def rate_by_agreement(first: np.ndarray, second: np.ndarray, *, level: float = 0
     error = float((powers * signs / means[:, None]).sum(axis=0).std() / np.sqrt(signs.shape[1]))
     width = float(norm.ppf((1 + level) / 2)) * error
     rate, low, high = (float(np.clip((1 - np.exp(log_share + shift)) / 2, 0.0, 0.5)) for shift in (0.0, width, -width))
-    return Agreement(rate=rate, low=low, high=high)
+    return Agreement(rate=rate, low=low, high=high, disagreement=float((1 - means[2]) / 2))

@@ -137,18 +137,13 @@ def interval(tables: Table) -> str:
         return f"{reason[:1].upper()}{reason[1:]}" + ("" if reason.endswith(".") else ".")
     shown = percent_range(estimate["low"], estimate["high"])
     best = f"; best guess {percent(estimate['rate'])}" if _may_be_clean(estimate) else ""
-    if _is_raised(estimate):
+    if estimate["is_raised"]:
         return (
             f"Two readings, {shown}, from {counted(estimate['num_pairs'], 'pair')}: flips that fall at random explain "
             "only the lower part, but two judges of different training contradict the same labels far more often. "
             "So the errors do not fall at random, and the higher reading is acted on."
         )
     return f"{percent(estimate['level'])} interval {shown}{best}, from {counted(estimate['num_pairs'], 'pair')}."
-
-
-def _is_raised(estimate: Table) -> bool:
-    """Whether two judges together have raised the rate above what flips at random explain."""
-    return estimate["by_agreement"] is not None and bool(estimate["rate"] == estimate["by_agreement"])
 
 
 def look(tables: Table) -> str:
@@ -226,7 +221,7 @@ def trust(tables: Table) -> list[str]:
     return [
         *(_tested(tables["calibration"]) or _untested(tables)),
         *_width(tables["estimate"]),
-        ("" if _is_raised(tables["estimate"]) else "All this assumes flips that fall at random. ")
+        ("" if tables["estimate"]["is_raised"] else "All this assumes flips that fall at random. ")
         + "Errors with a pattern (one annotator, one topic, one style) can be taken for a preference, and a hard pair "
         "with a right label can look wrong: read before you delete.",
     ]
@@ -271,7 +266,7 @@ def _untested(tables: Table) -> list[str]:
             "We did not test the estimate with labels turned round on purpose: with so little signal there is none "
             "to test."
         ]
-    if _is_raised(estimate):
+    if estimate["is_raised"]:
         return [
             "We did not test the estimate with labels turned round on purpose: those would fall at random, and these "
             "errors do not. That two judges contradict a label is evidence only as far as they do not err alike: with "
@@ -283,7 +278,7 @@ def _untested(tables: Table) -> list[str]:
 
 
 def _width(estimate: Table) -> list[str]:
-    if _is_raised(estimate):
+    if estimate["is_raised"]:
         return []
     half_width = (estimate["high"] - estimate["low"]) / 2
     width = "narrow" if half_width <= 0.03 else "wide" if half_width > 0.06 else "moderate"

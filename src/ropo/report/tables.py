@@ -159,7 +159,7 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
     return {
         **values,
         "level": number(rate.get("level", 0.9)),
-        "by_agreement": number(rate.get("by_agreement")),
+        "is_raised": bool(rate.get("is_raised")),
         "is_informative": bool(summary.get("is_informative")) and None not in values.values(),
         "reason": clean(str(summary.get("reason") or "")),
         "rho": number(summary.get("rho")),

@@ -20,6 +20,8 @@ def test_planted_rates_are_found_and_covered(rate):
     found = [rate_by_agreement(*judged(np.random.default_rng(seed), 3000, rate, (0.15, 0.08))) for seed in range(200)]
     rates = np.array([one.rate for one in found])
     assert rates.mean() == pytest.approx(rate, abs=0.004 if rate else 0.008)  # at 0 it cannot err downwards
+    disagreement = 0.15 + 0.08 - 2 * 0.15 * 0.08
+    assert np.mean([one.disagreement for one in found]) == pytest.approx(disagreement, abs=0.005)
     covered = np.mean([one.low <= rate <= one.high for one in found])
     assert covered >= 0.9 if rate == 0 else 0.84 <= covered <= 0.96
 
@@ -56,12 +58,25 @@ def test_errors_between_close_responses_are_raised_and_flips_at_random_are_not()
     first = estimate_flips(near[0]).to_dict()
     found = raise_by_agreement(first, *near)
     assert first["high"] < 0.2
-    assert found["rate"] == found["by_agreement"] > first["high"] + 0.03
+    assert found["is_raised"]
+    assert found["rate"] == rate_by_agreement(*near).rate > first["high"] + 0.03
     assert found["low"] == first["low"]
     assert f"two judges of different training together contradict {100 * found['rate']:.1f} %" in found["reason"]
     assert found["low"] <= found["rate"] <= found["high"]
     random = two_views(rng, 6000, lambda strength, rng: rng.random(len(strength)) < 0.2)
     first = estimate_flips(random[0]).to_dict()
     found = raise_by_agreement(first, *random)
-    assert found == {**first, "by_agreement": found["by_agreement"]}
-    assert found["by_agreement"] == pytest.approx(0.2, abs=0.02)
+    assert found == {**first, "is_raised": False}
+    assert rate_by_agreement(*random).rate == pytest.approx(0.2, abs=0.02)
+
+
+def test_judges_that_contradict_each_other_raise_nothing():
+    """They share errors: a rule that counts what both contradict would count right labels."""
+    rng = np.random.default_rng(3)
+    label, shared = (np.where(rng.random(6000) < rate, -1.0, 1.0) for rate in (0.1, 0.12))
+    first, second = (label * shared * np.where(rng.random(6000) < error, -1.0, 1.0) for error in (0.14, 0.02))
+    both = rate_by_agreement(first, second, level=0.99)
+    assert both.low > 0.15
+    assert both.disagreement > 0.1
+    estimate = {"rate": 0.1, "low": 0.05, "high": 0.15, "reason": ""}
+    assert raise_by_agreement(estimate, first, second) == {**estimate, "is_raised": False}

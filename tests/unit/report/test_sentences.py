@@ -45,14 +45,14 @@ def test_a_wide_interval_that_reaches_zero_is_not_called_clean(make_run):
 
 def test_a_rate_that_two_judges_raised_is_told_as_two_readings(make_audit):
     """No 90 % interval, and no claims from labels that were turned at random."""
-    raised = {"estimate": 0.3, "low": 0.05, "high": 0.32, "by_agreement": 0.3}
+    raised = {"estimate": 0.3, "low": 0.05, "high": 0.32, "is_raised": True}
     _, sentences = said(make_audit, flip_rate=raised, calibration=None)
     assert plain(sentences["interval"]).startswith("Two readings, 5–32 %, from 20 pairs: flips that fall at random")
     trust = " ".join(sentences["trust"])
     assert "those would fall at random, and these errors do not" in trust
     assert "assumes flips that fall at random" not in trust
     assert "points either way" not in trust
-    _, sentences = said(make_audit, flip_rate={**RATE, "by_agreement": 0.31})
+    _, sentences = said(make_audit, flip_rate={**RATE, "is_raised": False})
     assert plain(sentences["interval"]) == "90 % interval 26–32 %, from 20 pairs."
     assert "All this assumes flips that fall at random." in " ".join(sentences["trust"])
 
