@@ -270,7 +270,7 @@ def _untested(tables: Table) -> list[str]:
         return [
             "We did not test the estimate with labels turned round on purpose: those would fall at random, and these "
             "errors do not. That two judges contradict a label is evidence only as far as they do not err alike: with "
-            "few pairs they do, and the higher reading is then too high."
+            "few pairs or on hard text they do, and the higher reading is then too high."
         ]
     if estimate["rate"] == 0:
         return ["We did not test the estimate with labels turned round on purpose: it says that none is flipped."]
