@@ -20,6 +20,7 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    modeling_flash_attention_utils,
 )
 
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
@@ -65,7 +66,7 @@ SHAPES = {
     "long prompt": [(60, 2, 3), (2, 2, 3)],
     "pairs in calls of their own": [(90, 30, 20), (3, 4, 5), (4, 3, 4), (20, 50, 40), (2, 60, 61), (150, 1, 9)],
 }
-FAST = ("shared_prefix", "packed")
+FAST = ("shared_prefix", "packed", "padding_free")
 
 
 def make_tokens(shape, seed=0):
@@ -88,7 +89,7 @@ def values_and_gradients(model, tokens, layout):
 
 
 def ready(model, layout):
-    """The model as `choose_layout` leaves it when it has chosen this layout."""
+    """The model as `choose_layout` leaves it when it has chosen this layout; `padding_free` runs on sdpa, too."""
     enable_response_logps(model)
     if layout == "packed":
         model.config._attn_implementation = NAME
@@ -256,7 +257,10 @@ def test_left_padding_changes_nothing(tokenizer, pairs):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **GPT)), "tree mask"),
+        (
+            lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **GPT)),
+            "does not take this layout",
+        ),
         (lambda: MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=4)), "sliding window of 4"),
     ],
 )
@@ -265,6 +269,49 @@ def test_falls_back(model, reason):
     layout, said = choose_layout(model(), make_tokens(SHAPES["even"]), pad_token_id=0, max_length=64)
     assert layout == "plain"
     assert reason in said
+
+
+@pytest.fixture
+def flash_attention(monkeypatch):
+    """The library's own way to flash-attention, with a kernel that a CPU can run at its end; counts its calls."""
+    calls = []
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, softmax_scale=None):
+        assert causal
+        assert q.dtype == torch.bfloat16, "as the kernel says it"
+        calls.append(len(cu_seqlens_q) - 1)
+        repeats, sizes = q.shape[1] // k.shape[1], cu_seqlens_q.diff().tolist()
+        k, v = (tensor.repeat_interleave(repeats, dim=1) for tensor in (k, v))
+        parts = zip(*(tensor.transpose(0, 1).split(sizes, dim=1) for tensor in (q, k, v)), strict=True)
+        found = [
+            torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, scale=softmax_scale)
+            for part in parts
+        ]
+        return torch.cat(found, dim=1).transpose(0, 1)
+
+    utils = modeling_flash_attention_utils
+    kernels = (None, varlen, None, utils._pad_input, utils._unpad_input)
+    monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: kernels)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
+    yield calls
+    utils._loaded_implementation = None
+
+
+def test_flash_attention_takes_rows_without_padding(flash_attention):
+    """Every response is a sequence of its own in one row; values and gradients are those of padded rows."""
+    model, tokens = MODELS["llama, grouped queries"](), make_tokens(SHAPES["uneven"])
+    model.config._attn_implementation = "flash_attention_2"
+    layout, reason = choose_layout(model, tokens, pad_token_id=0, max_length=64)
+    assert layout == "padding_free", reason
+    flash_attention.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, gradients = values_and_gradients(model.eval(), tokens, layout)
+        assert flash_attention == [2 * len(tokens)] * model.config.num_hidden_layers
+        plain, plain_gradients = values_and_gradients(model, tokens, "plain")
+    torch.testing.assert_close(found.chosen, plain.chosen, rtol=2e-2, atol=0.2)
+    torch.testing.assert_close(found.rejected, plain.rejected, rtol=2e-2, atol=0.2)
+    for name, gradient in plain_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 0.05 * gradient.norm(), name
 
 
 def test_a_wrong_mask_is_noticed(monkeypatch):

@@ -1,4 +1,4 @@
-"""Pairs to one batch of tensors, in one of three layouts.
+"""Pairs to one batch of tensors, in one of four layouts.
 
 In: `TokenizedPair`s. Out: a dict of tensors for the function of the same name in `shared_prefix.FORWARDS`.
 
@@ -131,6 +131,39 @@ def packed_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch
     }
 
 
+def padding_free_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:  # noqa: ARG001 - as above
+    """One row for all responses, each behind its own copy of the prompt: what flash-attention takes without padding.
+
+    Positions restart at every prompt, which tells `transformers` where a sequence begins.
+
+    Args:
+        tokens: The pairs.
+        pad_token_id: Not used: nothing is padded.
+
+    Returns:
+        `input_ids`, `position_ids` (1, T), `lengths` (2·pairs,) and `source`, `target`, `response` (N,).
+    """
+    input_ids, position_ids, lengths, source, target, owner = [], [], [], [], [], []
+    start = 0
+    for i, (prompt, response) in enumerate(
+        (pair.prompt, response) for pair in tokens for response in (pair.chosen, pair.rejected)
+    ):
+        length = len(prompt) + len(response) - 1  # the last token predicts nothing
+        lengths.append(length)
+        input_ids += [prompt, response[:-1]]
+        position_ids.append(np.arange(length))
+        source.append(np.arange(start + len(prompt) - 1, start + length))
+        target.append(response)
+        owner.append(np.full(len(response), i))
+        start += length
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(input_ids).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate(position_ids))[None],
+        "lengths": torch.tensor(lengths, dtype=torch.int32),
+        **_response_tokens(source, target, owner),
+    }
+
+
 def _response_tokens(source: list[Any], target: list[np.ndarray], owner: list[np.ndarray]) -> Batch:
     return {
         "source": torch.from_numpy(np.concatenate(source).astype(np.int64)),
@@ -187,5 +220,10 @@ def split_by_tokens(lengths: Sequence[int], *, max_tokens: int | None) -> list[l
 
 
 LAYOUTS: MappingProxyType[str, Callable[..., Batch]] = MappingProxyType(
-    {"plain": plain_batch, "shared_prefix": shared_prefix_batch, "packed": packed_batch}
+    {
+        "plain": plain_batch,
+        "padding_free": padding_free_batch,
+        "shared_prefix": shared_prefix_batch,
+        "packed": packed_batch,
+    }
 )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import is_flash_attention_requested
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch
@@ -72,6 +73,28 @@ def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]))
 
 
+def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
+    """The same without sharing: every response behind its own copy of the prompt, all in one row.
+
+    For flash-attention, which takes no mask; `transformers` finds the sequences by their positions.
+
+    Args:
+        model: As for `shared_prefix_logps`.
+        batch: What `padding_free_batch` returns, on the model's device.
+
+    Returns:
+        As `shared_prefix_logps`.
+    """
+    logps_N = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,
+        response_source=batch["source"],
+        response_target=batch["target"],
+    )
+    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]) // 2)
+
+
 def enable_response_logps(model: nn.Module) -> None:
     """Teach a causal language model to answer `response_source` and `response_target` with log-probabilities.
 
@@ -95,7 +118,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         wrapped = getattr(self, "_ropo_wrapped_forward", None)
         return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
     mask = kwargs["attention_mask"]
-    if self.config._attn_implementation == "eager":  # adds its mask to the scores instead of selecting by it
+    # Eager attention adds its mask to the scores instead of selecting by it.
+    if mask is not None and self.config._attn_implementation == "eager":
         mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
     hidden_BTH = self.get_decoder()(
         input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"], attention_mask=mask, use_cache=False
@@ -124,30 +148,33 @@ def choose_layout(
         max_length: Longest sequence that will be seen; a sliding window shorter than it rules the fast ways out.
 
     Returns:
-        The name of the layout, "packed", "shared_prefix" or "plain", and the reason in one sentence.
+        The name of the layout, of `LAYOUTS`, and the reason in one sentence.
     """
-    obstacle = _obstacle(model, max_length=max_length)
-    if obstacle:
-        return "plain", obstacle
+    candidates, reason = _candidates(model, max_length=max_length)
+    if not candidates:
+        return "plain", reason
     enable_response_logps(model)
     was_training = model.training
     model.eval()
     try:
         plain = _logps(model, tokens, "plain", pad_token_id)
-        for layout in ("packed", "shared_prefix"):
-            reason = _disagreement(model, tokens, layout, plain, pad_token_id)
-            if reason is None:
+        for layout in candidates:
+            found = _disagreement(model, tokens, layout, plain, pad_token_id)
+            if found is None:
                 return layout, "it agrees with the plain forward"
+            reason = found
     finally:
         model.train(was_training)
-    return "plain", reason or ""
+    return "plain", reason
 
 
 def _logps(model: nn.Module, tokens: Sequence[TokenizedPair], layout: str, pad_token_id: int) -> Tensor:
     """Log-probabilities of both responses in one layout, shape (2, pairs)."""
     batch = LAYOUTS[layout](tokens, pad_token_id=pad_token_id)
     device = next(model.parameters()).device
-    with torch.no_grad():
+    # Flash-attention takes no float32; such a model is trained under autocast, so it is compared under autocast.
+    to_bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=_has_flash_attention(model))
+    with torch.no_grad(), to_bf16:
         found = FORWARDS[layout](model, {name: tensor.to(device) for name, tensor in batch.items()})
     return torch.stack([found.chosen, found.rejected])
 
@@ -166,33 +193,44 @@ def _disagreement(
         difference = (_logps(model, tokens, layout, pad_token_id) - plain).abs()
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
         config._attn_implementation = before
-        return f"the model does not take a tree mask ({type(error).__name__}: {str(error)[:120]})"
+        return f"the model does not take this layout ({type(error).__name__}: {str(error)[:120]})"
     # A wrong mask or position shifts a log-probability by nats; rounding in half precision by a per cent or so.
-    is_float32 = next(model.parameters()).dtype == torch.float32
-    relative, absolute = (1e-4, 1e-3) if is_float32 else (2e-2, 0.5)
+    is_exact = next(model.parameters()).dtype == torch.float32 and not _has_flash_attention(model)
+    relative, absolute = (1e-4, 1e-3) if is_exact else (2e-2, 0.5)
     if bool((difference <= absolute + relative * plain.abs()).all()):
         return None
     config._attn_implementation = before
-    return f"a tree mask changes this model's log-probabilities by up to {difference.max():.3g} nats"
+    return f"the layout {layout!r} changes this model's log-probabilities by up to {difference.max():.3g} nats"
 
 
-def _obstacle(model: nn.Module, *, max_length: int) -> str | None:
-    """What rules the fast forward out before it is tried, in one sentence, or None."""
+def _candidates(model: nn.Module, *, max_length: int) -> tuple[tuple[str, ...], str]:
+    """The fast layouts worth a try, the fastest first, or none and what rules them out, in one sentence."""
     causal_lm = _causal_lm(model)
     config = getattr(causal_lm, "config", None)
     if config is None or getattr(causal_lm, "get_output_embeddings", lambda: None)() is None:
-        return "the model has no language-model head to read"
+        return (), "the model has no language-model head to read"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return "prompt learning puts virtual tokens before the prompt"
+        return (), "prompt learning puts virtual tokens before the prompt"
     attention = getattr(config, "_attn_implementation", None)
+    if _has_flash_attention(model):
+        return ("padding_free",), ""
     if attention not in ("sdpa", "eager", NAME):
-        return f"attention {attention!r} takes no tree mask; attn_implementation='sdpa' does"
+        return (), f"attention {attention!r} takes no tree mask; attn_implementation='sdpa' does"
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < max_length:
-        return f"the model's sliding window of {window} tokens is shorter than max_length={max_length}"
-    return None
+        return (), f"the model's sliding window of {window} tokens is shorter than max_length={max_length}"
+    return ("packed", "shared_prefix"), ""
+
+
+def _has_flash_attention(model: nn.Module) -> bool:
+    return is_flash_attention_requested(_causal_lm(model).config)
 
 
 FORWARDS: MappingProxyType[str, Callable[[nn.Module, Batch], PairLogps]] = MappingProxyType(
-    {"plain": plain_logps, "shared_prefix": shared_prefix_logps, "packed": packed_logps}
+    {
+        "plain": plain_logps,
+        "padding_free": padding_free_logps,
+        "shared_prefix": shared_prefix_logps,
+        "packed": packed_logps,
+    }
 )
