@@ -57,11 +57,20 @@ def tell_forecast(
         return
     try:
         config = AutoConfig.from_pretrained(source.name_or_path, revision=source.load_options.get("revision"))
+        asked = source.load_options.get("dtype", "auto")
+        config.dtype = config.dtype if asked == "auto" else asked
+        config._attn_implementation = source.load_options.get("attn_implementation")
         plan = forecast(config, tokens, args, tokenizer, peft_config, is_audit=is_audit)
-    except (ValueError, AttributeError, RuntimeError, OSError) as error:  # another make, or too little memory
+    # Another make of model, too little memory, an attention that is not installed.
+    except (ValueError, AttributeError, RuntimeError, OSError, ImportError) as error:
         logger.info("What this run will cost cannot be told: %s", error)
         return
     logger.info("This run, if nothing of it is done yet: %s", plan.sentence())
+
+
+def _dtype(asked: str | torch.dtype | None) -> torch.dtype:
+    found = getattr(torch, asked) if isinstance(asked, str) else asked
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def forecast(
@@ -107,7 +116,7 @@ def forecast(
         flops=reached_rate(config, tokens, args, tokenizer),
         share=1.0,
         num_devices=num_devices,
-        weight_bytes=2 if args.bf16 and peft_config is not None else 4,
+        weight_bytes=2 if args.bf16 and peft_config is not None else _dtype(config.dtype).itemsize,
     )
     at_once = min(args.max_tokens_per_batch or np.inf, args.per_device_train_batch_size * pairs.unique_tokens)
     return plan_run(size, pairs, run, machine, tokens_at_once=float(at_once))

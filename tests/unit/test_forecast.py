@@ -93,6 +93,28 @@ def test_it_is_told(toy, tmp_path, caplog):
     assert "GiB of memory" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "auto"])
+def test_the_step_is_timed_as_the_model_will_be_loaded(toy, tmp_path, monkeypatch, caplog, dtype):
+    """In the precision and with the attention that are asked for; weights of two bytes take half the memory."""
+    folder, tokenizer, tokens = toy
+    asked = PolicySource(str(folder), load_options={"dtype": dtype, "attn_implementation": "eager"})
+    timed, plans = [], []
+
+    def seconds(model, layout, *_, **__):
+        timed.append((model.dtype, model.config._attn_implementation, layout))
+        return 1.0
+
+    whole = forecast.forecast
+    monkeypatch.setattr(forecast, "_seconds", seconds)
+    monkeypatch.setattr(forecast, "forecast", lambda *given, **more: plans.append(whole(*given, **more)) or plans[-1])
+    caplog.set_level(logging.INFO, logger="ropo.forecast")
+    for source in (PolicySource(str(folder)), asked):
+        forecast.tell_forecast(source, tokens, options(tmp_path), tokenizer, None, is_audit=True)
+    is_half = dtype != "auto"
+    assert timed[-1] == (torch.bfloat16 if is_half else torch.float32, "eager", "shared_prefix")
+    assert (plans[1].memory_bytes < 0.9 * plans[0].memory_bytes) == is_half
+
+
 def test_a_model_that_it_cannot_size_stops_nothing(toy, tmp_path, caplog):
     _, tokenizer, tokens = toy
     source = PolicySource(str(tmp_path / "nothing_here"))
