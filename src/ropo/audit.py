@@ -50,6 +50,10 @@ strong pull to the reference makes DPO fit single labels before what they have i
 
 LEAST_ALPHA, ALPHA_PER_NOISE = 2.0, 34.0
 
+MIN_RATE = 0.05
+"""At this estimate the robust loss is used even where the interval reaches 0. A filter takes right pairs away if there
+are no flips after all; the loss hardly costs anything then (toy and sentiment pairs with right labels, α of 2 to 6)."""
+
 AGREEMENT_LEVEL = 0.99
 """How sure it must be that two judges together contradict more labels than the first pass's interval holds."""
 
@@ -370,10 +374,10 @@ def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any], left: float)
 
     ::
 
-        α = 0, which is DPO, if nothing speaks for flips;   else α = 2 + 34·(share of wrong labels left in training)
+        α = 2 + 34·(share of wrong labels left in training);   0, which is DPO, if little speaks for flips
 
     The rule is ours. Above 2 a contradicted pair weighs less than an undecided one; the paper's 14 is reached where
-    35 % of what is trained on is wrong.
+    35 % of what is trained on is wrong. Little is an estimate below `MIN_RATE` whose interval reaches 0.
 
     Args:
         fixed: What the user gave, or None to follow the noise.
@@ -384,18 +388,20 @@ def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any], left: float)
         α and a clause that completes "α is ..., since ...".
 
     Examples:
-        >>> resolve_alpha(None, {"is_informative": True, "low": 0.25}, 0.1)[0]
+        >>> resolve_alpha(None, {"is_informative": True, "rate": 0.3, "low": 0.25}, 0.1)[0]
         5.4
-        >>> resolve_alpha(None, {"is_informative": True, "low": 0.0}, 0.0)
-        (0.0, 'nothing speaks for flipped labels, and without them DPO is best')
+        >>> resolve_alpha(None, {"is_informative": True, "rate": 0.01, "low": 0.0}, 0.01)
+        (0.0, 'little speaks for flipped labels, and without them DPO is best')
     """
     if fixed is not None:
         return fixed, "it was given"
     if not estimate["is_informative"]:
         return 0.0, "it cannot be told how many labels are wrong, and DPO assumes the least"
-    if estimate["low"] <= 0.0:
-        return 0.0, "nothing speaks for flipped labels, and without them DPO is best"
-    return round(LEAST_ALPHA + ALPHA_PER_NOISE * left, 4), f"about {100 * left:.1f} % of what is trained on is wrong"
+    is_sure = estimate["low"] > 0.0
+    if not is_sure and estimate["rate"] < MIN_RATE:
+        return 0.0, "little speaks for flipped labels, and without them DPO is best"
+    is_wrong = "is wrong" if is_sure else "may be wrong"
+    return round(LEAST_ALPHA + ALPHA_PER_NOISE * left, 4), f"about {100 * left:.1f} % of what is trained on {is_wrong}"
 
 
 def training_set(data: PairDataset, weights: Floats, is_flipped: NDArray[np.bool_]) -> PairDataset:

@@ -1,4 +1,4 @@
-"""The audit: who judges whom, what a verdict changes, and that nothing changes where nothing speaks for flips."""
+"""The audit: who judges whom, what a verdict changes, and that nothing changes where little speaks for flips."""
 
 import csv
 import json
@@ -79,10 +79,12 @@ def test_where_nothing_speaks_for_flips_ropo_is_dpo_bit_for_bit(model_folder, pa
 @pytest.mark.parametrize(
     ("estimate", "left", "alpha"),
     [
-        ({"is_informative": True, "low": 0.1}, 0.35, 13.9),
-        ({"is_informative": True, "low": 0.1}, 0.0, 2.0),
-        ({"is_informative": True, "low": 0.0}, 0.2, 0.0),
-        ({"is_informative": False, "low": 0.1}, 0.2, 0.0),
+        ({"is_informative": True, "rate": 0.4, "low": 0.1}, 0.35, 13.9),
+        ({"is_informative": True, "rate": 0.4, "low": 0.1}, 0.0, 2.0),
+        ({"is_informative": True, "rate": 0.02, "low": 0.01}, 0.01, 2.34),
+        ({"is_informative": True, "rate": 0.049, "low": 0.0}, 0.049, 0.0),
+        ({"is_informative": True, "rate": 0.1, "low": 0.0}, 0.1, 5.4),
+        ({"is_informative": False, "rate": 0.4, "low": 0.1}, 0.2, 0.0),
     ],
 )
 def test_alpha_follows_the_noise_that_is_left(estimate, left, alpha):

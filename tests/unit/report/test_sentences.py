@@ -159,7 +159,7 @@ def test_alpha_is_not_stated_for_losses_without_one(make_audit, make_run):
 def test_clean_labels_mean_exactly_dpo(make_audit):
     clean = {"flip_rate": {"estimate": 0.0, "low": 0.0, "high": 0.03}, "rho": 0.0, "alpha": 0.0}
     clean["rho_reason"] = "the labels may all be right: the interval of the estimate reaches down to 0"
-    run = make_audit(summary=clean | {"alpha_reason": "nothing speaks for flipped labels"})
+    run = make_audit(summary=clean | {"alpha_reason": "little speaks for flipped labels"})
     run["ledger"] = run["ledger"].set_column(7, "decision", [["keep"] * 20])
     sentences = write_sentences(build_tables(**run))
     assert sentences["budget"] == "ρ = 0, so nothing is filtered out, since the labels may all be right."
