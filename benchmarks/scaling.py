@@ -1,11 +1,15 @@
 """How the cost of training grows, counted by `ropo.plan` and measured; and what the planner says of large models.
 
-    python benchmarks/scaling.py            # measures, writes scaling.csv
-    python benchmarks/scaling.py --table    # the tables of docs/performance.md
+    python benchmarks/scaling.py            # measures, writes scaling.csv and scaling_runs.csv
+    python benchmarks/scaling.py --table    # the tables of docs/performance.md, and its picture, scaling.svg
 
-Measured: milliseconds a pair of forward and backward pass, packed, one thread, a Llama of 4.8 million weights in its
-layers, random tokens. The share of the machine's matrix rate is fitted at the first row and kept for all others, so a
-row says how well the growth is predicted, not the speed.
+Measured, steps: milliseconds a pair of forward and backward pass, packed, one thread, a Llama of 4.8 million weights in
+its layers, random tokens. The share of the machine's matrix rate is fitted at the first row and kept for all others, so
+a row says how well the growth is predicted, not the speed.
+
+Measured, runs: seconds of all stages of `ropo train`'s loop, one thread, the model and pairs of `ropo demo`, ρ = 0.2
+without folds, with new responses for what is filtered. Two speeds are fitted at the first row, one of training and
+scoring and one of sampling.
 
 Planned: a 7B model (Llama 2's shape) on GPUs that reach 989 TFLOP/s in bfloat16 and read 3.35 TB/s, at a share of 40 %,
 60,000 pairs of 512 prompt and 2 x 256 response tokens. Both are assumptions: nothing here was measured on a GPU. Each
@@ -15,20 +19,30 @@ and communication to hide behind the arithmetic.
 
 import argparse
 import csv
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from ropo import ROPOConfig, run_rounds
+from ropo.bench.figures import looks_of, name_at, spread, stand_alone
 from ropo.data.tokenize import TokenizedPair
+from ropo.data.toy import make_pairs, save_toy
+from ropo.forecast import model_size
 from ropo.logps.batch import packed_batch
 from ropo.logps.shared_prefix import choose_layout, packed_logps
 from ropo.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_run
+from ropo.report import svg
 
 RESULTS = Path(__file__).with_suffix(".csv")
+RUN_RESULTS = RESULTS.with_name("scaling_runs.csv")
+PICTURE = Path(__file__).with_suffix(".svg")
 COLUMNS = ("pairs", "prompt", "chosen", "rejected", "measured_ms", "planned_ms", "torch")
 SHAPES = (
     (8, 128, 48),
@@ -39,6 +53,18 @@ SHAPES = (
     (4, 512, 48),
     (8, 128, 12),
     (8, 128, 192),
+)
+RUN_COLUMNS = ("pairs", "candidates", "rounds", "measured_s", "planned_s", "torch")
+RUNS = (
+    (1600, 4, 2),
+    (400, 4, 2),
+    (800, 4, 2),
+    (3200, 4, 2),
+    (1600, 1, 2),
+    (1600, 2, 2),
+    (1600, 8, 2),
+    (1600, 4, 1),
+    (1600, 4, 4),
 )
 LARGE = ModelSize(
     layer_weights=6_476_000_000,
@@ -102,10 +128,111 @@ def _milliseconds(model: LlamaForCausalLM, tokens: list[TokenizedPair]) -> float
     return 1000 * (time.perf_counter() - start)
 
 
+def measure_runs() -> None:
+    """Write one row per whole run."""
+    torch.set_num_threads(1)
+    rows, speeds = [], np.zeros(2)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        save_toy(model, seed=0)
+        size = model_size(AutoConfig.from_pretrained(model))
+        for number, (num_pairs, num_candidates, rounds) in enumerate(RUNS):
+            run = RunSize(
+                rounds=rounds, num_folds=0, rho=0.2, num_candidates=num_candidates, new_tokens=24, pairs_per_step=16
+            )
+            measured = _seconds(model, Path(folder) / str(number), run, num_pairs)
+            pairs = PairSize(num_pairs=num_pairs, prompt_tokens=32, chosen_tokens=24, rejected_tokens=24)
+            plan = plan_run(size, pairs, run, Machine(flops=1e9, share=1.0), tokens_at_once=2048)
+            of_sampling = sum(stage.seconds for stage in plan.stages if stage.name == "sampling")
+            counted = np.array([plan.seconds - of_sampling, of_sampling])
+            if number == 0:
+                speeds = measured / counted
+            lengths = (num_pairs, num_candidates, rounds)
+            rows.append((*lengths, round(measured.sum(), 1), round(float(counted @ speeds), 1), torch.__version__))
+            print(rows[-1], flush=True)
+    with RUN_RESULTS.open("w", newline="") as file:
+        csv.writer(file).writerows([RUN_COLUMNS, *rows])
+
+
+def _seconds(model: Path, folder: Path, run: RunSize, num_pairs: int) -> np.ndarray:
+    """Of training and scoring, and of sampling."""
+    args = ROPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=run.pairs_per_step, max_length=128, max_new_tokens=48,
+        learning_rate=2e-4, beta=1.0, num_folds=0, rho=str(run.rho), rounds=run.rounds, alpha="6",
+        num_candidates=run.num_candidates if run.rounds > 1 else 0, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    told = run_rounds(str(model), make_pairs(num_pairs, seed=0), args)["seconds"]
+    of_sampling = sum(value for name, value in told.items() if name.endswith("resample"))
+    return np.array([sum(told.values()) - of_sampling, of_sampling])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def runs_table() -> str:
+    """Growth of whole runs, measured and planned."""
+    lines = ["| pairs | K | rounds | measured, s | planned | measured / planned |", "|---|---|---|---|---|---|"]
+    for row in _rows(RUN_RESULTS):
+        measured, planned = float(row["measured_s"]), float(row["planned_s"])
+        lines.append(
+            f"| {int(row['pairs']):,} | {row['candidates']} | {row['rounds']} "
+            f"| {measured:.1f} | {planned:.1f} | {measured / planned:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def picture() -> str:
+    """Cost over the size of one thing, both as multiples of the first row: measured as marks, planned as lines."""
+    steps, runs = _rows(RESULTS), _rows(RUN_RESULTS)
+    grown = {
+        "pairs": _growth(runs, "s", "pairs", "candidates", "rounds"),
+        "prompt tokens": _growth(steps, "ms", "prompt", "chosen"),
+        "response tokens": _growth(steps, "ms", "chosen", "prompt"),
+        "candidates, K": _growth(runs, "s", "candidates", "pairs", "rounds"),
+        "rounds": _growth(runs, "s", "rounds", "pairs", "candidates"),
+    }
+    every = np.log2([point for points in grown.values() for point in points])
+    frame = svg.Frame(
+        width=760.0, height=400.0, x_range=(every[:, 0].min() - 0.1, every[:, 0].max() + 0.1),
+        y_range=(every[:, 1:].min() - 0.1, every[:, 1:].max() + 0.1), left=52.0, right=150.0, top=26.0,
+    )  # fmt: skip
+    ticks = [(float(place), f"×{2.0**place:g}") for place in range(-2, 3)]
+    body = [svg.axes(frame, x_label="size, to the first row", y_label="", x_ticks=ticks, has_y=False)]
+    for place, name in ticks:
+        if frame.y_range[0] <= place <= frame.y_range[1]:
+            body += [
+                svg.line(frame.left, frame.y(place), frame.width - frame.right, frame.y(place), "grid"),
+                svg.text(frame.left - 6, frame.y(place) + 4, name, "end"),
+            ]
+    body.append(svg.text(frame.left, 14, "cost, to the first row: planned (lines) and measured (marks)", "start"))
+    looks, ends = looks_of(list(grown)), {}
+    for name, points in grown.items():
+        xs, measured, planned = np.log2(sorted(points)).T
+        look = looks[name]
+        body.append(svg.path(frame, xs, planned, "method").replace("<polyline", f'<polyline style="{look.stroke}"'))
+        marks = zip(xs, measured, strict=True)
+        body += [f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="4" fill="{look.colour}"/>' for x, y in marks]
+        ends[name] = frame.y(planned[-1])
+    right = frame.width - frame.right
+    for name, y in spread(ends, low=frame.top, high=frame.height - frame.bottom).items():
+        lead = svg.line(right + 2, ends[name], right + 16, y, "end")
+        body += [lead.replace("<line", f'<line style="{looks[name].stroke}"'), name_at(right + 20, y, name)]
+    return stand_alone("".join(body), frame, "Cost over size, measured and planned, for " + ", ".join(grown))
+
+
+def _growth(rows: Sequence[dict[str, Any]], unit: str, key: str, *fixed: str) -> list[tuple[float, float, float]]:
+    """Size, measured and planned cost of the rows that are like the first in what is fixed, as multiples of its own."""
+    first = rows[0]
+    names = (key, f"measured_{unit}", f"planned_{unit}")
+    alike = [row for row in rows if all(row[name] == first[name] for name in fixed)]
+    return [(*(float(row[name]) / float(first[name]) for name in names),) for row in alike]
+
+
 def measured_table() -> str:
     """Growth, measured and planned."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(RESULTS)
     lines = [
         "| pairs | prompt | responses | measured, ms a pair | planned | measured / planned |",
         "|---|---|---|---|---|---|",
@@ -150,6 +277,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the tables")
     if parser.parse_args().table:
-        print(measured_table(), planned_table(), options_table(), sep="\n\n")
+        PICTURE.write_text(picture(), encoding="utf-8")
+        print(measured_table(), runs_table(), planned_table(), options_table(), sep="\n\n")
     else:
         measure()
+        measure_runs()

@@ -99,8 +99,8 @@ def score_over_rate(rows: Sequence[Row], key: str, *, methods: Sequence[str], y_
     right = frame.width - frame.right
     for name, y in spread(ends, low=frame.top, high=frame.height - frame.bottom).items():
         lead = svg.line(right + 2, ends[name], right + 16, y, "end")
-        body += [lead.replace("<line", f'<line style="{looks[name].stroke}"'), _label(right + 20, y, name)]
-    return _file("".join(body), frame, f"{y_label} over the share of flipped labels for {', '.join(lines)}")
+        body += [lead.replace("<line", f'<line style="{looks[name].stroke}"'), name_at(right + 20, y, name)]
+    return stand_alone("".join(body), frame, f"{y_label} over the share of flipped labels for {', '.join(lines)}")
 
 
 def gold_over_distance(rows: Sequence[Row], *, methods: Sequence[str]) -> str:
@@ -134,8 +134,8 @@ def gold_over_distance(rows: Sequence[Row], *, methods: Sequence[str]) -> str:
         body += [shape(frame.x(x), frame.y(y), looks[name].colour) for x, y in found]
         at = frame.top + LABEL_HEIGHT * number
         body.append(shape(frame.width - frame.right + 14, at, looks[name].colour))
-        body.append(_label(frame.width - frame.right + 24, at, name))
-    return _file("".join(body), frame, "Gold reward over the distance to the start, by method and kind of noise")
+        body.append(name_at(frame.width - frame.right + 24, at, name))
+    return stand_alone("".join(body), frame, "Gold reward over the distance to the start, by method and kind of noise")
 
 
 def cost_and_quality(rows: Sequence[Row]) -> str:
@@ -172,8 +172,8 @@ def cost_and_quality(rows: Sequence[Row]) -> str:
             at = (x, frame.y(max(one.mean - one.half, low)), x, frame.y(one.mean + one.half))
             body.append(svg.line(*at, "whisker").replace("<line", f'<line style="stroke: {colour}"'))
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        body.append(_label(x + 9, heights[name], name))
-    return _file("".join(body), frame, "Gap closed over cost, by method")
+        body.append(name_at(x + 9, heights[name], name))
+    return stand_alone("".join(body), frame, "Gap closed over cost, by method")
 
 
 def spread(wanted: Mapping[str, float], *, low: float, high: float) -> dict[str, float]:
@@ -213,7 +213,8 @@ def _half(one: Interval) -> float:
     return float(np.nan_to_num(one.half))
 
 
-def _label(x: float, y: float, name: str) -> str:
+def name_at(x: float, y: float, name: str) -> str:
+    """The name of a line or a mark beside it, in SVG units."""
     return svg.text(x, y + 4, name.replace("_", " "), "start", "strong" if name == "ropo" else "")
 
 
@@ -227,6 +228,7 @@ _MARKS: tuple[Callable[[float, float, str], str], ...] = (
 )
 
 
-def _file(body: str, frame: svg.Frame, label: str) -> str:
+def stand_alone(body: str, frame: svg.Frame, label: str) -> str:
+    """A drawing with its style as a file, for light and dark pages."""
     drawing = svg.drawing(f"<style>{STYLE}</style>{body}", frame.width, frame.height, label=label)
     return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
