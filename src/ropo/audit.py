@@ -52,7 +52,7 @@ LEAST_ALPHA, ALPHA_PER_NOISE = 2.0, 34.0
 
 MIN_RATE = 0.05
 """At this estimate the robust loss is used even where the interval reaches 0. A filter takes right pairs away if there
-are no flips after all; the loss hardly costs anything then (toy and sentiment pairs with right labels, α of 2 to 6)."""
+are no flips after all; the loss costs nothing then (method `ropo_loss` at 0 % in docs/results.md)."""
 
 AGREEMENT_LEVEL = 0.99
 """How sure it must be that two judges together contradict more labels than the first pass's interval holds."""
