@@ -106,8 +106,10 @@ def test_docs_show_the_measured_speed():
     """The tables of the page are those that the rows give."""
     page = (ROOT / "docs" / "performance.md").read_text()
     speed, scaling = benchmark("speed"), benchmark("scaling")
-    for table in (speed.table(), scaling.measured_table(), scaling.planned_table(), scaling.options_table()):
+    tables = (scaling.measured_table(), scaling.runs_table(), scaling.planned_table(), scaling.options_table())
+    for table in (speed.table(), speed.whole_table(), *tables):
         assert table in page
+    assert scaling.picture() == (ROOT / "benchmarks" / "scaling.svg").read_text()
 
 
 def test_docs_show_the_measured_noise():
