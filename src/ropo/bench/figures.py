@@ -166,13 +166,18 @@ def cost_and_quality(rows: Sequence[Row]) -> str:
     looks = looks_of(list(found))
     wanted = {name: frame.y(max(one.mean, low)) for name, (_, one) in found.items()}
     heights = spread(wanted, low=frame.top, high=frame.height - frame.bottom)
+    across = [frame.x(float(np.log10(cost))) for cost in costs]
     for name, (cost, one) in found.items():
         x, y, colour = frame.x(float(np.log10(cost))), frame.y(max(one.mean, low)), looks[name].colour
         if np.isfinite(one.half):
             at = (x, frame.y(max(one.mean - one.half, low)), x, frame.y(one.mean + one.half))
             body.append(svg.line(*at, "whisker").replace("<line", f'<line style="stroke: {colour}"'))
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        body.append(name_at(x + 9, heights[name], name))
+        # Names of marks that stand close together begin behind the last of them.
+        beside = max(other for other in across if other - x < 40) + 20
+        lead = svg.line(x + 5, y, beside - 4, heights[name], "end")
+        body.append(lead.replace("<line", f'<line style="stroke: {colour}"'))
+        body.append(name_at(beside, heights[name], name))
     return stand_alone("".join(body), frame, "Gap closed over cost, by method")
 
 
