@@ -148,7 +148,7 @@ def measure_runs() -> None:
             if number == 0:
                 speeds = measured / counted
             lengths = (num_pairs, num_candidates, rounds)
-            rows.append((*lengths, round(measured.sum(), 1), round(float(counted @ speeds), 1), torch.__version__))
+            rows.append((*lengths, round(float(measured.sum()), 1), round(float(counted @ speeds), 1), torch.__version__))
             print(rows[-1], flush=True)
     with RUN_RESULTS.open("w", newline="") as file:
         csv.writer(file).writerows([RUN_COLUMNS, *rows])
