@@ -147,8 +147,8 @@ def measure_runs() -> None:
             counted = np.array([plan.seconds - of_sampling, of_sampling])
             if number == 0:
                 speeds = measured / counted
-            lengths = (num_pairs, num_candidates, rounds)
-            rows.append((*lengths, round(float(measured.sum()), 1), round(float(counted @ speeds), 1), torch.__version__))
+            seconds = (round(float(measured.sum()), 1), round(float(counted @ speeds), 1))
+            rows.append((num_pairs, num_candidates, rounds, *seconds, torch.__version__))
             print(rows[-1], flush=True)
     with RUN_RESULTS.open("w", newline="") as file:
         csv.writer(file).writerows([RUN_COLUMNS, *rows])
