@@ -31,7 +31,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from ropo import ROPOConfig, run_rounds
-from ropo.bench.figures import looks_of, name_at, spread, stand_alone
+from ropo.bench.figures import looks_of, names_at_ends, stand_alone
 from ropo.data.tokenize import TokenizedPair
 from ropo.data.toy import make_pairs, save_toy
 from ropo.forecast import model_size
@@ -215,10 +215,7 @@ def picture() -> str:
         marks = zip(xs, measured, strict=True)
         body += [f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="4" fill="{look.colour}"/>' for x, y in marks]
         ends[name] = frame.y(planned[-1])
-    right = frame.width - frame.right
-    for name, y in spread(ends, low=frame.top, high=frame.height - frame.bottom).items():
-        lead = svg.line(right + 2, ends[name], right + 16, y, "end")
-        body += [lead.replace("<line", f'<line style="{looks[name].stroke}"'), name_at(right + 20, y, name)]
+    body.append(names_at_ends(frame, ends, looks))
     return stand_alone("".join(body), frame, "Cost over size, measured and planned, for " + ", ".join(grown))
 
 

@@ -51,8 +51,8 @@ strong pull to the reference makes DPO fit single labels before what they have i
 LEAST_ALPHA, ALPHA_PER_NOISE = 2.0, 34.0
 
 MIN_RATE = 0.05
-"""At this estimate the robust loss is used even where the interval reaches 0. A filter takes right pairs away if there
-are no flips after all; the loss costs nothing then (method `ropo_loss` at 0 % in docs/results.md)."""
+"""From this estimate on the robust loss is used even where the interval reaches 0. Right labels can read so, too, and
+there it costs about a point of accuracy at most (docs/noise.md, step 6)."""
 
 AGREEMENT_LEVEL = 0.99
 """How sure it must be that two judges together contradict more labels than the first pass's interval holds."""

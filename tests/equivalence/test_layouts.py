@@ -292,9 +292,8 @@ def flash_attention(monkeypatch):
     utils = modeling_flash_attention_utils
     kernels = (None, varlen, None, utils._pad_input, utils._unpad_input)
     monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: kernels)
-    monkeypatch.setattr(utils, "_loaded_implementation", None)
-    yield calls
-    utils._loaded_implementation = None
+    monkeypatch.setattr(utils, "_loaded_implementation", None)  # whatever it becomes is undone
+    return calls
 
 
 def test_flash_attention_takes_rows_without_padding(flash_attention):

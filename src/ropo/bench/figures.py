@@ -32,21 +32,24 @@ LABEL_HEIGHT, WIDTH = 15.0, 760.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class Look:
+    """How a method's line looks."""
+
     colour: str
     dash: str
 
     @property
     def stroke(self) -> str:
+        """As a style of SVG."""
         dash = f"; stroke-dasharray: {self.dash}" if self.dash else ""
         return f"stroke: {self.colour}{dash}"
 
 
-def looks_of(names: Sequence[str]) -> dict[str, _Look]:
+def looks_of(names: Sequence[str]) -> dict[str, Look]:
     """A colour and a dash for each method; ropo has its own colour."""
-    looks = {"ropo": _Look(COLOURS[0], "")}
+    looks = {"ropo": Look(COLOURS[0], "")}
     for place, name in enumerate(name for name in names if name != "ropo"):
-        looks[name] = _Look(COLOURS[1 + place % (len(COLOURS) - 1)], DASHES[(place + 1) // 2 % len(DASHES)])
+        looks[name] = Look(COLOURS[1 + place % (len(COLOURS) - 1)], DASHES[(place + 1) // 2 % len(DASHES)])
     return looks
 
 
@@ -96,10 +99,7 @@ def score_over_rate(rows: Sequence[Row], key: str, *, methods: Sequence[str], y_
                 at = (frame.x(x), frame.y(one.mean - one.half), frame.x(x), frame.y(one.mean + one.half))
                 body.append(svg.line(*at, "whisker").replace("<line", f'<line style="stroke: {look.colour}"'))
         ends[name] = frame.y(ys[-1])
-    right = frame.width - frame.right
-    for name, y in spread(ends, low=frame.top, high=frame.height - frame.bottom).items():
-        lead = svg.line(right + 2, ends[name], right + 16, y, "end")
-        body += [lead.replace("<line", f'<line style="{looks[name].stroke}"'), name_at(right + 20, y, name)]
+    body.append(names_at_ends(frame, ends, looks))
     return stand_alone("".join(body), frame, f"{y_label} over the share of flipped labels for {', '.join(lines)}")
 
 
@@ -134,7 +134,7 @@ def gold_over_distance(rows: Sequence[Row], *, methods: Sequence[str]) -> str:
         body += [shape(frame.x(x), frame.y(y), looks[name].colour) for x, y in found]
         at = frame.top + LABEL_HEIGHT * number
         body.append(shape(frame.width - frame.right + 14, at, looks[name].colour))
-        body.append(name_at(frame.width - frame.right + 24, at, name))
+        body.append(_name_at(frame.width - frame.right + 24, at, name))
     return stand_alone("".join(body), frame, "Gold reward over the distance to the start, by method and kind of noise")
 
 
@@ -177,7 +177,7 @@ def cost_and_quality(rows: Sequence[Row]) -> str:
         beside = max(other for other in across if other - x < 40) + 20
         lead = svg.line(x + 5, y, beside - 4, heights[name], "end")
         body.append(lead.replace("<line", f'<line style="stroke: {colour}"'))
-        body.append(name_at(beside, heights[name], name))
+        body.append(_name_at(beside, heights[name], name))
     return stand_alone("".join(body), frame, "Gap closed over cost, by method")
 
 
@@ -218,8 +218,16 @@ def _half(one: Interval) -> float:
     return float(np.nan_to_num(one.half))
 
 
-def name_at(x: float, y: float, name: str) -> str:
-    """The name of a line or a mark beside it, in SVG units."""
+def names_at_ends(frame: svg.Frame, ends: Mapping[str, float], looks: Mapping[str, Look]) -> str:
+    """Names to the right of the frame, each led to by the end of its line, whose height is given in SVG units."""
+    right, parts = frame.width - frame.right, []
+    for name, y in spread(ends, low=frame.top, high=frame.height - frame.bottom).items():
+        lead = svg.line(right + 2, ends[name], right + 16, y, "end")
+        parts += [lead.replace("<line", f'<line style="{looks[name].stroke}"'), _name_at(right + 20, y, name)]
+    return "".join(parts)
+
+
+def _name_at(x: float, y: float, name: str) -> str:
     return svg.text(x, y + 4, name.replace("_", " "), "start", "strong" if name == "ropo" else "")
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import is_flash_attention_requested
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch
@@ -223,7 +222,8 @@ def _candidates(model: nn.Module, *, max_length: int) -> tuple[tuple[str, ...], 
 
 
 def _has_flash_attention(model: nn.Module) -> bool:
-    return is_flash_attention_requested(_causal_lm(model).config)
+    """Whatever its version and whoever built its kernel: `flash_attention_2`, `kernels-community/flash-attn3`, ..."""
+    return "flash" in str(_causal_lm(model).config._attn_implementation)
 
 
 FORWARDS: MappingProxyType[str, Callable[[nn.Module, Batch], PairLogps]] = MappingProxyType(
