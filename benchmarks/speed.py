@@ -99,6 +99,7 @@ WAYS = (
 )
 QUICK = ("TRL, best", "ours, packed")
 NUM_PAIRS = {"hh": 64, "toy": 800}
+NUM_PAIRS_QUICK = {"hh": 40, "toy": 256}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,13 @@ class Clock(TrainerCallback):
         self.seconds, self.steps = time.perf_counter() - self.start, state.global_step - NUM_WARM_UP
 
     def found(self) -> dict[str, Any]:
-        """As a measurement reports it."""
+        """As a measurement reports it.
+
+        Raises:
+            RuntimeError: If no step was counted.
+        """
+        if self.steps < 1:
+            raise RuntimeError(f"A measurement needs more than {NUM_WARM_UP} steps; got none beyond. Give more pairs.")
         return {"seconds": self.seconds, "steps": self.steps, "peak_mib": self.memory.peak_mib()}
 
 
@@ -439,7 +446,7 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
     for way in ways if turn % 2 == 0 else ways[::-1]:
         if (task, way.name, turn) in known:
             continue
-        count = NUM_PAIRS[task] // (3 if args.quick else 1)
+        count = (NUM_PAIRS_QUICK if args.quick else NUM_PAIRS)[task]
         words = [args.pairs or "", f"--way={way.name}", f"--task={task}", f"--count={count}"]
         words += [f"--threads={args.threads}"]
         shown = None if args.verbose else subprocess.DEVNULL
