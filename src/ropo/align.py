@@ -117,6 +117,8 @@ def run_rounds(
         model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
         is_audit=False,
     )  # fmt: skip
+    if args.without_effect:
+        logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(args.without_effect))
     digest, audit = made.digest, None
     judge = judge or make_judge(args, made.folder / "judge")
     if args.needs_audit:

@@ -23,6 +23,7 @@ from rich.logging import RichHandler
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from ropo import __version__
 from ropo.align import run_audit, run_rounds
 from ropo.bench.answers import export_answers
 from ropo.bench.grid import run_bench
@@ -102,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE)
         return DONE if words else MISUSE
+    if words[0] == "--version":
+        print(f"ropo {__version__}")
+        return DONE
     if words[0] not in commands:
         print(
             f"ropo needs one of {', '.join(commands)}; got {words[0]!r}.{did_you_mean(words[0], list(commands))}",
@@ -154,7 +158,7 @@ ropo: align language models on preference data whose labels are partly wrong
   ropo validate D                    list every problem of a dataset; exit code 1 if one must be fixed
   ropo losses                        the losses, their formulas, papers and options
 
-`ropo COMMAND --help` lists the options."""
+`ropo COMMAND --help` lists the options; `ropo --version` says the version."""
 
 
 def _demo(words: list[str]) -> int:

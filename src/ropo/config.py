@@ -29,6 +29,10 @@ LOSS_OPTIONS = (
     "max_weight", "mean_target_margin", "evenness", "num_dropped", "direction_temperature", "tie_temperature",
     "correction_warmup", "correction_max", "correction_power",
 )  # fmt: skip
+_OF_RESAMPLING = (
+    "temperature", "top_p", "sample_from", "selection_rule", "max_abs_margin", "max_length_ratio", "max_repetition",
+    "max_copies", "max_resampled_share", "resampled_weight", "resampled_decay",
+)  # fmt: skip
 ROUND_STARTS = ("restart", "carry_on")
 SAMPLE_FROM = ("reference", "policy")
 ON_BAD_ROWS = ("refuse", "skip")
@@ -334,6 +338,16 @@ class ROPOConfig(TrainingArguments):
             max_copies=self.max_copies,
             max_share=self.max_resampled_share,
         )
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Options of resampling that were given although nothing is sampled.
+
+        Not an error: `--num_candidates 0` beside a recipe is how resampling is switched off.
+        """
+        defaults = ROPOConfig.__dataclass_fields__
+        given = [name for name in _OF_RESAMPLING if getattr(self, name) != defaults[name].default]
+        return [] if self.num_candidates else given
 
     @property
     def loss_options(self) -> dict[str, float]:

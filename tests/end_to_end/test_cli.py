@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ropo import __version__
 from ropo.cli import main, parse_train
 from ropo.ledger import SCHEMA
 
@@ -202,6 +203,8 @@ def test_bad_rows(dataset, model_folder, recipe, tmp_path, capsys):
     summary = json.loads((tmp_path / "O" / "summary.json").read_text())
     assert summary["num_pairs"] == 18
     assert summary["problems"]["missing_field"] == 1
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "Nothing is sampled (num_candidates 0), so these do nothing: sample_from, max_length_ratio," in said
 
 
 def test_validate_clean_file(dataset, model_folder, capsys):
@@ -248,6 +251,11 @@ def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert "An audit needs num_folds of 2 or more" in capsys.readouterr().err
     assert main(["audit", *map(str, words), str(tmp_path / "M"), "--decisions", str(tmp_path / "nowhere.csv")]) == 2
     assert "--decisions needs a table" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ropo {__version__}\n"
 
 
 def test_losses(capsys):
