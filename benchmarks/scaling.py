@@ -158,8 +158,9 @@ def _seconds(model: Path, folder: Path, run: RunSize, num_pairs: int) -> np.ndar
     """Of training and scoring, and of sampling."""
     args = ROPOConfig(
         output_dir=str(folder), per_device_train_batch_size=run.pairs_per_step, max_length=128, max_new_tokens=48,
-        learning_rate=2e-4, beta=1.0, num_folds=0, rho=str(run.rho), rounds=run.rounds, alpha="6",
-        num_candidates=run.num_candidates if run.rounds > 1 else 0, save_strategy="no", disable_tqdm=True,
+        learning_rate=2e-4, beta=1.0, num_folds=0, rho=str(run.rho) if run.rounds > 1 else "0",
+        rounds=run.rounds, alpha="6", num_candidates=run.num_candidates if run.rounds > 1 else 0, save_strategy="no",
+        disable_tqdm=True,
     )  # fmt: skip
     told = run_rounds(str(model), make_pairs(num_pairs, seed=0), args)["seconds"]
     of_sampling = sum(value for name, value in told.items() if name.endswith("resample"))

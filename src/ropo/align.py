@@ -117,8 +117,8 @@ def run_rounds(
         model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
         is_audit=False,
     )  # fmt: skip
-    if args.without_effect:
-        logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(args.without_effect))
+    if idle := args.without_effect:
+        logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
     digest, audit = made.digest, None
     judge = judge or make_judge(args, made.folder / "judge")
     if args.needs_audit:
@@ -219,6 +219,7 @@ def _prepare(
     is_audit: bool,
 ) -> _Prepared:
     """Read, check and tokenize the data, claim the output folder, score the reference."""
+    _check_run(args)
     folder = Path(str(args.output_dir))
     loaded, pairs, problems = read_checked(dataset, split=split, columns=columns, on_bad_rows=args.on_bad_rows)
     verdicts = {} if decisions is None else read_verdicts(Path(decisions))
@@ -235,7 +236,7 @@ def _prepare(
             [pair.id for pair in [*pairs, *known]], args.num_folds, seed=args.seed
         )  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
-    tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+    tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **_tokenizer_options(load_options))
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
     if not tokenized.pairs:
@@ -247,12 +248,13 @@ def _prepare(
     identity = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
         "model": [source.fingerprint(), source.load_options],
+        "tokenizer": _fingerprint(tokenizer),
         "data": loaded.sha256,
         "trusted": trusted_sha256,
         "verdicts": hash_value(sorted(verdicts.items())) if verdicts else None,
         "adapter": None if peft_config is None else peft_config.to_dict(),
     }
-    identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
+    identity = json.loads(json.dumps(identity, sort_keys=True, default=_as_json))
     _claim(folder, identity)
     _report_problems(folder, problems)
     tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
@@ -272,6 +274,47 @@ def _prepare(
         digest=digest,
         lengths=tokenized.lengths,
     )
+
+
+def _check_run(args: ROPOConfig) -> None:
+    """Refuse before anything is read what a single training may do and a whole run cannot.
+
+    Raises:
+        ValueError: If there are several GPUs in this process, or an option asks for what a run has not or does not do.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"A run needs one process per GPU; got {args.n_gpu} GPUs in this one. Start it with `accelerate launch -m "
+            "ropo.cli ...`, or hide the others with CUDA_VISIBLE_DEVICES."
+        )
+    if args.eval_strategy != "no":
+        raise ValueError(
+            "eval_strategy needs a dataset to evaluate on, and a run takes none; leave it out. ROPOTrainer takes an "
+            "eval_dataset."
+        )
+    if args.push_to_hub:
+        raise ValueError(
+            "A run uploads nothing; got push_to_hub. Leave it out, look at the report, then upload the model's files "
+            "(`hf upload`)."
+        )
+
+
+def _tokenizer_options(load_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What loading a tokenizer shares with loading its model."""
+    return {name: value for name, value in (load_options or {}).items() if name in ("revision", "trust_remote_code")}
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name of a tokenizer's content: how it cuts text, and its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # What it was last called with stands in there as well.
+    found = {} if backend is None else {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+    return hash_value([found or sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])[:16]
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON does not know; a set has no order of its own, and another one in every process."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:

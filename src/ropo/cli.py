@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except RuntimeError as error:
+    except (RuntimeError, FloatingPointError) as error:
         if os.environ.get("ROPO_DEBUG"):
             raise
         print(f"ropo {words[0]}: {error}", file=sys.stderr)
@@ -188,8 +188,20 @@ def _inputs(task: str, given: TrainArguments, words: list[str]) -> dict[str, Any
         },
         "trusted": given.trusted,
         "decisions": None if given.decisions is None else Path(given.decisions),
-        "command": shlex.join(["ropo", task, *words]),
+        "command": shlex.join(["ropo", task, *_without_secrets(words)]),
     }
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """The words with `...` in place of a token: the report shows what was typed."""
+    found: list[str] = []
+    for word in words:
+        name, is_joined, _ = word.partition("=")
+        if is_joined and name.endswith("_token"):
+            found.append(f"{name}=...")
+        else:
+            found.append("..." if found and found[-1].startswith("--") and found[-1].endswith("_token") else word)
+    return found
 
 
 def _columns(given: Any) -> dict[str, str]:
@@ -429,7 +441,10 @@ def _named(words: Sequence[str], recipe: Path | None) -> set[str]:
 def _read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config needs a YAML file; {path} is not there.")
-    recipe = yaml.safe_load(path.read_text("utf-8")) or {}
+    try:
+        recipe = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config needs a YAML file; {path} is none: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(
             f"--config needs a YAML file of `option: value` lines; {path} holds a {type(recipe).__name__}."

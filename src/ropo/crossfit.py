@@ -86,7 +86,7 @@ def crossfit_margins(
                 peft_config=peft_config,
                 num_checks=NUM_CHECKS,
             )
-            trainer.train_or_resume()
+            trainer.train_or_resume([digest, fold])
             found = torch.stack(trainer.check_margins)
             if PartialState().is_main_process:
                 with write_aside(folder / name) as path:

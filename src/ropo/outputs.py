@@ -5,6 +5,7 @@ Hugging Face model folder, or `cleaned.jsonl`, `dropped.jsonl` and `review.csv`.
 """
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from ropo.audit import Audit
 from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
 from ropo.data.problems import Problem, summarise
-from ropo.data.review import write_review
+from ropo.data.review import read_verdicts, with_verdicts, write_review
 from ropo.ledger import ledger_table, write_ledger
 from ropo.losses import LOSSES, bind_loss, gradient_weight
 from ropo.pairs import Pair
@@ -29,6 +30,8 @@ from ropo.provenance import machine, read_json, versions, write_aside, write_jso
 from ropo.report import write_report
 from ropo.rounds import Round
 from ropo.stages import Stages
+
+logger = logging.getLogger(__name__)
 
 _CURVE_MARGINS = np.linspace(-6, 6, 121)
 
@@ -264,10 +267,22 @@ def _write_tables(folder: Path, audit: Audit, judged: dict[str, Any]) -> None:
         with write_aside(folder / name) as aside:
             lines = [_cleaned(*row) for row in rows if row[2] in wanted]
             aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    with write_aside(folder / "review.csv") as aside:
+    _write_review(folder / "review.csv", rows)
+
+
+def _write_review(path: Path, rows: Sequence[tuple[Pair, Any, str, float]]) -> None:
+    """The table for a person; what a person has filled in already stands in the new one again, or beside it."""
+    pairs = [row[0] for row in rows]
+    try:
+        pairs = with_verdicts(pairs, read_verdicts(path) if path.exists() else {})
+    except (ValueError, OSError) as error:
+        kept = path.with_name("review.before.csv")
+        path.replace(kept)
+        logger.warning("%s\nIt could not be read, so it is now %s.", error, kept)
+    with write_aside(path) as aside:
         write_review(
             aside,
-            [row[0] for row in rows],
+            pairs,
             p_flip={pair.row: float(p) for pair, p, _, _ in rows},
             decisions={pair.row: what for pair, _, what, _ in rows},
         )

@@ -4,6 +4,7 @@ In: pairs, their tokens, reference log-probabilities, weights. Out: `PairDataset
 and the tensors of a batch, in pieces that a forward pass takes at once.
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,18 @@ class PairDataset(Dataset[dict[str, Any]]):
             reference=None if self.reference is None else self.reference[places],
             weights=[self.weights[i] for i in places],
         )
+
+    def with_annotators(self, names: Sequence[str]) -> "PairDataset":
+        """The same pairs, their annotators numbered as in `names`; one who is not there gets the number after the last.
+
+        Args:
+            names: The `annotators` of another dataset.
+        """
+        number_of = {name: i for i, name in enumerate(names)}
+        found = copy.copy(self)
+        found.annotators = list(names)
+        found.annotator_of = [number_of.get(pair.annotator or "", len(names)) for pair in self.pairs]
+        return found
 
     def joined(self, new: TokenizedPairs, reference: PairLogps | None) -> "PairDataset":
         """This dataset followed by new pairs; `reference` is theirs."""

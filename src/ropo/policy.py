@@ -3,10 +3,12 @@
 In: a folder or hub id and how to load it. Out: a causal language model on this process's device.
 """
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -40,6 +42,7 @@ class PolicySource:
         Returns:
             The model on this process's device, in evaluation mode.
         """
+        release_memory()
         path = self.name_or_path if trained is None or self.is_adapter else str(trained)
         model: Any = AutoModelForCausalLM.from_pretrained(path, **self.load_options)
         if trained is not None and self.is_adapter:
@@ -60,3 +63,14 @@ class PolicySource:
         files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
         config = folder / "config.json"
         return hash_value([files, config.read_text() if config.exists() else ""])[:16]
+
+
+def release_memory() -> None:
+    """Let go of models and optimizers that nobody holds any more.
+
+    A trainer and its callbacks hold each other, and so do a model and its wrapped `forward`: without this they stay in
+    memory beside the model that is loaded next. What a GPU's allocator keeps for later is given back, too.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

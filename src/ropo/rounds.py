@@ -58,6 +58,7 @@ _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
 _HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
+_ALPHA_OF_PAPER = 14.0
 _IN_SAMPLE = (
     "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "
     "With num_folds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
@@ -79,6 +80,7 @@ class Round:
         reference_of: Reference log-probabilities of tokenized pairs; loads the reference only for pairs never seen.
         peft_config: For adapters.
         judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
+        alpha_reason: Why α is what it is, where no audit says so.
     """
 
     def __init__(
@@ -94,7 +96,9 @@ class Round:
         reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
         peft_config: PeftConfig | None,
         judge: Judge | None = None,
+        alpha_reason: str = "it was given",
     ) -> None:
+        self.alpha_reason = alpha_reason
         self.number, self.folder, self.args = number, folder, args
         self.source, self.tokenizer, self.data, self.peft_config = source, tokenizer, data, peft_config
         self.reference_of = reference_of
@@ -116,7 +120,8 @@ class Round:
         Returns:
             Digest of the round, for the next one.
         """
-        digest = self.stages.run("train", [digest, self.args.loss], _TRAIN_FILES, lambda: self._train(dataset, start))
+        inputs = [digest, self.args.loss]
+        digest = self.stages.run("train", inputs, _TRAIN_FILES, lambda: self._train(dataset, start, inputs))
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
         digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
         if not is_last:
@@ -179,7 +184,7 @@ class Round:
         is_flipped = [found["decisions"][i] == "flip" for i in stays] + [False] * (len(scored) - num_before)
         return scored, training_set(scored, np.array(weights), np.array(is_flipped))
 
-    def _train(self, dataset: PairDataset, start: Path | None) -> None:
+    def _train(self, dataset: PairDataset, start: Path | None, made_from: Sequence[str]) -> None:
         args = copy.copy(self.args)
         args.output_dir = str(self.folder / "checkpoints")
         args.seed = self.args.seed + self.number
@@ -193,7 +198,7 @@ class Round:
             peft_config=self.peft_config if start is None else None,
             halfway_folder=self.folder / _HALFWAY if self._needs_halfway else None,
         )
-        trainer.train_or_resume()
+        trainer.train_or_resume(made_from)
         trainer.save_whole(self.model_folder)
         first_margins = trainer.gather_first_margins()
         if PartialState().is_main_process:
@@ -235,7 +240,7 @@ class Round:
                 self.data.select(range(read)), margins[:read], p_flip, rho=rho, rule=str(self.args.decision_rule)
             )
             decisions, weights = (values.tolist() for values in found_all)
-            alpha, alpha_reason = self.args.fixed_alpha, "it was given"
+            alpha, alpha_reason = self.args.fixed_alpha, self.alpha_reason
         else:
             judged, p_flip = self.audit.judgement(), self.audit.p_flip()
             estimate = {**judged["estimate"], "margins": "held-out"}
@@ -383,8 +388,10 @@ def run_all(
         The rounds, in order; the last one's model is the result.
     """
     rounds: list[Round] = []
+    alpha_reason = "it was given"
     if audit is None:
-        args = args.with_alpha(14.0) if args.fixed_alpha is None else args
+        if args.fixed_alpha is None:
+            args, alpha_reason = args.with_alpha(_ALPHA_OF_PAPER), "nothing was estimated, and it is the paper's"
         sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
@@ -403,6 +410,7 @@ def run_all(
             reference_of=reference_of,
             peft_config=peft_config,
             judge=judge,
+            alpha_reason=alpha_reason,
         )
         start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
         digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)

@@ -8,6 +8,7 @@ It stands on the public surface of `transformers.Trainer`: `compute_loss`, `get_
 several devices) is therefore there.
 """
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -32,9 +33,11 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import ropo
 from ropo.config import ROPOConfig
 from ropo.data.problems import render
 from ropo.data.tokenize import tokenize_pairs
@@ -45,6 +48,7 @@ from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
 from ropo.pair_dataset import PairCollator, PairDataset
 from ropo.pairs import PairLogps, margin, margin_per_token
+from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
 _CPU_TOKENS = 2048
 
 _STATE_FILE = "ropo_state.safetensors"
+_OWNER_FILE = "made_from"  # beside the checkpoints: the digest of what they depend on
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
 _MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597, the main recipe)
 
@@ -133,11 +138,14 @@ class ROPOTrainer(Trainer):
         model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         train_dataset = self._prepare(train_dataset, model, args)
         eval_dataset = self._prepare(eval_dataset, model, args)
+        if train_dataset is not None and eval_dataset is not None:
+            eval_dataset = eval_dataset.with_annotators(train_dataset.annotators)
         sample = eval_dataset if train_dataset is None else train_dataset
         if sample is None:
             raise ValueError("ROPOTrainer needs train_dataset or eval_dataset; got neither.")
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
+            set_seed(args.seed)  # an adapter begins at random, and `Trainer` sets the seed only later
+            model = get_peft_model(model, copy.deepcopy(peft_config))  # type: ignore[assignment] # it writes into it
         self.layout, reason = choose_layout(
             model, sample.tokens[:2], pad_token_id=self.pad_token_id, max_length=args.max_length
         )
@@ -146,7 +154,8 @@ class ROPOTrainer(Trainer):
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.spec = LOSSES[args.loss]
         self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
-        self.reliability = torch.full((len(sample.annotators),), args.reliability or 0.9, device=args.device)
+        # The last one is that of annotators who are in the evaluation set only; nothing is learned of them.
+        self.reliability = torch.full((len(sample.annotators) + 1,), args.reliability or 0.9, device=args.device)
         self.moments = torch.zeros(3, device=args.device)  # sums of weights, means and variances: `update_moments`
         self._step_margins: list[Tensor] = []
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
@@ -219,10 +228,22 @@ class ROPOTrainer(Trainer):
             self.check_margins = list(kept["check_margins"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
-    def train_or_resume(self) -> None:
-        """Train; go on from the last checkpoint in the output folder if there is one."""
-        folder = str(self.args.output_dir)
-        self.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
+    def train_or_resume(self, made_from: Any) -> None:
+        """Train; go on from the last checkpoint in the output folder if one of this training is there.
+
+        Args:
+            made_from: JSON-able value of everything that the training depends on; checkpoints of another are removed.
+        """
+        folder = Path(str(self.args.output_dir))
+        path, digest = folder / _OWNER_FILE, hash_value([made_from, ropo.__version__])
+        if self.is_world_process_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.read_text("utf-8") != digest:
+                for checkpoint in folder.glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
+                path.write_text(digest, encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        self.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
 
     def save_whole(self, folder: Path) -> None:
         """Save the model so that `folder` holds all of it or is not there.
@@ -468,7 +489,12 @@ def losses_of(margins: NDArray[np.float64], args: ROPOConfig) -> NDArray[np.floa
 def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """How pairs are put into batches for scoring, as keyword arguments."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {"pad_token_id": pad, "max_length": args.max_length, "use_bf16": args.bf16}
+    return {
+        "pad_token_id": pad,
+        "max_length": args.max_length,
+        "use_bf16": args.bf16,
+        "max_tokens": args.max_tokens_per_batch,
+    }
 
 
 class _ProgressWithLoss(ProgressCallback):

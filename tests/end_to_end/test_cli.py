@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropo import __version__
-from ropo.cli import main, parse_train
+from ropo.cli import _without_secrets, main, parse_train
+from ropo.config import ROPOConfig
 from ropo.ledger import SCHEMA
 
 RECIPE = """\
@@ -153,6 +154,12 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--max_repetition", "2"], "max_repetition needs a number from 0 to 1; got 2.0"),
         (["--max_copies", "0"], "max_copies needs 1 or more; got 0"),
         (["--max_resampled_share", "0"], "max_resampled_share needs a number above 0; got 0"),
+        (
+            ["--num_folds", "0", "--rounds", "1", *PLAIN],
+            "rho 0.3 needs margins to filter by before the last training; got num_folds 0 and one round",
+        ),
+        (["--eval_strategy", "epoch"], "eval_strategy needs a dataset to evaluate on, and a run takes none"),
+        (["--push_to_hub"], "A run uploads nothing; got push_to_hub"),
         (["--sample_from", "referenc"], "Did you mean reference?"),
         (
             ["--generation_engine", "server", "--generation_url", "http://localhost:1/v1", "--generation_model", "m"],
@@ -164,6 +171,12 @@ def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, t
     assert train("no/such/model", dataset, recipe, tmp_path / "O", *more) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "O").exists()
+
+
+def test_several_gpus_in_one_process(dataset, recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ROPOConfig, "n_gpu", 2)
+    assert train("no/such/model", dataset, recipe, tmp_path / "O") == 2
+    assert "A run needs one process per GPU; got 2 GPUs in this one" in capsys.readouterr().err
 
 
 def test_missing_arguments(dataset, capsys):
@@ -179,6 +192,24 @@ def test_recipe_is_checked(dataset, tmp_path, capsys):
     recipe.write_text("learning_rat: 1e-3\n")
     assert train("m", dataset, recipe, tmp_path / "O") == 2
     assert "unknown option 'learning_rat'. Did you mean learning_rate" in capsys.readouterr().err
+
+
+def test_recipe_that_is_no_yaml(dataset, tmp_path, capsys):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("beta: [1, 2\nrho: 0.2\n")
+    for command in ("train", "bench"):
+        words = ["--model_name_or_path", "M", "--dataset_name", str(dataset)] if command == "train" else []
+        assert main([command, *words, "--output_dir", str(tmp_path / "O"), "--config", str(recipe)]) == 2
+        assert f"--config needs a YAML file; {recipe} is none" in capsys.readouterr().err
+
+
+def test_no_token_in_the_report(model_folder, dataset, recipe, tmp_path):
+    more = [*PLAIN, "--rounds", "1", "--hub_token", "hf_secret1", "--push_to_hub_token=hf_secret2"]
+    assert train(model_folder, dataset, recipe, tmp_path / "O", *more[:6]) == 0
+    assert _without_secrets(more)[4:] == ["--hub_token", "...", "--push_to_hub_token=..."]
+    for name in ("summary.json", "report.html", "report.md", "README.md", "ropo_config.json"):
+        assert "hf_secret1" not in (tmp_path / "O" / name).read_text()
+    assert "--hub_token ..." in json.loads((tmp_path / "O" / "summary.json").read_text())["command"]
 
 
 def test_command_line_wins_over_recipe(recipe):
@@ -243,6 +274,14 @@ def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     review = (output / "review.csv").read_text().splitlines()
     first = review[1].split(",")
     (tmp_path / "mine.csv").write_text(f"row,pair_id,verdict\n{first[3]},{first[4]},wrong\n")
+    verdict = (output / "review.csv").read_text().replace("\n,", "\nwrong,", 1)
+    (output / "review.csv").write_text(verdict)  # somebody has begun
+    assert main(["audit", *map(str, words), str(output)]) == 0
+    assert (output / "review.csv").read_text() == verdict
+    (output / "review.csv").write_text(verdict.replace("wrong", "wrogn"))
+    assert main(["audit", *map(str, words), str(output)]) == 0
+    assert "wrogn" in (output / "review.before.csv").read_text()
+    assert (output / "review.csv").read_text().splitlines() == review
     more = ["--decisions", str(tmp_path / "mine.csv")]
     assert main(["train", *map(str, words), str(tmp_path / "T"), *more]) == 0
     rows = pq.read_table(tmp_path / "T" / "ledger.parquet").to_pylist()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -28,7 +28,7 @@ from ropo.logps import response_head, shared_prefix, tree_attention
 from ropo.logps.batch import LAYOUTS
 from ropo.logps.response_head import response_logps
 from ropo.logps.shared_prefix import FORWARDS, choose_layout, enable_response_logps
-from ropo.logps.tree_attention import NAME, group_pairs, row_mask_mod
+from ropo.logps.tree_attention import NAME, block_mask, group_pairs, row_mask_mod
 
 VOCABULARY = 100
 LLAMA = {
@@ -224,13 +224,57 @@ def test_block_mask_is_the_same_rule():
     """What FlexAttention would be told on a GPU: run uncompiled, its output is that of the packed row on the CPU."""
     sizes, num_positions = torch.tensor([(7, 3, 2), (1, 0, 4), (5, 5, 5)], dtype=torch.int32), 40
     query, key, value = (torch.randn(1, 2, num_positions, 8) for _ in range(3))
-    block_mask = create_block_mask(row_mask_mod(sizes, num_positions), None, None, num_positions, num_positions, "cpu")
-    flex = flex_attention(query, key, value, block_mask=block_mask)
+    flex = flex_attention(query, key, value, block_mask=block_mask(sizes, num_positions))
     length = int(sizes.sum())
     ours, _ = tree_attention.tree_attention(
         torch.nn.Module(), query[:, :, :length], key[:, :, :length], value[:, :, :length], sizes[None, None]
     )
     torch.testing.assert_close(ours, flex[:, :, :length].transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_blocks_that_are_left_out_are_empty_and_those_not_tested_are_full(seed):
+    """The kernel takes the mask's word for both, so every cell is looked at here."""
+    rng = np.random.default_rng(seed)
+    sizes = torch.from_numpy(rng.integers(0, (900, 400, 300), size=(6, 3)).astype(np.int32))
+    num_positions = -(-int(sizes.sum()) // 256) * 256
+    mask, at = block_mask(sizes, num_positions), torch.arange(num_positions)
+    sees = row_mask_mod(sizes, num_positions)(0, 0, at[:, None], at[None, :])
+    sees_QaKb = sees.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    found = []
+    for numbers, places in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)):
+        listed = torch.zeros(len(places[0, 0]), len(places[0, 0]), dtype=torch.bool)
+        for row, number in enumerate(numbers[0, 0].tolist()):
+            listed[row, places[0, 0, row, :number].long()] = True
+        found.append(listed)
+    tested, full = found
+    assert not (tested & full).any()
+    assert not (sees_QaKb.any(3).any(1) & ~(tested | full)).any()
+    assert sees_QaKb.all(3).all(1)[full].all()
+    assert full.any()
+    assert (tested | full).sum() < len(full) ** 2 / 2.5  # most of the square is never looked at
+
+
+def test_block_masks_of_long_rows_are_small():
+    """A square of 32,768 positions would have a thousand million cells."""
+    sizes = torch.full((40, 3), 273, dtype=torch.int32)
+    mask = block_mask(sizes, 32768)
+    assert sum(tensor.numel() for tensor in mask.as_tuple() if torch.is_tensor(tensor)) < 10**6
+
+
+def test_flex_attention_gets_one_dtype(monkeypatch):
+    """Under autocast rotary embeddings are float32, values are not; FlexAttention of torch 2.6 to 2.9 refuses that."""
+    seen = []
+
+    def watching(_module, query, key, value, _mask, **_):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return value, None
+
+    monkeypatch.setattr(tree_attention, "flex_attention_forward", watching)
+    query, key, value = (torch.randn(1, 2, 128, 8) for _ in range(3))
+    mask = block_mask(torch.tensor([(64, 32, 32)], dtype=torch.int32), 128)
+    tree_attention.tree_attention(torch.nn.Module(), query, key, value.bfloat16(), mask)
+    assert seen == [(torch.bfloat16,) * 3]
 
 
 def test_groups():

@@ -1,14 +1,19 @@
 """A run that is killed after any stage, or in the middle of one, ends as if it had never been killed."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropo import stages
 from ropo.align import run_rounds
 from ropo.config import ROPOConfig
-from ropo.provenance import hash_file
+from ropo.policy import PolicySource
+from ropo.provenance import hash_file, read_json
 from ropo.trainer import ROPOTrainer
 
 STAGES = [
@@ -96,6 +101,78 @@ def test_killed_inside_training(place, model_folder, pairs, tmp_path, monkeypatc
     run_rounds(model_folder, pairs, config(folder))
     assert steps[:4] == [0, 1, 2, 2]  # the checkpoint was written after step 2
     assert outputs(folder) == whole
+
+
+def test_checkpoints_of_other_pairs_are_not_gone_on_with(model_folder, pairs, tmp_path, monkeypatch):
+    """One more pass of judging changes what is trained on, and is no other run: training then begins anew."""
+    folder, steps = tmp_path / "killed", []
+    step = ROPOTrainer.training_step
+
+    def dying(self, *args, **kwargs):
+        if Path(self.args.output_dir).name == "checkpoints":
+            steps.append(self.state.global_step)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ROPOTrainer, "training_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(model_folder, pairs, config(folder, num_passes=1))
+    run_rounds(model_folder, pairs, config(folder, num_passes=2))
+    assert steps[:5] == [0, 1, 2, 0, 1]
+    run_rounds(model_folder, pairs, config(tmp_path / "whole", num_passes=2))
+    assert outputs(folder) == outputs(tmp_path / "whole")
+
+
+def test_an_adapter_run_is_taken_up_again(model_folder, pairs, tmp_path, monkeypatch):
+    """`peft` keeps target modules as a set, ordered otherwise in every process, and writes into what it gets."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    folder = tmp_path / "run"
+    options = {"num_candidates": 0, "rounds": 1}
+    first = run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
+    assert read_json(folder / "ropo_config.json")["adapter"]["target_modules"] == [
+        "k_proj", "o_proj", "q_proj", "v_proj",
+    ]  # fmt: skip
+    monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    again = run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
+    assert again["seconds"] == first["seconds"]
+
+
+def test_another_chat_template_is_another_run(model_folder, pairs, tmp_path):
+    folder, options = tmp_path / "run", {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
+    run_rounds(model_folder, pairs, config(folder, **options))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace(":", " says ")
+    tokenizer.save_pretrained(model_folder)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        run_rounds(model_folder, pairs, config(folder, **options))
+
+
+def test_models_of_earlier_stages_are_not_kept(model_folder, pairs, tmp_path, monkeypatch):
+    """A trainer and its callbacks hold each other; on a GPU a dead model beside the next one is one too many."""
+    alive, models, load = [], weakref.WeakSet(), PolicySource.load
+
+    def watching(self, *args, **kwargs):
+        from_pretrained = AutoModelForCausalLM.from_pretrained
+
+        def counting(*some, **options):
+            alive.append(len(models))
+            return from_pretrained(*some, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
+            found = load(self, *args, **kwargs)
+        models.add(found)
+        return found
+
+    monkeypatch.setattr(PolicySource, "load", watching)
+    gc.disable()  # it might come by on its own
+    try:
+        run_rounds(model_folder, pairs, config(tmp_path / "run", num_candidates=0))
+    finally:
+        gc.enable()
+    assert len(alive) > 6
+    assert set(alive) == {0}
 
 
 def test_finished_run_does_nothing(model_folder, pairs, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """One training stage: what a step minimises, what is logged, what stops it, what survives a restart."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
@@ -165,6 +167,22 @@ def test_lora_trains_against_its_base(model_folder, tokenizer, pairs, tmp_path):
     assert losses_of(trainer)[-1] < 0.6
 
 
+def test_an_adapter_begins_where_the_seed_says(model_folder, tokenizer, pairs, tmp_path):
+    """Whatever was drawn before; and the caller's configuration is his."""
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    before, found = lora.to_dict(), []
+    for noise, seed in ((1, 7), (2, 7), (2, 8)):
+        torch.manual_seed(noise)
+        policy = AutoModelForCausalLM.from_pretrained(model_folder)
+        trainer = ROPOTrainer(
+            policy, config(tmp_path, seed=seed), train_dataset=pairs, processing_class=tokenizer, peft_config=lora
+        )
+        found.append(torch.cat([p.flatten() for name, p in trainer.model.named_parameters() if "lora_A" in name]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert lora.to_dict() == before
+
+
 def test_non_finite_loss_names_the_pairs(model, tokenizer, pairs, tmp_path):
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=128)
     reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
@@ -188,7 +206,7 @@ def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
         model, config(tmp_path, loss="re_po", learning_rate=1e-6), train_dataset=dataset, processing_class=tokenizer
     )
     trainer.train()
-    learned = dict(zip(dataset.annotators, trainer.reliability.tolist(), strict=True))
+    learned = dict(zip(dataset.annotators, trainer.reliability[:-1].tolist(), strict=True))
     assert learned["bad"] < 0.75
     assert learned["good"] > 0.89
 
@@ -295,6 +313,19 @@ def test_evaluation_logs_the_same_metrics(model, tokenizer, pairs, tmp_path):
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(1.9147, abs=1e-3)  # ropo at margin 0, alpha 14
     assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+
+
+def test_re_po_judges_others_by_the_annotators_it_has_learned(model, tokenizer, pairs, tmp_path):
+    """The evaluation set numbers its annotators its own way; who was never seen is as reliable as all were at first."""
+    names = ["anna", "bert", "carl"]
+    train = [replace(pair, annotator=names[i % 3]) for i, pair in enumerate(pairs)]
+    others = [replace(pair, annotator=name) for pair, name in zip(pairs, ["zoe", "carl", "adam", "bert"], strict=False)]
+    args = config(tmp_path, loss="re_po", reliability=0.8)
+    trainer = ROPOTrainer(model, args, train_dataset=train, eval_dataset=others, processing_class=tokenizer)
+    trainer.reliability[:3] = torch.tensor([0.1, 0.2, 0.3])
+    seen = trainer.reliability[trainer.eval_dataset.annotator_of]
+    assert seen.tolist() == pytest.approx([0.8, 0.3, 0.8, 0.2])
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
 def test_no_pairs(model, tokenizer, tmp_path):

@@ -139,7 +139,10 @@ def read_bench_config(path: Path) -> BenchConfig:
     """
     if not path.is_file():
         raise ValueError(f"--config needs a YAML file; {path} is not there.")
-    found = yaml.safe_load(path.read_text("utf-8"))
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config needs a YAML file; {path} is none: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"--config needs a YAML file of `key: value` lines; {path} holds a {type(found).__name__}.")
     _check_keys(str(path), found, BenchConfig)

@@ -101,6 +101,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="Chosen and rejected are the same, or are so once cut to the maximal length; it prefers nothing.",
             remedy="Remove the pair; many of them point to ties, or to a mistake in how the data was made.",
         ),
+        "template_refuses": ProblemSpec(
+            severity="left_out",
+            meaning="The model's chat template does not take this conversation; the message says why.",
+            remedy="Bring the turns into the order it wants; put the words of a system message into the first turn.",
+        ),
         "prompt_too_long": ProblemSpec(
             severity="left_out",
             meaning="The prompt alone has as many tokens as a sequence may have, or more.",

@@ -63,6 +63,7 @@ def read_verdicts(path: Path) -> dict[int, tuple[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"--decisions needs a table such as review.csv; {path} is not there.")
     found: dict[int, tuple[str, str]] = {}
+    csv.field_size_limit(2**31 - 1)  # a long conversation is one field
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         missing = {"row", "pair_id", "verdict"} - set(reader.fieldnames or ())

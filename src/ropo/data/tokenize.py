@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -88,6 +89,9 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *,
     for start in range(0, len(pairs), _PAIRS_PER_CALL):
         part = pairs[start : start + _PAIRS_PER_CALL]
         for pair, ids in zip(part, _tokenize(part, tokenizer), strict=True):
+            if isinstance(ids, Problem):
+                problems.append(ids)
+                continue
             lengths.append(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)))
             fitted, found = _fit(pair, ids, max_length=max_length)
             problems.extend(found)
@@ -142,16 +146,29 @@ def _encode(texts: list[str], is_plain: list[bool], tokenizer: PreTrainedTokeniz
     return ids
 
 
-def _tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair]:
-    """Tokens of each pair before anything is cut."""
+def _tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | Problem]:
+    """Tokens of each pair before anything is cut, or why its chat template refuses it."""
     texts: list[str] = []
     is_plain: list[bool] = []
-    for pair in pairs:
-        texts += [_render(pair.prompt, response, tokenizer) for response in (None, pair.chosen, pair.rejected)]
+    refused: dict[int, Problem] = {}
+    for i, pair in enumerate(pairs):
+        try:
+            three = [_render(pair.prompt, response, tokenizer) for response in (None, pair.chosen, pair.rejected)]
+        except (
+            TemplateError
+        ) as error:  # `raise_exception` in the template: no system message, roles that must alternate
+            refused[i] = Problem(
+                kind="template_refuses", row=pair.row, message=f"the template says {str(error)[:200]!r}"
+            )
+            three = [""] * 3
+        texts += three
         is_plain += [isinstance(pair.prompt, str)] * 3
     encoded = [np.asarray(ids, dtype=np.int32) for ids in _encode(texts, is_plain, tokenizer)]
-    tokenized = []
+    tokenized: list[TokenizedPair | Problem] = []
     for i in range(0, len(encoded), 3):
+        if i // 3 in refused:
+            tokenized.append(refused[i // 3])
+            continue
         alone, with_chosen, with_rejected = encoded[i : i + 3]
         if is_plain[i]:
             with_chosen = _end_with(with_chosen, tokenizer.eos_token_id)

@@ -57,6 +57,7 @@ def reference_logps(
     pad_token_id: int,
     max_length: int,
     use_bf16: bool = False,
+    max_tokens: int | None = None,
 ) -> PairLogps:
     """Log-probabilities under the reference, from the cache where it has them.
 
@@ -67,6 +68,7 @@ def reference_logps(
         pad_token_id: For the batches.
         max_length: Longest sequence allowed.
         use_bf16: Compute in bfloat16 by autocast.
+        max_tokens: As for `score_pairs`.
 
     Returns:
         One value per pair, in the order of `tokens`.
@@ -86,6 +88,7 @@ def reference_logps(
             max_length=max_length,
             title="Reference log-probs",
             use_bf16=use_bf16,
+            max_tokens=max_tokens,
             on_batch=writer.add,
         )
         writer.flush()

@@ -14,13 +14,15 @@ from torch import nn
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, batches_by_length
-from ropo.logps.shared_prefix import FORWARDS, choose_layout
+from ropo.logps.shared_prefix import FORWARDS, choose_layout, vocabulary_size
 from ropo.pairs import PairLogps
 
 Rows = list[tuple[int, float, float, int, int]]  # position, chosen, rejected, chosen tokens, rejected tokens
 
 # Positions per batch. On a CPU small batches keep activations in its cache; a GPU wants to be filled.
 _MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
+# The plain layout holds the logits of all positions, three times: at most so many of them, 2 GiB in float32.
+_MAX_LOGITS = 2**29
 
 
 def score_pairs(
@@ -31,6 +33,7 @@ def score_pairs(
     max_length: int,
     title: str = "Scoring pairs",
     use_bf16: bool = False,
+    max_tokens: int | None = None,
     on_batch: Callable[[Rows], None] | None = None,
 ) -> PairLogps:
     """Log-probabilities of all pairs under one model, in evaluation mode.
@@ -44,6 +47,7 @@ def score_pairs(
         max_length: Longest sequence allowed, for the choice of the layout.
         title: What the progress bar says.
         use_bf16: Compute in bfloat16 by autocast, as training with `bf16` does.
+        max_tokens: Most unique tokens in a forward pass; default by device. One pair may have more.
         on_batch: Called in each process with the rows of every batch it finishes (the cache writes them).
 
     Returns:
@@ -55,6 +59,9 @@ def score_pairs(
     device = next(model.parameters()).device
     layout, _ = choose_layout(model, tokens[:2], pad_token_id=pad_token_id, max_length=max_length)
     limit = _MAX_TOKENS.get(device.type, _MAX_TOKENS["cuda"])
+    limit = min(limit, max_tokens or limit)
+    if layout == "plain":
+        limit = min(limit, max(1, _MAX_LOGITS // vocabulary_size(model)))
     batches = list(batches_by_length([len(pair) for pair in tokens], max_tokens=limit))
     mine = batches[state.process_index :: state.num_processes]
     rows: Rows = []

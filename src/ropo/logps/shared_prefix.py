@@ -133,6 +133,11 @@ def _causal_lm(model: nn.Module) -> Any:
     return getattr(model, "get_base_model", lambda: model)()
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """How many logits a position has."""
+    return int(_causal_lm(model).config.get_text_config().vocab_size)
+
+
 def choose_layout(
     model: nn.Module, tokens: Sequence[TokenizedPair], *, pad_token_id: int, max_length: int
 ) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -28,6 +28,7 @@ NAME = "ropo_tree"
 
 # One more call of the attention costs as much as about this many more pairs of positions, forward and backward.
 _CELLS_PER_CALL = 2400
+_BLOCK = 128  # positions in a block of FlexAttention
 # Rows on a GPU are filled up to a multiple of this, so that few shapes are compiled.
 BUCKET_TOKENS = 1024
 
@@ -165,17 +166,21 @@ def row_mask_mod(lengths_P3: Tensor, num_positions: int) -> Callable[..., Tensor
     Returns:
         A function of batch, head, query and key position that tells whether the one may see the other.
     """
-    num_pairs = len(lengths_P3)
-    sizes = torch.cat([lengths_P3.flatten(), (num_positions - lengths_P3.sum()).reshape(1)])
-    # Part of the row: 3·pair + 0, 1 or 2. What fills the row up is the prompt of a pair that does not exist.
-    part_T = torch.arange(3 * num_pairs + 1, device=lengths_P3.device).repeat_interleave(
-        sizes, output_size=num_positions
-    )
+    part_T = _parts(lengths_P3, num_positions)
 
     # A lambda: FlexAttention counts the arguments, which a checked function (see tests) hides.
     return lambda _b, _h, q, k: (
         (q >= k) & ((part_T[q] == part_T[k]) | ((part_T[k] % 3 == 0) & (part_T[q] // 3 == part_T[k] // 3)))
     )
+
+
+def _parts(lengths_P3: Tensor, num_positions: int) -> Tensor:
+    """Part of the row that each position stands in, shape (T,): 3·pair + 0, 1 or 2 for prompt, chosen, rejected.
+
+    What fills the row up is the prompt of a pair that does not exist.
+    """
+    sizes = torch.cat([lengths_P3.flatten(), (num_positions - lengths_P3.sum()).reshape(1)])
+    return torch.arange(len(sizes), device=lengths_P3.device).repeat_interleave(sizes, output_size=num_positions)
 
 
 def row_mask(lengths_P3: Tensor, num_positions: int) -> Tensor | BlockMask:
@@ -187,9 +192,55 @@ def row_mask(lengths_P3: Tensor, num_positions: int) -> Tensor | BlockMask:
     """
     if lengths_P3.device.type == "cpu":
         return lengths_P3[None, None]  # four dimensions, which models hand on untouched
-    return create_block_mask(
-        row_mask_mod(lengths_P3, num_positions), None, None, num_positions, num_positions, device=lengths_P3.device
+    return block_mask(lengths_P3, num_positions)
+
+
+def block_mask(lengths_P3: Tensor, num_positions: int) -> BlockMask:
+    """The rule of `row_mask_mod` for FlexAttention, with the blocks that it may leave out and those it need not test.
+
+    `create_block_mask` would make every cell of the square first, gigabytes for a row of 32,768 positions. Here blocks
+    are told by the parts that they begin and end in. A few blocks of two branches side by side are tested although they
+    are empty.
+
+    Args:
+        lengths_P3: Tokens of prompt, chosen and rejected of each pair.
+        num_positions: Of the row.
+    """
+    part_T = _parts(lengths_P3, num_positions)
+    num_blocks = -(-num_positions // _BLOCK)
+    first_K = torch.arange(num_blocks, device=part_T.device) * _BLOCK
+    last_K = (first_K + _BLOCK - 1).clamp(max=num_positions - 1)
+    begin_K, end_K = part_T[first_K], part_T[last_K]
+    pair_begin_K, pair_end_K = begin_K // 3, end_K // 3
+    is_one_part_K = begin_K == end_K
+    is_past_QK = torch.ones(num_blocks, num_blocks, dtype=torch.bool, device=part_T.device).tril(-1)
+    is_here_QK = torch.eye(num_blocks, dtype=torch.bool, device=part_T.device)
+    shares_pair_QK = pair_end_K[None, :] >= pair_begin_K[:, None]
+    # All of a block sees all of an earlier one that lies in the same part, or in the prompt of the same pair.
+    same_part_QK = is_one_part_K[:, None] & (begin_K[:, None] == begin_K[None, :])
+    in_its_prompt_QK = (
+        (begin_K % 3 == 0)[None, :]
+        & (pair_begin_K == pair_end_K)[:, None]
+        & (pair_begin_K[:, None] == pair_begin_K[None, :])
     )
+    is_full_QK = is_past_QK & is_one_part_K[None, :] & (same_part_QK | in_its_prompt_QK)
+    is_tested_QK = (is_past_QK & shares_pair_QK | is_here_QK) & ~is_full_QK
+    (num_tested, tested), (num_full, full) = _as_lists(is_tested_QK), _as_lists(is_full_QK)
+    return BlockMask.from_kv_blocks(
+        num_tested,
+        tested,
+        num_full,
+        full,
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=row_mask_mod(lengths_P3, num_positions),
+        seq_lengths=(num_positions, num_positions),
+    )
+
+
+def _as_lists(is_block_QK: Tensor) -> tuple[Tensor, Tensor]:
+    """For each block of queries the number of its blocks of keys, and their places, first."""
+    order = is_block_QK.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return is_block_QK.sum(-1, dtype=torch.int32)[None, None], order[None, None].contiguous()
 
 
 def tree_attention(
@@ -204,6 +255,8 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as `transformers` calls it; a packed row where the mask is one of `row_mask`, else `sdpa`."""
     if isinstance(attention_mask, BlockMask):
+        # Under autocast rotary embeddings leave queries and keys in float32; before torch 2.10 that was refused.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         found: tuple[Tensor, Tensor | None] = flex_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )

@@ -120,9 +120,7 @@ class VllmEngine:
         return found
 
     def close(self) -> None:
-        """End vLLM and give its memory back."""
-        if self._llm is None:
-            return
+        """End vLLM, and give back its memory and what torch keeps of trained models: vLLM can use only what is free."""
         core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         shutdown = getattr(core, "shutdown", None)
         if shutdown is not None:

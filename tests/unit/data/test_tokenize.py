@@ -1,5 +1,8 @@
 """Token ids: shared prompts, the budget, and what is reported."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -86,6 +89,27 @@ def test_errors_say_what_to_do(tokenizer):
     mixed = Pair(prompt="a", chosen=[{"role": "assistant", "content": "b"}], rejected="c", row=0)
     with pytest.raises(ValueError, match="of one kind"):
         tokenize_pairs([mixed], tokenizer, max_length=20)
+
+
+def test_a_template_that_refuses_a_conversation(tokenizer):
+    """Some templates know no system message; the others of the pairs go on, and the row and the reason are told."""
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    said = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
+    fine = Pair(prompt=[{"role": "user", "content": "hi"}], chosen=said[0], rejected=said[1], row=0)
+    system = Pair(
+        prompt=[{"role": "system", "content": "be kind"}, *fine.prompt], chosen=said[0], rejected=said[1], row=1
+    )
+    last = replace(fine, row=2)
+    found = tokenize_pairs([fine, system, last], strict, max_length=64)
+    assert [pair.row for pair in found.pairs] == [0, 2]
+    assert [(problem.kind, problem.row) for problem in found.problems] == [("template_refuses", 1)]
+    assert "System role not supported" in found.problems[0].message
+    expected = tokenize_pairs([fine], tokenizer, max_length=64).tokens[0]
+    assert found.tokens[1].prompt.tolist() == expected.prompt.tolist()
 
 
 def test_conversation_needs_a_template(tokenizer):
