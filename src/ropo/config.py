@@ -98,8 +98,9 @@ class ROPOConfig(TrainingArguments):
     max_length: int = _option(1024, "Most tokens of prompt and one response together; longer responses lose their end.")
     max_tokens_per_batch: int | None = _option(
         None,
-        "Most tokens in one forward pass of training, each prompt counted once. A larger batch is taken in pieces; the "
-        "pairs of a step and their loss stay the same. Default: 2048 on a CPU, no limit on a GPU.",
+        "Most tokens in one forward pass, each prompt counted once. A larger training batch is taken in pieces; the "
+        "pairs of a step and their loss stay the same. Default in training: 2048 on a CPU, no limit on a GPU; in "
+        "scoring, which never takes more: 4096 and 32768.",
     )
     on_bad_rows: str = _option("refuse", "What to do with rows that cannot be read: refuse, or skip and count them.")
     reference_cache_dir: str | None = _option(

@@ -1,0 +1,38 @@
+"""The scoring pass: how much goes through the model at once, and that it makes no difference."""
+
+import pytest
+import torch
+
+from ropo.data.tokenize import tokenize_pairs
+from ropo.logps import score
+from ropo.logps.score import score_pairs
+
+
+@pytest.fixture
+def tokens(pairs, tokenizer):
+    return tokenize_pairs(pairs, tokenizer, max_length=128).tokens
+
+
+def scored(model, tokens, **options):
+    """Log-probabilities of the chosen responses, and the most unique tokens in a batch of several pairs."""
+    batches = []
+    found = score_pairs(model, tokens, pad_token_id=0, max_length=128, on_batch=batches.append, **options)
+    sizes = [sum(len(tokens[row[0]]) for row in batch) for batch in batches if len(batch) > 1]
+    return found.chosen, max(sizes, default=0)
+
+
+def test_a_limit_is_kept(model, tokens):
+    whole, largest = scored(model, tokens)
+    parts, limited = scored(model, tokens, max_tokens=150)
+    assert limited <= 150 < largest
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_the_plain_layout_holds_so_many_logits(model, tokens, monkeypatch):
+    """A vocabulary of 262,144 would make 40 GB of logits of what a packed batch takes with ease."""
+    monkeypatch.setattr(score, "choose_layout", lambda *_, **__: ("plain", "the test says so"))
+    whole, largest = scored(model, tokens)
+    monkeypatch.setattr(score, "_MAX_LOGITS", 200 * model.config.vocab_size)
+    parts, limited = scored(model, tokens)
+    assert limited <= 200 < largest
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
