@@ -22,6 +22,7 @@ from ropo.config import ROPOConfig
 from ropo.crossfit import deal
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
+from ropo.data.read import looks_like_path
 from ropo.data.review import read_verdicts, with_verdicts
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
@@ -51,6 +52,9 @@ _NOT_IDENTITY = (
     "do_train", "do_eval", "do_predict", "judge_url", "judge_api_key_env", "judge_on_failure", "generation_url",
     "generation_api_key_env",
 )  # fmt: skip
+
+
+_LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")  # model types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +231,8 @@ def _prepare(
     known: list[Pair] = []
     trusted_sha256 = None
     if trusted is not None:
-        read, known, found = read_checked(trusted, columns=columns, on_bad_rows="refuse")
+        shared = {ours: theirs for ours, theirs in (columns or {}).items() if ours != "annotator"}
+        read, known, found = read_checked(trusted, columns=shared, on_bad_rows="refuse")
         if found:
             logger.warning("Trusted pairs:\n%s", render(found))
         known, trusted_sha256 = [replace(pair, origin="trusted") for pair in known], read.sha256
@@ -236,6 +241,7 @@ def _prepare(
             [pair.id for pair in [*pairs, *known]], args.num_folds, seed=args.seed
         )  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
+    source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
     tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **_tokenizer_options(load_options))
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
@@ -244,7 +250,7 @@ def _prepare(
     trusted_tokens = tokenize_pairs(known, tokenizer, max_length=args.max_length)
     if trusted_tokens.problems:
         logger.warning("Trusted pairs:\n%s", render(trusted_tokens.problems))
-    source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
+    _check_positions(source, tokenized)
     identity = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
         "model": [source.fingerprint(), source.load_options],
@@ -299,6 +305,23 @@ def _check_run(args: ROPOConfig) -> None:
         )
 
 
+def _check_positions(source: PolicySource, tokenized: TokenizedPairs) -> None:
+    """A model that has learned its positions one by one has none for longer texts; others go on for ever.
+
+    Raises:
+        ValueError: If a pair is longer.
+    """
+    config = source.config()
+    if config.model_type not in _LEARNED_POSITIONS:
+        return
+    limit = int(config.max_position_embeddings)
+    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for ids in tokenized.tokens)
+    if longest > limit:
+        raise ValueError(
+            f"{source.name_or_path} has {limit} positions; got a pair of {longest} tokens. Set max_length to {limit}."
+        )
+
+
 def _tokenizer_options(load_options: Mapping[str, Any] | None) -> dict[str, Any]:
     """What loading a tokenizer shares with loading its model."""
     return {name: value for name, value in (load_options or {}).items() if name in ("revision", "trust_remote_code")}
@@ -320,6 +343,10 @@ def _as_json(value: Any) -> Any:
 def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
     """Folder or hub id of the initial model; a model object is saved first, since rounds load it again and again."""
     if isinstance(model, str | Path):
+        if (isinstance(model, Path) or looks_like_path(model)) and not Path(model).is_dir():
+            raise FileNotFoundError(
+                f"A run needs the folder or the hub id of a model; the folder {model} is not there."
+            )
         return str(model)
     if tokenizer is None:
         raise ValueError(
@@ -343,10 +370,13 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / "ropo_config.json"
     if path.exists():
         old = read_json(path)
-        if old != identity:
+        # Before anything is trained nothing is lost: whoever mistyped an option may go on in the same folder.
+        if old != identity and any(folder.glob("audit/**/manifest.json")) | any(folder.glob("rounds/**/manifest.json")):
+            # A person may have filled in what stands there.
+            remedy = "" if (folder / "review.csv").exists() else ", or remove this one to start anew"
             raise ValueError(
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
-                "Use another output_dir, or remove this one to start anew."
+                f"Use another output_dir{remedy}."
             )
     elif folder.exists() and any(entry.name not in ("initial_model", "reference_cache") for entry in folder.iterdir()):
         raise ValueError(

@@ -43,6 +43,7 @@ from ropo.losses import methods_table
 DONE, NOT_ACCEPTABLE, MISUSE = 0, 1, 2
 Options = TypeVar("Options")
 COLUMNS = ("prompt", "chosen", "rejected", "annotator")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -65,7 +66,11 @@ class TrainArguments:
     trusted: str | None = _option(None, "File of further pairs whose labels are known to be right; 50 to 200 help.")
     decisions: str | None = _option(None, "A review.csv with verdicts (right, wrong, drop) of a person: obeyed.")
     dtype: str = _option("float32", "Type of the weights: float32 trains best (--bf16 computes fast), auto, bfloat16.")
-    attn_implementation: str = _option("sdpa", "Attention: sdpa and eager can encode each prompt once per pair.")
+    attn_implementation: str | None = _option(
+        None,
+        "Attention. Default: what transformers takes for the model, mostly sdpa, which can encode each prompt once per "
+        "pair, as eager can.",
+    )
     model_revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
     trust_remote_code: bool = _option(False, "Run code that a hub model brings. Read it first.")  # noqa: FBT003
     use_peft: bool = _option(False, "Train a LoRA adapter instead of the whole model.")  # noqa: FBT003
@@ -182,7 +187,7 @@ def _inputs(task: str, given: TrainArguments, words: list[str]) -> dict[str, Any
         "columns": _columns(given),
         "load_options": {
             "dtype": given.dtype,
-            "attn_implementation": given.attn_implementation,
+            **({} if given.attn_implementation is None else {"attn_implementation": given.attn_implementation}),
             "revision": given.model_revision,
             "trust_remote_code": given.trust_remote_code,
         },
@@ -233,7 +238,8 @@ def _audit(words: list[str]) -> int:
         f"Training would keep {summary['num_kept']} pairs, drop {summary['num_dropped']} and flip "
         f"{summary['num_flipped']}.\n"
         f"To train on: {folder / 'cleaned.jsonl'}\n"
-        f"To correct:  {folder / 'review.csv'}   (fill in `verdict`, then ropo train --decisions)\n"
+        f"To correct:  {folder / 'review.csv'}   (fill in `verdict`, then ropo train --decisions with an output_dir of "
+        "its own)\n"
         f"Report:      {folder / 'report.html'}   <- look here next"
     )
     return DONE
@@ -358,6 +364,12 @@ def _validate(words: list[str]) -> int:
         problems += tokenize_pairs(rest, tokenizer, max_length=given.max_length).problems
     print(f"{given.dataset}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {loaded.format or 'unknown'}.")
     print(render(problems) if problems else "No problems found.")
+    if loaded.ignored_columns:
+        print(f"Columns that nothing reads: {', '.join(loaded.ignored_columns)}.")
+    out = {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
+    if not any(pair.row not in out for pair in loaded.pairs):
+        print("No pair is left to train on.")
+        return NOT_ACCEPTABLE
     must_fix = any(PROBLEMS[problem.kind].severity == "error" for problem in problems)
     return NOT_ACCEPTABLE if must_fix else DONE
 
@@ -403,6 +415,14 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
             raise ValueError(
                 f"--{name} is missing. Usage: ropo {task} --model_name_or_path M --dataset_name D --output_dir O"
             )
+    if given.dtype not in DTYPES:
+        raise ValueError(
+            f"dtype needs one of {', '.join(DTYPES)}; got {given.dtype}.{did_you_mean(given.dtype, DTYPES)}"
+        )
+    for option in dataclasses.fields(TrainArguments):
+        name = option.name
+        if name.startswith("lora_") and not given.use_peft and getattr(given, name) != option.default:
+            raise ValueError(f"{name} needs use_peft, without which the whole model is trained. Add --use_peft.")
     return given, args
 
 
@@ -454,6 +474,13 @@ def _read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: unknown option {name!r}.{did_you_mean(name, known)} `ropo train --help` lists all."
             )
+    kinds = {option.name: option for kind in _KINDS for option in dataclasses.fields(kind)}
+    for name, value in recipe.items():
+        takes_list = any(word in str(kinds[name].type) for word in ("list", "dict"))
+        if isinstance(value, list | dict) and not takes_list:
+            raise ValueError(f"{path}: {name} needs one value; got {value!r}.")
+        if value is None and kinds[name].default is not None:
+            raise ValueError(f"{path}: {name} has no value. Give it one, or leave the line out.")
     # Written as strings, values pass through the same conversion as on the command line: YAML reads 1e-6 as text.
     return {name: str(value) if isinstance(value, float) else value for name, value in recipe.items()}
 

@@ -176,7 +176,14 @@ class ROPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            if "use_cpu" not in str(error):
+                raise
+            raise ValueError(
+                "bf16 and fp16 need a GPU; got none. Add --use_cpu to train on the CPU all the same."
+            ) from None
         self._check_choice("round_start", ROUND_STARTS)
         self._check_choice("on_bad_rows", ON_BAD_ROWS)
         self._check_choice("selection_rule", tuple(SELECTION_RULES))
@@ -215,6 +222,10 @@ class ROPOConfig(TrainingArguments):
         ):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} needs {lowest} or more; got {getattr(self, name)}.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"num_train_epochs needs a number above 0; got {self.num_train_epochs}.")
+        if self.max_steps == 0:
+            raise ValueError("max_steps needs 1 or more, or -1 for as many as the epochs have; got 0.")
         for name in ("temperature", "top_p", "max_abs_margin", "max_length_ratio", "max_resampled_share"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} needs a number above 0; got {getattr(self, name)}.")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
@@ -25,7 +25,7 @@ from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.losses import LOSSES
 from ropo.plan import Machine, ModelSize, PairSize, Plan, RunSize, forward_operations, plan_run
 from ropo.policy import PolicySource
-from ropo.trainer import batching
+from ropo.trainer import batching, turn_dropout_off
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def tell_forecast(
     if not logger.isEnabledFor(logging.INFO) or not PartialState().is_main_process:
         return
     try:
-        config = AutoConfig.from_pretrained(source.name_or_path, revision=source.load_options.get("revision"))
+        config = source.config()
         asked = source.load_options.get("dtype", "auto")
         config.dtype = config.dtype if asked == "auto" else asked
         config._attn_implementation = source.load_options.get("attn_implementation")
@@ -179,6 +179,7 @@ def reached_rate(
         small.layer_types = small.layer_types[: small.num_hidden_layers]
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(small).to(device)
+    turn_dropout_off(model)
     how = batching(args, tokenizer)
     layout, _ = choose_layout(model, tokens[:2], pad_token_id=how["pad_token_id"], max_length=args.max_length)
     # As in training, pairs come as they lie, not sorted by length; a few are enough.

@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ropo.provenance import hash_value
+
+_IS_ADAPTER = (
+    "A run needs a whole model to start from; {} is an adapter. Merge it into its model first: "
+    "AutoPeftModelForCausalLM.from_pretrained(A).merge_and_unload().save_pretrained(M), and the tokenizer to M, too."
+)
 
 
 class PolicySource:
@@ -23,6 +28,9 @@ class PolicySource:
         name_or_path: Folder or hub id of the initial model.
         load_options: Passed to `from_pretrained` (dtype, attn_implementation, revision, ...).
         is_adapter: Whether trained folders hold PEFT adapters of the initial model.
+
+    Raises:
+        ValueError: If the initial model is itself an adapter: a new one would take its place, not go on top of it.
     """
 
     def __init__(
@@ -31,6 +39,8 @@ class PolicySource:
         self.name_or_path = name_or_path
         self.load_options = dict(load_options or {})
         self.is_adapter = is_adapter
+        if (Path(name_or_path) / "adapter_config.json").exists():
+            raise ValueError(_IS_ADAPTER.format(name_or_path))
 
     def load(self, trained: Path | None = None, *, is_trainable: bool = False) -> PreTrainedModel:
         """Load the initial model, or the one in the folder `trained`.
@@ -45,12 +55,23 @@ class PolicySource:
         release_memory()
         path = self.name_or_path if trained is None or self.is_adapter else str(trained)
         model: Any = AutoModelForCausalLM.from_pretrained(path, **self.load_options)
+        if trained is None and getattr(
+            model, "_hf_peft_config_loaded", False
+        ):  # from the hub, where nobody looked before
+            raise ValueError(_IS_ADAPTER.format(path))
         if trained is not None and self.is_adapter:
             model = PeftModel.from_pretrained(model, str(trained), is_trainable=is_trainable)
         if "device_map" not in self.load_options and "quantization_config" not in self.load_options:
             model = model.to(PartialState().device)
         loaded: PreTrainedModel = model.eval()
         return loaded
+
+    def config(self) -> PretrainedConfig:
+        """The configuration of the initial model, as it will be loaded."""
+        names = ("revision", "trust_remote_code")
+        options = {name: self.load_options[name] for name in names if name in self.load_options}
+        config: PretrainedConfig = AutoConfig.from_pretrained(self.name_or_path, **options)
+        return config
 
     def fingerprint(self) -> str:
         """Cheap name of the initial model's content: names and sizes of its files and the text of its configuration.

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,6 +36,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 import ropo
@@ -134,7 +136,7 @@ class ROPOTrainer(Trainer):
         self.pad_token_id: int = self.tokenizer.pad_token_id
         if self.pad_token_id is None:
             self.pad_token_id = self.tokenizer.eos_token_id
-        _turn_dropout_off(model)
+        turn_dropout_off(model)
         model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         train_dataset = self._prepare(train_dataset, model, args)
         eval_dataset = self._prepare(eval_dataset, model, args)
@@ -161,6 +163,8 @@ class ROPOTrainer(Trainer):
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
         self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"), device=args.device)
         self.check_margins: list[Tensor] = []
+        self._order: _Replayable | None = None
+        self._order_to_replay: Tensor | None = None
         self._sums: dict[str, dict[tuple[str, ...], Tensor]] = {"train": {}, "eval": {}}
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         super().__init__(
@@ -216,7 +220,7 @@ class ROPOTrainer(Trainer):
         return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]  # noqa: FBT001
-        """As in `Trainer`; a checkpoint also brings back annotator reliability, moments and first margins."""
+        """As in `Trainer`; a checkpoint also brings back reliability, moments, margins and the epoch's order."""
         folder = (
             get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
         )
@@ -226,6 +230,7 @@ class ROPOTrainer(Trainer):
             self.moments = kept["moments"].to(self.args.device)
             self.first_margins = kept["first_margins"].to(self.args.device)
             self.check_margins = list(kept["check_margins"])
+            self._order_to_replay = kept["order"] if len(kept["order"]) else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def train_or_resume(self, made_from: Any) -> None:
@@ -257,6 +262,22 @@ class ROPOTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         self.accelerator.wait_for_everyone()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As in `Trainer`; grouped by length, the order of an epoch can be drawn once more.
+
+        The other samplers resume by themselves: `accelerate` seeds them by epoch.
+        """
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler = self._order = _Replayable(sampler, replay=self._order_to_replay)
+        return sampler
+
+    def order_of_epoch(self) -> Tensor:
+        """What the order of this epoch was drawn from, shape (bytes,); empty at an epoch's end, or if nothing was."""
+        is_within = abs(self.state.epoch - round(self.state.epoch)) > 1e-9
+        drawn_at = self._order.drawn_at if self._order is not None and is_within else None
+        return torch.zeros(0, dtype=torch.uint8) if drawn_at is None else drawn_at
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -458,7 +479,7 @@ class ROPOTrainer(Trainer):
             self.eval_margins[where] = h
 
 
-def _turn_dropout_off(model: nn.Module) -> None:
+def turn_dropout_off(model: nn.Module) -> None:
     """A margin compares two probabilities of one text; dropout would make both depend on chance."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -533,8 +554,31 @@ class _SaveWithCheckpoint(TrainerCallback):
                 "moments": self.trainer.moments.cpu(),
                 "first_margins": first_margins,
                 "check_margins": torch.stack(checks) if checks else torch.zeros(0, 1),
+                "order": self.trainer.order_of_epoch(),
             }
             save_file(tensors, folder / _STATE_FILE)
+
+
+class _Replayable(Sampler[int]):
+    """A sampler that draws from the global generator, and can draw the order of a broken-off epoch once more.
+
+    `Trainer` brings the generator back to where the checkpoint left it, which is after the epoch's order was drawn.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, *, replay: Tensor | None) -> None:
+        self.sampler = sampler
+        self.replay = replay  # state of the generator before the order of the epoch to go on with
+        self.drawn_at: Tensor | None = None  # the same of this epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.replay is not None:
+            torch.set_rng_state(self.replay)
+            self.replay = None
+        self.drawn_at = torch.get_rng_state()
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 class _Checks(TrainerCallback):

@@ -4,6 +4,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropo import __version__
@@ -159,6 +160,11 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
             "rho 0.3 needs margins to filter by before the last training; got num_folds 0 and one round",
         ),
         (["--eval_strategy", "epoch"], "eval_strategy needs a dataset to evaluate on, and a run takes none"),
+        (["--lora_r", "8"], "lora_r needs use_peft, without which the whole model is trained"),
+        (["--dtype", "bf16"], "dtype needs one of float32, bfloat16, float16, auto; got bf16"),
+        (["--num_train_epochs", "0"], "num_train_epochs needs a number above 0; got 0.0"),
+        (["--max_steps", "0"], "max_steps needs 1 or more, or -1"),
+        ([], "A run needs the folder or the hub id of a model; the folder no/such/model is not there"),
         (["--push_to_hub"], "A run uploads nothing; got push_to_hub"),
         (["--sample_from", "referenc"], "Did you mean reference?"),
         (
@@ -203,6 +209,24 @@ def test_recipe_that_is_no_yaml(dataset, tmp_path, capsys):
         assert f"--config needs a YAML file; {recipe} is none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "said"), [("loss: [ropo]", "loss needs one value; got ['ropo']"), ("num_folds:", "num_folds has no value")]
+)
+def test_values_of_a_recipe(line, said, dataset, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{line}\n")
+    assert train("no/such/model", dataset, recipe, tmp_path / "O") == 2
+    assert f"{recipe}: {said}" in capsys.readouterr().err
+
+
+def test_bf16_without_a_gpu(dataset, tmp_path, capsys):
+    words = ["--model_name_or_path", "M", "--dataset_name", str(dataset), "--output_dir", str(tmp_path / "O"), "--bf16"]
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert main(["train", *words]) == 2
+    assert "bf16 and fp16 need a GPU; got none. Add --use_cpu" in capsys.readouterr().err
+
+
 def test_no_token_in_the_report(model_folder, dataset, recipe, tmp_path):
     more = [*PLAIN, "--rounds", "1", "--hub_token", "hf_secret1", "--push_to_hub_token=hf_secret2"]
     assert train(model_folder, dataset, recipe, tmp_path / "O", *more[:6]) == 0
@@ -243,6 +267,15 @@ def test_validate_clean_file(dataset, model_folder, capsys):
     assert "No problems found" in capsys.readouterr().out
     assert main(["validate", str(dataset), "--model_name_or_path", str(model_folder), "--max_length", "64"]) == 0
     assert "truncated" in capsys.readouterr().out
+
+
+def test_validate_where_nothing_is_left(tmp_path, capsys):
+    path = tmp_path / "same.jsonl"
+    path.write_text(json.dumps({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 2", "score": 1}) + "\n")
+    assert main(["validate", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "No pair is left to train on." in out
+    assert "Columns that nothing reads: score." in out
 
 
 def test_validate_takes_names_of_columns(tmp_path, capsys):

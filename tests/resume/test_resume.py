@@ -7,8 +7,8 @@ import weakref
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ropo import stages
 from ropo.align import run_rounds
@@ -137,6 +137,37 @@ def test_an_adapter_run_is_taken_up_again(model_folder, pairs, tmp_path, monkeyp
     monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
     again = run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
     assert again["seconds"] == first["seconds"]
+
+
+def test_a_mistake_is_corrected_in_the_same_folder(model_folder, pairs, tmp_path):
+    """As long as nothing is trained, nothing is lost."""
+    folder, options = tmp_path / "run", {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
+    for name in ("q_prj", "q_proj"):
+        lora = LoraConfig(r=4, target_modules=[name], task_type="CAUSAL_LM")
+        if name == "q_prj":
+            with pytest.raises(ValueError, match="q_prj"):
+                run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
+        else:
+            run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        run_rounds(model_folder, pairs, config(folder, **options))
+
+
+def test_an_adapter_is_no_model_to_start_from(model_folder, pairs, tmp_path):
+    """`peft` would put a new adapter in its place, and the reference would keep it."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"needs a whole model to start from; .*adapter is an adapter. Merge it"):
+        run_rounds(tmp_path / "adapter", pairs, config(tmp_path / "run"), peft_config=LoraConfig(task_type="CAUSAL_LM"))
+
+
+def test_learned_positions_end(pairs, tokenizer, tmp_path):
+    """Beyond them a CPU says that an index is out of range, and a GPU less."""
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=24, **shape)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"gpt2 has 24 positions; got a pair of \d+ tokens. Set max_length to 24"):
+        run_rounds(tmp_path / "gpt2", pairs, config(tmp_path / "run"))
 
 
 def test_another_chat_template_is_another_run(model_folder, pairs, tmp_path, tokenizer):

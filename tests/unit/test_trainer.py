@@ -306,6 +306,25 @@ def test_checkpoint_resumes_to_the_same_model(loss, model_folder, tokenizer, pai
     torch.testing.assert_close(resumed.gather_first_margins(), whole.gather_first_margins())
 
 
+@pytest.mark.parametrize("step", [5, 7, 8])
+def test_an_epoch_goes_on_in_its_order(step, model_folder, tokenizer, pairs, tmp_path):
+    """Grouped by length, an epoch's order is drawn from the global generator: a resumed one must draw the same."""
+
+    def run(folder, resume=None):
+        args = config(
+            folder, num_train_epochs=3, save_strategy="steps", save_steps=1, save_total_limit=None,
+            train_sampling_strategy="group_by_length",
+        )  # fmt: skip
+        trainer = ROPOTrainer(str(model_folder), args, train_dataset=pairs, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert resumed.state.global_step == whole.state.global_step == 15
+    torch.testing.assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
+
+
 def test_evaluation_logs_the_same_metrics(model, tokenizer, pairs, tmp_path):
     trainer = ROPOTrainer(
         model, config(tmp_path), train_dataset=pairs[:8], eval_dataset=pairs[8:], processing_class=tokenizer

@@ -85,7 +85,7 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
 
     Raises:
         FileNotFoundError: If `source` looks like a path and nothing is there.
-        ValueError: If the source cannot be read at all, or has no such split.
+        ValueError: If the source cannot be read at all, has no such split, or no row has a column of `columns`.
         TypeError: If `source` is of another type.
 
     Examples:
@@ -107,9 +107,9 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
         row = record.row if isinstance(record, Pair) else num_rows
         num_rows += 1
         try:
-            fields = _fields(record, names)
             if isinstance(record, Mapping):
                 found_columns.update(record)
+            fields = _fields(record, names)
             pair, found = _pair(fields, row=row, layout=layout, origin=getattr(record, "origin", "data"))
             digest.update(_canonical(pair))
         except BadRow as bad:
@@ -117,6 +117,10 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
             continue
         layout = found
         pairs.append(pair)
+    for name, column in (columns or {}).items():
+        if found_columns and column not in found_columns:
+            here = ", ".join(sorted(map(str, found_columns)))
+            raise ValueError(f"{name} needs the name of a column that is there; got {column!r} for data with {here}.")
     if not num_rows:
         problems.append(Problem(kind="empty_file", row=None, message=f"no row found in {short(source)}."))
     return Loaded(
@@ -222,8 +226,10 @@ def _without_none(value: object) -> object:
 
 
 def _annotator(value: object) -> str | None:
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN, as pandas writes what is missing
         return None
+    if isinstance(value, float) and value.is_integer():  # and integers beside it
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | Integral):
         raise BadRow("wrong_type", f"annotator needs a name or an integer; got {short(value)}.")
     return str(value)
@@ -289,7 +295,10 @@ def _transcripts(prompt: None, chosen: str, rejected: str) -> Texts:  # noqa: AR
     r"""Two transcripts of "\n\nHuman: ...\n\nAssistant: ..." turns; the prompt ends with "\n\nAssistant:"."""
     turns = _turns(chosen)
     if len(turns) == 1:
-        raise BadRow("no_shared_prompt", r'a row needs a prompt, or chosen with "\n\nHuman:" turns; got neither.')
+        message = (
+            r'a row needs a prompt, or chosen with "\n\nHuman:" turns; got neither. Is its column named otherwise?'
+        )
+        raise BadRow("no_shared_prompt", message)
     begin = turns[_first_response_turn(turns, _turns(rejected), lambda turn: turn[0] == "Assistant")][1]
     return chosen[:begin], chosen[begin:], rejected[begin:]
 

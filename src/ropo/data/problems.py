@@ -131,6 +131,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="The pair prefers the opposite of an earlier row. Both are kept: this is the noise to be found.",
             remedy="Nothing, or remove the label that you trust less.",
         ),
+        "repeats_prompt": ProblemSpec(
+            severity="warning",
+            meaning="Both responses begin with the whole prompt, so the model reads it twice.",
+            remedy="Cut it off the responses, or leave the prompt out: of two transcripts it is what they share.",
+        ),
         "near_duplicate": ProblemSpec(
             severity="warning",
             meaning="The pair differs from an earlier row in case, marks and white space only, and prefers the same.",

@@ -57,7 +57,7 @@ def read_rows(source: Source, split: str = "train") -> Iterator[Row]:
         path = Path(source).expanduser()
         if path.is_dir():
             return _read_dataset(_open_folder(path, split))
-        if path.exists() or isinstance(source, Path) or _looks_like_path(source):
+        if path.exists() or isinstance(source, Path) or looks_like_path(source):
             _refuse_split(split, path.name)
             return _read_file(path)
         return _read_dataset(_open_hub(source, split))
@@ -80,7 +80,8 @@ def _refuse_split(split: str, what: str) -> None:
         )
 
 
-def _looks_like_path(source: str) -> bool:
+def looks_like_path(source: str) -> bool:
+    """Whether a name is meant as a path, so that a typing mistake must not become a question to the hub."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith((*READERS, *_OTHER_ENDINGS))
 
 

@@ -65,7 +65,10 @@ def read_verdicts(path: Path) -> dict[int, tuple[str, str]]:
     found: dict[int, tuple[str, str]] = {}
     csv.field_size_limit(2**31 - 1)  # a long conversation is one field
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        first = file.readline()
+        file.seek(0)
+        # Where a comma divides decimals, a spreadsheet divides cells by semicolons.
+        reader = csv.DictReader(file, delimiter=";" if first.count(";") > first.count(",") else ",")
         missing = {"row", "pair_id", "verdict"} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"{path} needs columns row, pair_id and verdict; it lacks {', '.join(sorted(missing))}.")

@@ -15,6 +15,8 @@ from ropo.data.load import Loaded, load_pairs
 from ropo.data.problems import PROBLEMS, Problem, render, short
 from ropo.pairs import Pair, Text, pair_id
 
+_LONG_PROMPT = 20  # characters
+
 
 def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
     """Find what is wrong with the texts, in one pass.
@@ -47,6 +49,9 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
         problems += useless
         if useless:
             continue
+        if _repeats_prompt(pair):
+            message = f"chosen and rejected both begin with the prompt, {short(pair.prompt)}."
+            problems.append(Problem(kind="repeats_prompt", row=pair.row, message=message))
         is_swapped = pair.chosen != first.setdefault(pair.id, pair).chosen
         first_order.setdefault((pair.id, is_swapped), pair)
         if first[pair.id] is pair:
@@ -59,6 +64,14 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
             message = f"the pair prefers the opposite of row {opposite.row}."
             problems.append(Problem(kind="contradictory", row=pair.row, message=message))
     return problems
+
+
+def _repeats_prompt(pair: Pair) -> bool:
+    """Whether the responses are whole transcripts; a short prompt may well be how two answers begin."""
+    prompt, chosen, rejected = _bare(pair.prompt), _bare(pair.chosen), _bare(pair.rejected)
+    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+        return False
+    return len(prompt) >= _LONG_PROMPT and chosen.startswith(prompt) and rejected.startswith(prompt)
 
 
 def _near(pair: Pair, first_words: dict[str, tuple[Pair, str]]) -> list[Problem]:
@@ -138,6 +151,8 @@ def read_checked(
         )
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
     errors = [problem for problem in problems if PROBLEMS[problem.kind].severity == "error"]
+    if not loaded.num_rows:
+        raise DataError(render(errors))
     if errors and on_bad_rows == "refuse":
         raise DataError(
             f"{len({problem.row for problem in errors})} of {loaded.num_rows} rows would corrupt training. "

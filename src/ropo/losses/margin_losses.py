@@ -307,10 +307,10 @@ def _check_flip_rate(loss: str, flip_rate: float) -> None:
 
 
 def _warn_if_contradicted_pairs_lead(loss: str, name: str, value: float) -> None:
-    if value <= 2:  # w(0) = α(α+2)/(1+α)² exceeds w(−∞) = 4α/(1+α)² only for α > 2
+    if value < 2:  # w(0) = α(α+2)/(1+α)² is below w(−∞) = 4α/(1+α)² for α < 2
         warnings.warn(
-            f"{loss} needs {name} > 2 to damp wrong labels; got {value:g}. At 2 or less a fully contradicted pair gets "
-            "at least the weight of an undecided one. Use 14, or dpo if the labels are clean.",
+            f"{loss} needs {name} of 2 or more to damp wrong labels; got {value:g}. Below that a fully contradicted "
+            "pair weighs more than an undecided one. Use 14, or dpo if the labels are clean.",
             UserWarning,
             stacklevel=3,  # the line that called the loss: the default filter then shows it once per such line
         )

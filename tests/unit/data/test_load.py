@@ -156,6 +156,21 @@ def test_annotator_weight_and_other_columns():
     assert loaded.ignored_columns == ("id", "score")
 
 
+def test_a_named_column_must_be_there():
+    rows = [{"question": "a", "chosen": "b", "rejected": "c", "who": "d"}]
+    with pytest.raises(ValueError, match="annotator needs the name of a column that is there; got 'whom' for"):
+        load_pairs(rows, columns={"prompt": "question", "annotator": "whom"})
+    with pytest.raises(ValueError, match=r"prompt needs .* got 'qestion' for data with chosen, question, rej"):
+        load_pairs(rows, columns={"prompt": "qestion"})
+
+
+def test_annotators_as_pandas_writes_them(tmp_path):
+    """Integers with gaps become floats, and the gaps NaN."""
+    rows = {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"], "annotator": [7.0, float("nan")]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    assert [pair.annotator for pair in load_pairs(tmp_path / "a.parquet").pairs] == ["7", None]
+
+
 def test_columns_renames():
     loaded = load_pairs(
         [{"question": "p", "chosen": "c", "rejected": "r", "prompt": "no"}], columns={"prompt": "question"}

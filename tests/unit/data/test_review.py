@@ -69,6 +69,23 @@ def test_verdicts_come_back(table):
     assert with_verdicts(pairs[:1], {99: ("of a row that was left out", "drop")})[0].verdict is None
 
 
+def test_a_table_with_semicolons(table):
+    """As spreadsheets save it where a comma divides decimals."""
+    rows = rows_of(table)
+    rows[0]["verdict"] = "wrong"
+    with table.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_verdicts(table)[int(rows[0]["row"])] == (rows[0]["pair_id"], "wrong")
+
+
+def test_a_long_conversation_is_one_field(tmp_path):
+    pair = Pair(prompt="p " * 100_000, chosen="a", rejected="b", row=0, verdict="right")
+    write_review(tmp_path / "long.csv", [pair], p_flip={0: 0.5}, decisions={0: "keep"})
+    assert read_verdicts(tmp_path / "long.csv") == {0: (pair.id, "right")}
+
+
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [

@@ -59,6 +59,15 @@ def test_a_pair_that_teaches_nothing_is_left_out(texts, kinds):
     assert {problem.severity for problem in problems} == {"left_out"}
 
 
+def test_responses_that_repeat_the_prompt():
+    """As whole transcripts beside an extracted prompt do; a short prompt may be how two answers begin."""
+    prompt = "\n\nHuman: what is a soup?\n\nAssistant:"
+    twice = Pair(prompt=prompt, chosen=f"{prompt} a food.", rejected=f"{prompt} a car.", row=0)
+    once = Pair(prompt=prompt, chosen=f"{prompt} a food.", rejected=" a car.", row=1)
+    short = Pair(prompt="Hi", chosen="Hi there", rejected="Hi!", row=2)
+    assert [(problem.kind, problem.row) for problem in validate_pairs([twice, once, short])] == [("repeats_prompt", 0)]
+
+
 def test_an_empty_response_is_named():
     messages = [problem.message for problem in validate_pairs(pairs_of(("p", "", "r"), ("p", "c", "")))]
     assert [message.split()[0] for message in messages] == ["chosen", "rejected"]
