@@ -371,7 +371,8 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     if path.exists():
         old = read_json(path)
         # Before anything is trained nothing is lost: whoever mistyped an option may go on in the same folder.
-        if old != identity and any(folder.glob("audit/**/manifest.json")) | any(folder.glob("rounds/**/manifest.json")):
+        has_trained = any(any(folder.glob(f"{part}/**/manifest.json")) for part in ("audit", "rounds"))
+        if old != identity and has_trained:
             # A person may have filled in what stands there.
             remedy = "" if (folder / "review.csv").exists() else ", or remove this one to start anew"
             raise ValueError(

@@ -181,9 +181,7 @@ class ROPOConfig(TrainingArguments):
         except ValueError as error:
             if "use_cpu" not in str(error):
                 raise
-            raise ValueError(
-                "bf16 and fp16 need a GPU; got none. Add --use_cpu to train on the CPU all the same."
-            ) from None
+            raise ValueError("bf16 and fp16 need a GPU; got none. Add --use_cpu to train on a CPU.") from None
         self._check_choice("round_start", ROUND_STARTS)
         self._check_choice("on_bad_rows", ON_BAD_ROWS)
         self._check_choice("selection_rule", tuple(SELECTION_RULES))

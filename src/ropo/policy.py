@@ -55,9 +55,7 @@ class PolicySource:
         release_memory()
         path = self.name_or_path if trained is None or self.is_adapter else str(trained)
         model: Any = AutoModelForCausalLM.from_pretrained(path, **self.load_options)
-        if trained is None and getattr(
-            model, "_hf_peft_config_loaded", False
-        ):  # from the hub, where nobody looked before
+        if trained is None and getattr(model, "_hf_peft_config_loaded", False):  # one from the hub
             raise ValueError(_IS_ADAPTER.format(path))
         if trained is not None and self.is_adapter:
             model = PeftModel.from_pretrained(model, str(trained), is_trainable=is_trainable)

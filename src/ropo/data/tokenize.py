@@ -154,12 +154,9 @@ def _tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list
     for i, pair in enumerate(pairs):
         try:
             three = [_render(pair.prompt, response, tokenizer) for response in (None, pair.chosen, pair.rejected)]
-        except (
-            TemplateError
-        ) as error:  # `raise_exception` in the template: no system message, roles that must alternate
-            refused[i] = Problem(
-                kind="template_refuses", row=pair.row, message=f"the template says {str(error)[:200]!r}"
-            )
+        except TemplateError as error:  # as templates raise for a system message, or roles that do not alternate
+            message = f"the template says {str(error)[:200]!r}"
+            refused[i] = Problem(kind="template_refuses", row=pair.row, message=message)
             three = [""] * 3
         texts += three
         is_plain += [isinstance(pair.prompt, str)] * 3
