@@ -4,8 +4,9 @@ In: a model, pairs with weights and reference log-probabilities, a `ROPOConfig`.
 margin each pair had when the model first saw it.
 
 It stands on the public surface of `transformers.Trainer`: `compute_loss`, `get_batch_samples`, `prediction_step`,
-`log` and callbacks; the one exception is `_get_train_sampler`, without which an epoch would not resume in its order. What `Trainer` and `accelerate` give (mixed precision, accumulation, checkpoints, loggers,
-several devices) is therefore there.
+`log` and callbacks; the one exception is `_get_train_sampler`, without which an epoch would not resume in its order.
+What `Trainer` and `accelerate` give (mixed precision, accumulation, checkpoints, loggers, several devices) is
+therefore there.
 """
 
 import copy
