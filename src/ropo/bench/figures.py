@@ -154,7 +154,7 @@ def cost_and_quality(rows: Sequence[Row]) -> str:
     high = max(one.mean + _half(one) for _, one in found.values())
     costs = [cost for cost, _ in found.values()]
     frame = svg.Frame(
-        width=WIDTH, height=400.0, x_range=(min(np.log10(min(costs)), 0) - 0.05, np.log10(max(costs)) + 0.45),
+        width=WIDTH, height=400.0, x_range=(min(np.log10(min(costs)), 0) - 0.05, np.log10(max(costs)) + 0.25),
         y_range=(low - 0.05, high + 0.05), left=52.0, right=20.0, top=26.0,
     )  # fmt: skip
     ticks = [
@@ -166,7 +166,7 @@ def cost_and_quality(rows: Sequence[Row]) -> str:
     looks = looks_of(list(found))
     wanted = {name: frame.y(max(one.mean, low)) for name, (_, one) in found.items()}
     heights = spread(wanted, low=frame.top, high=frame.height - frame.bottom)
-    across = [frame.x(float(np.log10(cost))) for cost in costs]
+    marks = [(frame.x(float(np.log10(cost))), frame.y(max(one.mean, low))) for cost, one in found.values()]
     for name, (cost, one) in found.items():
         x, y, colour = frame.x(float(np.log10(cost))), frame.y(max(one.mean, low)), looks[name].colour
         if np.isfinite(one.half):
@@ -174,7 +174,7 @@ def cost_and_quality(rows: Sequence[Row]) -> str:
             body.append(svg.line(*at, "whisker").replace("<line", f'<line style="stroke: {colour}"'))
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         # Names of marks that stand close together begin behind the last of them.
-        beside = max(other for other in across if other - x < 40) + 20
+        beside = max(ox for ox, oy in marks if ox - x < (48 if abs(oy - y) < 50 else 24)) + 20
         lead = svg.line(x + 5, y, beside - 4, heights[name], "end")
         body.append(lead.replace("<line", f'<line style="stroke: {colour}"'))
         body.append(_name_at(beside, heights[name], name))
