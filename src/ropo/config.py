@@ -207,6 +207,11 @@ class ROPOConfig(TrainingArguments):
                 "training; for preference labels use --loss cdpo --flip_rate."
             )
         self._check_losses()
+        if self.fixed_rho and not self.num_folds and self.rounds == 1:
+            raise ValueError(
+                f"rho {self.rho} needs margins to filter by before the last training; got num_folds 0 and one round. "
+                "Use rounds of 2 or more, or num_folds of 2 or more."
+            )
 
     def _check_numbers(self) -> None:
         for name, lowest in (
@@ -314,11 +319,6 @@ class ROPOConfig(TrainingArguments):
         if self.decision_rule is None:
             self.decision_rule = "threshold" if self.rho == "auto" else "lowest_loss"
         self._check_choice("decision_rule", tuple(RULES))
-        if self.fixed_rho and not self.num_folds and self.rounds == 1:
-            raise ValueError(
-                f"rho {self.rho} needs margins to filter by before the last training; got num_folds 0 and one round. "
-                "Use rounds of 2 or more, or num_folds of 2 or more."
-            )
 
     def _check_rho(self) -> None:
         try:

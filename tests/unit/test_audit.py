@@ -35,11 +35,11 @@ def test_no_model_judges_what_it_was_trained_on(model_folder, pairs, tmp_path, m
     twin = replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen, row=20)
     seen, train = [], ROPOTrainer.train_or_resume
 
-    def watching(self):
+    def watching(self, made_from):
         seen.append(
             (self.args.loss, {p.id for p in self.train_dataset.pairs}, [p.row for p in self.eval_dataset.pairs])
         )
-        train(self)
+        train(self, made_from)
         assert len(self.check_margins) == NUM_CHECKS
 
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
@@ -109,9 +109,9 @@ def test_an_audit_goes_on_as_a_training(model_folder, pairs, tmp_path, monkeypat
     run_rounds(model_folder, pairs, config(tmp_path / "alone", rho="0.2"))
     trained, train = [], ROPOTrainer.train_or_resume
 
-    def watching(self):
+    def watching(self, made_from):
         trained.append(len(self.train_dataset))
-        train(self)
+        train(self, made_from)
 
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
     run_rounds(model_folder, pairs, config(tmp_path / "O", rho="0.2"))
@@ -169,24 +169,28 @@ def test_verdicts_are_obeyed_where_nobody_judges(model_folder, pairs, tmp_path, 
     table = fill(tmp_path / "O", {3: "wrong", 4: "drop", 5: "right"})
     trained, train = [], ROPOTrainer.train_or_resume
 
-    def watching(self):
+    def watching(self, made_from):
         trained.append({pair.row: pair for pair in self.train_dataset.pairs})
-        train(self)
+        train(self, made_from)
 
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
-    for name, options in (("dpo", {"loss": "dpo", "rho": "0"}), ("in_sample", {"num_folds": 0, "rho": "0.5"})):
+    for name, options in (
+        ("dpo", {"loss": "dpo", "rho": "0"}),
+        ("in_sample", {"num_folds": 0, "rho": "0.5", "rounds": 2}),
+    ):
         run_rounds(model_folder, pairs, config(tmp_path / name, **options), decisions=table)
-        learned = trained.pop()
+        learned = trained.pop(0)
         assert 4 not in learned
         assert learned[3].chosen == pairs[3].rejected
-        decisions = ledger_of(tmp_path / name).set_index("row")["decision"]
+        ledger = ledger_of(tmp_path / name)
+        decisions = ledger[ledger["round"] == 0].set_index("row")["decision"]
         assert decisions[[3, 4, 5]].tolist() == ["flip", "drop", "keep"]
     assert (decisions == "drop").sum() == 1 + 8  # and half of the seventeen that nobody has judged
 
 
 def test_a_given_rho_takes_away_that_share(model_folder, pairs, tmp_path):
     """Twenty pairs tell nothing about the rate, and still `--rho 0.2` leaves out four of them."""
-    for options in ({}, {"num_folds": 0}):
+    for options in ({}, {"num_folds": 0, "rounds": 2}):
         summary = run_rounds(model_folder, pairs, config(tmp_path / f"O{len(options)}", rho="0.2", **options))
         assert (summary["is_informative"], summary["num_dropped"]) == (False, 4)
     assert config(tmp_path, rho="0.2").decision_rule == "lowest_loss"
@@ -224,4 +228,4 @@ def test_folds_are_even_and_repeatable():
 
 def test_an_audit_needs_folds(model_folder, pairs, tmp_path):
     with pytest.raises(ValueError, match="An audit needs num_folds of 2 or more; got 0"):
-        run_audit(model_folder, pairs, config(tmp_path / "O", num_folds=0, rho="0.1", alpha="14"))
+        run_audit(model_folder, pairs, config(tmp_path / "O", num_folds=0, rho="0.1", alpha="14", rounds=2))
