@@ -36,6 +36,7 @@ def bench(output, *more):
 def test_bench_measures_publishes_and_goes_on(output, capsys):
     assert bench(output, "--num_processes", "1") == 0
     said = capsys.readouterr().out
+    assert "{'" not in said  # what trainers print
     assert "[3/3]" in said
     assert "[5/5] ropo_paper on symmetric 25%, seed 1" in said
     assert str(output / "results.md") in said

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,7 @@ class _Workers:
     def _finished(self, cells: list[Cell]) -> Iterator[tuple[Cell, Callable[[], dict[str, Any]]]]:
         """Cells as they are finished, with what gives their row or raises what stopped them."""
         if self._pool is None:
-            yield from ((cell, partial(measure, self._config, cell, self._folder)) for cell in cells)
+            yield from ((cell, partial(_quietly, self._config, cell, self._folder)) for cell in cells)
             return
         waiting = {self._pool.submit(measure, self._config, cell, self._folder): cell for cell in cells}
         for future in as_completed(waiting):
@@ -255,6 +256,12 @@ def describe(cell: Cell, row: Mapping[str, Any] | None = None) -> str:
         f"{what}: accuracy {row['accuracy']:.3f}, gold reward {row['gold']:.2f} at {row['kl']:.1f} nats, "
         f"{row['seconds']:.0f} s"
     )
+
+
+def _quietly(config: BenchConfig, cell: Cell, folder: Path) -> dict[str, Any]:
+    """Measure in this process; what trainers print would drown the lines that say how far the grid is."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return measure(config, cell, folder)
 
 
 def _start(places: Any, num_gpus: int, threads: int) -> None:

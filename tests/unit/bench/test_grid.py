@@ -76,7 +76,7 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
         read_bench_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["quick", "toy"])
+@pytest.mark.parametrize("name", ["quick", "toy", "support"])
 def test_the_grids_that_we_ship_can_be_read(name, request):
     found = read_bench_config(request.config.rootpath / "benchmarks" / f"{name}.yaml")
     assert {"dpo", "ropo", "ceiling"} <= set(found.methods)
