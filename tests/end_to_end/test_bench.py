@@ -37,6 +37,7 @@ def test_bench_measures_publishes_and_goes_on(output, capsys):
     assert bench(output, "--num_processes", "1") == 0
     said = capsys.readouterr().out
     assert "{'" not in said  # what trainers print
+    assert "Forward:" not in said  # and log
     assert "[3/3]" in said
     assert "[5/5] ropo_paper on symmetric 25%, seed 1" in said
     assert str(output / "results.md") in said

@@ -259,9 +259,14 @@ def describe(cell: Cell, row: Mapping[str, Any] | None = None) -> str:
 
 
 def _quietly(config: BenchConfig, cell: Cell, folder: Path) -> dict[str, Any]:
-    """Measure in this process; what trainers print would drown the lines that say how far the grid is."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return measure(config, cell, folder)
+    """Measure in this process; what trainers print and log would drown the lines that say how far the grid is."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return measure(config, cell, folder)
+    finally:
+        logging.disable(before)
 
 
 def _start(places: Any, num_gpus: int, threads: int) -> None:
