@@ -38,7 +38,7 @@ from ropo.policy import PolicySource
 from ropo.provenance import hash_value, read_json, write_aside, write_json
 from ropo.rounds import run_all
 from ropo.stages import Stages
-from ropo.trainer import batching
+from ropo.trainer import batching, refuse_several_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -288,11 +288,7 @@ def _check_run(args: ROPOConfig) -> None:
     Raises:
         ValueError: If there are several GPUs in this process, or an option asks for what a run has not or does not do.
     """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"A run needs one process per GPU; got {args.n_gpu} GPUs in this one. Start it with `accelerate launch -m "
-            "ropo.cli ...`, or hide the others with CUDA_VISIBLE_DEVICES."
-        )
+    refuse_several_gpus(args)
     if args.eval_strategy != "no":
         raise ValueError(
             "eval_strategy needs a dataset to evaluate on, and a run takes none; leave it out. ROPOTrainer takes an "

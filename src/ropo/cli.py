@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from accelerate import PartialState
 from peft import LoraConfig
 from rich.console import Console
@@ -31,9 +30,9 @@ from ropo.bench.grid_config import read_bench_config
 from ropo.bench.options import ExportArguments, WinRateArguments
 from ropo.bench.publish import publish_bench
 from ropo.bench.win_rate import run_win_rate
-from ropo.config import ROPOConfig, did_you_mean
+from ropo.config import ROPOConfig, did_you_mean, read_yaml
 from ropo.data.load import load_pairs
-from ropo.data.problems import PROBLEMS, render
+from ropo.data.problems import PROBLEMS, render, rows_left_out
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
@@ -359,14 +358,14 @@ def _validate(words: list[str]) -> int:
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
     if given.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
-        out = {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
+        out = rows_left_out(problems)
         rest = [pair for pair in loaded.pairs if pair.row not in out]
         problems += tokenize_pairs(rest, tokenizer, max_length=given.max_length).problems
     print(f"{given.dataset}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {loaded.format or 'unknown'}.")
     print(render(problems) if problems else "No problems found.")
     if loaded.ignored_columns:
         print(f"Columns that nothing reads: {', '.join(loaded.ignored_columns)}.")
-    out = {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
+    out = rows_left_out(problems)
     if not any(pair.row not in out for pair in loaded.pairs):
         print("No pair is left to train on.")
         return NOT_ACCEPTABLE
@@ -455,20 +454,11 @@ def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], *, task: str) 
 def _named(words: Sequence[str], recipe: Path | None) -> set[str]:
     """Names of the options that the user gave in either place."""
     named = {word.lstrip("-").split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    return named | (set(yaml.safe_load(recipe.read_text("utf-8")) or {}) if recipe else set())
+    return named | (set(read_yaml(recipe)) if recipe else set())
 
 
 def _read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"--config needs a YAML file; {path} is not there.")
-    try:
-        recipe = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config needs a YAML file; {path} is none: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(
-            f"--config needs a YAML file of `option: value` lines; {path} holds a {type(recipe).__name__}."
-        )
+    recipe = read_yaml(path)
     for name in recipe:
         if name not in known:
             raise ValueError(

@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainingArguments
 
 from ropo.endpoint import check_key, check_url
@@ -396,6 +398,23 @@ class ROPOConfig(TrainingArguments):
     def fixed_rho(self) -> float | None:
         """The share of pairs to filter out, or None when it follows the estimate."""
         return None if self.rho == "auto" else float(self.rho)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Options from a file; an empty one holds none.
+
+    Raises:
+        ValueError: If it is not there, or is no YAML file of options.
+    """
+    if not path.is_file():
+        raise ValueError(f"--config needs a YAML file; {path} is not there.")
+    try:
+        found = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config needs a YAML file; {path} is none: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"--config needs a YAML file of `option: value` lines; {path} holds a {type(found).__name__}.")
+    return found
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

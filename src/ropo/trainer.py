@@ -125,11 +125,7 @@ class ROPOTrainer(Trainer):
         num_checks: int = 0,
         halfway_folder: Path | None = None,
     ) -> None:
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"ROPOTrainer needs one process per GPU; got {args.n_gpu} GPUs in this one. Start it with "
-                "`accelerate launch`, or hide the others with CUDA_VISIBLE_DEVICES."
-            )
+        refuse_several_gpus(args)
         name = model if isinstance(model, str) else model.config.name_or_path
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)
@@ -267,7 +263,7 @@ class ROPOTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As in `Trainer`; grouped by length, the order of an epoch can be drawn once more.
 
-        The other samplers resume by themselves: `accelerate` seeds them by epoch.
+        The other samplers resume by themselves.
         """
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
@@ -478,6 +474,19 @@ class ROPOTrainer(Trainer):
             self.first_margins[where] = torch.where(before.isnan(), h, before)
         else:
             self.eval_margins[where] = h
+
+
+def refuse_several_gpus(args: ROPOConfig) -> None:
+    """`Trainer` would split every batch among the GPUs of one process, slowly and without our batches.
+
+    Raises:
+        ValueError: If this process has several.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"Training needs one process per GPU; got {args.n_gpu} GPUs in this one. Start it with `accelerate "
+            "launch`, or hide the others with CUDA_VISIBLE_DEVICES."
+        )
 
 
 def turn_dropout_off(model: nn.Module) -> None:

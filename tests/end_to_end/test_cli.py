@@ -182,7 +182,7 @@ def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, t
 def test_several_gpus_in_one_process(dataset, recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ROPOConfig, "n_gpu", 2)
     assert train("no/such/model", dataset, recipe, tmp_path / "O") == 2
-    assert "A run needs one process per GPU; got 2 GPUs in this one" in capsys.readouterr().err
+    assert "Training needs one process per GPU; got 2 GPUs in this one" in capsys.readouterr().err
 
 
 def test_missing_arguments(dataset, capsys):

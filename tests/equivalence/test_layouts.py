@@ -263,7 +263,7 @@ def test_block_masks_of_long_rows_are_small():
 
 
 def test_flex_attention_gets_one_dtype(monkeypatch):
-    """Under autocast rotary embeddings are float32, values are not; FlexAttention of torch 2.6 to 2.9 refuses that."""
+    """Under autocast rotary embeddings are float32 and values are not; not every FlexAttention takes both."""
     seen = []
 
     def watching(_module, query, key, value, _mask, **_):

@@ -83,11 +83,9 @@ def test_killed_after_every_stage(model_folder, pairs, tmp_path, monkeypatch, wh
     assert outputs(folder) == whole
 
 
-@pytest.mark.parametrize("place", ["fold_0_checkpoints", "checkpoints"])
-def test_killed_inside_training(place, model_folder, pairs, tmp_path, monkeypatch, whole):
-    """Training goes on from its last checkpoint, that of a judging model with the margins of its earlier checks."""
-    folder, steps = tmp_path / "killed", []
-    step = ROPOTrainer.training_step
+def dies_at_its_third_step(monkeypatch, place):
+    """Kill the training whose checkpoints lie in a folder of that name, once; all its steps, as they come."""
+    steps, step = [], ROPOTrainer.training_step
 
     def dying(self, *args, **kwargs):
         if Path(self.args.output_dir).name == place:
@@ -97,6 +95,14 @@ def test_killed_inside_training(place, model_folder, pairs, tmp_path, monkeypatc
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(ROPOTrainer, "training_step", dying)
+    return steps
+
+
+@pytest.mark.parametrize("place", ["fold_0_checkpoints", "checkpoints"])
+def test_killed_inside_training(place, model_folder, pairs, tmp_path, monkeypatch, whole):
+    """Training goes on from its last checkpoint, that of a judging model with the margins of its earlier checks."""
+    folder = tmp_path / "killed"
+    steps = dies_at_its_third_step(monkeypatch, place)
     with pytest.raises(KeyboardInterrupt):
         run_rounds(model_folder, pairs, config(folder))
     run_rounds(model_folder, pairs, config(folder))
@@ -106,17 +112,8 @@ def test_killed_inside_training(place, model_folder, pairs, tmp_path, monkeypatc
 
 def test_checkpoints_of_other_pairs_are_not_gone_on_with(model_folder, pairs, tmp_path, monkeypatch):
     """One more pass of judging changes what is trained on, and is no other run: training then begins anew."""
-    folder, steps = tmp_path / "killed", []
-    step = ROPOTrainer.training_step
-
-    def dying(self, *args, **kwargs):
-        if Path(self.args.output_dir).name == "checkpoints":
-            steps.append(self.state.global_step)
-            if len(steps) == 3:
-                raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(ROPOTrainer, "training_step", dying)
+    folder = tmp_path / "killed"
+    steps = dies_at_its_third_step(monkeypatch, "checkpoints")
     with pytest.raises(KeyboardInterrupt):
         run_rounds(model_folder, pairs, config(folder, num_passes=1))
     run_rounds(model_folder, pairs, config(folder, num_passes=2))

@@ -306,14 +306,17 @@ def test_checkpoint_resumes_to_the_same_model(loss, model_folder, tokenizer, pai
     torch.testing.assert_close(resumed.gather_first_margins(), whole.gather_first_margins())
 
 
-@pytest.mark.parametrize("step", [5, 7, 8])
-def test_an_epoch_goes_on_in_its_order(step, model_folder, tokenizer, pairs, tmp_path):
+@pytest.mark.parametrize(
+    ("order", "step"),
+    [("group_by_length", 5), ("group_by_length", 7), ("group_by_length", 8), ("random", 7), ("batch_rebalance", 7)],
+)
+def test_an_epoch_goes_on_in_its_order(order, step, model_folder, tokenizer, pairs, tmp_path):
     """Grouped by length, an epoch's order is drawn from the global generator: a resumed one must draw the same."""
 
     def run(folder, resume=None):
         args = config(
             folder, num_train_epochs=3, save_strategy="steps", save_steps=1, save_total_limit=None,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy=order,
         )  # fmt: skip
         trainer = ROPOTrainer(str(model_folder), args, train_dataset=pairs, processing_class=tokenizer)
         trainer.train(resume_from_checkpoint=resume)

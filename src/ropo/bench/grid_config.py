@@ -8,12 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ropo.bench.methods import BETAS, LEARNING_RATES, METHODS
 from ropo.bench.own import LACKS, judge_args
 from ropo.bench.tasks import TASKS
-from ropo.config import ROPOConfig, check_choice, did_you_mean
+from ropo.config import ROPOConfig, check_choice, did_you_mean, read_yaml
 from ropo.data.inject import NOISE
 
 _OWN = ("model", "judge", "max_length", "max_new_tokens")
@@ -137,14 +135,7 @@ def read_bench_config(path: Path) -> BenchConfig:
     Raises:
         ValueError: If the file is not there, or a key is unknown, missing or out of range.
     """
-    if not path.is_file():
-        raise ValueError(f"--config needs a YAML file; {path} is not there.")
-    try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config needs a YAML file; {path} is none: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"--config needs a YAML file of `key: value` lines; {path} holds a {type(found).__name__}.")
+    found = read_yaml(path)
     _check_keys(str(path), found, BenchConfig)
     missing = [name for name in ("task", "seeds", "noise", "methods") if name not in found]
     if missing:

@@ -191,6 +191,11 @@ class BadRow(Exception):
         self.kind = kind
 
 
+def rows_left_out(problems: Iterable["Problem"]) -> set[int | None]:
+    """Rows that training goes on without, for an error or because nothing can be learned from them."""
+    return {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
+
+
 def short(value: object) -> str:
     """A value for a message: its type and how it begins.
 

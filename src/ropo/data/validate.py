@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ropo.data.load import Loaded, load_pairs
-from ropo.data.problems import PROBLEMS, Problem, render, short
+from ropo.data.problems import PROBLEMS, Problem, render, rows_left_out, short
 from ropo.pairs import Pair, Text, pair_id
 
 _LONG_PROMPT = 20  # characters
@@ -158,7 +158,7 @@ def read_checked(
             f"{len({problem.row for problem in errors})} of {loaded.num_rows} rows would corrupt training. "
             f"Fix them, or go on without them by on_bad_rows='skip'.\n{render(errors)}"
         )
-    out = {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
+    out = rows_left_out(problems)
     pairs = [pair for pair in loaded.pairs if pair.row not in out]
     if not pairs:
         raise DataError(f"No pair is left to train on.\n{render(problems)}")

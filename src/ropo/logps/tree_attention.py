@@ -198,8 +198,8 @@ def row_mask(lengths_P3: Tensor, num_positions: int) -> Tensor | BlockMask:
 def block_mask(lengths_P3: Tensor, num_positions: int) -> BlockMask:
     """The rule of `row_mask_mod` for FlexAttention, with the blocks that it may leave out and those it need not test.
 
-    `create_block_mask` would make every cell of the square first, gigabytes for a row of 32,768 positions. Here blocks
-    are told by the parts that they begin and end in. A few blocks of two branches side by side are tested although they
+    `create_block_mask` may make every cell of the square first, 2^30 for a row of 32,768 positions. Here blocks are
+    told by the parts that they begin and end in. A few blocks of two branches side by side are tested although they
     are empty.
 
     Args:
@@ -255,7 +255,7 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as `transformers` calls it; a packed row where the mask is one of `row_mask`, else `sdpa`."""
     if isinstance(attention_mask, BlockMask):
-        # Under autocast rotary embeddings leave queries and keys in float32; before torch 2.10 that was refused.
+        # Under autocast rotary embeddings leave queries and keys in float32; not every torch takes both.
         query, key = query.to(value.dtype), key.to(value.dtype)
         found: tuple[Tensor, Tensor | None] = flex_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
