@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ropo import stages
 from ropo.align import run_rounds
@@ -174,6 +174,14 @@ def test_another_chat_template_is_another_run(model_folder, pairs, tmp_path, tok
     other.chat_template = tokenizer.chat_template.replace(":", "=")
     with pytest.raises(ValueError, match="holds a run with other settings:\n  tokenizer"):
         run_rounds(model_folder, pairs, config(folder, **options), processing_class=other)
+
+
+def test_the_tokenizer_is_of_the_revision_of_the_model(model_folder, pairs, tmp_path, monkeypatch):
+    seen, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: seen.append(options) or load(name))
+    options = {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
+    run_rounds(model_folder, pairs, config(tmp_path / "run", **options), load_options={"revision": "v2"})
+    assert seen[0] == {"revision": "v2"}
 
 
 def test_models_of_earlier_stages_are_not_kept(model_folder, pairs, tmp_path, monkeypatch):
