@@ -13,6 +13,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,9 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,15 +31,13 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 import ropo
+from ropo.callbacks import AfterStep, Checks, Halfway, ProgressWithLoss, Replayable, SaveWithCheckpoint, saved_with
 from ropo.config import ROPOConfig
 from ropo.data.problems import render
 from ropo.data.tokenize import tokenize_pairs
@@ -73,7 +70,6 @@ METRICS: Mapping[str, str] = MappingProxyType(
 # Most unique tokens in one forward pass on a CPU, unless the user says otherwise. More costs memory and gains nothing.
 _CPU_TOKENS = 2048
 
-_STATE_FILE = "ropo_state.safetensors"
 _OWNER_FILE = "made_from"  # beside the checkpoints: the digest of what they depend on
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
 _MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597, the main recipe)
@@ -159,8 +155,8 @@ class ROPOTrainer(Trainer):
         self._step_margins: list[Tensor] = []
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
         self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"), device=args.device)
-        self.check_margins: list[Tensor] = []
-        self._order: _Replayable | None = None
+        self._checks = Checks(num_checks, self.gather_eval_margins)
+        self._order: Replayable | None = None
         self._order_to_replay: Tensor | None = None
         self._sums: dict[str, dict[tuple[str, ...], Tensor]] = {"train": {}, "eval": {}}
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -173,16 +169,17 @@ class ROPOTrainer(Trainer):
             processing_class=self.tokenizer,
             callbacks=[
                 *(callbacks or []),
-                _Checks(self, num_checks),
-                _SaveWithCheckpoint(self),
-                _Halfway(self, halfway_folder),
+                self._checks,
+                AfterStep(self.update_moments),
+                SaveWithCheckpoint(self._learned),
+                *([Halfway(partial(self.save_whole, halfway_folder))] if halfway_folder is not None else []),
             ],
             optimizers=optimizers,
         )
         self.label_names = []
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(_ProgressWithLoss)
+            self.add_callback(ProgressWithLoss)
 
     def _collator(self, dataset: PairDataset) -> PairCollator:
         """Batches of a dataset, in pieces where a piece is what the loss needs."""
@@ -221,12 +218,11 @@ class ROPOTrainer(Trainer):
         folder = (
             get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
         )
-        if folder and (path := Path(folder) / _STATE_FILE).exists():
-            kept = load_file(path)
+        if folder and (kept := saved_with(Path(folder))):
             self.reliability = kept["reliability"].to(self.args.device)
             self.moments = kept["moments"].to(self.args.device)
             self.first_margins = kept["first_margins"].to(self.args.device)
-            self.check_margins = list(kept["check_margins"])
+            self._checks.found = list(kept["check_margins"])
             self._order_to_replay = kept["order"] if len(kept["order"]) else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
@@ -246,6 +242,22 @@ class ROPOTrainer(Trainer):
                 path.write_text(digest, encoding="utf-8")
         self.accelerator.wait_for_everyone()
         self.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+
+    @property
+    def check_margins(self) -> list[Tensor]:
+        """Margins of the evaluation set at each check so far, each of shape (pairs,)."""
+        return self._checks.found
+
+    def _learned(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside weights and optimizer; `train` brings it back."""
+        checks = self.check_margins
+        return {
+            "reliability": self.reliability.cpu(),
+            "moments": self.moments.cpu(),
+            "first_margins": self.gather_first_margins(),
+            "check_margins": torch.stack(checks) if checks else torch.zeros(0, 1),
+            "order": self._order_of_epoch(),
+        }
 
     def save_whole(self, folder: Path) -> None:
         """Save the model so that `folder` holds all of it or is not there.
@@ -267,10 +279,10 @@ class ROPOTrainer(Trainer):
         """
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            sampler = self._order = _Replayable(sampler, replay=self._order_to_replay)
+            sampler = self._order = Replayable(sampler, replay=self._order_to_replay)
         return sampler
 
-    def order_of_epoch(self) -> Tensor:
+    def _order_of_epoch(self) -> Tensor:
         """What the order of this epoch was drawn from, shape (bytes,); empty at an epoch's end, or if nothing was."""
         is_within = abs(self.state.epoch - round(self.state.epoch)) > 1e-9
         drawn_at = self._order.drawn_at if self._order is not None and is_within else None
@@ -526,99 +538,3 @@ def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
         "use_bf16": args.bf16,
         "max_tokens": args.max_tokens_per_batch,
     }
-
-
-class _ProgressWithLoss(ProgressCallback):
-    """The bar of `Trainer` with the newest numbers beside it, instead of a printed dict for every line of the log."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-        found = {name: f"{logs[key]:.3f}" for key, name in shown.items() if logs and key in logs}
-        if self.training_bar is not None and found:
-            self.training_bar.set_postfix(found)
-
-
-class _SaveWithCheckpoint(TrainerCallback):
-    """Saves what the trainer learns beside the weights, complete at each step; `ROPOTrainer.train` restores it."""
-
-    def __init__(self, trainer: ROPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        self.trainer.update_moments()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        first_margins = self.trainer.gather_first_margins()
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            checks = self.trainer.check_margins
-            tensors = {
-                "reliability": self.trainer.reliability.cpu(),
-                "moments": self.trainer.moments.cpu(),
-                "first_margins": first_margins,
-                "check_margins": torch.stack(checks) if checks else torch.zeros(0, 1),
-                "order": self.trainer.order_of_epoch(),
-            }
-            save_file(tensors, folder / _STATE_FILE)
-
-
-class _Replayable(Sampler[int]):
-    """A sampler that draws from the global generator, and can draw the order of a broken-off epoch once more.
-
-    `Trainer` brings the generator back to where the checkpoint left it, which is after the epoch's order was drawn.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, *, replay: Tensor | None) -> None:
-        self.sampler = sampler
-        self.replay = replay  # state of the generator before the order of the epoch to go on with
-        self.drawn_at: Tensor | None = None  # the same of this epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.replay is not None:
-            torch.set_rng_state(self.replay)
-            self.replay = None
-        self.drawn_at = torch.get_rng_state()
-        return iter(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
-class _Checks(TrainerCallback):
-    """Has the evaluation set scored at evenly spaced steps and keeps the margins of each time."""
-
-    def __init__(self, trainer: ROPOTrainer, num_checks: int) -> None:
-        self.trainer, self.num_checks = trainer, num_checks
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        if self._num_due(state):
-            control.should_evaluate = True
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        if self.num_checks:
-            self.trainer.check_margins += [self.trainer.gather_eval_margins()] * self._num_due(state)
-
-    def _num_due(self, state: TrainerState) -> int:
-        """Checks that fall on this step; several where there are fewer steps than checks."""
-        done, before = (
-            step * self.num_checks // state.max_steps for step in (state.global_step, state.global_step - 1)
-        )
-        return done - before
-
-
-class _Halfway(TrainerCallback):
-    """Saves the model once, half way through its training."""
-
-    def __init__(self, trainer: ROPOTrainer, folder: Path | None) -> None:
-        self.trainer, self.folder = trainer, folder
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        if self.folder is not None and state.global_step == max(state.max_steps // 2, 1):
-            self.trainer.save_whole(self.folder)
