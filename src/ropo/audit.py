@@ -9,12 +9,16 @@ and gives the flip rate. A further pass trains on what the last one kept, with t
 anew: its models have seen fewer wrong labels, so they tell the pairs apart better. Its margins alone would give too low
 a rate, since labels that have been filtered agree with themselves. So it keeps the first pass's, unless both judges
 together contradict more labels than the first one's interval holds: then what it took for its doubt is wrong labels.
+
+Where the first pass finds nothing to filter though its judges contradict many labels, the filter is tried instead of
+believed: are models better at labels they have not seen if the contradicted pairs are left out? Then those pairs stay
+out, and the models that were trained without them are the second pass.
 """
 
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,8 @@ from ropo.judge.verdicts import Judge, flip_judge
 from ropo.noise.agreement import rate_by_agreement
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.decide import RULES, decide
-from ropo.noise.estimate import estimate_flips
+from ropo.noise.estimate import MIN_PAIRS, estimate_flips
+from ropo.noise.trial import compare
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
@@ -61,6 +66,10 @@ MAX_DISAGREEMENT = 0.1
 """Judges that contradict each other on more of the pairs know too little, and share errors that their agreement cannot
 show: it would count right labels as wrong. Chosen after a look, between what was seen where raising is right (0.05 to
 0.09, 6,000 toy pairs) and where it is not (0.13 to 0.15, controlled sentiment)."""
+
+MIN_CONTRADICTED, MAX_CONTRADICTED = 0.1, 0.4
+"""Shares of contradicted labels between which a filter is tried where the rate says nothing. Below, there is little to
+win; above, the judges are close to coins, and leaving out whatever they contradict leaves too little."""
 
 
 class Audit:
@@ -91,6 +100,7 @@ class Audit:
         self.data, self.args, self.folder = data, args, folder
         self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
         self.num_passes = 1
+        self.trial: dict[str, Any] | None = None
         self._sign, self._is_known = known_labels(data.pairs)
 
     def run(self, digest: str) -> str:
@@ -102,7 +112,7 @@ class Audit:
         Returns:
             Digest of the audit, for what is made from it.
         """
-        training = training_set(self.data, np.abs(self._sign) * self.data.weights, self._sign < 0)
+        training = self._all()
         for number in range(self.args.num_passes):
             args = _first_pass_options(self.args) if number == 0 else self.options()
             digest = hash_value([digest, number, args.loss, args.beta, args.loss_options])
@@ -120,10 +130,96 @@ class Audit:
             files = ["judgement.safetensors", "judgement.json"]
             digest = stages.run("judge", digest, files, partial(self._judge, number, checks))
             self.num_passes = number + 1
-            if not self.judgement()["rho"]:
-                break  # nothing was taken away, so another pass would train on the same pairs
-            training = self.training()
+            if self.judgement()["rho"]:
+                training = self.training()
+                continue
+            # Nothing was taken away, so another pass would train on the same pairs.
+            self.trial = self._try_filter(digest) if number == 0 < self.args.num_passes - 1 else None
+            if self.trial is None or not self.trial["helps"]:
+                break
+            training = self._without_contradicted()
         return digest
+
+    def _all(self) -> PairDataset:
+        """What the data says, turned round where a person has said so."""
+        return training_set(self.data, np.abs(self._sign) * self.data.weights, self._sign < 0)
+
+    def _without_contradicted(self) -> PairDataset:
+        """The same without what the first pass contradicts."""
+        weights = np.abs(self._sign) * self.data.weights
+        weights[self._doubtful & (self._first() < 0)] = 0.0
+        return training_set(self.data, weights, self._sign < 0)
+
+    def _try_filter(self, digest: str) -> dict[str, Any] | None:
+        """Leave out what the first pass contradicts, and see whether models agree with more labels they have not seen.
+
+        Fold by fold, for as long as there is a gain at all. The models that were trained without the suspects are those
+        of the second pass.
+
+        Args:
+            digest: Of the first pass.
+
+        Returns:
+            `Trial` as values, with `left_out`, the share of suspects, and `helps`; None if there is no cause to try.
+        """
+        left_out = float((self._first()[self._doubtful] < 0).mean()) if self._doubtful.any() else 0.0
+        if self.args.fixed_rho is not None or self._doubtful.sum() < MIN_PAIRS:
+            return None
+        if not MIN_CONTRADICTED <= left_out <= MAX_CONTRADICTED:
+            return None
+        args, folder = self.options(), self.folder / "trial"
+        digests = [hash_value([digest, name, args.loss, args.beta, args.loss_options]) for name in ("all", 1)]
+
+        def make() -> None:
+            for num_scored in range(1, args.num_folds + 1):
+                with_all, without = (
+                    crossfit_margins(
+                        self.data,
+                        training,
+                        args,
+                        folder=where,
+                        source=self.source,
+                        tokenizer=self.tokenizer,
+                        peft_config=self.peft_config,
+                        digest=made_from,
+                        num_scored=num_scored,
+                    )[-1]
+                    for training, where, made_from in zip(
+                        (self._all(), self._without_contradicted()),
+                        (folder / "with_all", self._pass(1)),
+                        digests,
+                        strict=True,
+                    )
+                )
+                both = self._doubtful & ~np.isnan(with_all)
+                if not both.any():
+                    continue
+                found = compare(without[both], with_all[both])
+                if found.gain <= 0.0:
+                    break
+            if PartialState().is_main_process:
+                write_json(folder / "trial.json", {"left_out": left_out, **asdict(found), "helps": found.helps})
+
+        Stages(folder).run("trial", digests, ["trial.json"], make)
+        told: dict[str, Any] = read_json(folder / "trial.json")
+        logger.info(
+            "Tried without the %.1f %% that the first pass contradicts: of labels that no model has seen %.1f %% are "
+            "agreed with, %.1f %% with all pairs; %s.",
+            100 * left_out, 100 * told["without"], 100 * told["with_all"],
+            "so they are left out" if told["helps"] else "no sure gain, so they stay",
+        )  # fmt: skip
+        return told
+
+    def _first(self) -> Floats:
+        """Held-out margins of the first pass, shape (pairs,)."""
+        last: Floats = self._tensor("margins", 0)[-1]
+        return last
+
+    @property
+    def _doubtful(self) -> NDArray[np.bool_]:
+        """Which labels nobody has vouched for or judged, shape (pairs,)."""
+        doubtful: NDArray[np.bool_] = (self._sign != 0) & ~self._is_known
+        return doubtful
 
     def judgement(self) -> dict[str, Any]:
         """What the last pass wrote: the estimate, ρ, α and their reasons, and per pair `decisions` and `weights`."""
@@ -159,7 +255,7 @@ class Audit:
         """
         if self.estimate()["is_raised"]:
             return None
-        margins = self._tensor("margins", 0)[-1, ~self._is_known & (self._sign != 0)]
+        margins = self._first()[self._doubtful]
         return calibrate(margins, estimate_flips(margins), seed=self.args.seed)
 
     def training(self) -> PairDataset:
@@ -172,10 +268,13 @@ class Audit:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage took."""
+        folders = {f"pass {number}": self._pass(number) for number in range(self.num_passes)}
+        if self.trial is not None:
+            folders |= {"pass 1": self._pass(1), "trial": self.folder / "trial" / "with_all"}
         return {
-            f"pass {number} {name}": value
-            for number in range(self.num_passes)
-            for name, value in Stages(self._pass(number)).seconds.items()
+            f"{part} {name}": value
+            for part, folder in folders.items()
+            for name, value in Stages(folder).seconds.items()
         }
 
     def _pass(self, number: int) -> Path:
@@ -239,14 +338,17 @@ class Audit:
 
     def _with_agreement(self, margins: Floats) -> dict[str, Any]:
         """The first pass's estimate, in the light of this pass's margins."""
-        doubtful = (self._sign != 0) & ~self._is_known
-        first = self._tensor("margins", 0)[-1]
         estimate = read_json(self._pass(0) / "judgement.json")["estimate"]
-        return raise_by_agreement(estimate, first[doubtful], margins[doubtful])
+        first, second = self._first()[self._doubtful], margins[self._doubtful]
+        return raise_by_agreement(estimate, first, second, trial=self.trial)
 
 
-def raise_by_agreement(estimate: Mapping[str, Any], first: Floats, second: Floats) -> dict[str, Any]:
+def raise_by_agreement(
+    estimate: Mapping[str, Any], first: Floats, second: Floats, *, trial: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Take the rate of two judges where it is surely above what one judge's margins explain by flips at random.
+
+    Also where a trial has shown that it helps to leave out what the first contradicts.
 
     Errors with a rule (the larger model is taken to write better, annotators err between responses that are nearly as
     good) look like honest doubt to one judge: the surer it is of a pair, the seldomer the label is wrong.
@@ -255,12 +357,27 @@ def raise_by_agreement(estimate: Mapping[str, Any], first: Floats, second: Float
         estimate: `FlipEstimate.to_dict()` of the first pass.
         first: Held-out margins of its judges, shape (pairs,).
         second: Of judges trained on what it kept.
+        trial: What `Audit` wrote of a filter that it tried, if it did.
 
     Returns:
         The estimate with `is_raised`; where it is, `rate` is that of both, and the interval reaches from the lower end
         of the one reading to the upper end of the other.
     """
     both = rate_by_agreement(first, second, level=AGREEMENT_LEVEL)
+    if both is not None and trial is not None and trial["helps"]:
+        return {
+            **estimate,
+            "is_raised": True,
+            "is_informative": True,
+            "rate": both.rate,
+            "low": min(estimate["low"], both.rate),
+            "high": both.high,
+            "reason": (
+                f"Models trained without the {100 * trial['left_out']:.1f} % that the first judges contradict agree "
+                f"with {100 * trial['without']:.1f} % of the labels they have not seen, others with "
+                f"{100 * trial['with_all']:.1f} %. Both judges together contradict {100 * both.rate:.1f} %."
+            ),
+        }
     if both is None or both.low <= estimate["high"] or both.disagreement > MAX_DISAGREEMENT:
         return {**estimate, "is_raised": False}
     return {
@@ -362,6 +479,8 @@ def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> tuple[float
     """
     if fixed is not None:
         return fixed, "it was given"
+    if estimate.get("is_raised"):
+        return min(float(estimate["rate"]), 0.5), "this is the share of labels that two judges contradict"
     if not estimate["is_informative"]:
         return 0.0, f"the margins cannot tell how many labels are flipped: {estimate['reason'].rstrip('.')}"
     if estimate["low"] <= 0.0:
@@ -397,7 +516,7 @@ def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any], left: float)
         return fixed, "it was given"
     if not estimate["is_informative"]:
         return 0.0, "it cannot be told how many labels are wrong, and DPO assumes the least"
-    is_sure = estimate["low"] > 0.0
+    is_sure = estimate["low"] > 0.0 or estimate.get("is_raised", False)
     if not is_sure and estimate["rate"] < MIN_RATE:
         return 0.0, "little speaks for flipped labels, and without them DPO is best"
     is_wrong = "is wrong" if is_sure else "may be wrong"

@@ -9,6 +9,7 @@ of its training. K folds train on (K−1)·N pairs in all.
 
 import copy
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ def crossfit_margins(
     tokenizer: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None,
     digest: str,
+    num_scored: int | None = None,
 ) -> NDArray[np.float64]:
     """Held-out margins of every pair of `data`, from `args.num_folds` models that start from the initial one.
 
@@ -55,9 +57,11 @@ def crossfit_margins(
         tokenizer: The model's.
         peft_config: For adapters.
         digest: Of everything that made `data`, `training` and `args`.
+        num_scored: Only so many folds, the first ones; None for all.
 
     Returns:
-        Shape (checks, pairs), nats up to the common scale; the last check is the end of training.
+        Shape (checks, pairs), nats up to the common scale; the last check is the end of training. NaN in folds that
+        are not scored.
 
     Raises:
         ValueError: If there are fewer different pairs than folds.
@@ -68,7 +72,8 @@ def crossfit_margins(
     lengths = np.array([len(tokens) for tokens in data.tokens])
     margins = np.full((NUM_CHECKS, len(data)), np.nan)
     stages = Stages(folder)
-    for fold in range(args.num_folds):
+    folds = range(args.num_folds if num_scored is None else num_scored)
+    for fold in folds:
         judged = np.flatnonzero(held_out == fold)
         judged = judged[np.argsort(-lengths[judged], kind="stable")]  # batches of similar length
         name = f"fold_{fold}.safetensors"
@@ -96,14 +101,13 @@ def crossfit_margins(
         stages.run(f"fold {fold}", digest, [name], make)
         found = load_file(folder / name)["margins"].double().numpy()
         margins[:, judged] = found / (_median_size(found[-1]) or 1.0)
-    return margins * _scale(folder, args.num_folds)
+    return margins * _scale(folder, folds)
 
 
-def _scale(folder: Path, num_folds: int) -> float:
+def _scale(folder: Path, folds: Iterable[int]) -> float:
     """The median over folds of the median size of a margin, so that the common scale is that of a typical fold."""
     sizes = [
-        _median_size(load_file(folder / f"fold_{fold}.safetensors")["margins"][-1].double().numpy())
-        for fold in range(num_folds)
+        _median_size(load_file(folder / f"fold_{fold}.safetensors")["margins"][-1].double().numpy()) for fold in folds
     ]
     return float(np.median(sizes)) or 1.0
 

@@ -124,7 +124,7 @@ def _round_summary(this: Round) -> dict[str, Any]:
 
 
 def _flip_rate(estimate: Mapping[str, Any]) -> dict[str, Any]:
-    """The rate with its interval, and whether two judges have raised it."""
+    """The rate with its interval, and whether it is that of two judges."""
     return {"estimate": estimate["rate"], **{name: estimate[name] for name in ("low", "high", "is_raised")}}
 
 
@@ -189,12 +189,13 @@ def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) 
 def _about_labels(audit: Audit | None) -> dict[str, Any]:
     """What only an audit knows; empty values without one."""
     if audit is None:
-        return {"annotators": [], "num_trusted": 0, "calibration": None, "noise_left": None}
+        return {"annotators": [], "num_trusted": 0, "calibration": None, "trial": None, "noise_left": None}
     estimate, calibration = audit.estimate(), audit.calibration()
     return {
         "annotators": estimate["annotators"],
         "num_trusted": estimate["num_trusted"],
         "calibration": None if calibration is None else calibration.to_dict(),
+        "trial": audit.trial,
         "noise_left": audit.judgement()["noise_left"],
     }
 

@@ -216,6 +216,93 @@ def test_trusted_pairs_are_kept_and_are_no_part_of_the_data(model_folder, pairs,
     assert len(load_pairs(tmp_path / "O" / "cleaned.jsonl").pairs) == 8
 
 
+class Planted:
+    """Margins in place of trained models: the first pass, then judges with and without what it contradicts."""
+
+    def __init__(self, monkeypatch, *, share, gain, num_pairs=80):
+        monkeypatch.setattr("ropo.audit.crossfit_margins", self)
+        rng = np.random.default_rng(0)
+        self.right = np.where(np.arange(num_pairs) < share * num_pairs, -1.0, 1.0)
+        self.first = self.right * (1 + rng.random(num_pairs))  # near zero: doubt and flips read alike
+        self.gain, self.calls = gain, []
+
+    def __call__(self, data, training, args, *, folder, digest, num_scored=None, **_):
+        self.calls.append((folder.name, len(training), num_scored, digest))
+        margins = self.first.copy()
+        if folder.name == "pass_1":  # agrees with a few labels more, or fewer
+            turned = np.flatnonzero((self.first < 0) == (self.gain > 0))[: abs(self.gain)]
+            margins[turned] *= -1
+        margins = np.pad(margins, (0, len(data) - len(margins)), constant_values=-1.0)  # trusted pairs
+        if num_scored is not None:
+            margins[np.arange(len(data)) % args.num_folds >= num_scored] = np.nan
+        return np.tile(margins, (NUM_CHECKS, 1))
+
+
+@pytest.fixture
+def many(pairs):
+    return [replace(pairs[i % 20], prompt=f"{i} {pairs[i % 20].prompt}", row=i) for i in range(80)]
+
+
+def test_a_filter_that_is_shown_to_help_is_used(model_folder, many, tmp_path, monkeypatch):
+    """The estimate reaches 0, but models that leave out the suspects agree with more labels they have not seen."""
+    planted = Planted(monkeypatch, share=0.35, gain=20)
+    summary = run_audit(model_folder, many, config(tmp_path / "O"))
+    trial = summary["trial"]
+    assert trial["helps"]
+    assert trial["left_out"] == pytest.approx(0.35)
+    assert trial["gain"] == pytest.approx(0.25)
+    assert trial["num_pairs"] == 80
+    assert summary["flip_rate"]["is_raised"]
+    assert summary["is_informative"]
+    assert 0.1 <= summary["rho"] == summary["flip_rate"]["estimate"] <= summary["flip_rate"]["high"]
+    assert summary["alpha"] >= 2
+    assert "two judges" in summary["rho_reason"]
+    # Each fold in turn with all pairs and without the suspects, and the latter are the second pass.
+    assert [call[:3] for call in planted.calls] == [
+        ("pass_0", 80, None),
+        *[(name, size, fold) for fold in (1, 2, 3, 4) for name, size in (("with_all", 80), ("pass_1", 52))],
+        ("pass_1", 52, None),
+    ]
+    assert len({digest for name, *_, digest in planted.calls if name == "pass_1"}) == 1
+    report = (tmp_path / "O" / "report.md").read_text()
+    assert "models trained without the 35 % that the first judges contradict agree with 90.0 %" in report.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+
+
+def test_a_filter_that_does_not_help_is_given_up_at_once(model_folder, many, tmp_path, monkeypatch):
+    planted = Planted(monkeypatch, share=0.35, gain=-4)
+    summary = run_audit(model_folder, many, config(tmp_path / "O"))
+    assert summary["trial"]["helps"] is False
+    assert (summary["rho"], summary["num_dropped"], summary["flip_rate"]["is_raised"]) == (0.0, 0, False)
+    assert [name for name, *_ in planted.calls] == ["pass_0", "with_all", "pass_1"]
+    report = (tmp_path / "O" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert "That is no sure gain, so they stay." in report
+    # Done once: the same command reads what it wrote.
+    run_audit(model_folder, many, config(tmp_path / "O"))
+    assert [name for name, *_ in planted.calls] == ["pass_0", "with_all", "pass_1", "pass_0"]
+
+
+def test_known_labels_have_no_say_in_a_trial(model_folder, many, tmp_path, monkeypatch):
+    """Trusted pairs stay, though they are contradicted, and are not counted."""
+    planted = Planted(monkeypatch, share=0.35, gain=20)
+    summary = run_audit(model_folder, many[:79], config(tmp_path / "O"), trusted=many[79:])
+    assert summary["trial"]["num_pairs"] == 79
+    assert {size for name, size, *_ in planted.calls if name == "pass_1"} == {52}
+
+
+@pytest.mark.parametrize(
+    ("share", "options"),
+    [(0.05, {}), (0.45, {}), (0.35, {"num_passes": 1}), (0.35, {"rho": "0"})],
+    ids=["little to win", "judges like coins", "one pass", "a given rho"],
+)
+def test_what_is_not_tried(model_folder, many, tmp_path, monkeypatch, share, options):
+    planted = Planted(monkeypatch, share=share, gain=3)
+    summary = run_audit(model_folder, many, config(tmp_path / "O", **options))
+    assert summary["trial"] is None
+    assert [name for name, *_ in planted.calls if name != "pass_0"] == []
+
+
 def test_folds_are_even_and_repeatable():
     ids = [f"pair {number % 50}" for number in range(60)]
     fold_of = deal(ids, 5, seed=1)

@@ -138,10 +138,16 @@ def interval(tables: Table) -> str:
     shown = percent_range(estimate["low"], estimate["high"])
     best = f"; best guess {percent(estimate['rate'])}" if _may_be_clean(estimate) else ""
     if estimate["is_raised"]:
+        trial = tables["trial"]
+        more = (
+            "two judges of different training contradict the same labels far more often. So the errors do not fall at "
+            "random, and the higher reading is acted on."
+            if trial is None
+            else f"{_tried(trial)} So it helps to leave them out, and the higher reading is acted on."
+        )
         return (
             f"Two readings, {shown}, from {counted(estimate['num_pairs'], 'pair')}: flips that fall at random explain "
-            "only the lower part, but two judges of different training contradict the same labels far more often. "
-            "So the errors do not fall at random, and the higher reading is acted on."
+            f"only the lower part, but {more}"
         )
     return f"{percent(estimate['level'])} interval {shown}{best}, from {counted(estimate['num_pairs'], 'pair')}."
 
@@ -171,7 +177,20 @@ def budget(tables: Table) -> str:
     if not reason:
         reason = "it follows the estimate" if estimate["is_rho_auto"] else "it was set by `--rho`"
     what = "the share to filter out" if estimate["rho"] else "so nothing is filtered out"
-    return f"ρ = {decimal(estimate['rho']) if estimate['rho'] else 0}, {what}, since {reason}."
+    text = f"ρ = {decimal(estimate['rho']) if estimate['rho'] else 0}, {what}, since {reason}."
+    trial = tables["trial"]
+    if trial is not None and not trial["helps"]:
+        tried = _tried(trial)
+        text += f" More was tried: {tried} That is no sure gain, so they stay."
+    return text
+
+
+def _tried(trial: Table) -> str:
+    return (
+        f"models trained without the {percent(trial['left_out'])} that the first judges contradict agree with "
+        f"{100 * trial['without']:.1f}{NB_SPACE}% of the labels they have not seen, models trained on all pairs with "
+        f"{100 * trial['with_all']:.1f}{NB_SPACE}%."
+    )
 
 
 def alpha(tables: Table) -> str:
@@ -312,7 +331,7 @@ def why_hard(pair: Table) -> str:
 
 
 def _may_be_clean(estimate: Table) -> bool:
-    return bool(estimate["low"] < 0.005)
+    return bool(estimate["low"] < 0.005 and not estimate["is_raised"])
 
 
 def _join(pieces: list[str]) -> str:

@@ -111,6 +111,7 @@ def build_tables(
         "counts": _counts(scores, pairs, is_open),
         "review": _review(scores["p_flip"][is_open], is_informative=is_informative),
         "calibration": _calibration(summary),
+        "trial": summary.get("trial"),
         "suspects": _suspects(scores, originals, is_open=is_open, is_informative=is_informative),
         "hard": _hard(scores, originals, checks or {}, is_open=is_open, is_informative=is_informative),
         "margins": _margins(scores),
