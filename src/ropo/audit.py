@@ -115,17 +115,8 @@ class Audit:
         training = self._all()
         for number in range(self.args.num_passes):
             args = _first_pass_options(self.args) if number == 0 else self.options()
-            digest = hash_value([digest, number, args.loss, args.beta, args.loss_options])
-            checks = crossfit_margins(
-                self.data,
-                training,
-                args,
-                folder=self._pass(number),
-                source=self.source,
-                tokenizer=self.tokenizer,
-                peft_config=self.peft_config,
-                digest=digest,
-            )
+            digest = _digest(digest, number, args)
+            checks = self._crossfit(training, args, self._pass(number), digest)
             stages = Stages(self._pass(number))
             files = ["judgement.safetensors", "judgement.json"]
             digest = stages.run("judge", digest, files, partial(self._judge, number, checks))
@@ -139,6 +130,23 @@ class Audit:
                 break
             training = self._without_contradicted()
         return digest
+
+    def _crossfit(
+        self, training: PairDataset, args: ROPOConfig, folder: Path, digest: str, num_scored: int | None = None
+    ) -> Floats:
+        """Held-out margins at each check by models trained on these pairs."""
+        margins: Floats = crossfit_margins(
+            self.data,
+            training,
+            args,
+            folder=folder,
+            source=self.source,
+            tokenizer=self.tokenizer,
+            peft_config=self.peft_config,
+            digest=digest,
+            num_scored=num_scored,
+        )
+        return margins
 
     def _all(self) -> PairDataset:
         """What the data says, turned round where a person has said so."""
@@ -167,33 +175,19 @@ class Audit:
             return None
         if not MIN_CONTRADICTED <= left_out <= MAX_CONTRADICTED:
             return None
-        args, folder = self.options(), self.folder / "trial"
-        digests = [hash_value([digest, name, args.loss, args.beta, args.loss_options]) for name in ("all", 1)]
+        folder, args = self.folder / "trial", self.options()
+        everything, others = self._all(), self._without_contradicted()
+        # As many steps as on all pairs: what is left out must not shorten the training as well.
+        longer = copy.copy(args)
+        longer.num_train_epochs *= len(everything) / len(others)
+        digests = [_digest(digest, name, args) for name in ("all", 1)]
+        judge_all = partial(self._crossfit, everything, args, folder / "with_all", digests[0])
+        judge_others = partial(self._crossfit, others, longer, self._pass(1), digests[1])
 
         def make() -> None:
             for num_scored in range(1, args.num_folds + 1):
-                with_all, without = (
-                    crossfit_margins(
-                        self.data,
-                        training,
-                        args,
-                        folder=where,
-                        source=self.source,
-                        tokenizer=self.tokenizer,
-                        peft_config=self.peft_config,
-                        digest=made_from,
-                        num_scored=num_scored,
-                    )[-1]
-                    for training, where, made_from in zip(
-                        (self._all(), self._without_contradicted()),
-                        (folder / "with_all", self._pass(1)),
-                        digests,
-                        strict=True,
-                    )
-                )
+                with_all, without = judge_all(num_scored)[-1], judge_others(num_scored)[-1]
                 both = self._doubtful & ~np.isnan(with_all)
-                if not both.any():
-                    continue
                 found = compare(without[both], with_all[both])
                 if found.gain <= 0.0:
                     break
@@ -390,6 +384,11 @@ def raise_by_agreement(
             f"of different training together contradict {100 * both.rate:.1f} %."
         ),
     }
+
+
+def _digest(before: str, name: str | int, args: ROPOConfig) -> str:
+    """Of models trained with these options on what `before` stands for."""
+    return hash_value([before, name, args.loss, args.beta, args.loss_options])
 
 
 _SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}
