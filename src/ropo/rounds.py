@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ropo.audit import Audit, decide_all, known_labels, resolve_rho, training_set
+from ropo.audit import Audit
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
 from ropo.judge.verdicts import Judge
@@ -50,6 +50,7 @@ from ropo.resample.select import SELECTION_RULES
 from ropo.resample.win_back import NOTHING, Scored, Scorer, WonBack, win_back
 from ropo.stages import Stages
 from ropo.trainer import ROPOTrainer, batching, losses_of, margins_of
+from ropo.weighing import decide_all, known_labels, resolve_rho, training_set
 
 logger = logging.getLogger(__name__)
 

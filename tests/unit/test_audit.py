@@ -9,13 +9,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from ropo.align import run_audit, run_rounds
-from ropo.audit import resolve_alpha
 from ropo.config import ROPOConfig
 from ropo.crossfit import NUM_CHECKS, deal
 from ropo.data.load import load_pairs
 from ropo.ledger import read_ledger
 from ropo.provenance import hash_file
 from ropo.trainer import ROPOTrainer
+from ropo.weighing import resolve_alpha
 
 
 def config(folder, **options):

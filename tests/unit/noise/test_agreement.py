@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ropo.audit import raise_by_agreement
 from ropo.noise.agreement import rate_by_agreement
 from ropo.noise.estimate import estimate_flips
+from ropo.weighing import raise_by_agreement
 
 
 def judged(rng, num_pairs, rate, errors):
