@@ -9,6 +9,7 @@ with the labels as they are. "Gain in truth" is what it cannot see: agreement wi
 share the work (`--scratch=FOLDER`).
 """
 
+import csv
 import logging
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 from ropo import ROPOConfig
 from ropo.bench.cell import make_task, plant
 from ropo.bench.grid_config import BenchConfig
-from ropo.bench.rows import append_row, read_rows
+from ropo.bench.rows import read_rows
 from ropo.crossfit import crossfit_margins
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps.cache import reference_logps
@@ -114,11 +115,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     kept = [word.removeprefix("--scratch=") for word in sys.argv[1:] if word.startswith("--scratch=")]
     source = next((word for word in sys.argv[1:] if not word.startswith("--")), "")
-    done = (
-        {(row["task"], row["kind"], float(row["flip_rate"])) for row in read_rows(RESULTS)}
-        if RESULTS.exists()
-        else set()
-    )
+    done = {(row["task"], row["kind"], float(row["flip_rate"])) for row in read_rows(RESULTS)}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(kept[0] if kept else name)
         for number, cell in enumerate(CELLS):
@@ -130,7 +127,12 @@ def main() -> None:
                 continue  # another process has it
             with tempfile.TemporaryDirectory(dir=scratch) as own:
                 row = measure(*cell, scratch, Path(own), source)
-            append_row(RESULTS, {key: f"{x:.4f}" if isinstance(x, float) else x for key, x in row.items()})
+            is_new = not RESULTS.exists()
+            with RESULTS.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if is_new:
+                    writer.writeheader()
+                writer.writerow({key: f"{x:.4f}" if isinstance(x, float) else x for key, x in row.items()})
             print(row, flush=True)
 
 
