@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ropo import stages
-from ropo.align import run_rounds
+from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig
+from ropo.noise.trial import Trial
 from ropo.policy import PolicySource
 from ropo.provenance import hash_file, read_json
 from ropo.trainer import ROPOTrainer
@@ -56,10 +57,10 @@ def whole(model_folder, pairs, tmp_path):
     return outputs(folder)
 
 
-def test_killed_after_every_stage(model_folder, pairs, tmp_path, monkeypatch, whole):
-    """One run, killed after each of its stages in turn; every start repeats none of those done before."""
-    folder, made = tmp_path / "killed", []
-    run = stages.Stages.run
+@pytest.fixture
+def dying_stages(monkeypatch):
+    """Every stage kills its run when it is done; the names of those that were made, and how to end this."""
+    made, run = [], stages.Stages.run
 
     def dying(self, name, inputs, files, make):
         def make_then_die():
@@ -73,14 +74,40 @@ def test_killed_after_every_stage(model_folder, pairs, tmp_path, monkeypatch, wh
         return digest
 
     monkeypatch.setattr(stages.Stages, "run", dying)
+    return made, lambda: monkeypatch.setattr(stages.Stages, "run", run)
+
+
+def test_killed_after_every_stage(model_folder, pairs, tmp_path, whole, dying_stages):
+    """One run, killed after each of its stages in turn; every start repeats none of those done before."""
+    folder, (made, live) = tmp_path / "killed", dying_stages
     for _ in STAGES:
         with pytest.raises(KeyboardInterrupt):
             run_rounds(model_folder, pairs, config(folder))
-    monkeypatch.setattr(stages.Stages, "run", run)
+    live()
     summary = run_rounds(model_folder, pairs, config(folder))
     assert made == STAGES
     assert summary["num_resampled"] > 0  # so that the second round had new pairs to train on
     assert outputs(folder) == whole
+
+
+def test_killed_inside_a_trial(model_folder, pairs, tmp_path, monkeypatch, dying_stages):
+    """A filter that is tried goes on after its last fold, and its models are those of the second pass."""
+    helps = Trial(without=0.7, with_all=0.6, gain=0.1, low=0.05, num_pairs=20)
+    for name, value in {"MIN_PAIRS": 1, "MIN_CONTRADICTED": 0.0, "MAX_CONTRADICTED": 1.0}.items():
+        monkeypatch.setattr(f"ropo.audit.{name}", value)
+    monkeypatch.setattr("ropo.audit.compare", lambda *_: helps)
+    options, (made, live) = {"rho": "auto", "decision_rule": None}, dying_stages
+    expected = ["reference", "fold 0", "fold 1", "judge", "fold 0", "fold 0", "fold 1", "fold 1", "trial", "judge"]
+    for _ in expected:
+        with pytest.raises(KeyboardInterrupt):
+            run_audit(model_folder, pairs, config(tmp_path / "killed", **options))
+    live()
+    summary = run_audit(model_folder, pairs, config(tmp_path / "killed", **options))
+    assert made == expected
+    assert summary["trial"]["helps"]
+    assert {"pass 1 fold 1", "trial fold 1"} <= set(summary["seconds"])
+    run_audit(model_folder, pairs, config(tmp_path / "whole", **options))
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
 
 
 def dies_at_its_third_step(monkeypatch, place):
