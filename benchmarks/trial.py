@@ -51,7 +51,7 @@ COLUMNS = (
 def measure(task_name: str, kind: str, rate: float, scratch: Path, folder: Path, source: str) -> dict[str, Any]:
     """One cell."""
     config = BenchConfig(
-        task=task_name, num_pairs=NUM_PAIRS, methods=["ropo"], seeds=[SEED], noise={kind: [rate]},
+        task=task_name, num_pairs=NUM_PAIRS, methods=["ropo"], seeds=[1], tuning_seed=SEED, noise={kind: [rate]},
         source=source if task_name == "sentiment" else None,
     )  # fmt: skip
     task, spare = make_task(config, scratch, SEED)
