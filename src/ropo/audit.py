@@ -54,6 +54,10 @@ MIN_CONTRADICTED, MAX_CONTRADICTED = 0.1, 0.4
 """Shares of contradicted labels between which a filter is tried where the rate says nothing. Below, there is little to
 win; above, the judges are close to coins, and leaving out whatever they contradict leaves too little."""
 
+MIN_ASKED = 500
+"""Labels that must have been asked about before a trial is given up for want of a gain: by chance alone the gain is off
+by a point or two there."""
+
 
 class Audit:
     """What is known about the labels, in a folder.
@@ -144,7 +148,7 @@ class Audit:
     def _try_filter(self, digest: str) -> dict[str, Any] | None:
         """Leave out what the first pass contradicts, and see whether models agree with more labels they have not seen.
 
-        Fold by fold, for as long as there is a gain at all. The models that were trained without the suspects are those
+        Fold by fold, for as long as there may be a gain. The models that were trained without the suspects are those
         of the second pass.
 
         Args:
@@ -172,7 +176,7 @@ class Audit:
                 with_all, without = judge_all(num_scored)[-1], judge_others(num_scored)[-1]
                 both = self._doubtful & ~np.isnan(with_all)
                 found = compare(without[both], with_all[both])
-                if found.gain <= 0.0:
+                if found.gain <= 0.0 and found.num_pairs >= MIN_ASKED:
                     break
             if PartialState().is_main_process:
                 write_json(folder / "trial.json", {"left_out": left_out, **asdict(found), "helps": found.helps})

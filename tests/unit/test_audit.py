@@ -270,17 +270,20 @@ def test_a_filter_that_is_shown_to_help_is_used(model_folder, many, tmp_path, mo
     )
 
 
-def test_a_filter_that_does_not_help_is_given_up_at_once(model_folder, many, tmp_path, monkeypatch):
+def test_a_filter_that_does_not_help_is_given_up(model_folder, many, tmp_path, monkeypatch):
+    """As soon as enough labels were asked about: here those of two folds."""
+    monkeypatch.setattr("ropo.audit.MIN_ASKED", 40)
     planted = Planted(monkeypatch, share=0.35, gain=-4)
     summary = run_audit(model_folder, many, config(tmp_path / "O"))
     assert summary["trial"]["helps"] is False
     assert (summary["rho"], summary["num_dropped"], summary["flip_rate"]["is_raised"]) == (0.0, 0, False)
-    assert [name for name, *_ in planted.calls] == ["pass_0", "with_all", "pass_1"]
+    assert summary["trial"]["num_pairs"] == 40
+    assert [name for name, *_ in planted.calls] == ["pass_0", *["with_all", "pass_1"] * 2]
     report = (tmp_path / "O" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "That is no sure gain, so they stay." in report
     # Done once: the same command reads what it wrote.
     run_audit(model_folder, many, config(tmp_path / "O"))
-    assert [name for name, *_ in planted.calls] == ["pass_0", "with_all", "pass_1", "pass_0"]
+    assert [name for name, *_ in planted.calls] == ["pass_0", *["with_all", "pass_1"] * 2, "pass_0"]
 
 
 def test_known_labels_have_no_say_in_a_trial(model_folder, many, tmp_path, monkeypatch):
