@@ -138,16 +138,16 @@ def interval(tables: Table) -> str:
     shown = percent_range(estimate["low"], estimate["high"])
     best = f"; best guess {percent(estimate['rate'])}" if _may_be_clean(estimate) else ""
     if estimate["is_raised"]:
-        trial = tables["trial"]
-        more = (
-            "two judges of different training contradict the same labels far more often. So the errors do not fall at "
-            "random, and the higher reading is acted on."
-            if trial is None
-            else f"{_tried(trial)} So it helps to leave them out, and the higher reading is acted on."
-        )
+        found = f"Two readings, {shown}, from {counted(estimate['num_pairs'], 'pair')}:"
+        if tables["trial"] is not None:
+            return (
+                f"{found} one judge alone cannot tell whether labels are wrong. But {_tried(tables['trial'])} So it "
+                "helps to leave them out, and the reading of both judges is acted on."
+            )
         return (
-            f"Two readings, {shown}, from {counted(estimate['num_pairs'], 'pair')}: flips that fall at random explain "
-            f"only the lower part, but {more}"
+            f"{found} flips that fall at random explain only the lower part, but two judges of different training "
+            "contradict the same labels far more often. So the errors do not fall at random, and the higher reading is "
+            "acted on."
         )
     return f"{percent(estimate['level'])} interval {shown}{best}, from {counted(estimate['num_pairs'], 'pair')}."
 
@@ -286,10 +286,15 @@ def _untested(tables: Table) -> list[str]:
             "to test."
         ]
     if estimate["is_raised"]:
+        why = (
+            "those would fall at random, and these errors do not."
+            if tables["trial"] is None
+            else "that takes a rate that one judge can tell."
+        )
         return [
-            "We did not test the estimate with labels turned round on purpose: those would fall at random, and these "
-            "errors do not. That two judges contradict a label is evidence only as far as they do not err alike: with "
-            "few pairs or on hard text they do, and the higher reading is then too high."
+            f"We did not test the estimate with labels turned round on purpose: {why} That two judges contradict a "
+            "label is evidence only as far as they do not err alike: with few pairs or on hard text they do, and the "
+            "higher reading is then too high."
         ]
     if estimate["rate"] == 0:
         return ["We did not test the estimate with labels turned round on purpose: it says that none is flipped."]

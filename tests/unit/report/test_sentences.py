@@ -337,3 +337,20 @@ def test_percents_are_rounded_as_people_do(share, text):
 
 def test_an_unknown_interval_is_a_dash():
     assert percent_range(None, 0.2) == "–"
+
+
+def test_a_trial_is_told_whether_it_helped_or_not(make_audit):
+    raised = {"estimate": 0.25, "low": 0.0, "high": 0.3, "is_raised": True}
+    trial = {"left_out": 0.31, "without": 0.728, "with_all": 0.694, "gain": 0.034, "low": 0.003, "helps": True}
+    _, sentences = said(make_audit, flip_rate=raised, calibration=None, trial=trial)
+    assert plain(sentences["title"]) == "About 25 % of the labels look flipped"
+    assert (
+        "models trained without the 31 % that the first judges contradict agree with 72.8 % of the labels they have not "
+        "seen, models trained on all pairs with 69.4 %. So it helps to leave them out" in plain(sentences["interval"])
+    )
+    assert "these errors do not" not in " ".join(sentences["trust"])
+    assert "More was tried" not in sentences["done"]
+    clean = {"estimate": 0.0, "low": 0.0, "high": 0.05, "is_raised": False}
+    _, sentences = said(make_audit, flip_rate=clean, rho=0.0, trial={**trial, "without": 0.68, "helps": False})
+    assert plain(sentences["done"]).endswith("That is no sure gain, so they stay.")
+    assert "models trained" not in sentences["interval"]
