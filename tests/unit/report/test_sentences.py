@@ -345,8 +345,9 @@ def test_a_trial_is_told_whether_it_helped_or_not(make_audit):
     _, sentences = said(make_audit, flip_rate=raised, calibration=None, trial=trial)
     assert plain(sentences["title"]) == "About 25 % of the labels look flipped"
     assert (
-        "models trained without the 31 % that the first judges contradict agree with 72.8 % of the labels they have not "
-        "seen, models trained on all pairs with 69.4 %. So it helps to leave them out" in plain(sentences["interval"])
+        "models trained without the 31 % that the first judges contradict agree with 72.8 % of the labels they have "
+        "not seen, models trained on all pairs with 69.4 %. So it helps to leave them out"
+        in plain(sentences["interval"])
     )
     assert "these errors do not" not in " ".join(sentences["trust"])
     assert "More was tried" not in sentences["done"]
