@@ -259,7 +259,10 @@ def detection_table() -> str:
     """One line per task, size and rate: means over seeds."""
     found = [row for row in read_rows(DETECTION) if row["kind"] == "symmetric" and not row["extra"]]
     names = ("task", "pairs", "flipped", "seeds", "can tell", "covered", "estimate", "AUROC", "AUROC of clean models")
-    lines = [f"| {' | '.join(names)} | right pairs dropped |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| {' | '.join(names)} | right pairs dropped | flips dropped |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for task, size, rate in sorted({(row["task"], -int(row["num_pairs"]), float(row["flip_rate"])) for row in found}):
         cells = [
             row for row in found
@@ -271,7 +274,8 @@ def detection_table() -> str:
         shown = f"{np.mean(estimates):.3f} ({min(estimates):.3f}-{max(estimates):.3f})" if told else "-"
         lines.append(
             f"| {task} | {-size:,} | {rate:.0%} | {len(cells)} | {len(told)} | {covered} | {shown} "
-            f"| {_average(cells, 'auroc')} | {_average(cells, 'clean_auroc')} | {_average(cells, 'right_dropped')} |"
+            f"| {_average(cells, 'auroc')} | {_average(cells, 'clean_auroc')} | {_average(cells, 'right_dropped')} "
+            f"| {_average(cells, 'recall')} |"
         )
     return "\n".join(lines)
 

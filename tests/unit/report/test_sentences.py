@@ -348,6 +348,7 @@ def test_a_trial_is_told_whether_it_helped_or_not(make_audit):
         "models trained without the 31 % that the first judges contradict agree with 72.8 % of the labels they have "
         "not seen, models trained on all pairs with 69.4 %. So it helps to leave them out"
         in plain(sentences["interval"])
+    )
     assert "these errors do not" not in " ".join(sentences["trust"])
     assert "More was tried" not in sentences["done"]
     clean = {"estimate": 0.0, "low": 0.0, "high": 0.05, "is_raised": False}
