@@ -1,5 +1,6 @@
 """What every test shares: shapes checked as they run, fixed seeds, and a tiny model built in code."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is marked so and turns this off
@@ -26,6 +27,11 @@ _TEXT = [
     "it was cold , slow and far too loud !",
     "Human: hi Assistant: yes",
 ]
+
+
+def pytest_collection_finish():
+    """Every load of a model collects garbage; what the imports have made lives to the end and need not be searched."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
