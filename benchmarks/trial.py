@@ -40,7 +40,7 @@ CELLS = (
     ("reviews", "symmetric", 0.0), ("support", "symmetric", 0.0), ("sentiment", "symmetric", 0.0),
     ("reviews", "symmetric", 0.3), ("sentiment", "symmetric", 0.2),
     ("reviews", "larger_model", 0.3), ("support", "larger_model", 0.3),
-    ("reviews", "weak_annotator", 0.3), ("reviews", "length", 0.3), ("reviews", "near_tie", 0.3),
+    ("reviews", "weak_annotator", 0.3),
 )  # fmt: skip
 COLUMNS = (
     "task", "kind", "flip_rate", "seed", "low", "high", "left_out", "wrong_among_them", "gain", "gain_low", "helps",
