@@ -42,6 +42,7 @@ def main(dataset: str, model: str, output: Path) -> None:
         summary = run_audit(model, data, ROPOConfig(output_dir=str(output / name), **OPTIONS))
         rate = summary["flip_rate"]
         print(f"{name}: {rate['estimate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}), {summary['reason']}")
+        print(f"  filter tried: {summary['trial']}")
         print(f"  {summary['num_kept']} kept, {summary['num_dropped']} dropped; alpha {summary['alpha']}")
         ledger = read_ledger(output / name / "ledger.parquet").to_pandas()
         if name == "flipped":
