@@ -7,7 +7,7 @@ The one idea: a filter may be tried before it is believed. If labels are flipped
 is right more often agrees more often with labels it has not seen, right and wrong ones together: agreement is
 η + (1 − 2η)·accuracy. So nobody has to know which labels are wrong to see which of two models is better, nor why a
 judge contradicts a label. What agreement cannot see is a preference that is wrong throughout: a filter that makes
-models follow it more closely looks like a help.
+models follow it more closely would look like a help.
 """
 
 from dataclasses import dataclass
