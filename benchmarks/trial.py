@@ -21,6 +21,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ropo import ROPOConfig
+from ropo.audit import FIRST_PASS_BETA
 from ropo.bench.cell import make_task, plant
 from ropo.bench.grid_config import BenchConfig
 from ropo.bench.rows import read_rows
@@ -74,9 +75,10 @@ def measure(task_name: str, kind: str, rate: float, scratch: Path, folder: Path,
             folder=folder / name, source=model, tokenizer=tokenizer, peft_config=None, digest=name,
         )[-1]  # fmt: skip
 
-    first = judge("first", 0.1, np.ones(len(data), dtype=bool))
+    everything = np.ones(len(data), dtype=bool)
+    first = judge("first", FIRST_PASS_BETA, everything)
     suspects = first < 0
-    with_all, without = judge("all", 1.0, suspects | ~suspects), judge("without", 1.0, ~suspects)
+    with_all, without = judge("all", 1.0, everything), judge("without", 1.0, ~suspects)
     truth = np.where(is_flipped, -1.0, 1.0)
     found, estimate = compare(without, with_all), estimate_flips(first)
     in_truth = compare(truth * without, truth * with_all).gain

@@ -167,7 +167,7 @@ class Audit:
         # As many steps as on all pairs: what is left out must not shorten the training as well.
         longer = copy.copy(args)
         longer.num_train_epochs *= len(everything) / len(others)
-        digests = [_digest(digest, name, args) for name in ("all", 1)]
+        digests = [_digest(digest, name, args) for name in ("all", 1)]  # 1 is what `run` calls the second pass
         judge_all = partial(self._crossfit, everything, args, folder / "with_all", digests[0])
         judge_others = partial(self._crossfit, others, longer, self._pass(1), digests[1])
 

@@ -224,10 +224,12 @@ class Planted:
         rng = np.random.default_rng(0)
         self.right = np.where(np.arange(num_pairs) < share * num_pairs, -1.0, 1.0)
         self.first = self.right * (1 + rng.random(num_pairs))  # near zero: doubt and flips read alike
-        self.gain, self.calls = gain, []
+        self.gain, self.calls, self.epochs = gain, [], {}
 
     def __call__(self, data, training, args, *, folder, digest, num_scored=None, **_):
         self.calls.append((folder.name, len(training), num_scored, digest))
+        if num_scored is not None:
+            self.epochs[folder.name] = args.num_train_epochs
         margins = self.first.copy()
         if folder.name == "pass_1":  # agrees with a few labels more, or fewer
             turned = np.flatnonzero((self.first < 0) == (self.gain > 0))[: abs(self.gain)]
@@ -264,6 +266,7 @@ def test_a_filter_that_is_shown_to_help_is_used(model_folder, many, tmp_path, mo
         ("pass_1", 52, None),
     ]
     assert len({digest for name, *_, digest in planted.calls if name == "pass_1"}) == 1
+    assert planted.epochs == {"with_all": 1, "pass_1": pytest.approx(80 / 52)}  # as many steps on either side
     report = (tmp_path / "O" / "report.md").read_text()
     assert "models trained without the 35 % that the first judges contradict agree with 90.0 %" in report.replace(
         "\N{NO-BREAK SPACE}", " "
@@ -288,7 +291,7 @@ def test_a_filter_that_does_not_help_is_given_up(model_folder, many, tmp_path, m
 
 def test_known_labels_have_no_say_in_a_trial(model_folder, many, tmp_path, monkeypatch):
     """Trusted pairs stay, though they are contradicted, and are not counted."""
-    planted = Planted(monkeypatch, share=0.35, gain=20)
+    planted = Planted(monkeypatch, share=0.35, gain=20, num_pairs=79)
     summary = run_audit(model_folder, many[:79], config(tmp_path / "O"), trusted=many[79:])
     assert summary["trial"]["num_pairs"] == 79
     assert {size for name, size, *_ in planted.calls if name == "pass_1"} == {52}
