@@ -64,7 +64,7 @@ SHAPES = {
     "one pair": [(4, 3, 5)],
     "one token each": [(1, 1, 1)],
     "long prompt": [(60, 2, 3), (2, 2, 3)],
-    "pairs in calls of their own": [(90, 30, 20), (3, 4, 5), (4, 3, 4), (20, 50, 40), (2, 60, 61), (150, 1, 9)],
+    "pairs taken by blocks": [(150, 40, 30), (3, 4, 5), (4, 3, 4), (20, 90, 99), (2, 120, 90), (205, 1, 9)],
 }
 FAST = ("shared_prefix", "packed", "padding_free")
 
@@ -155,7 +155,7 @@ def test_gradient_checkpointing():
 def test_logits_in_pieces(layout, monkeypatch):
     """Many small pieces of logits, made again in the backward pass, change nothing."""
     monkeypatch.setattr(response_head, "LOGITS_BUDGET_BYTES", 4 * VOCABULARY * 3)
-    monkeypatch.setattr(response_head, "_PIECE_BYTES", {})
+    monkeypatch.setattr(response_head, "_PIECE_TOKENS", {"cpu": 2})
     assert_equal(ready(MODELS["llama, grouped queries"](), layout), make_tokens(SHAPES["uneven"]), layout)
 
 
@@ -278,10 +278,10 @@ def test_flex_attention_gets_one_dtype(monkeypatch):
 
 
 def test_groups():
-    """Equal pairs share a call; a long one does not wait for others; a hole costs more than a call."""
+    """Equal pairs share a call; a hole costs more than a call; long pairs are taken block by block, equal or not."""
     assert group_pairs([40] * 16) == [16]
-    assert group_pairs([500, 499, 100]) == [2, 1]
-    assert group_pairs([500, 400, 300]) == [1, 1, 1]
+    assert group_pairs([180, 179, 40]) == [2, 1]
+    assert group_pairs([500, 500, 500]) == [1, 1, 1]
 
 
 def test_left_padding_changes_nothing(tokenizer, pairs):

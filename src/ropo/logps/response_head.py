@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Most bytes of float32 logits alive at once.
 LOGITS_BUDGET_BYTES = 256 * 2**20
-# Logits made in one go. A piece is read several times, so it should stay in a CPU's cache.
-_PIECE_BYTES = {"cpu": 4 * 2**20}
+# Tokens whose logits are made in one go. On a CPU a piece is read several times, and the head's weights once for it.
+_PIECE_TOKENS = {"cpu": 512}
 
 
 def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap: float | None = None) -> Tensor:
@@ -57,7 +57,8 @@ def _has_hooks(head: nn.Module) -> bool:
 
 
 def _pieces(num_tokens: int, vocabulary: int, device: str) -> list[slice]:
-    size = max(_PIECE_BYTES.get(device, LOGITS_BUDGET_BYTES) // (4 * vocabulary), 1)
+    size = max(LOGITS_BUDGET_BYTES // (4 * vocabulary), 1)
+    size = min(size, _PIECE_TOKENS.get(device, size))
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 

@@ -6,7 +6,8 @@ the library's own `sdpa`.
 
 The one idea: all products with weights run over the row as it is, without padding, and only attention looks at single
 pairs. A mask over the whole row would be a square of its length. On a GPU that square is a FlexAttention block mask,
-which skips what is empty; on a CPU short pairs of similar length are attended to together, and long ones one by one.
+which skips what is empty; on a CPU short pairs of similar length are attended to together, and long ones one by one
+(`block_attention`).
 
 Shapes: P pairs of a group, L positions of its longest pair, T positions of the row, A heads, D size of a head.
 """
@@ -24,10 +25,14 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ropo.logps.block_attention import Block, block_attention, blocks_of
+
 NAME = "ropo_tree"
 
 # One more call of the attention costs as much as about this many more pairs of positions, forward and backward.
 _CELLS_PER_CALL = 2400
+# A pair of more tokens is attended to by itself, block by block.
+LONGEST_TOGETHER = 200
 _BLOCK = 128  # positions in a block of FlexAttention
 # Rows on a GPU are filled up to a multiple of this, so that few shapes are compiled.
 BUCKET_TOKENS = 1024
@@ -52,19 +57,10 @@ class _Together:
 
 @dataclass(frozen=True, slots=True)
 class _Alone:
-    """A pair so long that prompt and branches are attended to in calls of their own, which see no empty corner.
+    """A pair so long that the empty corners of its square cost more than calls of their own for its blocks."""
 
-    Attributes:
-        sizes: Tokens of prompt, chosen and rejected.
-        masks: For chosen and rejected, what is added to the scores over prompt and branch.
-    """
-
-    sizes: tuple[int, int, int]
-    masks: tuple[Tensor, Tensor]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.sizes)
+    blocks: list[Block]
+    num_tokens: int
 
 
 def group_pairs(lengths: Sequence[int]) -> list[int]:
@@ -77,13 +73,13 @@ def group_pairs(lengths: Sequence[int]) -> list[int]:
         Number of pairs of each group.
 
     Examples:
-        >>> group_pairs([300, 200, 40, 38, 20])
+        >>> group_pairs([300, 299, 40, 38, 20])
         [1, 1, 3]
     """
     counts: list[int] = []
     longest = 0
     for length in lengths:
-        if counts and longest**2 - length**2 < _CELLS_PER_CALL:
+        if counts and longest <= LONGEST_TOGETHER and longest**2 - length**2 < _CELLS_PER_CALL:
             counts[-1] += 1
         else:
             counts.append(1)
@@ -98,26 +94,10 @@ def _groups(lengths_P3: Tensor) -> list["_Together | _Alone"]:
     start = 0
     for count in group_pairs([sum(size) for size in sizes]):
         group = sizes[start : start + count]
-        groups.append(_alone(group[0]) if count == 1 and _is_long(*group[0]) else _together(group))
+        num_tokens = sum(group[0])
+        groups.append(_Alone(blocks_of(*group[0]), num_tokens) if num_tokens > LONGEST_TOGETHER else _together(group))
         start += count
     return groups
-
-
-def _is_long(num_prompt: int, num_chosen: int, num_rejected: int) -> bool:
-    """Whether what two more calls leave out is worth them: the branches' scores of each other, the prompt's of both."""
-    spared = num_prompt * (num_chosen + num_rejected) + 2 * num_chosen * num_rejected
-    return min(num_chosen, num_rejected) > 0 and spared > 2 * _CELLS_PER_CALL
-
-
-def _alone(size: list[int]) -> _Alone:
-    num_prompt, num_chosen, num_rejected = size
-    chosen, rejected = (
-        torch.zeros(num, num_prompt + num).masked_fill_(
-            torch.ones(num, num_prompt + num, dtype=torch.bool).triu(num_prompt + 1), -torch.inf
-        )
-        for num in (num_chosen, num_rejected)
-    )
-    return _Alone(sizes=(num_prompt, num_chosen, num_rejected), masks=(chosen, rejected))
 
 
 def _together(sizes: list[list[int]]) -> _Together:
@@ -284,7 +264,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
         if isinstance(group, _Together):
             output.append(_attend_together(q_ATD, k_ATD, v_ATD, group, scaling))
         else:
-            output += _attend_alone(q_ATD, k_ATD, v_ATD, group, scaling)
+            factor = q_ATD.shape[2] ** -0.5 if scaling is None else scaling
+            output.append(block_attention(q_ATD, k_ATD, v_ATD, group.blocks, scaling=factor).transpose(0, 1))
     return output[0] if len(output) == 1 else torch.cat(output)
 
 
@@ -308,18 +289,6 @@ def _attend_together(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, group: _Togeth
     output_PALD = scaled_dot_product_attention(q_PALD, k_PALD, v_PALD, attn_mask=group.mask_P1LL, scale=scaling)
     output_TAD = output_PALD.transpose(1, 2).flatten(0, 1)
     return output_TAD if is_even else output_TAD.index_select(0, group.places)
-
-
-def _attend_alone(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, group: _Alone, scaling: float | None) -> list[Tensor]:
-    """Attention of prompt, chosen and rejected, each shape (T, A, D)."""
-    (q_prompt, *q_branches), (k_prompt, *k_branches), (v_prompt, *v_branches) = (
-        tensor[None].split(group.sizes, dim=2) for tensor in (q_ATD, k_ATD, v_ATD)
-    )
-    output = [scaled_dot_product_attention(q_prompt, k_prompt, v_prompt, is_causal=True, scale=scaling)]
-    for q, k, v, mask in zip(q_branches, k_branches, v_branches, group.masks, strict=True):
-        keys, values = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
-        output.append(scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling))
-    return [tensor[0].transpose(0, 1) for tensor in output]
 
 
 AttentionInterface.register(NAME, tree_attention)
