@@ -144,9 +144,10 @@ def test_pieces_add_up(layout):
         torch.testing.assert_close(some[name] + others[name], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_checkpointing():
+@pytest.mark.parametrize("shape", ["uneven", "pairs taken by blocks"])
+def test_gradient_checkpointing(shape):
     """Layers that are run again in the backward pass get the same mask again."""
-    model, tokens = ready(MODELS["llama, grouped queries"](), "packed"), make_tokens(SHAPES["uneven"])
+    model, tokens = ready(MODELS["llama, grouped queries"](), "packed"), make_tokens(SHAPES[shape])
     model.activation_checkpointing_enable()
     assert_equal(model.train(), tokens, "packed")
 
@@ -170,13 +171,14 @@ def test_lora(layout, targets):
     assert_equal(model, make_tokens(SHAPES["uneven"]), layout)
 
 
+@pytest.mark.parametrize("shape", ["uneven", "pairs taken by blocks"])
 @pytest.mark.parametrize("has_autocast", [False, True])
 @pytest.mark.parametrize("layout", FAST)
-def test_bfloat16(layout, has_autocast):
+def test_bfloat16(layout, has_autocast, shape):
     """In bfloat16 values and gradients differ by its rounding (8 bits: 0.4 % of each number), not more."""
     model = MODELS["llama, grouped queries"]()
     model = ready(model if has_autocast else model.bfloat16(), layout)
-    tokens = make_tokens(SHAPES["uneven"])
+    tokens = make_tokens(SHAPES[shape])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_autocast):
         plain, plain_gradients = values_and_gradients(model, tokens, "plain")
         fast, fast_gradients = values_and_gradients(model, tokens, layout)

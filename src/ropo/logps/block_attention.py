@@ -74,7 +74,9 @@ def block_attention(
 
 
 class _BlockAttention(torch.autograd.Function):
+    # The decorators give the backward pass the precision of the forward pass, wherever it is called.
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def forward(ctx: Any, query_ATD: Tensor, key_ATD: Tensor, value_ATD: Tensor, blocks: list[Block]) -> Tensor:
         output_ATD = _empty_like(value_ATD)
         for block in blocks:
@@ -85,6 +87,7 @@ class _BlockAttention(torch.autograd.Function):
         return output_ATD
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Any) -> Any:
         """∂scores = probs·(∂probs − Σₖ ∂probs·probs); the sum is that of ∂output·output over D."""
         (d_output_ATD,) = gradients
