@@ -6,6 +6,7 @@ The one idea: vLLM batches, shares prompts and schedules by itself, so it gets w
 beside its base model, never merged. vLLM is imported when the first prompts come, since it is an optional extra.
 """
 
+import gc
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ import torch
 from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ropo.policy import release_memory
 from ropo.resample.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens
 
 _TOKENS_PER_SHARD = 2**21
@@ -126,7 +126,9 @@ class VllmEngine:
         if shutdown is not None:
             shutdown()
         self._llm, self._max_tokens = None, 0
-        release_memory()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _start(self, vllm: Any, max_tokens: int) -> None:
         """Start vLLM, or start it anew for longer texts; prompts come longest first, so that is rare."""
