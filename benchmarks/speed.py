@@ -515,6 +515,18 @@ def whole_table() -> str:
     return "\n".join(lines)
 
 
+def pair_table() -> str:
+    """Ways of ours beside each other, as ratios of runs of one turn."""
+    rows = read_rows(RESULTS)
+    rate = {(row["task"], row["way"], row["turn"]): float(row["training_per_second"]) for row in rows}
+    lines = [f"| pairs a second, ratio | {' | '.join(NUM_PAIRS)} |", "|---|---|---|"]
+    for name, other in (("ours, packed, bf16", "ours, packed"), ("scoring", "bare forward")):
+        turns = sorted({row["turn"] for row in rows})
+        cells = [_spread([rate[task, name, turn] / rate[task, other, turn] for turn in turns]) for task in NUM_PAIRS]
+        lines.append(f"| {name}, to {other} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _spread(values: list[float]) -> str:
     if not values:
         return ""
@@ -540,7 +552,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.table:
-        print(table(), whole_table(), sep="\n\n")
+        print(table(), pair_table(), whole_table(), sep="\n\n")
     elif args.profile:
         print(profile_steps(args.profile, args.pairs, args.threads))
     elif args.way:

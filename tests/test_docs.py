@@ -107,7 +107,7 @@ def test_docs_show_the_measured_speed():
     page = (ROOT / "docs" / "performance.md").read_text()
     speed, scaling = benchmark("speed"), benchmark("scaling")
     tables = (scaling.measured_table(), scaling.runs_table(), scaling.planned_table(), scaling.options_table())
-    for table in (speed.table(), speed.whole_table(), *tables):
+    for table in (speed.table(), speed.pair_table(), speed.whole_table(), *tables):
         assert table in page
     assert scaling.picture() == (ROOT / "benchmarks" / "scaling.svg").read_text()
 

@@ -16,10 +16,10 @@ def by_the_square(query, key, value, sizes, scaling):
     return scores.softmax(dim=-1) @ value
 
 
-@pytest.mark.parametrize("block", [1, 4, 128])
+@pytest.mark.parametrize("block", [1, 4, 48, 128])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_values_and_gradients(sizes, block, monkeypatch):
-    monkeypatch.setattr(room, "_BLOCK", block if sum(sizes) < 100 else 128)
+    monkeypatch.setattr(room, "_BLOCK", block)
     tensors = [torch.randn(3, sum(sizes), 8, requires_grad=True) for _ in range(3)]
     weights, found = torch.randn(3, sum(sizes), 8), []
     for output in (

@@ -80,7 +80,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, query_ATD: Tensor, key_ATD: Tensor, value_ATD: Tensor, blocks: list[Block]) -> Tensor:
         output_ATD = _empty_like(value_ATD)
         for block in blocks:
-            probs_AQK = _probs(block, query_ATD, key_ATD)
+            probs_AQK = _probs(query_ATD[:, block.queries], _take(key_ATD, block.keys))
             output_ATD[:, block.queries] = torch.bmm(probs_AQK, _take(value_ATD, block.keys))
         ctx.save_for_backward(query_ATD, key_ATD, value_ATD, output_ATD)
         ctx.blocks = blocks
@@ -96,20 +96,21 @@ class _BlockAttention(torch.autograd.Function):
         d_query_ATD = _empty_like(query_ATD)
         d_key_ATD, d_value_ATD = _empty_like(key_ATD).zero_(), _empty_like(value_ATD).zero_()
         for block in ctx.blocks:
-            probs_AQK = _probs(block, query_ATD, key_ATD)
-            d_AQD = d_output_ATD[:, block.queries]
+            query_AQD, d_AQD = query_ATD[:, block.queries], d_output_ATD[:, block.queries]
+            key_AKD, value_AKD = _take(key_ATD, block.keys), _take(value_ATD, block.keys)
+            probs_AQK = _probs(query_AQD, key_AKD)
             _add(d_value_ATD, block.keys, torch.bmm(probs_AQK.transpose(1, 2), d_AQD))
-            d_scores_AQK = torch.bmm(d_AQD, _take(value_ATD, block.keys).transpose(1, 2))
+            d_scores_AQK = torch.bmm(d_AQD, value_AKD.transpose(1, 2))
             d_scores_AQK.sub_(sum_AT1[:, block.queries]).mul_(probs_AQK)
-            d_query_ATD[:, block.queries] = torch.bmm(d_scores_AQK, _take(key_ATD, block.keys))
-            _add(d_key_ATD, block.keys, torch.bmm(d_scores_AQK.transpose(1, 2), query_ATD[:, block.queries]))
+            d_query_ATD[:, block.queries] = torch.bmm(d_scores_AQK, key_AKD)
+            _add(d_key_ATD, block.keys, torch.bmm(d_scores_AQK.transpose(1, 2), query_AQD))
         return d_query_ATD, d_key_ATD, d_value_ATD, None
 
 
-def _probs(block: Block, query_ATD: Tensor, key_ATD: Tensor) -> Tensor:
-    """Softmax of the scores of a block; only among the queries themselves is anything hidden."""
-    scores_AQK = torch.bmm(query_ATD[:, block.queries], _take(key_ATD, block.keys).transpose(1, 2))
-    size = block.queries.stop - block.queries.start
+def _probs(query_AQD: Tensor, key_AKD: Tensor) -> Tensor:
+    """Softmax of the scores of a block; the last keys are the queries' own, and only among these is anything hidden."""
+    scores_AQK = torch.bmm(query_AQD, key_AKD.transpose(1, 2))
+    size = query_AQD.shape[1]
     scores_AQK[..., -size:] += _later(size)
     return scores_AQK.softmax(dim=-1)
 

@@ -32,7 +32,7 @@ NAME = "ropo_tree"
 # One more call of the attention costs as much as about this many more pairs of positions, forward and backward.
 _CELLS_PER_CALL = 2400
 # A pair of more tokens is attended to by itself, block by block.
-LONGEST_TOGETHER = 200
+_LONGEST_TOGETHER = 200
 _BLOCK = 128  # positions in a block of FlexAttention
 # Rows on a GPU are filled up to a multiple of this, so that few shapes are compiled.
 BUCKET_TOKENS = 1024
@@ -57,7 +57,7 @@ class _Together:
 
 @dataclass(frozen=True, slots=True)
 class _Alone:
-    """A pair so long that the empty corners of its square cost more than calls of their own for its blocks."""
+    """A pair so long that the empty corners of its square cost more than a call for each of its blocks."""
 
     blocks: list[Block]
     num_tokens: int
@@ -79,7 +79,7 @@ def group_pairs(lengths: Sequence[int]) -> list[int]:
     counts: list[int] = []
     longest = 0
     for length in lengths:
-        if counts and longest <= LONGEST_TOGETHER and longest**2 - length**2 < _CELLS_PER_CALL:
+        if counts and longest <= _LONGEST_TOGETHER and longest**2 - length**2 < _CELLS_PER_CALL:
             counts[-1] += 1
         else:
             counts.append(1)
@@ -95,7 +95,7 @@ def _groups(lengths_P3: Tensor) -> list["_Together | _Alone"]:
     for count in group_pairs([sum(size) for size in sizes]):
         group = sizes[start : start + count]
         num_tokens = sum(group[0])
-        groups.append(_Alone(blocks_of(*group[0]), num_tokens) if num_tokens > LONGEST_TOGETHER else _together(group))
+        groups.append(_Alone(blocks_of(*group[0]), num_tokens) if num_tokens > _LONGEST_TOGETHER else _together(group))
         start += count
     return groups
 
