@@ -23,8 +23,8 @@ from markupsafe import Markup, escape
 from ropo.pairs import Pair
 from ropo.provenance import write_aside
 from ropo.report import plots
-from ropo.report.sentences import count, counted, decimal, percent, percent_range, probability
 from ropo.report.tables import DECISIONS, build_tables
+from ropo.report.wording import count, counted, decimal, percent, percent_range, probability
 
 Table = Mapping[str, Any]
 

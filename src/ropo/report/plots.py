@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ropo.report import svg
-from ropo.report.sentences import count, decimal, percent, percent_range
 from ropo.report.statistics import round_step
 from ropo.report.tables import DECISIONS
+from ropo.report.wording import count, decimal, percent, percent_range
 
 Table = Mapping[str, Any]
 

@@ -8,7 +8,6 @@ The one idea: nothing is computed after this file. A sentence, a figure or a tab
 Add a section: one function here, one line in `build_tables`, one block in each template.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,17 +18,12 @@ from scipy.special import expit
 
 from ropo.data.problems import PROBLEMS
 from ropo.pairs import Pair
-from ropo.report import sentences
+from ropo.report import pair_tables, sentences
 from ropo.report.biases import file_parts, response_biases
 from ropo.report.statistics import Floats, mean, median, number, numbers, round_step, wilson_interval
-from ropo.report.texts import clean, compare, excerpt, plain, show_prompt
+from ropo.report.texts import clean
 
-NUM_SUSPECTS = 10
-NUM_HARD = 10
-LOW_SHARE = 0.1  # a pair is hard if its margins are among this share of the lowest, or below 0
 NUM_ANNOTATORS = 30
-NUM_DROPPED_ROWS = 200
-NUM_RESAMPLED = 10
 RANGE = 1.0  # a histogram reaches this far beyond the middle four fifths, in multiples of their width
 NUM_BINS = 44  # about; the width of a bin is a round number
 NUM_CURVE_POINTS = 150
@@ -43,6 +37,9 @@ DECISIONS: Mapping[str, tuple[str, str]] = {
     "flip": ("flipped", "Trained on with chosen and rejected swapped."),
     "resample": ("won back", "Left out; its prompt is back with a newly sampled pair."),
 }
+
+ALPHA_LOSSES = ("ropo", "dpo", "")  # the losses that α tells apart; an unknown one is ropo's default
+SURELY_FLIPPED = 0.005  # an interval that begins below this reaches 0 as far as anybody can tell
 
 LENGTH_KEYS = ("max_length", "median", "p90", "p99", "longest", "num_truncated", "suggested")
 
@@ -112,8 +109,8 @@ def build_tables(
         "review": _review(scores["p_flip"][is_open], is_informative=is_informative),
         "calibration": _calibration(summary),
         "trial": summary.get("trial"),
-        "suspects": _suspects(scores, originals, is_open=is_open, is_informative=is_informative),
-        "hard": _hard(scores, originals, checks or {}, is_open=is_open, is_informative=is_informative),
+        "suspects": pair_tables.suspects(scores, originals, is_open=is_open, is_informative=is_informative),
+        "hard": pair_tables.hard(scores, originals, checks or {}, is_open=is_open, is_informative=is_informative),
         "margins": _margins(scores),
         "annotators": _annotators(summary, estimate),
         "rounds": _rounds(ledger, summary),
@@ -121,8 +118,8 @@ def build_tables(
         "weight_curve": _weight_curve(summary),
         "problems": _problems(summary),
         "decisions": _decisions(scores),
-        "dropped": _dropped(scores, originals),
-        "resampled": _resampled(ledger, scores, originals, pairs, summary.get("rounds") or []),
+        "dropped": pair_tables.dropped(scores, originals),
+        "resampled": pair_tables.resampled(ledger, scores, originals, pairs, summary.get("rounds") or []),
         "biases": response_biases(
             in_order, p_flip=scores["p_flip"], is_kept=scores["decision"] == "keep", is_informative=is_informative
         ),
@@ -157,10 +154,12 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
     rate = summary.get("flip_rate") or {}
     config = summary.get("config") or {}
     values = {key: number(rate.get(source)) for key, source in (("rate", "estimate"), ("low", "low"), ("high", "high"))}
+    is_raised, low = bool(rate.get("is_raised")), values["low"]
     return {
         **values,
         "level": number(rate.get("level", 0.9)),
-        "is_raised": bool(rate.get("is_raised")),
+        "is_raised": is_raised,
+        "may_be_clean": low is not None and low < SURELY_FLIPPED and not is_raised,
         "is_informative": bool(summary.get("is_informative")) and None not in values.values(),
         "reason": clean(str(summary.get("reason") or "")),
         "rho": number(summary.get("rho")),
@@ -173,8 +172,10 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
 
 def _loss(summary: Mapping[str, Any]) -> Table:
     config = summary.get("config") or {}
+    name = clean(str(config.get("loss") or ""))
     return {
-        "name": clean(str(config.get("loss") or "")),
+        "name": name,
+        "has_alpha": name in ALPHA_LOSSES,
         "alpha": number(summary.get("alpha")),
         "alpha_reason": clean(str(summary.get("alpha_reason") or "")),
         "noise_left": number(summary.get("noise_left")),
@@ -244,52 +245,6 @@ def _calibration_bin(entry: Mapping[str, Any]) -> Table:
     }
 
 
-def _suspects(
-    scores: Columns, originals: Mapping[int, Pair], *, is_open: NDArray[np.bool_], is_informative: bool
-) -> list[Table]:
-    if not is_informative:
-        return []
-    order = np.lexsort((scores["row"], scores["margin"], -scores["p_flip"]))
-    order = order[(np.isfinite(scores["p_flip"]) & is_open)[order]][:NUM_SUSPECTS]
-    return [_shown_pair(scores, int(i), originals[int(scores["row"][i])]) for i in order]
-
-
-def _hard(
-    scores: Columns,
-    originals: Mapping[int, Pair],
-    checks: Mapping[int, Sequence[float]],
-    *,
-    is_open: NDArray[np.bool_],
-    is_informative: bool,
-) -> list[Table]:
-    """Pairs that are merely hard: kept, more likely right than wrong, low on average, but some check agreed.
-
-    A wrong label is contradicted at every check, mean + sd < 0 (arXiv:2409.10343); what a model changes its mind about,
-    or learns late, is hard.
-    """
-    if not is_informative or not checks:
-        return []
-    unknown = [np.nan] * len(next(iter(checks.values())))
-    margins = np.array([checks.get(int(row), unknown) for row in scores["row"]], dtype=np.float64)
-    average, spread = margins.mean(axis=1), margins.std(axis=1)
-    is_known = np.isfinite(average)
-    if not is_known.any():
-        return []
-    is_low = average <= max(0.0, float(np.quantile(average[is_known], LOW_SHARE)))
-    was_agreed_with = (average + spread >= 0) & (margins.max(axis=1) > 0)
-    is_hard = is_known & is_low & was_agreed_with & (scores["decision"] == "keep")
-    places = np.flatnonzero(is_hard & is_open & (scores["p_flip"] < 0.5))
-    places = places[np.argsort(average[places], kind="stable")][:NUM_HARD]
-    return [
-        {
-            **_shown_pair(scores, int(i), originals[int(scores["row"][i])]),
-            "checks": numbers(margins[i]),
-            "is_learned_late": bool(margins[i, 0] < 0 < margins[i, -1]),
-        }
-        for i in places
-    ]
-
-
 def _annotators(summary: Mapping[str, Any], estimate: Table) -> Table:
     """Rates by annotator, the worst first; beyond the first ones they are only counted. None without an estimate."""
     found = (summary.get("annotators") or []) if estimate["is_informative"] else []
@@ -306,20 +261,6 @@ def _annotator(entry: Mapping[str, Any], estimate: Table) -> Table:
         "high": high,
         "is_worse": bool(low is not None and low > estimate["high"]),
         "is_opposite": bool(rate is not None and rate > 0.5),
-    }
-
-
-def _shown_pair(scores: Columns, i: int, pair: Pair) -> Table:
-    return {
-        "row": int(scores["row"][i]),
-        "pair_id": pair.id,
-        "annotator": clean(pair.annotator) if pair.annotator else None,
-        "margin": number(scores["margin"][i]),
-        "is_held_out": bool(scores["is_held_out"][i]),
-        "p_flip": number(scores["p_flip"][i]),
-        "decision": str(scores["decision"][i]),
-        "prompt": show_prompt(pair.prompt),
-        **compare(pair.chosen, pair.rejected),
     }
 
 
@@ -467,77 +408,6 @@ def _decisions(scores: Columns) -> list[Table]:
             }
         )
     return found
-
-
-def _dropped(scores: Columns, originals: Mapping[int, Pair]) -> Table:
-    """The pairs not kept, smallest margin first (NaN last)."""
-    positions = np.flatnonzero(scores["decision"] != "keep")
-    positions = positions[np.argsort(scores["margin"][positions], kind="stable")]
-    rows = [
-        {
-            "row": int(scores["row"][i]),
-            "pair_id": originals[int(scores["row"][i])].id,
-            "margin": number(scores["margin"][i]),
-            "p_flip": number(scores["p_flip"][i]),
-            "decision": str(scores["decision"][i]),
-            "prompt": excerpt(originals[int(scores["row"][i])].prompt),
-        }
-        for i in positions[:NUM_DROPPED_ROWS]
-    ]
-    return {"num_rows": len(positions), "rows": rows}
-
-
-def _resampled(
-    ledger: pa.Table,
-    scores: Columns,
-    originals: Mapping[int, Pair],
-    pairs: Sequence[Pair],
-    rounds: Sequence[Mapping[str, Any]],
-) -> Table:
-    """New pairs beside the pairs whose prompts they win back; a few of them, evenly spaced over the data.
-
-    And why candidates, or whole prompts, were not used, the most frequent reason first.
-    """
-    refused: Counter[str] = Counter()
-    for entry in rounds:
-        refused.update(entry.get("refused") or {})
-    new = sorted((pair for pair in pairs if pair.origin == "resampled"), key=lambda pair: pair.row)
-    columns = [ledger[name].to_pylist() for name in ("origin", "pair_id", "margin")] if new else [[], [], []]
-    margins = {name: value for origin, name, value in zip(*columns, strict=True) if origin == "resampled"}
-    position = {int(row): i for i, row in enumerate(scores["row"])}
-    shown = sorted({round(place) for place in np.linspace(0, len(new) - 1, NUM_RESAMPLED)}) if new else []
-    return {
-        "num_pairs": len(new),
-        "num_judged": sum(int(entry.get("num_judged") or 0) for entry in rounds),
-        "refused": [{"reason": reason, "num": num} for reason, num in refused.most_common()],
-        "median_margin": median(np.array(list(margins.values()), dtype=np.float64)),
-        "pairs": [_new_pair(new[i], margins, scores, position, originals) for i in shown],
-    }
-
-
-def _new_pair(
-    pair: Pair,
-    margins: Mapping[str, float],
-    scores: Columns,
-    position: Mapping[int, int],
-    originals: Mapping[int, Pair],
-) -> Table:
-    parent = originals.get(pair.row)
-    names = {plain(parent.chosen): "was chosen", plain(parent.rejected): "was rejected"} if parent else {}
-    return {
-        "row": pair.row,
-        "pair_id": pair.id,
-        "annotator": None,  # nobody has labelled or judged a new pair yet
-        "is_held_out": False,
-        "p_flip": None,
-        "decision": None,
-        "margin": number(margins.get(pair.id)),
-        "chosen_source": names.get(plain(pair.chosen), "sampled"),
-        "rejected_source": names.get(plain(pair.rejected), "sampled"),
-        "prompt": show_prompt(pair.prompt),
-        **compare(pair.chosen, pair.rejected),
-        "parent": _shown_pair(scores, position[pair.row], parent) if parent and pair.row in position else None,
-    }
 
 
 def _token_lengths(summary: Mapping[str, Any]) -> Table | None:

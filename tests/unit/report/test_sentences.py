@@ -1,7 +1,8 @@
 import pytest
 
-from ropo.report.sentences import NB_SPACE, percent, percent_range, why_hard, write_sentences
+from ropo.report.sentences import why_hard, write_sentences
 from ropo.report.tables import build_tables
+from ropo.report.wording import NB_SPACE, percent, percent_range
 
 RATE = {"estimate": 0.29, "low": 0.26, "high": 0.32}
 

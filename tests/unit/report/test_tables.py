@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from ropo.pairs import Pair
-from ropo.report.statistics import wilson_interval
-from ropo.report.tables import NUM_ANNOTATORS, NUM_CURVE_POINTS, NUM_DROPPED_ROWS, build_tables, round_step
+from ropo.report.pair_tables import NUM_DROPPED_ROWS
+from ropo.report.statistics import round_step, wilson_interval
+from ropo.report.tables import NUM_ANNOTATORS, NUM_CURVE_POINTS, build_tables
 
 
 def build(run):

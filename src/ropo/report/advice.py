@@ -1,0 +1,248 @@
+"""Numbers of the report -> what to do next.
+
+In: the dict of `tables.build_tables`. Out: sentences, with commands and options between backticks.
+
+The one idea: each piece of advice is a rule, a small function that looks at the numbers and either says something or
+keeps silent. Add a piece of advice: one function, its name in `ADVICE`, one test row.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ropo.report.wording import count, counted, decimal, listed, percent, percent_range, probability, shown_name
+
+Table = Mapping[str, Any]
+
+
+def _advise_signal(tables: Table) -> str | None:
+    estimate = tables["estimate"]
+    if estimate["is_informative"]:
+        return None
+    pieces = [] if estimate["rho"] == 0 else ["Keep all pairs (`--rho 0`) until there is a signal."]
+    if tables["margins"]["is_held_out"]:
+        pieces.append(
+            "What brings a signal: more pairs, longer training of the models that judge (`--num_train_epochs`, "
+            "`--learning_rate`), or a larger model."
+        )
+    return " ".join(pieces) or None
+
+
+def _advise_folds(tables: Table) -> str | None:
+    if tables["margins"]["is_held_out"]:
+        return None
+    return (
+        "These margins come from a model that was trained on the pairs. They can show which pairs it finds hard, but "
+        "not how many labels are wrong. `--num_folds 5`, or `ropo audit`, asks models that have not seen the pairs."
+    )
+
+
+def _advise_clean(tables: Table) -> str | None:
+    estimate, loss = tables["estimate"], tables["loss"]
+    if not estimate["is_informative"] or not estimate["may_be_clean"]:
+        return None
+    if estimate["rho"] == 0 and loss["alpha"] == 0 and loss["has_alpha"]:
+        return "The interval reaches 0, so nothing has to be done about the labels: training is exactly DPO."
+    return "The interval reaches 0: plain training (`--loss dpo --rho 0`) is a fair choice."
+
+
+def _advise_review(tables: Table) -> str | None:
+    review = tables["review"]
+    if review is None or not review["num_likely"]:
+        return None
+    first = min(20, review["num_likely"])
+    return (
+        f"Read the first {first} suspects. If fewer than half are wrong, the estimate is too high for this data: "
+        "filter less with a smaller `--rho`. If nearly all are, correct the labels at the source and train again."
+    )
+
+
+def _advise_verdicts(tables: Table) -> str | None:
+    review = tables["review"]
+    if tables["task"] != "audit" or review is None or not review["num_likely"]:
+        return None
+    return (
+        "Open `review.csv`, which has the most suspect pair first, and fill in the column `verdict`: right, wrong or "
+        "drop. Then `ropo train --decisions review.csv` obeys you."
+    )
+
+
+def _advise_cleaned(tables: Table) -> str | None:
+    counts = tables["counts"]
+    if tables["task"] != "audit":
+        return None
+    if counts["keep"] == counts["num_pairs"]:
+        return "`ropo train` on the data as it is does the same as on `cleaned.jsonl`: every pair is kept."
+    turned = ", with the flipped ones turned round" if counts["flip"] else ""
+    return (
+        f"Or train on `cleaned.jsonl`, with any trainer: it holds the "
+        f"{counted(counts['keep'] + counts['flip'], 'pair')} to train on{turned}."
+    )
+
+
+def _advise_trusted(tables: Table) -> str | None:
+    estimate = tables["estimate"]
+    is_sharp = estimate["is_informative"] and estimate["high"] - estimate["low"] <= 0.06
+    if estimate["num_trusted"] != 0 or is_sharp:
+        return None
+    return "50 to 200 further pairs whose labels you know to be right (`--trusted`) sharpen the estimate."
+
+
+def _advise_annotators(tables: Table) -> str | None:
+    worse = [entry for entry in tables["annotators"]["rows"] if entry["is_worse"] and not entry["is_opposite"]]
+    if not worse:
+        return None
+    told = [
+        f"{shown_name(entry['name'])} ({percent_range(entry['low'], entry['high'])} of "
+        f"{counted(entry['num_pairs'], 'label')})"
+        for entry in worse[:3]
+    ]
+    overall = percent_range(tables["estimate"]["low"], tables["estimate"]["high"])
+    more = f" and {count(len(worse) - 3)} more" if len(worse) > 3 else ""
+    return f"Look at the labels of {', '.join(told)}{more} first: more of them look flipped than overall ({overall})."
+
+
+def _advise_opposite(tables: Table) -> str | None:
+    opposite = [entry for entry in tables["annotators"]["rows"] if entry["is_opposite"]]
+    if not opposite:
+        return None
+    names = listed([shown_name(entry["name"]) for entry in opposite[:5]])
+    if all(entry["low"] is not None and entry["low"] > 0.5 for entry in opposite):
+        return (
+            f"More than half of the labels of {names} look flipped: they mean the opposite. Perhaps chosen and "
+            "rejected were swapped there. Ask, then swap them in the data or leave them out."
+        )
+    return (
+        f"Half of the labels of {names}, or more, look flipped: they say nothing, or the opposite. Ask how they were "
+        "made, and leave them out till you know."
+    )
+
+
+def _advise_parts(tables: Table) -> str | None:
+    high = [entry for entry in tables["file_parts"] if entry["is_high"]]
+    if not high:
+        return None
+    rows = listed([f"{count(entry['first_row'])} to {count(entry['last_row'])}" for entry in high[:3]])
+    worst = max(high, key=lambda entry: entry["p_flip_mean"])
+    return (
+        f"Look at rows {rows} as a batch: their mean P(flipped) is up to {probability(worst['p_flip_mean'])}, against "
+        f"{probability(worst['p_flip_others'])} in the rest of the file. Was this part labelled in another way?"
+    )
+
+
+def _advise_rho(tables: Table) -> str | None:
+    estimate = tables["estimate"]
+    rho, shown = estimate["rho"], percent_range(estimate["low"], estimate["high"])
+    if not estimate["is_informative"] or rho is None:
+        return None
+    if rho > estimate["high"] + 0.005:
+        return (
+            f"ρ = {decimal(rho)} filters out more than the interval allows ({shown}): right pairs are being lost. "
+            "`--rho auto` follows the estimate."
+        )
+    if rho < estimate["low"] - 0.005:
+        return (
+            f"ρ = {decimal(rho)} filters out less than the interval suggests ({shown}): wrong pairs stay in. "
+            "`--rho auto` follows the estimate."
+        )
+    return None
+
+
+def _advise_information(tables: Table) -> str | None:
+    estimate = tables["estimate"]
+    if not estimate["is_informative"] or estimate["rate"] < 0.25:
+        return None
+    # A label that is flipped at rate η carries about (1 − 2η)² of the information of a clean one.
+    worth = (1 - 2 * estimate["rate"]) ** 2
+    return (
+        f"If the flips are random, {counted(estimate['num_pairs'], 'label')} teach about as much as "
+        f"{count(worth * estimate['num_pairs'])} clean ones. A label that a person has checked counts in full again."
+    )
+
+
+def _advise_width(tables: Table) -> str | None:
+    estimate = tables["estimate"]
+    if not estimate["is_informative"] or estimate["high"] - estimate["low"] <= 0.12:
+        return None
+    return "The interval is wide. About four times as many pairs would halve it; till then treat the rate as a range."
+
+
+def _advise_problems(tables: Table) -> str | None:
+    lost = [problem for problem in tables["problems"] if problem["severity"] in ("error", "left_out")]
+    if not lost:
+        return None
+    total = sum(problem["count"] for problem in lost)
+    kinds = listed([problem["kind"].replace("_", " ") for problem in lost[:3]])
+    return f"{counted(total, 'row')} did not reach training ({kinds}): the table of problems says how to mend them."
+
+
+def _advise_biases(tables: Table) -> str | None:
+    """Say what the labels prefer, the strongest first."""
+    clear = [entry for entry in tables["biases"]["features"] if entry["is_clear"]]
+    if not clear:
+        return None
+    clear = sorted(clear, key=lambda entry: -abs(entry["all"]["share"] - 0.5))[:3]
+    told = listed([f"{_direction(entry)} ({percent(_one_way(entry['all']['share']))})" for entry in clear])
+    return (
+        f"Where the two responses differ, the chosen one more often has {told}. A model will learn that too. If it is "
+        "not what makes a response better here, look at these pairs. Balance them, or use a loss that counts per token "
+        "(`--loss simpo`) where it is length."
+    )
+
+
+def _direction(entry: Table) -> str:
+    return f"{'more' if entry['all']['share'] > 0.5 else 'less'} of “{entry['name']}”"
+
+
+def _one_way(share: float) -> float:
+    return max(share, 1 - share)
+
+
+def _advise_filter(tables: Table) -> str | None:
+    """Say where the filter itself may have learned a feature."""
+    smallest = tables["biases"]["min_differing"]
+    found = []
+    for entry in tables["biases"]["features"]:
+        kept, rest = entry["kept"], entry["not_kept"]
+        is_known = min(kept["num_pairs"], rest["num_pairs"]) >= smallest
+        if is_known and (kept["low"] > rest["high"] or kept["high"] < rest["low"]):
+            found.append(entry)
+    if not found:
+        return None
+    widest = max(found, key=lambda entry: abs(entry["kept"]["share"] - entry["not_kept"]["share"]))
+    return (
+        f"Of the pairs that differ in “{widest['name']}”, chosen has more of it in {percent(widest['kept']['share'])} "
+        f"of the kept ones and in {percent(widest['not_kept']['share'])} of the others. If that is a virtue here, it "
+        "is as it should be; if not, the filter has learned it: look at the pairs that were not kept."
+    )
+
+
+def _advise_tokens(tables: Table) -> str | None:
+    lengths = tables["token_lengths"]
+    if lengths is None or None in (lengths["num_truncated"], lengths["suggested"], lengths["max_length"]):
+        return None
+    suggested = f"`--max_length {lengths['suggested']:.0f}`"
+    if lengths["num_truncated"] > 0.01 * tables["estimate"]["num_pairs"]:
+        cut = counted(lengths["num_truncated"], "pair")
+        return f"{cut} lose their end: {suggested} lets {percent(0.99)} of the pairs fit."
+    return None
+
+
+ADVICE: tuple[Callable[[Table], str | None], ...] = (
+    _advise_problems,
+    _advise_folds,
+    _advise_signal,
+    _advise_clean,
+    _advise_opposite,
+    _advise_annotators,
+    _advise_parts,
+    _advise_review,
+    _advise_verdicts,
+    _advise_cleaned,
+    _advise_trusted,
+    _advise_rho,
+    _advise_width,
+    _advise_information,
+    _advise_tokens,
+    _advise_biases,
+    _advise_filter,
+)
