@@ -25,7 +25,7 @@ from ropo import ROPOConfig, estimate_flips, flip_labels, run_audit, run_rounds
 from ropo.bench.measures import auroc
 from ropo.data.toy import make_pairs, save_toy
 from ropo.ledger import read_ledger
-from ropo.noise.estimate import area_under_margin
+from ropo.noise.estimators import area_under_margin
 
 RESULTS = Path(__file__).with_suffix(".csv")
 RATES, SEEDS, NUM_PAIRS = (0.0, 0.3), (1, 2), 6000

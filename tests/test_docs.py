@@ -20,9 +20,9 @@ from ropo.bench.rows import read_rows
 from ropo.cli import parse_options, parse_train
 from ropo.data.inject import noise_table
 from ropo.losses import methods_table
+from ropo.metrics import metrics_table
 from ropo.noise.decide import rules_table
 from ropo.resample.select import selection_table
-from ropo.trainer import metrics_table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]

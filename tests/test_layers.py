@@ -10,7 +10,7 @@ import ropo
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
     "pairs", "provenance", "endpoint", "data", "logps", "losses", "noise", "plan", "judge", "resample", "config",
-    "stages", "ledger", "policy", "pair_dataset", "weighing", "callbacks", "trainer", "crossfit",
+    "stages", "ledger", "policy", "pair_dataset", "weighing", "callbacks", "metrics", "trainer", "crossfit",
     "audit", "rounds", "report", "outputs", "forecast", "align", "bench", "demo", "cli",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]

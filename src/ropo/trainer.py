@@ -12,10 +12,9 @@ therefore there.
 import copy
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,26 +45,12 @@ from ropo.logps.batch import Batch
 from ropo.logps.cache import reference_logps
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
+from ropo.metrics import RunningMeans, of_margins
 from ropo.pair_dataset import PairCollator, PairDataset
 from ropo.pairs import PairLogps, margin, margin_per_token
 from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
-
-# Logged name -> meaning. Every one is a mean over the pairs since the last line of the log.
-METRICS: Mapping[str, str] = MappingProxyType(
-    {
-        "rewards/chosen": "β·(log π − log π_ref) of the chosen response, nats; 0 at the start.",
-        "rewards/rejected": "The same of the rejected response.",
-        "rewards/margins": "Margin h: the difference of the two, nats. Above 0 the policy sides with the label.",
-        "rewards/accuracies": "Share of pairs with h > 0. On noisy labels this should not reach 1.",
-        "logps/chosen": "log π of the chosen response, nats, summed over its tokens.",
-        "logps/rejected": "The same of the rejected response.",
-        "loss/dpo": "DPO loss of the same margins, whatever loss is trained, so comparable; 0.693 at the start.",
-        "loss/na": "Noise-tolerant part σ(−h): the policy's probability that the label is wrong; 0.5 at the start.",
-        "gradient_weight": "−dℓ/dh: how hard the loss pushes a pair. A robust loss pushes contradicted pairs less.",
-    }
-)
 
 # Most unique tokens in one forward pass on a CPU, unless the user says otherwise. More costs memory and gains nothing.
 _CPU_TOKENS = 2048
@@ -73,11 +58,6 @@ _CPU_TOKENS = 2048
 _OWNER_FILE = "made_from"  # beside the checkpoints: the digest of what they depend on
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
 _MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597, the main recipe)
-
-
-def metrics_table() -> str:
-    """METRICS as a Markdown table, for `docs/metrics.md`."""
-    return "\n".join(["| name | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in METRICS.items())])
 
 
 class ROPOTrainer(Trainer):
@@ -158,7 +138,7 @@ class ROPOTrainer(Trainer):
         self._checks = Checks(num_checks, self.gather_eval_margins)
         self._order: Replayable | None = None
         self._order_to_replay: Tensor | None = None
-        self._sums: dict[str, dict[tuple[str, ...], Tensor]] = {"train": {}, "eval": {}}
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         super().__init__(
             model=model,
@@ -363,13 +343,8 @@ class ROPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of every metric in METRICS over the pairs since the last time."""
         mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
-        sums = self._sums[mode]
-        if sums:
-            ((names, found),) = sums.items()
-            values = dict(zip(names, self.accelerator.reduce(found, reduction="sum").tolist(), strict=True))
-            num_pairs = values.pop("num_pairs")
-            logs |= {prefix + name: value / num_pairs for name, value in values.items()}
-            sums.clear()
+        found = self._means[mode].take(partial(self.accelerator.reduce, reduction="sum"))
+        logs |= {prefix + name: value for name, value in found.items()}
         super().log(logs, start_time)
 
     def gather_first_margins(self) -> Tensor:
@@ -470,15 +445,10 @@ class ROPOTrainer(Trainer):
         if "reference_chosen" in inputs:
             found["rewards/chosen"] = self.options.beta * (chosen - inputs["reference_chosen"])
             found["rewards/rejected"] = self.options.beta * (rejected - inputs["reference_rejected"])
-        found["rewards/margins"] = h
-        found["rewards/accuracies"] = (h > 0).float()
-        found["loss/dpo"] = nn.functional.softplus(-h)
-        found["loss/na"] = torch.sigmoid(-h)
+        found |= of_margins(h)
         if self.spec.is_per_pair:
             found["gradient_weight"] = gradient_weight(self.loss_of_margin, h)
-        found["num_pairs"] = torch.ones_like(h)
-        sums, names = self._sums["train" if is_training else "eval"], tuple(found)
-        sums[names] = sums.get(names, 0) + torch.stack(list(found.values())).sum(dim=1)
+        self._means["train" if is_training else "eval"].add(found)
         # Nothing here asks the device for a value, which would make it wait.
         where = inputs["position"]
         if is_training:

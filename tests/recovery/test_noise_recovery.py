@@ -10,7 +10,8 @@ from scipy.special import expit, stdtr
 from scipy.stats import binom, rankdata
 
 from ropo.noise.decide import RULES, decide
-from ropo.noise.estimate import _ProfileLikelihood, em, estimate_flips, tied_gaussian
+from ropo.noise.estimate import _ProfileLikelihood, estimate_flips
+from ropo.noise.estimators import em, tied_gaussian
 
 
 def calibrated(rng, num_pairs, confidence=1.0):

@@ -14,9 +14,10 @@ from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
+from ropo.metrics import METRICS
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
-from ropo.trainer import METRICS, ROPOTrainer
+from ropo.trainer import ROPOTrainer
 
 OPTIONS = {
     **{loss: {"flip_rate": 0.1} for loss in ("cdpo", "rdpo", "forward_corrected")},

@@ -7,7 +7,7 @@ Out: `estimate.FlipEstimate` (the rate with its interval, and P(flipped) per pai
 The one idea: a model that has learned something agrees with right labels and contradicts flipped ones, so the
 margins of right and flipped labels are mirror images, and the mixture of the two tells how large each part is.
 
-Add an estimator: one function margins -> rate and one line in `estimate.ESTIMATORS`.
+Add an estimator: one function margins -> rate and one line in `estimators.ESTIMATORS`.
 Add a rule: one function and one line in `decide.RULES`.
 Then one recovery test each.
 """

@@ -6,16 +6,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import chi2
 
-from ropo.noise.estimate import (
-    ESTIMATORS,
-    agreement,
-    area_under_margin,
-    em,
-    em_step,
-    estimate_flips,
-    holder,
-    tied_gaussian,
-)
+from ropo.noise.estimate import estimate_flips
+from ropo.noise.estimators import ESTIMATORS, agreement, area_under_margin, em, em_step, holder, tied_gaussian
 
 FIVE = np.array([-5.0, -1.0, 0.0, 0.5, 3.0])
 TEN = np.array([4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, -3.0, -2.5, 0.5])
