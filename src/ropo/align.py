@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
 from ropo.config import ROPOConfig
-from ropo.crossfit import deal
+from ropo.crossfit import folds_of
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.read import looks_like_path
@@ -35,7 +35,7 @@ from ropo.outputs import Read, publish, publish_audit
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
-from ropo.provenance import hash_value, read_json, write_aside, write_json
+from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.rounds import run_all
 from ropo.stages import Stages
 from ropo.trainer import batching, refuse_several_gpus
@@ -53,6 +53,9 @@ _NOT_IDENTITY = (
     "generation_api_key_env",
 )  # fmt: skip
 
+
+_INITIAL_MODEL = "initial_model"
+_MADE_BEFORE = (_INITIAL_MODEL, f"{_INITIAL_MODEL}.json", "reference_cache")  # these may stand in a folder of nobody
 
 _LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")  # model types
 
@@ -237,9 +240,7 @@ def _prepare(
             logger.warning("Trusted pairs:\n%s", render(found))
         known, trusted_sha256 = [replace(pair, origin="trusted") for pair in known], read.sha256
     if args.needs_audit:
-        deal(
-            [pair.id for pair in [*pairs, *known]], args.num_folds, seed=args.seed
-        )  # raises if there are too few pairs
+        folds_of([*pairs, *known], args.num_folds, seed=args.seed)  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
     tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **_tokenizer_options(load_options))
@@ -324,11 +325,12 @@ def _tokenizer_options(load_options: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name of a tokenizer's content: how it cuts text, and its chat template."""
+    """Name of a tokenizer's content: how it cuts text, how a text ends, and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # What it was last called with stands in there as well.
     found = {} if backend is None else {**json.loads(backend.to_str()), "padding": None, "truncation": None}
-    return hash_value([found or sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])[:16]
+    cut = found or sorted(tokenizer.get_vocab().items())
+    return hash_value([cut, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.eos_token_id])[:16]
 
 
 def _as_json(value: Any) -> Any:
@@ -348,13 +350,24 @@ def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizer
         raise ValueError(
             "run_rounds needs processing_class when it is given a model object; got none. Pass the tokenizer."
         )
-    path = folder / "initial_model"
-    if PartialState().is_main_process and not path.exists():
+    path, weights = folder / _INITIAL_MODEL, hash_tensors(model.state_dict())
+    owner = path.with_suffix(".json")
+    is_there = path.exists() and owner.exists() and read_json(owner) == {"weights": weights}
+    if path.exists() and not is_there and _has_trained(folder):
+        raise ValueError(f"{folder} holds a run that began with another model. Use another output_dir.")
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process and not is_there:
         with write_aside(path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+        write_json(owner, {"weights": weights})
     PartialState().wait_for_everyone()
     return str(path)
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether anything would be lost: before that, whoever mistyped an option may go on in the same folder."""
+    return any(any(folder.glob(f"{part}/**/manifest.json")) for part in ("audit", "rounds"))
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
@@ -366,16 +379,14 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / "ropo_config.json"
     if path.exists():
         old = read_json(path)
-        # Before anything is trained nothing is lost: whoever mistyped an option may go on in the same folder.
-        has_trained = any(any(folder.glob(f"{part}/**/manifest.json")) for part in ("audit", "rounds"))
-        if old != identity and has_trained:
+        if old != identity and _has_trained(folder):
             # A person may have filled in what stands there.
             remedy = "" if (folder / "review.csv").exists() else ", or remove this one to start anew"
             raise ValueError(
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."
             )
-    elif folder.exists() and any(entry.name not in ("initial_model", "reference_cache") for entry in folder.iterdir()):
+    elif folder.exists() and any(entry.name not in _MADE_BEFORE for entry in folder.iterdir()):
         raise ValueError(
             f"output_dir needs a new folder or one of our runs; {folder} holds other files. Use another one."
         )

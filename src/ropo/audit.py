@@ -236,8 +236,12 @@ class Audit:
         """
         if self.estimate()["is_raised"]:
             return None
-        margins = self._first()[self._doubtful]
-        return calibrate(margins, estimate_flips(margins), seed=self.args.seed)
+        margins, trusted = self._first()[self._doubtful], (self._sign * self._first())[self._is_known]
+        found = estimate_flips(
+            np.concatenate([margins, trusted]),
+            is_trusted=np.arange(len(margins) + len(trusted)) >= len(margins),
+        )
+        return calibrate(margins, found, trusted=trusted, seed=self.args.seed)
 
     def training(self) -> PairDataset:
         """The weighted pairs to train on."""
@@ -313,7 +317,7 @@ class Audit:
         )
         own = found.to_dict()
         told = {**own, "is_raised": False} if told is None else {**told, "scale": own["scale"], "tail": own["tail"]}
-        p_flip = np.ones(len(self._sign))
+        p_flip = found.p_flip_at(checks[-1])  # of what is to be left out nobody has said that the label is wrong
         p_flip[open_] = np.where(sign < 0, 1.0, found.p_flip)
         return told, p_flip
 

@@ -32,7 +32,7 @@ from ropo.bench.publish import publish_bench
 from ropo.bench.win_rate import run_win_rate
 from ropo.config import ROPOConfig, did_you_mean, read_yaml
 from ropo.data.load import load_pairs
-from ropo.data.problems import PROBLEMS, render, rows_left_out
+from ropo.data.problems import PROBLEMS, printable, render, rows_left_out
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
@@ -199,12 +199,15 @@ def _inputs(task: str, given: TrainArguments, words: list[str]) -> dict[str, Any
 def _without_secrets(words: Sequence[str]) -> list[str]:
     """The words with `...` in place of a token: the report shows what was typed."""
     found: list[str] = []
+    is_value = False
     for word in words:
         name, is_joined, _ = word.partition("=")
-        if is_joined and name.endswith("_token"):
+        is_secret = name.replace("-", "_").startswith("__") and name.replace("-", "_").endswith("_token")
+        if is_secret and is_joined:
             found.append(f"{name}=...")
         else:
-            found.append("..." if found and found[-1].startswith("--") and found[-1].endswith("_token") else word)
+            found.append("..." if is_value else word)
+        is_value = is_secret and not is_joined
     return found
 
 
@@ -223,7 +226,8 @@ def _say_rate(summary: dict[str, Any]) -> None:
     else:
         print(f"\nFlipped labels: cannot tell. {summary['reason']}")
     for one in summary["annotators"][:5]:
-        print(f"  {one['name']}: {one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%}), {one['num_pairs']} pairs")
+        rate = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
+        print(f"  {printable(one['name'])}: {rate}, {one['num_pairs']} pairs")
 
 
 def _audit(words: list[str]) -> int:
@@ -350,6 +354,7 @@ def _validate(words: list[str]) -> int:
     parser.add_argument("dataset", help="File, saved folder or hub id.")
     parser.add_argument("--split", default="train", help="Part of the dataset to read.")
     parser.add_argument("--model_name_or_path", help="Check lengths too, with this model's tokenizer.")
+    parser.add_argument("--model_revision", help="Branch, tag or commit of a hub model.")
     parser.add_argument("--max_length", type=int, default=1024, help="Most tokens of prompt and one response together.")
     for name in COLUMNS:
         parser.add_argument(f"--{name}_column", default=name, help=f"Name of the column with the {name}.")
@@ -357,14 +362,14 @@ def _validate(words: list[str]) -> int:
     loaded = load_pairs(given.dataset, split=given.split, columns=_columns(given))
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
     if given.model_name_or_path:
-        tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, revision=given.model_revision)
         out = rows_left_out(problems)
         rest = [pair for pair in loaded.pairs if pair.row not in out]
         problems += tokenize_pairs(rest, tokenizer, max_length=given.max_length).problems
     print(f"{given.dataset}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {loaded.format or 'unknown'}.")
     print(render(problems) if problems else "No problems found.")
     if loaded.ignored_columns:
-        print(f"Columns that nothing reads: {', '.join(loaded.ignored_columns)}.")
+        print(f"Columns that nothing reads: {', '.join(map(printable, loaded.ignored_columns))}.")
     out = rows_left_out(problems)
     if not any(pair.row not in out for pair in loaded.pairs):
         print("No pair is left to train on.")

@@ -5,6 +5,7 @@ In: what the user wrote. Out: a configuration that is known to be valid before a
 
 import copy
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -294,7 +295,9 @@ class ROPOConfig(TrainingArguments):
                 f"{self.loss} needs the whole batch at once; got max_tokens_per_batch={self.max_tokens_per_batch}. "
                 "Leave it out and lower per_device_train_batch_size."
             )
-        if self.fsdp or self.deepspeed:
+        names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what `accelerate launch` sets
+        is_launched = any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
+        if self.fsdp or self.deepspeed or is_launched:
             raise ValueError(
                 "max_tokens_per_batch needs processes that hold the whole model; got fsdp or deepspeed, where all must "
                 "make the same number of forward passes. Lower per_device_train_batch_size and raise "

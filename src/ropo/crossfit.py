@@ -9,7 +9,7 @@ of its training. K folds train on (K−1)·N pairs in all.
 
 import copy
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
+from ropo.data.validate import words_id
 from ropo.pair_dataset import PairDataset
+from ropo.pairs import Pair
 from ropo.policy import PolicySource
 from ropo.provenance import write_aside
 from ropo.stages import Stages
@@ -44,7 +46,8 @@ def crossfit_margins(
 ) -> NDArray[np.float64]:
     """Held-out margins of every pair of `data`, from `args.num_folds` models that start from the initial one.
 
-    Pairs with one `pair_id` (duplicates, contradictions) share a fold: no model judges a pair whose texts it has seen.
+    Pairs with the same words (duplicates, contradictions, all but for case and marks) share a fold: no model judges a
+    pair whose texts it has seen.
 
     Folds are brought to one scale (the median size of their margins), since each model has a confidence of its own.
 
@@ -66,7 +69,7 @@ def crossfit_margins(
     Raises:
         ValueError: If there are fewer different pairs than folds.
     """
-    fold_of = deal([pair.id for pair in data.pairs], args.num_folds, seed=args.seed)
+    fold_of = folds_of(data.pairs, args.num_folds, seed=args.seed)
     held_out = np.array([fold_of[pair.id] for pair in data.pairs])
     learned_in = np.array([fold_of[pair.id] for pair in training.pairs])
     lengths = np.array([len(tokens) for tokens in data.tokens])
@@ -114,6 +117,25 @@ def _scale(folder: Path, folds: Iterable[int]) -> float:
 
 def _median_size(margins: NDArray[np.float64]) -> float:
     return float(np.median(np.abs(margins)))
+
+
+def folds_of(pairs: Sequence[Pair], num_folds: int, *, seed: int) -> dict[str, int]:
+    """Fold of every pair by its id; pairs with the same words share one.
+
+    Args:
+        pairs: May repeat.
+        num_folds: How many folds.
+        seed: Same pairs and seed, same folds.
+
+    Raises:
+        ValueError: If there are fewer different pairs than folds.
+    """
+    words = {pair.id: words_id(pair) for pair in pairs}
+    names: dict[str, str] = {}  # a group is called by the first of its ids
+    for id_, word in words.items():
+        names[word] = min(names.get(word, id_), id_)
+    fold_of = deal(list(names.values()), num_folds, seed=seed)
+    return {id_: fold_of[names[word]] for id_, word in words.items()}
 
 
 def deal(ids: list[str], num_folds: int, *, seed: int) -> dict[str, int]:

@@ -182,7 +182,14 @@ def reached_rate(
         model = AutoModelForCausalLM.from_config(small).to(device)
     turn_dropout_off(model)
     how = batching(args, tokenizer)
-    layout, _ = choose_layout(model, tokens[:2], pad_token_id=how["pad_token_id"], max_length=args.max_length)
+    layout, _ = choose_layout(
+        model,
+        tokens[:2],
+        pad_token_id=how["pad_token_id"],
+        max_length=args.max_length,
+        use_bf16=args.bf16,
+        is_trained=True,
+    )
     # As in training, pairs come as they lie, not sorted by length; a few are enough.
     some = [tokens[i] for i in np.random.default_rng(0).permutation(len(tokens))[: args.per_device_train_batch_size]]
     batch = {

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from ropo.audit import Audit
 from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
-from ropo.data.problems import Problem, summarise
+from ropo.data.problems import Problem, rows_left_out, summarise
 from ropo.data.review import read_verdicts, with_verdicts, write_review
 from ropo.ledger import ledger_table, write_ledger
 from ropo.losses import LOSSES, bind_loss, gradient_weight
@@ -118,7 +118,7 @@ def _round_summary(this: Round) -> dict[str, Any]:
         "num_dropped": counts["drop"] + counts["resample"],
         "num_flipped": counts["flip"],
         "num_resampled": len(this.new_pairs()),
-        "num_resampled_trained_on": len(this.data) - this.num_data,
+        "num_resampled_trained_on": len(this.data) - this.num_read,
         **{name: told.get(name, default) for name, default in (("num_judged", 0), ("refused", {}))},
     }
 
@@ -143,7 +143,7 @@ def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, 
         "task": "train",
         **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
         "num_resampled": final["num_resampled_trained_on"],
-        **_about_labels(audit),
+        **_about_labels(audit, num_trusted=rounds[0].num_read - rounds[0].num_data),
         **_about_run(args, read, seconds),
         "rounds": per_round,
         "model": rounds[0].source.name_or_path,
@@ -161,12 +161,13 @@ def _about_run(args: ROPOConfig, read: Read, seconds: dict[str, float]) -> dict[
     problems = summarise(read.problems)
     return {
         "num_rows": read.loaded.num_rows,
+        "num_left_out": len(rows_left_out(read.problems) - {None}),
         "problems": problems,
         "token_lengths": _token_lengths(read.lengths, args.max_length, problems.get("truncated", 0)),
         "seconds": seconds,
         "versions": versions(),
         "machine": machine(),
-        "config": {name: value for name, value in args.to_dict().items() if "token" not in name},
+        "config": {name: value for name, value in args.to_dict().items() if not name.endswith("_token")},
         "command": read.command,
         "data_sha256": read.loaded.sha256,
     }
@@ -186,10 +187,10 @@ def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) 
     }
 
 
-def _about_labels(audit: Audit | None) -> dict[str, Any]:
+def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> dict[str, Any]:
     """What only an audit knows; empty values without one."""
     if audit is None:
-        return {"annotators": [], "num_trusted": 0, "calibration": None, "trial": None, "noise_left": None}
+        return {"annotators": [], "num_trusted": num_trusted, "calibration": None, "trial": None, "noise_left": None}
     estimate, calibration = audit.estimate(), audit.calibration()
     return {
         "annotators": estimate["annotators"],

@@ -13,7 +13,13 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ropo.provenance import hash_value
+from ropo.provenance import hash_file, hash_value
+
+_WEIGHTS = (".safetensors", ".bin", ".model", ".jinja")
+_SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "adapter_config.json",
+)  # fmt: skip
 
 _IS_ADAPTER = (
     "A run needs a whole model to start from; {} is an adapter. Merge it into its model first: "
@@ -26,7 +32,7 @@ class PolicySource:
 
     Args:
         name_or_path: Folder or hub id of the initial model.
-        load_options: Passed to `from_pretrained` (dtype, attn_implementation, revision, ...).
+        load_options: Passed to `from_pretrained` (dtype, default float32; attn_implementation, revision, ...).
         is_adapter: Whether trained folders hold PEFT adapters of the initial model.
 
     Raises:
@@ -37,7 +43,9 @@ class PolicySource:
         self, name_or_path: str, *, load_options: Mapping[str, Any] | None = None, is_adapter: bool = False
     ) -> None:
         self.name_or_path = name_or_path
-        self.load_options = dict(load_options or {})
+        # Left alone, `transformers` takes the precision of the files, mostly bfloat16, and in that a step of a usual
+        # learning rate is rounded away.
+        self.load_options = {"dtype": "float32", **(load_options or {})}
         self.is_adapter = is_adapter
         if (Path(name_or_path) / "adapter_config.json").exists():
             raise ValueError(_IS_ADAPTER.format(name_or_path))
@@ -72,16 +80,31 @@ class PolicySource:
         return config
 
     def fingerprint(self) -> str:
-        """Cheap name of the initial model's content: names and sizes of its files and the text of its configuration.
+        """Name of the initial model's content; see `model_digest`."""
+        return model_digest(self.name_or_path, self.load_options.get("revision"))[:16]
 
-        For a hub id the id and the revision. The reference cache hashes the weights themselves.
-        """
-        folder = Path(self.name_or_path)
-        if not folder.is_dir():
-            return hash_value([self.name_or_path, self.load_options.get("revision")])[:16]
-        files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
-        config = folder / "config.json"
-        return hash_value([files, config.read_text() if config.exists() else ""])[:16]
+
+def model_digest(name_or_path: str, revision: str | None) -> str:
+    """Name a model by the bytes of its files: another training may have left files of the same names and sizes.
+
+    A hub id is named by itself and the revision.
+
+    Args:
+        name_or_path: Folder or hub id.
+        revision: Branch, tag or commit of a hub model.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return hash_value([name_or_path, revision])
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name in _SETTINGS or (path.suffix in _WEIGHTS and path.name != "training_args.bin")
+    ]
+    return hash_value([(path.name, hash_file(path)) for path in files])
 
 
 def release_memory() -> None:

@@ -21,7 +21,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +287,7 @@ class Round:
         found = read_json(self.folder / "decisions.json")["decisions"]
         losses = self.losses()
         parents = [self.data.pairs[i] for i in lost]
-        policy = cache(lambda: self.source.load(self.model_folder))  # not before it is needed: vLLM wants the memory
+        policy = partial(self.source.load, self.model_folder)  # not before it is needed: vLLM wants the memory
         reach = self._reach(policy if args.sample_from == "policy" else None)
         with open_engine(args.generation_engine, reach) as engine:
             samples = sample_responses(
@@ -330,7 +330,7 @@ class Round:
         """The model half way through this round's training, for rules that compare with it."""
         if not self._needs_halfway:
             return None
-        score = self._scorer(cache(lambda: self.source.load(self.folder / _HALFWAY)))
+        score = self._scorer(partial(self.source.load, self.folder / _HALFWAY))
         return Scored(parents=score([self.data.tokens[i] for i in lost]), score=score)
 
     def _reach(self, policy: Callable[[], PreTrainedModel] | None) -> Reach:

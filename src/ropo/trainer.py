@@ -104,7 +104,7 @@ class ROPOTrainer(Trainer):
         refuse_several_gpus(args)
         name = model if isinstance(model, str) else model.config.name_or_path
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
         self.pad_token_id: int = self.tokenizer.pad_token_id
         if self.pad_token_id is None:
@@ -122,7 +122,12 @@ class ROPOTrainer(Trainer):
             set_seed(args.seed)  # an adapter begins at random, and `Trainer` sets the seed only later
             model = get_peft_model(model, copy.deepcopy(peft_config))  # type: ignore[assignment] # it writes into it
         self.layout, reason = choose_layout(
-            model, sample.tokens[:2], pad_token_id=self.pad_token_id, max_length=args.max_length
+            model,
+            sample.tokens[:2],
+            pad_token_id=self.pad_token_id,
+            max_length=args.max_length,
+            use_bf16=args.bf16,
+            is_trained=train_dataset is not None,
         )
         logger.info("Forward: %s, since %s.", self.layout, reason)
         self.options = args

@@ -231,9 +231,14 @@ def test_no_token_in_the_report(model_folder, dataset, recipe, tmp_path):
     more = [*PLAIN, "--rounds", "1", "--hub_token", "hf_secret1", "--push_to_hub_token=hf_secret2"]
     assert train(model_folder, dataset, recipe, tmp_path / "O", *more[:6]) == 0
     assert _without_secrets(more)[4:] == ["--hub_token", "...", "--push_to_hub_token=..."]
+    hyphens = ["--hub-token", "hf_secret1", "--hub-token=hf_secret2", "--max_new_tokens", "7"]
+    assert _without_secrets(hyphens) == ["--hub-token", "...", "--hub-token=...", "--max_new_tokens", "7"]
     for name in ("summary.json", "report.html", "report.md", "README.md", "ropo_config.json"):
         assert "hf_secret1" not in (tmp_path / "O" / name).read_text()
-    assert "--hub_token ..." in json.loads((tmp_path / "O" / "summary.json").read_text())["command"]
+    summary = json.loads((tmp_path / "O" / "summary.json").read_text())
+    assert "--hub_token ..." in summary["command"]
+    assert {"max_new_tokens", "max_tokens_per_batch"} <= set(summary["config"])
+    assert not {"hub_token", "push_to_hub_token"} & set(summary["config"])
 
 
 def test_command_line_wins_over_recipe(recipe):
@@ -286,6 +291,13 @@ def test_validate_takes_names_of_columns(tmp_path, capsys):
     capsys.readouterr()
     assert main(["validate", str(path), *names]) == 0
     assert "1 rows, 1 pairs" in capsys.readouterr().out
+
+
+def test_validate_lists_columns_that_cannot_be_printed(tmp_path, capsys):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r", "x\ud800": 1}) + "\n")
+    assert main(["validate", str(path)]) == 0
+    assert r"Columns that nothing reads: x\ud800." in capsys.readouterr().out
 
 
 def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsys, pairs):

@@ -375,6 +375,46 @@ def test_a_wrong_mask_is_noticed(monkeypatch):
     assert model.config._attn_implementation == "sdpa"  # as it was
 
 
+def test_a_wrong_mask_is_noticed_in_half_precision():
+    """Rounding goes either way and averages out over tokens, a mistake does not; other models round more than it."""
+    model, tokens = MODELS["llama, grouped queries"]().to(torch.bfloat16), make_tokens(SHAPES["even"])
+    assert choose_layout(model, tokens, pad_token_id=0, max_length=64)[0] == "packed"
+    model.config._attn_implementation = "sdpa"
+    trial = shared_prefix._Trial(model.eval(), tokens, 0, use_bf16=True, is_trained=True)
+    plain = trial.logps("plain")
+    assert trial.disagreement("shared_prefix", plain) is None
+    num_tokens = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in tokens]).T
+    assert "by up to" in trial.disagreement("shared_prefix", plain + 0.3 * num_tokens)
+
+
+def test_a_backward_pass_that_fails_rules_a_layout_out(monkeypatch):
+    """A GPU has other kernels for it, and finding out in the first step of a training is too late."""
+    model, tokens = MODELS["llama, grouped queries"](), make_tokens(SHAPES["even"])
+    enable_response_logps(model)
+    trial = shared_prefix._Trial(model.eval(), tokens, 0, use_bf16=False, is_trained=True)
+    plain = trial.logps("plain")
+    trial.has_backward = True
+    assert trial.disagreement("packed", plain) is None
+
+    def refusing(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(shared_prefix.torch.autograd, "grad", refusing)
+    model.config._attn_implementation = "sdpa"
+    assert "RuntimeError: no kernel" in trial.disagreement("packed", plain)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_whose_forward_was_wrapped_since_is_asked_again():
+    """Mixed precision wraps the forward of a model that is trained; it may be scored or trained once more."""
+    model, tokens = MODELS["llama, grouped queries"](), make_tokens(SHAPES["even"])
+    choose_layout(model, tokens, pad_token_id=0, max_length=64)
+    inner = model.forward
+    model.forward = lambda *args, **options: inner(*args, **options)
+    assert choose_layout(model, tokens, pad_token_id=0, max_length=64)[0] == "packed"
+    assert model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, VOCABULARY)
+
+
 def test_generation_is_untouched():
     model = MODELS["llama, grouped queries"]().eval()
     prompt = torch.tensor([[5, 6, 7]])

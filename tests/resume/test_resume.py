@@ -3,10 +3,12 @@
 import copy
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -15,7 +17,7 @@ from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig
 from ropo.noise.trial import Trial
 from ropo.policy import PolicySource
-from ropo.provenance import hash_file, read_json
+from ropo.provenance import hash_file, hash_tensors, read_json
 from ropo.trainer import ROPOTrainer
 
 STAGES = [
@@ -203,6 +205,49 @@ def test_another_chat_template_is_another_run(model_folder, pairs, tmp_path, tok
         run_rounds(model_folder, pairs, config(folder, **options), processing_class=other)
 
 
+def test_another_end_token_is_another_run(model_folder, pairs, tmp_path, tokenizer):
+    folder, options = tmp_path / "run", {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
+    run_rounds(model_folder, pairs, config(folder, **options), processing_class=tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = other.convert_ids_to_tokens(5)
+    with pytest.raises(ValueError, match="holds a run with other settings:\n  tokenizer"):
+        run_rounds(model_folder, pairs, config(folder, **options), processing_class=other)
+
+
+def _shifted(folder):
+    """The model with other weights; its files have the same names and sizes."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    return model
+
+
+def test_other_weights_in_the_same_folder_are_another_run(model_folder, pairs, tmp_path):
+    options = {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
+    mine = shutil.copytree(model_folder, tmp_path / "M")
+    run_rounds(mine, pairs, config(tmp_path / "run", **options))
+    _shifted(mine).save_pretrained(mine)
+    with pytest.raises(ValueError, match="holds a run with other settings:\n  model"):
+        run_rounds(mine, pairs, config(tmp_path / "run", **options))
+
+
+def test_a_model_object_is_the_one_that_is_trained(model_folder, pairs, tmp_path, tokenizer, monkeypatch):
+    """One that was saved in the folder before gives way as long as nothing is trained, and is refused after that."""
+    options = {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
+    first, second = AutoModelForCausalLM.from_pretrained(model_folder), _shifted(model_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(ROPOTrainer, "train_or_resume", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(first, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)
+    run_rounds(second, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "initial_model")
+    assert hash_tensors(saved.state_dict()) == hash_tensors(second.state_dict())
+    with pytest.raises(ValueError, match="holds a run that began with another model"):
+        run_rounds(first, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)
+    run_rounds(second, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)
+
+
 def test_the_tokenizer_is_of_the_revision_of_the_model(model_folder, pairs, tmp_path, monkeypatch):
     seen, load = [], AutoTokenizer.from_pretrained
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: seen.append(options) or load(name))
@@ -211,7 +256,17 @@ def test_the_tokenizer_is_of_the_revision_of_the_model(model_folder, pairs, tmp_
     assert seen[0] == {"revision": "v2"}
 
 
-def test_models_of_earlier_stages_are_not_kept(model_folder, pairs, tmp_path, monkeypatch):
+def test_half_precision_files_are_trained_in_single_precision(model_folder, tmp_path):
+    """A step of 1e-6 is lost in bfloat16, which is what most models of the hub are saved in."""
+    AutoModelForCausalLM.from_pretrained(model_folder).to(torch.bfloat16).save_pretrained(tmp_path / "M")
+    assert PolicySource(str(tmp_path / "M")).load().dtype == torch.float32
+    assert PolicySource(str(tmp_path / "M"), load_options={"dtype": "bfloat16"}).load().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sample_from": "reference", "selection_rule": "min_loss"}], ids=["policy", "reference"]
+)
+def test_models_of_earlier_stages_are_not_kept(options, model_folder, pairs, tmp_path, monkeypatch):
     """A trainer and its callbacks hold each other; on a GPU a dead model beside the next one is one too many."""
     alive, models, load = [], weakref.WeakSet(), PolicySource.load
 
@@ -231,10 +286,10 @@ def test_models_of_earlier_stages_are_not_kept(model_folder, pairs, tmp_path, mo
     monkeypatch.setattr(PolicySource, "load", watching)
     gc.disable()  # it might come by on its own
     try:
-        run_rounds(model_folder, pairs, config(tmp_path / "run", num_candidates=0))
+        run_rounds(model_folder, pairs, config(tmp_path / "run", **options))
     finally:
         gc.enable()
-    assert len(alive) > 6
+    assert len(alive) > 9
     assert set(alive) == {0}
 
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig
-from ropo.crossfit import NUM_CHECKS, deal
+from ropo.crossfit import NUM_CHECKS, deal, folds_of
 from ropo.data.load import load_pairs
 from ropo.ledger import read_ledger
 from ropo.provenance import hash_file
@@ -216,6 +216,22 @@ def test_trusted_pairs_are_kept_and_are_no_part_of_the_data(model_folder, pairs,
     assert len(load_pairs(tmp_path / "O" / "cleaned.jsonl").pairs) == 8
 
 
+def test_trusted_pairs_are_no_resampled_ones(model_folder, pairs, tmp_path):
+    summary = run_rounds(model_folder, pairs[:15], config(tmp_path / "O", rho="0", num_folds=0), trusted=pairs[15:])
+    assert (summary["num_pairs"], summary["num_resampled"], summary["num_trusted"]) == (15, 0, 5)
+
+
+def test_what_is_to_be_left_out_is_not_called_wrong(model_folder, many, tmp_path, monkeypatch):
+    """A verdict "drop" says nothing about the label: P(flipped) is what the judges say."""
+    Planted(monkeypatch, share=0.1, gain=0)
+    pairs = [replace(pair, verdict="drop") if pair.row in (70, 71) else pair for pair in many]
+    run_audit(model_folder, pairs, config(tmp_path / "O"))
+    ledger = ledger_of(tmp_path / "O").set_index("row")
+    assert ledger.loc[[70, 71], "decision"].tolist() == ["drop", "drop"]
+    assert ledger.loc[70, "p_flip"] == pytest.approx(ledger.loc[72, "p_flip"], abs=0.05)
+    assert ledger.loc[[70, 71], "p_flip"].max() < 0.5
+
+
 class Planted:
     """Margins in place of trained models: the first pass, then judges with and without what it contradicts."""
 
@@ -317,6 +333,18 @@ def test_folds_are_even_and_repeatable():
     assert deal(ids, 5, seed=2) != fold_of
     with pytest.raises(ValueError, match="got 5 folds and 3 pairs"):
         deal(["a", "b", "c"], 5, seed=0)
+
+
+def test_what_reads_the_same_shares_a_fold(pairs):
+    """A model that has learned a pair has learned its label, whatever white space, case or marks stand around it."""
+    twins = [replace(pair, prompt=f"{pair.prompt} ", id="", row=20 + pair.row) for pair in pairs]
+    turned = [replace(p, chosen=p.rejected, rejected=f"{p.chosen}!", id="", row=40 + p.row) for p in pairs]
+    fold_of = folds_of([*pairs, *twins, *turned], 4, seed=0)
+    assert len(fold_of) == 60
+    for group in zip(pairs, twins, turned, strict=True):
+        assert len({fold_of[pair.id] for pair in group}) == 1
+    # Without such twins folds are dealt by the ids themselves.
+    assert folds_of(pairs, 4, seed=0) == deal([pair.id for pair in pairs], 4, seed=0)
 
 
 def test_an_audit_needs_folds(model_folder, pairs, tmp_path):

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,13 @@ from ropo.bench.export import EXPORTS, Answer, Question, read_questions, write_a
 from ropo.bench.options import LIKELIEST, ExportArguments
 from ropo.data.tokenize import encode_prompts
 from ropo.pairs import Text
-from ropo.policy import PolicySource
-from ropo.provenance import hash_file, hash_value, read_json, versions, write_json
+from ropo.policy import PolicySource, model_digest
+from ropo.provenance import read_json, versions, write_json
 from ropo.resample.engine import Engine
 from ropo.resample.engines import ENGINES, Reach, open_engine
 from ropo.resample.generate import Sample, sample_responses
 
 logger = logging.getLogger(__name__)
-
-_WEIGHTS = (".safetensors", ".bin", ".model", ".jinja")
-_SETTINGS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "adapter_config.json",
-)  # fmt: skip
 
 
 def export_answers(args: ExportArguments) -> dict[str, Any]:
@@ -72,7 +67,7 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
             f"export needs a tokenizer with a chat template; got {model} without one. Use the instruction-tuned "
             "model's, or --plain_text for a model that was trained on plain text."
         )
-    digest = _model_digest(model, args.model_revision)
+    digest = model_digest(model, args.model_revision)
     folder = Path(str(args.output_dir)) / "export" / name
     temperatures = {question.id: spec.temperature_of(question, args.temperature) for question in questions}
     begun = _claim(folder, _identity(args, questions, digest, temperatures))
@@ -163,16 +158,9 @@ def _reach(args: ExportArguments, tokenizer: PreTrainedTokenizerBase) -> Reach:
     base = str(args.model_name_or_path) if adapter is None else base
     options = {"dtype": args.dtype, "revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     source = PolicySource(base, load_options=options, is_adapter=adapter is not None)
-    loaded: list[Any] = []
-
-    def load() -> Any:
-        if not loaded:  # once, however many shards there are
-            loaded.append(source.load(adapter))
-        return loaded[0]
-
     return Reach(
         tokenizer=tokenizer,
-        load=load,
+        load=partial(source.load, adapter),
         folder=base,
         adapter=adapter,
         load_options=options,
@@ -181,22 +169,6 @@ def _reach(args: ExportArguments, tokenizer: PreTrainedTokenizerBase) -> Reach:
         name=args.generation_model,
         api_key_env=args.generation_api_key_env,
     )
-
-
-def _model_digest(model: str, revision: str | None) -> str:
-    """Name a model by the bytes of its files: another training may have left files of the same names and sizes.
-
-    A hub id is named by itself and the revision.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return hash_value([model, revision])
-    files = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.name in _SETTINGS or (path.suffix in _WEIGHTS and path.name != "training_args.bin")
-    ]
-    return hash_value([(path.name, hash_file(path)) for path in files])
 
 
 def _identity(

@@ -119,7 +119,7 @@ def mt_bench_question(row: Mapping[str, Any]) -> Question:
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError(f"a list of texts in `turns`; got {short(turns)}.")
-    return Question(id=_id(row, "question_id"), turns=tuple(map(_encodable, turns)), category=_category(row))
+    return Question(id=_id(row, "question_id"), turns=tuple(map(encodable, turns)), category=_category(row))
 
 
 def mt_bench(answer: Answer, name: str, written: float) -> dict[str, Any]:
@@ -358,10 +358,15 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         got = f"fields {', '.join(map(str, row)) or 'none'}" if name not in row else short(value)
         raise ValueError(f"a text in `{name}`; got {got}.")
-    return _encodable(value)
+    return encodable(value)
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
+    """The text, if it can be written as UTF-8.
+
+    Raises:
+        ValueError: If it cannot; begins with what was needed.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

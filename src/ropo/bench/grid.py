@@ -26,7 +26,7 @@ from ropo.bench.cell import Cell, make_task, measure, named
 from ropo.bench.grid_config import BenchConfig
 from ropo.bench.methods import METHODS, trials_of
 from ropo.bench.rows import KEY, TRIAL_KEY, append_row, key_of, read_rows
-from ropo.provenance import read_json, write_json
+from ropo.provenance import hash_file, hash_value, read_json, write_json
 
 NEARLY_BEST = {"accuracy": 0.01, "gold": 0.1}  # scores that close are a tie when a setting is chosen
 
@@ -81,6 +81,7 @@ def _shared(folder: Path, config: BenchConfig) -> dict[str, Any]:
         "source": None if config.source is None else Path(config.source).name,
         "options": dict(config.options),
         **config.own,
+        **({"contents": contents} if (contents := _contents(config)) else {}),
     }
     path = folder / "bench.json"
     there = read_json(path) if path.exists() else shared
@@ -91,6 +92,20 @@ def _shared(folder: Path, config: BenchConfig) -> dict[str, Any]:
                 "output_dir."
             )
     return shared
+
+
+def _contents(config: BenchConfig) -> dict[str, str]:
+    """Digests of the files and folders that a grid is given: a name says little about what stands in it."""
+    given = {"source": config.source, "model": config.model, "judge_model": config.judge.get("judge_model")}
+    paths = {name: Path(value) for name, value in given.items() if value and Path(value).exists()}
+    return {name: _content(path) for name, path in paths.items()}
+
+
+def _content(path: Path) -> str:
+    if path.is_file():
+        return hash_file(path)[:16]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hash_value([(file.relative_to(path).as_posix(), hash_file(file)) for file in files])[:16]
 
 
 def missing_trials(config: BenchConfig, path: Path) -> list[Cell]:

@@ -75,7 +75,8 @@ def score_policy(
         Scores with 90 % intervals.
     """
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    batching = {"pad_token_id": tokenizer.pad_token_id, "max_length": max_length}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batching = {"pad_token_id": pad, "max_length": max_length}
     own = score_pairs(policy, tokenized.tokens, title="Held-out pairs", **batching)
     base = score_pairs(reference, tokenized.tokens, title="Held-out pairs", **batching)
     h = margin(own, base, beta=1.0).numpy()

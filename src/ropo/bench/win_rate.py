@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from ropo.bench.export import read_objects
+from ropo.bench.export import encodable, read_objects
 from ropo.bench.measures import Mean, share_of
 from ropo.bench.options import WinRateArguments
 from ropo.data.problems import short
@@ -128,6 +128,10 @@ def read_outputs(path: Path, *, option: str) -> Outputs:
                     f"{where}: outputs need a text in `{name}`; got {got}. Write AlpacaEval's format, as `ropo export "
                     "--benchmark alpaca_eval` does."
                 )
+            try:
+                encodable(row[name])
+            except ValueError as error:
+                raise DataError(f"{where}: outputs need {error}") from None
         if row["instruction"] in texts:
             raise DataError(
                 f"{where}: outputs need an instruction once; got {short(row['instruction'])} again. Leave one out."

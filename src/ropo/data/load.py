@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from ropo.data.problems import BadRow, Problem, short
+from ropo.data.problems import BadRow, Problem, printable, short
 from ropo.data.read import Source, read_rows
 from ropo.pairs import Messages, Pair, Text
 
@@ -110,7 +110,8 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
             if isinstance(record, Mapping):
                 found_columns.update(record)
             fields = _fields(record, names)
-            pair, found = _pair(fields, row=row, layout=layout, origin=getattr(record, "origin", "data"))
+            origin, verdict = getattr(record, "origin", "data"), getattr(record, "verdict", None)
+            pair, found = _pair(fields, row=row, layout=layout, origin=origin, verdict=verdict)
             digest.update(_canonical(pair))
         except BadRow as bad:
             problems.append(Problem(kind=bad.kind, row=row, line=line, message=str(bad)))
@@ -119,7 +120,7 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
         pairs.append(pair)
     for name, column in (columns or {}).items():
         if found_columns and column not in found_columns:
-            here = ", ".join(sorted(map(str, found_columns)))
+            here = ", ".join(sorted(map(printable, found_columns)))
             raise ValueError(f"{name} needs the name of a column that is there; got {column!r} for data with {here}.")
     if not num_rows:
         problems.append(Problem(kind="empty_file", row=None, message=f"no row found in {short(source)}."))
@@ -153,12 +154,12 @@ def _fields(record: object, names: Mapping[str, str]) -> dict[str, Any]:
     fields = {name: record.get(column) for name, column in names.items()}
     missing = [names[name] for name in ("chosen", "rejected") if fields[name] is None]
     if missing:
-        here = ", ".join(str(column) for column, value in record.items() if value is not None) or "nothing"
+        here = ", ".join(printable(column) for column, value in record.items() if value is not None) or "nothing"
         raise BadRow("missing_field", f"a row needs {' and '.join(missing)}; got {here}.")
     return fields
 
 
-def _pair(fields: Mapping[str, Any], *, row: int, layout: str, origin: str) -> tuple[Pair, str]:
+def _pair(fields: Mapping[str, Any], *, row: int, layout: str, origin: str, verdict: str | None) -> tuple[Pair, str]:
     """Make the pair and say which layout it had; `layout` is that of the rows before, "" at first."""
     values = {name: _checked(fields[name], name) for name in ("prompt", "chosen", "rejected")}
     shape = {name: _shape(value) for name, value in values.items()}
@@ -181,6 +182,7 @@ def _pair(fields: Mapping[str, Any], *, row: int, layout: str, origin: str) -> t
             origin=origin,
             annotator=annotator,
             weight=weight,
+            verdict=verdict,
         )
     except TypeError as error:  # the id is a hash of JSON, and a message may carry anything beside its content
         raise BadRow("wrong_type", f"messages need values that JSON can hold; got another: {error}.") from error
@@ -250,6 +252,8 @@ def _weight(value: object) -> float:
 def _canonical(pair: Pair) -> bytes:
     """The content of a pair as bytes, the same for the same content."""
     content = [pair.row, pair.prompt, pair.chosen, pair.rejected, pair.annotator, pair.weight]
+    if (pair.origin, pair.verdict) != ("data", None):  # known of pairs in memory only
+        content += [pair.origin, pair.verdict]
     text = json.dumps(content, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         return text.encode()

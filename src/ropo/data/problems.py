@@ -196,6 +196,16 @@ def rows_left_out(problems: Iterable["Problem"]) -> set[int | None]:
     return {problem.row for problem in problems if PROBLEMS[problem.kind].severity != "warning"}
 
 
+def printable(name: object) -> str:
+    r"""A name from the data, as any terminal and file can show it: what cannot be printed is written as `\x..`.
+
+    Examples:
+        >>> print(printable("prompt"), printable("a\x1bb"))
+        prompt a\x1bb
+    """
+    return str(name).encode("unicode_escape").decode() if not str(name).isprintable() else str(name)
+
+
 def short(value: object) -> str:
     """A value for a message: its type and how it begins.
 
@@ -214,19 +224,19 @@ def short(value: object) -> str:
 
 
 def summarise(problems: Iterable[Problem]) -> dict[str, int]:
-    """Count problems by kind.
+    """Count rows by kind of problem.
 
     Args:
-        problems: The findings, in any order.
+        problems: The findings, in any order; a row may have two of one kind, one for each response.
 
     Returns:
-        Number of findings of each kind that occurs, in the order of `PROBLEMS`.
+        Number of rows with each kind that occurs, in the order of `PROBLEMS`.
 
     Examples:
-        >>> summarise([Problem(kind="identical", row=3, message=""), Problem(kind="identical", row=5, message="")])
-        {'identical': 2}
+        >>> summarise([Problem(kind="truncated", row=row, message="") for row in (3, 3, 5)])
+        {'truncated': 2}
     """
-    counts = Counter(problem.kind for problem in problems)
+    counts = Counter(kind for kind, _ in {(problem.kind, problem.row) for problem in problems})
     return {kind: counts[kind] for kind in PROBLEMS if counts[kind]}
 
 

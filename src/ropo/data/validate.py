@@ -76,16 +76,21 @@ def _repeats_prompt(pair: Pair) -> bool:
 
 def _near(pair: Pair, first_words: dict[str, tuple[Pair, str]]) -> list[Problem]:
     """Whether another pair, which is not this one to the letter, has the same words."""
-    prompt, chosen, rejected = (_words(text) for text in (pair.prompt, pair.chosen, pair.rejected))
+    chosen, rejected = _words(pair.chosen), _words(pair.rejected)
     if chosen == rejected:
         return []
-    earlier, preferred = first_words.setdefault(pair_id(prompt, chosen, rejected), (pair, chosen))
+    earlier, preferred = first_words.setdefault(words_id(pair), (pair, chosen))
     if earlier is pair:
         return []
     kind, verb = (
         ("near_duplicate", "is nearly") if preferred == chosen else ("near_contradiction", "is nearly, turned,")
     )
     return [Problem(kind=kind, row=pair.row, message=f"the pair {verb} that of row {earlier.row}.")]
+
+
+def words_id(pair: Pair) -> str:
+    """Name a pair by its words alone, whichever response is called chosen: the same for what reads the same."""
+    return pair_id(*(_words(text) for text in (pair.prompt, pair.chosen, pair.rejected)))
 
 
 def _words(text: Text) -> str:

@@ -77,6 +77,7 @@ def reference_logps(
     folder = cache_dir / reference_hash(model, use_bf16=use_bf16)
     keys = [_key(pair) for pair in tokens]
     known = _load(folder)
+    state.wait_for_everyone()  # or who comes late would find shards of others, and share the work out differently
     missing = [i for i, key in enumerate(keys) if key not in known]
     logger.info("Reference log-probs: %d of %d pairs are cached in %s", len(keys) - len(missing), len(keys), folder)
     if missing:

@@ -59,7 +59,13 @@ def score_pairs(
     device = next(model.parameters()).device
     # Two pairs of ordinary length: the longest would make the comparison a good part of a short pass.
     ordinary = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))[(len(tokens) - 1) // 2 :][:2]
-    layout, _ = choose_layout(model, [tokens[i] for i in ordinary], pad_token_id=pad_token_id, max_length=max_length)
+    layout, _ = choose_layout(
+        model,
+        [tokens[i] for i in ordinary],
+        pad_token_id=pad_token_id,
+        max_length=max_length,
+        use_bf16=use_bf16,
+    )
     limit = _MAX_TOKENS.get(device.type, _MAX_TOKENS["cuda"])
     limit = min(limit, max_tokens or limit)
     if layout == "plain":

@@ -105,16 +105,18 @@ def enable_response_logps(model: nn.Module) -> None:
         model: A causal language model of `transformers`, with or without PEFT.
     """
     causal_lm = _causal_lm(model)
-    if getattr(causal_lm.forward, "__func__", None) is not _forward:
-        if "forward" in vars(causal_lm):  # somebody (device placement hooks) has wrapped this instance already
-            causal_lm._ropo_wrapped_forward = causal_lm.forward
-        causal_lm.forward = MethodType(_forward, causal_lm)
+    # Not told by looking at `forward`: mixed precision wraps ours, and must not be wrapped by us again.
+    if hasattr(causal_lm, "_ropo_wrapped_forward"):
+        return
+    is_wrapped = "forward" in vars(causal_lm)  # by device placement hooks
+    causal_lm._ropo_wrapped_forward = causal_lm.forward if is_wrapped else None
+    causal_lm.forward = MethodType(_forward, causal_lm)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     source_N, target_N = kwargs.pop("response_source", None), kwargs.pop("response_target", None)
     if source_N is None:
-        wrapped = getattr(self, "_ropo_wrapped_forward", None)
+        wrapped = self._ropo_wrapped_forward
         return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
     mask = kwargs["attention_mask"]
     # Eager attention adds its mask to the scores instead of selecting by it.
@@ -139,7 +141,13 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def choose_layout(
-    model: nn.Module, tokens: Sequence[TokenizedPair], *, pad_token_id: int, max_length: int
+    model: nn.Module,
+    tokens: Sequence[TokenizedPair],
+    *,
+    pad_token_id: int,
+    max_length: int,
+    use_bf16: bool = False,
+    is_trained: bool = False,
 ) -> tuple[str, str]:
     """Find out which fast forward a model may use, by comparing with the plain one on real pairs.
 
@@ -150,6 +158,9 @@ def choose_layout(
         tokens: A few pairs; two are enough.
         pad_token_id: For the batches.
         max_length: Longest sequence that will be seen; a sliding window shorter than it rules the fast ways out.
+        use_bf16: Whether the model will be run under bfloat16 autocast. Kernels of a GPU differ by precision, so there
+            it is compared under it; a CPU compares in the precision of the weights, which shows smaller mistakes.
+        is_trained: Whether there will be a backward pass, which on a GPU is tried too: its kernels are others.
 
     Returns:
         The name of the layout, of `LAYOUTS`, and the reason in one sentence.
@@ -161,9 +172,10 @@ def choose_layout(
     was_training = model.training
     model.eval()
     try:
-        plain = _logps(model, tokens, "plain", pad_token_id)
+        trial = _Trial(model, tokens, pad_token_id, use_bf16=use_bf16, is_trained=is_trained)
+        plain = trial.logps("plain")
         for layout in candidates:
-            found = _disagreement(model, tokens, layout, plain, pad_token_id)
+            found = trial.disagreement(layout, plain)
             if found is None:
                 return layout, "it agrees with the plain forward"
             reason = found
@@ -172,39 +184,74 @@ def choose_layout(
     return "plain", reason
 
 
-def _logps(model: nn.Module, tokens: Sequence[TokenizedPair], layout: str, pad_token_id: int) -> Tensor:
-    """Log-probabilities of both responses in one layout, shape (2, pairs)."""
-    batch = LAYOUTS[layout](tokens, pad_token_id=pad_token_id)
-    device = next(model.parameters()).device
-    # Flash-attention takes no float32; such a model is trained under autocast, so it is compared under autocast.
-    to_bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=_has_flash_attention(model))
-    with torch.no_grad(), to_bf16:
-        found = FORWARDS[layout](model, {name: tensor.to(device) for name, tensor in batch.items()})
-    return torch.stack([found.chosen, found.rejected])
+class _Trial:
+    """Layouts of a few pairs, run as they will be run in earnest.
 
+    Args:
+        model: In evaluation mode.
+        tokens: The pairs.
+        pad_token_id: For the batches.
+        use_bf16: As for `choose_layout`.
+        is_trained: As for `choose_layout`.
+    """
 
-def _disagreement(
-    model: nn.Module, tokens: Sequence[TokenizedPair], layout: str, plain: Tensor, pad_token_id: int
-) -> str | None:
-    """Why a layout cannot be used, in one sentence, or None; only where it can does the model keep its attention."""
-    config = _causal_lm(model).config
-    before = config._attn_implementation
-    if layout == "packed":
-        if before not in ("sdpa", NAME):
-            return f"attention {before!r} takes no packed rows; attn_implementation='sdpa' does"
-        config._attn_implementation = NAME
-    try:
-        difference = (_logps(model, tokens, layout, pad_token_id) - plain).abs()
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+    def __init__(
+        self, model: nn.Module, tokens: Sequence[TokenizedPair], pad_token_id: int, *, use_bf16: bool, is_trained: bool
+    ) -> None:
+        weight = next(model.parameters())
+        self.model, self.tokens, self.pad_token_id, self.device = model, tokens, pad_token_id, weight.device
+        is_cpu = self.device.type == "cpu"
+        # Flash-attention takes no float32; such a model is run under autocast anyway.
+        self.to_bf16 = _has_flash_attention(model) or (use_bf16 and not is_cpu)
+        self.is_exact = weight.dtype == torch.float32 and not self.to_bf16 and not _has_tf32(self.device)
+        self.has_backward = is_trained and not is_cpu
+
+    def logps(self, layout: str, *, has_backward: bool = False) -> Tensor:
+        """Log-probabilities of both responses in one layout, shape (2, pairs)."""
+        batch = LAYOUTS[layout](self.tokens, pad_token_id=self.pad_token_id)
+        to_bf16 = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.to_bf16)
+        with torch.set_grad_enabled(has_backward), to_bf16:
+            found = FORWARDS[layout](self.model, {name: tensor.to(self.device) for name, tensor in batch.items()})
+        logps = torch.stack([found.chosen, found.rejected])
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if has_backward and trained:
+            torch.autograd.grad(logps.sum(), trained[0], allow_unused=True)
+        return logps.detach()
+
+    def disagreement(self, layout: str, plain: Tensor) -> str | None:
+        """Why a layout cannot be used, in one sentence, or None; only where it can does the model keep its attention.
+
+        Args:
+            layout: Of `LAYOUTS`.
+            plain: What `logps` gives for the plain one.
+        """
+        config = _causal_lm(self.model).config
+        before = config._attn_implementation
+        if layout == "packed":
+            if before not in ("sdpa", NAME):
+                return f"attention {before!r} takes no packed rows; attn_implementation='sdpa' does"
+            config._attn_implementation = NAME
+        try:
+            difference = (self.logps(layout, has_backward=self.has_backward) - plain).abs()
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+            config._attn_implementation = before
+            return f"the model does not take this layout ({type(error).__name__}: {str(error)[:120]})"
+        if bool((difference <= self._tolerance(plain)).all()):
+            return None
         config._attn_implementation = before
-        return f"the model does not take this layout ({type(error).__name__}: {str(error)[:120]})"
-    # A wrong mask or position shifts a log-probability by nats; rounding in half precision by a per cent or so.
-    is_exact = next(model.parameters()).dtype == torch.float32 and not _has_flash_attention(model)
-    relative, absolute = (1e-4, 1e-3) if is_exact else (2e-2, 0.5)
-    if bool((difference <= absolute + relative * plain.abs()).all()):
-        return None
-    config._attn_implementation = before
-    return f"the layout {layout!r} changes this model's log-probabilities by up to {difference.max():.3g} nats"
+        return f"the layout {layout!r} changes this model's log-probabilities by up to {difference.max():.3g} nats"
+
+    def _tolerance(self, plain: Tensor) -> Tensor:
+        """A wrong mask or position shifts every token alike; rounding in half precision goes either way."""
+        if self.is_exact:
+            return 1e-3 + 1e-4 * plain.abs()
+        num_tokens = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in self.tokens]).T
+        return 0.25 * num_tokens.to(plain).sqrt()
+
+
+def _has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 are rounded to ten bits there."""
+    return device.type == "cuda" and getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32"
 
 
 def _candidates(model: nn.Module, *, max_length: int) -> tuple[tuple[str, ...], str]:
@@ -223,7 +270,8 @@ def _candidates(model: nn.Module, *, max_length: int) -> tuple[tuple[str, ...], 
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < max_length:
         return (), f"the model's sliding window of {window} tokens is shorter than max_length={max_length}"
-    return ("packed", "shared_prefix"), ""
+    is_known = next(model.parameters()).device.type in ("cpu", "cuda")  # where packed rows have an attention
+    return ("packed", "shared_prefix") if is_known else ("shared_prefix",), ""
 
 
 def _has_flash_attention(model: nn.Module) -> bool:

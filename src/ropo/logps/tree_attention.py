@@ -14,9 +14,11 @@ Shapes: P pairs of a group, L positions of its longest pair, T positions of the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
@@ -36,6 +38,8 @@ _LONGEST_TOGETHER = 200
 _BLOCK = 128  # positions in a block of FlexAttention
 # Rows on a GPU are filled up to a multiple of this, so that few shapes are compiled.
 BUCKET_TOKENS = 1024
+# Kernels that FlexAttention may compile in a process.
+_KERNELS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +239,7 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as `transformers` calls it; a packed row where the mask is one of `row_mask`, else `sdpa`."""
     if isinstance(attention_mask, BlockMask):
+        _allow_kernels()
         # Under autocast rotary embeddings leave queries and keys in float32; not every torch takes both.
         query, key = query.to(value.dtype), key.to(value.dtype)
         found: tuple[Tensor, Tensor | None] = flex_attention_forward(
@@ -251,6 +256,12 @@ def tree_attention(
     with torch.autocast("cpu", enabled=False):
         output_TAD = _attend(query.float(), key.float(), value.float(), attention_mask, scaling)
     return output_TAD.to(dtype)[None], None
+
+
+@cache
+def _allow_kernels() -> None:
+    """Precision, gradients and number of heads have a kernel each; beyond eight, dense attention is run instead."""
+    torch._dynamo.config.recompile_limit = max(_KERNELS, torch._dynamo.config.recompile_limit)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from ropo.noise.estimate import FlipEstimate, PerPair, estimate_flips
 
@@ -66,7 +67,9 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(margins: PerPair, estimate: FlipEstimate, *, seed: int = 0) -> Calibration | None:
+def calibrate(
+    margins: PerPair, estimate: FlipEstimate, *, trusted: Float[np.ndarray, " trusted"] | None = None, seed: int = 0
+) -> Calibration | None:
     """Turn each label round once, a tenth of them at a time, and see how they are judged.
 
     ::
@@ -80,7 +83,8 @@ def calibrate(margins: PerPair, estimate: FlipEstimate, *, seed: int = 0) -> Cal
 
     Args:
         margins: Held-out margins of the pairs that are open to doubt.
-        estimate: From the same margins.
+        estimate: From the same margins, and those of the trusted pairs.
+        trusted: Held-out margins of pairs whose labels are known to be right, which are not turned.
         seed: Which labels are turned for the bins.
 
     Returns:
@@ -89,7 +93,12 @@ def calibrate(margins: PerPair, estimate: FlipEstimate, *, seed: int = 0) -> Cal
     if not estimate.is_informative or len(margins) < 50 or estimate.rate >= 0.5:
         return None
     best = _claims(margins, estimate)
-    ends = [_claims(margins, estimate_flips(margins, rate=rate)) for rate in (estimate.low, min(estimate.high, 0.499))]
+    right = np.empty(0) if trusted is None else trusted
+    everything, is_trusted = np.concatenate([margins, right]), np.arange(len(margins) + len(right)) >= len(margins)
+    ends = [
+        _claims(margins, estimate_flips(everything, is_trusted=is_trusted, rate=rate))
+        for rate in (estimate.low, min(estimate.high, 0.499))
+    ]
     recalls, precisions = zip(*((one[2], one[3] or 0.0) for one in (best, *ends)), strict=True)
     share_found, share_others, recall, precision = best
     return Calibration(

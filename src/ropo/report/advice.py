@@ -170,7 +170,7 @@ def _advise_problems(tables: Table) -> str | None:
     lost = [problem for problem in tables["problems"] if problem["severity"] in ("error", "left_out")]
     if not lost:
         return None
-    total = sum(problem["count"] for problem in lost)
+    total = tables["num_left_out"] or sum(problem["count"] for problem in lost)
     kinds = listed([problem["kind"].replace("_", " ") for problem in lost[:3]])
     return f"{counted(total, 'row')} did not reach training ({kinds}): the table of problems says how to mend them."
 

@@ -117,6 +117,7 @@ def build_tables(
         "training": _training(training_log),
         "weight_curve": _weight_curve(summary),
         "problems": _problems(summary),
+        "num_left_out": summary.get("num_left_out"),
         "decisions": _decisions(scores),
         "dropped": pair_tables.dropped(scores, originals),
         "resampled": pair_tables.resampled(ledger, scores, originals, pairs, summary.get("rounds") or []),

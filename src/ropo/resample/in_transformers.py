@@ -31,7 +31,7 @@ class TransformersEngine:
     """Samples from a model in this process.
 
     Args:
-        load: Gives the model, on its device; called when prompts come.
+        load: Gives the model, on its device; called once, when prompts come.
         tokenizer: The model's.
         use_bf16: Compute in bfloat16 by autocast, as training with `bf16` does.
     """
@@ -40,6 +40,7 @@ class TransformersEngine:
         self, load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, *, use_bf16: bool = False
     ) -> None:
         self._load, self._tokenizer, self._use_bf16 = load, tokenizer, use_bf16
+        self._model: PreTrainedModel | None = None
         self._chosen: tuple[str, int] | None = None  # decoder, bytes of the cache per token
 
     @property
@@ -67,7 +68,7 @@ class TransformersEngine:
             ValueError: If a prompt leaves no room for a response, or the model's logits are not numbers.
             torch.OutOfMemoryError: If not even the candidates of one prompt fit.
         """
-        model = self._load()
+        model = self._model = self._load() if self._model is None else self._model
         call = Caller(model, self._tokenizer)
         precision = (
             torch.autocast(call.device.type, dtype=torch.bfloat16) if self._use_bf16 else contextlib.nullcontext()
@@ -81,7 +82,8 @@ class TransformersEngine:
             model.train(was_training)
 
     def close(self) -> None:
-        """Nothing to give back: the model belongs to whoever loads it."""
+        """Let go of the model."""
+        self._model = None
 
     def _sample(
         self, call: Caller, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance

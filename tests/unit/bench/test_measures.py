@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from ropo.bench.measures import auroc, average_precision, mean_of, precision_recall, share_of
+from ropo.bench.policy import each, score_policy
+from ropo.data import toy
 
 
 def test_auroc_counts_ties_half():
@@ -35,6 +37,18 @@ def test_intervals_cover():
 def test_share_stays_inside():
     found = share_of([1, 1, 1, 0.5])
     assert 0 < found.low < found.value < found.high <= 1
+
+
+def test_a_tokenizer_without_a_pad_token_is_scored():
+    """Base models of the hub have none."""
+    tokenizer = toy.make_tokenizer()
+    model, pairs = toy.make_model(tokenizer), toy.make_pairs(8, seed=1)
+    options = {"num_samples": 4, "max_length": 128, "max_new_tokens": 4, "seed": 0}
+    scores = []
+    for pad_token in (tokenizer.pad_token, None):
+        tokenizer.pad_token = pad_token
+        scores.append(score_policy(model, model, tokenizer, pairs, each(toy.gold_reward), **options))
+    assert scores[0].accuracy == scores[1].accuracy
 
 
 def test_a_mean_of_nothing_is_not_a_number():

@@ -155,6 +155,28 @@ def test_what_is_left_out_later_is_another_grid(tmp_path, monkeypatch):
         run_bench(grid(**still, **reviews), tmp_path, num_processes=1)
 
 
+def test_other_data_of_the_same_name_is_another_grid(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_grid, "make_task", lambda *_: None)
+    monkeypatch.setattr(bench_grid, "measure", lambda *_: pytest.fail("nothing should be measured"))
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    config = grid(
+        noise={},
+        tuned={"dpo": {"beta": 0.1}},
+        source=str(tmp_path / "pairs.jsonl"),
+        model=str(tmp_path / "model"),
+    )
+    run_bench(config, tmp_path / "O", num_processes=1)
+    run_bench(config, tmp_path / "O", num_processes=1)
+    for name in ("pairs.jsonl", "model/config.json"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text("[]\n")
+        with pytest.raises(ValueError, match="holds rows measured with contents"):
+            run_bench(config, tmp_path / "O", num_processes=1)
+        (tmp_path / name).write_text(before)
+
+
 def test_a_grid_from_before_this_task_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_grid, "make_task", lambda *_: None)
     config = BenchConfig(task="reviews", seeds=(1,), noise={}, methods=("dpo",), tuned={"dpo": {"beta": 0.1}})

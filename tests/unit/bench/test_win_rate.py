@@ -99,6 +99,8 @@ def test_both_must_have_answered_the_same():
         ([{"instruction": "a", "output": "x"}] * 2, "row 1 (line 1): outputs need an instruction once"),
         ([{"instruction": "a", "output": "x", "generator": "m"}, {"instruction": "b", "output": "x", "generator": "n"}],
          "outputs need one generator; got m, n"),
+        ([{"instruction": "a", "output": "x\ud800"}], "outputs need text that is UTF-8; got str"),
+        ([{"instruction": "\ud800", "output": "x"}], "outputs need text that is UTF-8; got str"),
         ([], "outputs need at least one row"),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -124,8 +125,16 @@ def test_rows_in_memory_give_the_same_pairs_and_hash():
 
 
 def test_pairs_in_memory_keep_row_and_origin():
-    pair = Pair(prompt="p", chosen="c", rejected="r", row=17, origin="resampled", annotator="ann", weight=0.25)
-    assert load_pairs([pair]).pairs == [pair]
+    plain = Pair(prompt="p", chosen="c", rejected="r", row=17, annotator="ann", weight=0.25)
+    resampled, judged = replace(plain, origin="resampled"), replace(plain, verdict="wrong")
+    for pair in (plain, resampled, judged):
+        assert load_pairs([pair]).pairs == [pair]
+    assert len({load_pairs([pair]).sha256 for pair in (plain, resampled, judged)}) == 3
+
+
+def test_names_of_columns_that_cannot_be_printed_are_escaped():
+    loaded = load_pairs([{"prompt": "p", "chosen": "c", "x\ud800\x1b": "r"}])
+    assert loaded.problems[0].message == r"a row needs rejected; got prompt, chosen, x\ud800\x1b."
 
 
 def test_a_selection_of_a_dataset_is_read_as_selected():

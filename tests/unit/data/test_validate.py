@@ -128,8 +128,10 @@ def test_an_unknown_kind_is_refused():
 
 
 def test_counts_come_in_the_order_of_the_table():
-    problems = [Problem(kind=kind, row=0, message="") for kind in ("duplicate", "identical", "not_json", "identical")]
-    assert list(summarise(problems).items()) == [("not_json", 1), ("identical", 2), ("duplicate", 1)]
+    """Rows are counted: a pair both of whose responses are cut is one pair."""
+    found = [("duplicate", 0), ("identical", 1), ("not_json", 2), ("identical", 3), ("truncated", 4), ("truncated", 4)]
+    problems = [Problem(kind=kind, row=row, message="") for kind, row in found]
+    assert list(summarise(problems).items()) == [("not_json", 1), ("identical", 2), ("truncated", 1), ("duplicate", 1)]
     assert summarise([]) == {}
 
 

@@ -76,3 +76,20 @@ def test_no_flips_no_precision():
     found = calibrate(margins, estimate_flips(margins))
     assert found.precision is None
     assert found.recall > 0.95
+
+
+def test_trusted_pairs_lower_what_is_claimed_of_a_judge_that_is_surely_wrong():
+    """One in eight right labels is surely contradicted; only pairs that are known to be right can show that."""
+    rng = np.random.default_rng(4)
+    margins, is_flipped = planted(0.15, separation=3.0, num_pairs=4000)
+    is_misjudged = ~is_flipped & (rng.random(4000) < 0.12)
+    margins = np.where(is_misjudged, -margins, margins)
+    is_trusted = ~is_flipped & (np.cumsum(~is_flipped) <= 200)
+    with_trusted = estimate_flips(margins, is_trusted=is_trusted)
+    doubtful, trusted = margins[~is_trusted], margins[is_trusted]
+    blind = calibrate(doubtful, estimate_flips(doubtful))
+    seeing = calibrate(doubtful, with_trusted, trusted=trusted)
+    assert seeing.precision < blind.precision - 0.05
+    assert seeing.precision_range[0] < blind.precision_range[0] - 0.05
+    # At the ends of the interval, too, the trusted pairs are fitted: without them the range is that of other fits.
+    assert seeing.precision_range != calibrate(doubtful, with_trusted).precision_range

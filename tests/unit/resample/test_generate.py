@@ -66,6 +66,18 @@ def test_the_same_call_gives_the_same_text(model, tokenizer, prompts):
     assert sample_responses(model, tokenizer, prompts, **{**OPTIONS, "seed": 6}) != first
 
 
+def test_an_engine_loads_its_model_once(model, tokenizer, prompts, tmp_path, monkeypatch):
+    """However many shards there are; and lets go of it at the end."""
+    monkeypatch.setattr(in_transformers, "_TOKENS_PER_SHARD", {"cpu": 8, "cuda": 8})
+    loaded = []
+    engine = TransformersEngine(lambda: loaded.append(1) or model, tokenizer)
+    sample_responses(engine, tokenizer, prompts, folder=tmp_path, model_digest="m", **OPTIONS)
+    assert len(list(tmp_path.iterdir())) > 1
+    assert loaded == [1]
+    engine.close()
+    assert engine._model is None
+
+
 def test_chance_belongs_to_the_prompt(model, tokenizer, prompts):
     """The order of the data and other prompts change nothing; the same prompt twice gets different responses."""
 

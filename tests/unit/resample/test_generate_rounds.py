@@ -116,4 +116,3 @@ def test_where_the_model_is(is_adapter, run, model_folder, tmp_path, monkeypatch
     assert found.adapter == (trained if is_adapter else None)
     assert (trained / ("adapter_config.json" if is_adapter else "model.safetensors")).exists()
     assert found.load().training is False
-    assert found.load() is found.load()
