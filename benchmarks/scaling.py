@@ -255,9 +255,9 @@ def planned_table() -> str:
 
 
 def options_table() -> str:
-    """What more rounds, folds and passes cost, to one epoch of training without anything else."""
+    """What more rounds, folds and passes cost, to a round without a reference pass: one epoch and its scoring pass."""
     once = plan_run(LARGE, LARGE_PAIRS, RunSize(num_folds=0, needs_reference=False), GPU, tokens_at_once=8192).seconds
-    lines = ["| run | to one epoch of training |", "|---|---|"]
+    lines = ["| run | to one epoch and its scoring pass |", "|---|---|"]
     for name, run in (
         ("one round, no folds", RunSize(num_folds=0)),
         ("one round, 2 folds, 1 pass", RunSize(num_folds=2, num_passes=1)),

@@ -64,7 +64,9 @@ class TrainArguments:
     annotator_column: str = _option("annotator", "Name of the column that says who labelled the pair.")
     trusted: str | None = _option(None, "File of further pairs whose labels are known to be right; 50 to 200 help.")
     decisions: str | None = _option(None, "A review.csv with verdicts (right, wrong, drop) of a person: obeyed.")
-    dtype: str = _option("float32", "Type of the weights: float32 trains best (--bf16 computes fast), auto, bfloat16.")
+    dtype: str = _option(
+        "float32", "Of the weights: float32 trains best (--bf16 computes fast); auto, bfloat16, float16."
+    )
     attn_implementation: str | None = _option(
         None,
         "Attention. Default: what transformers takes for the model, mostly sdpa, which can encode each prompt once per "
@@ -386,6 +388,10 @@ def _losses(words: list[str]) -> int:
     return DONE
 
 
+_RECIPE = "--config FILE: a YAML file whose keys are options; what stands on the command line wins."
+_EPILOGS = {"train": _RECIPE, "audit": f"{_RECIPE} Options of rounds and resampling do nothing here."}
+
+
 def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArguments, ROPOConfig]:
     """Read the options of `ropo train` or `ropo audit`: a YAML file gives defaults, the command line wins.
 
@@ -402,7 +408,7 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
     config_parser = argparse.ArgumentParser(f"ropo {task}", add_help=False)
     config_parser.add_argument("--config", type=Path)
     config, rest = config_parser.parse_known_args(list(words))
-    parser = HfArgumentParser(_KINDS, prog=f"ropo {task}", allow_abbrev=False)
+    parser = HfArgumentParser(_KINDS, prog=f"ropo {task}", allow_abbrev=False, epilog=_EPILOGS[task])
     known = [f.name for kind in _KINDS for f in dataclasses.fields(kind)]
     if config.config is not None:
         parser.set_defaults(**_read_recipe(config.config, known))

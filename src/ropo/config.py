@@ -137,7 +137,7 @@ class ROPOConfig(TrainingArguments):
         None, "server: base address, like http://localhost:8000/v1. Prompts are sent there, as token ids."
     )
     generation_model: str | None = _option(
-        None, "server: name of the model there; best the one that sample_from names, and at least one with its tokens."
+        None, "server: name of the model there: the one that is to answer, or at least one with its tokens."
     )
     generation_api_key_env: str | None = _option(
         None,

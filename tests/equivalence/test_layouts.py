@@ -396,7 +396,7 @@ def test_a_backward_pass_that_fails_rules_a_layout_out(monkeypatch):
     trial.has_backward = True
     assert trial.disagreement("packed", plain) is None
 
-    def refusing(*_):
+    def refusing(*_, **__):
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(shared_prefix.torch.autograd, "grad", refusing)

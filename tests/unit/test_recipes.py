@@ -9,7 +9,7 @@ import yaml
 from ropo.cli import parse_train
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
-PAPERS = [path for path in RECIPES if path.name != "ropo.yaml"]
+PAPERS = [path for path in RECIPES if path.name not in ("ropo.yaml", "resampling.yaml")]
 WORDS = ["--model_name_or_path", "mistralai/Mistral-7B-v0.1", "--output_dir", "o", "--use_cpu"]
 
 

@@ -325,7 +325,7 @@ def hard_or_noisy(
     checks: Checks,
     judge: Judge | None,
 ) -> Decisions:
-    """Of the pairs in the budget, drop those whose margin is low at all checks and keep those that are merely hard.
+    """Of the pairs in the budget, drop those with a low margin at all checks, keep those that are merely hard.
 
     ::
 
@@ -390,7 +390,7 @@ RULES: Mapping[str, RuleSpec] = MappingProxyType(
         ),
         "hard_or_noisy": RuleSpec(
             fn=hard_or_noisy,
-            meaning="Of ⌊ρN⌋ suspects drop those that are wrong at all checks; a judge may settle the doubtful ones.",
+            meaning="Of ⌊ρN⌋ suspects drop those surely below 0 over the checks; a judge may settle the doubtful ones.",
             total_weight="N_ρ or more: what is merely hard stays",
             needs_checks=True,
             takes_judge=True,
