@@ -3,12 +3,13 @@
 import json
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from ropo.resample.engine import Prompt, Response, Sampling
 from ropo.resample.generate import sample_responses
@@ -68,11 +69,12 @@ def test_what_is_told(vllm, tokenizer, model_folder):
     engine = VllmEngine(model_folder, tokenizer, options={"trust_remote_code": True})
     assert vllm.started == []
     found = sample(engine, [5, 6, 80], [81])
+    given = Path(vllm.started[0].pop("tokenizer"))
+    assert AutoTokenizer.from_pretrained(given).get_vocab() == tokenizer.get_vocab()
     assert vllm.started == [
         {
             "model": str(model_folder),
             "max_model_len": 8,
-            "skip_tokenizer_init": True,
             "dtype": "auto",
             "trust_remote_code": True,
         }
@@ -100,6 +102,8 @@ def test_what_is_told(vllm, tokenizer, model_folder):
         ]
         for token in (80, 81)
     ]
+    engine.close()
+    assert not given.exists()
 
 
 def test_started_once_and_again_for_longer_texts(vllm, tokenizer):
