@@ -9,11 +9,13 @@ beside its base model, never merged. vLLM is imported when the first prompts com
 import gc
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ class VllmEngine:
         if adapter is not None:
             self._options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _largest_rank(adapter)}
         self._llm: Any = None
-        self._tokenizer_folder: TemporaryDirectory[str] | None = None
+        self._forget_tokenizer: Callable[[], object] = lambda: None
         self._max_tokens = 0
 
     @property
@@ -128,9 +130,7 @@ class VllmEngine:
         if shutdown is not None:
             shutdown()
         self._llm, self._max_tokens = None, 0
-        if self._tokenizer_folder is not None:
-            self._tokenizer_folder.cleanup()
-            self._tokenizer_folder = None
+        self._forget_tokenizer()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -140,11 +140,12 @@ class VllmEngine:
         if self._llm is not None and max_tokens <= self._max_tokens:
             return
         self.close()
-        # It gets and gives tokens only. But without a tokenizer of its own it does not start with models that could take
-        # pictures too (vllm-project/vllm#54904), and a model's folder need not hold one.
-        self._tokenizer_folder = TemporaryDirectory()
-        self._tokenizer.save_pretrained(self._tokenizer_folder.name)
-        options = {"max_model_len": max_tokens, "tokenizer": self._tokenizer_folder.name, **self._options}
+        # It gets and gives tokens only. But without a tokenizer of its own it does not start with models that could
+        # take pictures too (vllm-project/vllm#54904), and a model's folder need not hold one.
+        folder = mkdtemp()
+        self._forget_tokenizer = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._tokenizer.save_pretrained(folder)
+        options = {"max_model_len": max_tokens, "tokenizer": folder, **self._options}
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             options.setdefault("gpu_memory_utilization", round(_MEMORY_SHARE * free / total, 3))
