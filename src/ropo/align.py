@@ -35,7 +35,7 @@ from ropo.outputs import Read, publish, publish_audit
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource
-from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
+from ropo.provenance import hash_file, hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.rounds import run_all
 from ropo.stages import Stages
 from ropo.trainer import batching, refuse_several_gpus
@@ -48,6 +48,7 @@ _NOT_IDENTITY = (
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir",
     "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
     "save_total_limit", "dataloader_num_workers", "max_tokens_per_batch", "hub_token", "push_to_hub", "local_rank",
+    "audit_from",  # its margins count, wherever they are
     "_n_gpu",
     "do_train", "do_eval", "do_predict", "judge_url", "judge_api_key_env", "judge_on_failure", "generation_url",
     "generation_api_key_env",
@@ -56,6 +57,8 @@ _NOT_IDENTITY = (
 
 _INITIAL_MODEL = "initial_model"
 _MADE_BEFORE = (_INITIAL_MODEL, f"{_INITIAL_MODEL}.json", "reference_cache")  # these may stand in a folder of nobody
+
+_DEALT_BY = ("num_folds", "seed", "max_length")  # options that say which pairs there are and who judges which
 
 _LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")  # model types
 
@@ -120,6 +123,8 @@ def run_rounds(
         DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
         ValueError: If the output folder holds something else than this run, or a verdict is about another pair.
     """
+    if args.audit_from is not None and not args.needs_audit:
+        raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
     made = _prepare(
         model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
         is_audit=False,
@@ -262,9 +267,11 @@ def _prepare(
         "adapter": None if peft_config is None else peft_config.to_dict(),
     }
     identity = json.loads(json.dumps(identity, sort_keys=True, default=_as_json))
+    identity["audit_from"] = None if args.audit_from is None else _margins_of(Path(args.audit_from), identity)
     _claim(folder, identity)
     _report_problems(folder, problems)
-    tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
+    if args.audit_from is None:  # else most of what it counts is there
+        tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
     reference_of = _reference_of(source, tokenizer, args)
     digest = hash_value(identity)
     needs_reference = LOSSES[args.loss].needs_reference
@@ -281,6 +288,35 @@ def _prepare(
         digest=digest,
         lengths=tokenized.lengths,
     )
+
+
+def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
+    """Digest of the held-out margins of another run, after a look whether they are of this run's pairs.
+
+    Raises:
+        ValueError: If there is no finished pass, or it was made of other pairs, by another model, or in other folds.
+    """
+    path, passes = folder / "ropo_config.json", folder / "audit"
+    if not path.exists() or not passes.exists():
+        raise ValueError(f"audit_from needs the output folder of an audit; {folder} holds none.")
+    there, here = (
+        {
+            **{name: one[name] for name in ("tokenizer", "data", "trusted")},
+            "model": one["model"][0],
+            **{name: one["options"][name] for name in _DEALT_BY},
+        }
+        for one in (read_json(path), identity)
+    )
+    if there != here:
+        raise ValueError(
+            f"audit_from needs an audit of the same pairs by the same model; {folder} has another one:\n"
+            f"{_differences(there, here)}"
+        )
+    first = [passes / "pass_0" / f"fold_{fold}.safetensors" for fold in range(here["num_folds"])]
+    if not all(file.exists() for file in first):
+        raise ValueError(f"audit_from needs a finished audit; that in {folder} was broken off. Finish it first.")
+    files = sorted(passes.rglob("fold_*.safetensors"))
+    return hash_value([(file.relative_to(passes).as_posix(), hash_file(file)) for file in files])[:16]
 
 
 def _check_run(args: ROPOConfig) -> None:
@@ -325,12 +361,12 @@ def _tokenizer_options(load_options: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name of a tokenizer's content: how it cuts text, how a text ends, and its chat template."""
+    """Name of a tokenizer's content: how it cuts text, how a text begins and ends, and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # What it was last called with stands in there as well.
     found = {} if backend is None else {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     cut = found or sorted(tokenizer.get_vocab().items())
-    return hash_value([cut, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.eos_token_id])[:16]
+    return hash_value([cut, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token])[:16]
 
 
 def _as_json(value: Any) -> Any:
@@ -381,7 +417,8 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         old = read_json(path)
         if old != identity and _has_trained(folder):
             # A person may have filled in what stands there.
-            remedy = "" if (folder / "review.csv").exists() else ", or remove this one to start anew"
+            has_audit = (folder / "review.csv").exists()
+            remedy = f" and --audit_from {folder}" if has_audit else ", or remove this one to start anew"
             raise ValueError(
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."

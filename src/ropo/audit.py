@@ -132,8 +132,13 @@ class Audit:
             peft_config=self.peft_config,
             digest=digest,
             num_scored=num_scored,
+            taken_from=None if self.args.audit_from is None else self._elsewhere(folder),
         )
         return margins
+
+    def _elsewhere(self, folder: Path) -> Path:
+        """The same folder of the audit that margins are taken from."""
+        return Path(str(self.args.audit_from)) / "audit" / folder.relative_to(self.folder)
 
     def _all(self) -> PairDataset:
         """What the data says, turned round where a person has said so."""

@@ -118,6 +118,10 @@ class ROPOConfig(TrainingArguments):
         5, "Models that judge pairs they were not trained on; 0: each round filters by the trained model's own margins."
     )
     num_passes: int = _option(2, "Passes of judging: the first gives the flip rate, each further one judges better.")
+    audit_from: str | None = _option(
+        None,
+        "Output folder of an audit of the same pairs by the same model: its margins are read instead of training.",
+    )
     decision_rule: str | None = _option(
         None,
         "How the pairs to filter out are chosen: " + ", ".join(RULES) + ". Default: lowest_loss if rho is given, which "

@@ -43,6 +43,7 @@ def crossfit_margins(
     peft_config: PeftConfig | None,
     digest: str,
     num_scored: int | None = None,
+    taken_from: Path | None = None,
 ) -> NDArray[np.float64]:
     """Held-out margins of every pair of `data`, from `args.num_folds` models that start from the initial one.
 
@@ -61,6 +62,7 @@ def crossfit_margins(
         peft_config: For adapters.
         digest: Of everything that made `data`, `training` and `args`.
         num_scored: Only so many folds, the first ones; None for all.
+        taken_from: Folder of the same folds of another run; what is there is copied instead of trained.
 
     Returns:
         Shape (checks, pairs), nats up to the common scale; the last check is the end of training. NaN in folds that
@@ -82,6 +84,11 @@ def crossfit_margins(
         name = f"fold_{fold}.safetensors"
 
         def make(fold: int = fold, judged: NDArray[np.int64] = judged, name: str = name) -> None:
+            if taken_from is not None and (taken_from / name).exists():
+                if PartialState().is_main_process:
+                    with write_aside(folder / name) as path:
+                        shutil.copyfile(taken_from / name, path)
+                return
             own = copy.copy(args)
             own.output_dir = str(folder / f"fold_{fold}_checkpoints")
             own.per_device_eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)

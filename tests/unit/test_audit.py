@@ -347,6 +347,48 @@ def test_what_reads_the_same_shares_a_fold(pairs):
     assert folds_of(pairs, 4, seed=0) == deal([pair.id for pair in pairs], 4, seed=0)
 
 
+def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, monkeypatch):
+    """Verdicts, another rule, another beta: the judges are asked, not trained; only what is aligned is trained."""
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    options = {"rho": "0.3", "decision_rule": "lowest_loss"}
+    run_audit(model_folder, rows, config(tmp_path / "O", **options))
+    told = {"decisions": fill(tmp_path / "O", {3: "wrong", 4: "drop"})}
+    trained, train = [], ROPOTrainer.train_or_resume
+    monkeypatch.setattr(ROPOTrainer, "train_or_resume", lambda self, of: trained.append(len(of)) or train(self, of))
+    there = {**options, "audit_from": str(tmp_path / "O")}
+    run_rounds(model_folder, rows, config(tmp_path / "A", beta=0.3, rounds=1, **there), **told)
+    assert len(trained) == 1
+    before, after = (load_file(tmp_path / name / "audit" / "pass_0" / "judgement.safetensors") for name in "OA")
+    np.testing.assert_array_equal(before["margins"], after["margins"])
+    ledger = ledger_of(tmp_path / "A").set_index("row")
+    assert ledger.loc[[3, 4], "decision"].tolist() == ["flip", "drop"]
+    # It is a run like others: given again it does nothing, and without the other folder it is not the same.
+    run_rounds(model_folder, rows, config(tmp_path / "A", beta=0.3, rounds=1, **there), **told)
+    assert len(trained) == 1
+    with pytest.raises(ValueError, match="holds a run with other settings:\n  audit_from"):
+        run_rounds(model_folder, rows, config(tmp_path / "A", beta=0.3, rounds=1, **options), **told)
+    run_audit(model_folder, rows, config(tmp_path / "B", rho="0.2", audit_from=str(tmp_path / "O")))
+    assert len(trained) == 1
+
+
+def test_what_margins_are_not_taken_from(model_folder, pairs, tmp_path):
+    run_audit(model_folder, pairs, config(tmp_path / "O", rho="0.3", num_passes=1))
+    there = {"rho": "0.3", "num_passes": 1, "audit_from": str(tmp_path / "O")}
+    for options, rows, said in (
+        ({"num_folds": 5}, pairs, "another one:\n  num_folds: 4 there, 5 now"),
+        ({"seed": 7}, pairs, "another one:\n  seed: 42 there, 7 now"),
+        ({}, pairs[1:], "another one:\n  data: "),
+        ({"audit_from": str(tmp_path)}, pairs, "needs the output folder of an audit"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_audit(model_folder, rows, config(tmp_path / "A", **{**there, **options}))
+    with pytest.raises(ValueError, match="needs a run that audits"):
+        run_rounds(model_folder, pairs, config(tmp_path / "A", **{**there, "rho": "0", "alpha": "14"}))
+    (tmp_path / "O" / "audit" / "pass_0" / "fold_3.safetensors").unlink()
+    with pytest.raises(ValueError, match="was broken off"):
+        run_audit(model_folder, pairs, config(tmp_path / "A", **there))
+
+
 def test_an_audit_needs_folds(model_folder, pairs, tmp_path):
     with pytest.raises(ValueError, match="An audit needs num_folds of 2 or more; got 0"):
         run_audit(model_folder, pairs, config(tmp_path / "O", num_folds=0, rho="0.1", alpha="14", rounds=2))
