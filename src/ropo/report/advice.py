@@ -62,8 +62,8 @@ def _advise_verdicts(tables: Table) -> str | None:
         return None
     return (
         "Open `review.csv`, which has the most suspect pair first, and fill in the column `verdict`: right, wrong or "
-        "drop. Then `ropo train --decisions review.csv --audit_from` and the name of this folder obeys you, without another "
-        "audit."
+        "drop. Then `ropo train --decisions review.csv` obeys you, and with `--audit_from` and this folder it needs no "
+        "other audit."
     )
 
 
