@@ -132,7 +132,10 @@ def folds_of(pairs: Sequence[Pair], num_folds: int, *, seed: int) -> dict[str, i
     Args:
         pairs: May repeat.
         num_folds: How many folds.
-        seed: Same pairs and seed, same folds.
+        seed: Same pairs and seed, same folds, in whatever order the pairs are.
+
+    Returns:
+        Fold by id, as evenly as can be.
 
     Raises:
         ValueError: If there are fewer different pairs than folds.
@@ -141,28 +144,12 @@ def folds_of(pairs: Sequence[Pair], num_folds: int, *, seed: int) -> dict[str, i
     names: dict[str, str] = {}  # a group is called by the first of its ids
     for id_, word in words.items():
         names[word] = min(names.get(word, id_), id_)
-    fold_of = deal(list(names.values()), num_folds, seed=seed)
+    fold_of = _deal(list(names.values()), num_folds, seed=seed)
     return {id_: fold_of[names[word]] for id_, word in words.items()}
 
 
-def deal(ids: list[str], num_folds: int, *, seed: int) -> dict[str, int]:
-    """Fold of every id, as evenly as can be.
-
-    Args:
-        ids: May repeat.
-        num_folds: How many folds.
-        seed: Same ids and seed, same folds.
-
-    Returns:
-        Fold by id.
-
-    Raises:
-        ValueError: If there are fewer different ids than folds.
-
-    Examples:
-        >>> sorted(deal(["a", "b", "c", "d", "a"], 2, seed=0).values())
-        [0, 0, 1, 1]
-    """
+def _deal(ids: list[str], num_folds: int, *, seed: int) -> dict[str, int]:
+    """Fold of every id, as evenly as can be; ids may repeat."""
     names = sorted(set(ids))
     if len(names) < num_folds:
         raise ValueError(

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig
-from ropo.crossfit import NUM_CHECKS, deal, folds_of
+from ropo.crossfit import NUM_CHECKS, _deal, folds_of
 from ropo.data.load import load_pairs
 from ropo.ledger import read_ledger
 from ropo.provenance import hash_file
@@ -327,12 +327,12 @@ def test_what_is_not_tried(model_folder, many, tmp_path, monkeypatch, share, opt
 
 def test_folds_are_even_and_repeatable():
     ids = [f"pair {number % 50}" for number in range(60)]
-    fold_of = deal(ids, 5, seed=1)
+    fold_of = _deal(ids, 5, seed=1)
     assert np.bincount(list(fold_of.values())).tolist() == [10] * 5
-    assert deal(ids[::-1], 5, seed=1) == fold_of
-    assert deal(ids, 5, seed=2) != fold_of
+    assert _deal(ids[::-1], 5, seed=1) == fold_of
+    assert _deal(ids, 5, seed=2) != fold_of
     with pytest.raises(ValueError, match="got 5 folds and 3 pairs"):
-        deal(["a", "b", "c"], 5, seed=0)
+        _deal(["a", "b", "c"], 5, seed=0)
 
 
 def test_what_reads_the_same_shares_a_fold(pairs):
@@ -344,7 +344,7 @@ def test_what_reads_the_same_shares_a_fold(pairs):
     for group in zip(pairs, twins, turned, strict=True):
         assert len({fold_of[pair.id] for pair in group}) == 1
     # Without such twins folds are dealt by the ids themselves.
-    assert folds_of(pairs, 4, seed=0) == deal([pair.id for pair in pairs], 4, seed=0)
+    assert folds_of(pairs, 4, seed=0) == _deal([pair.id for pair in pairs], 4, seed=0)
 
 
 def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, monkeypatch):
