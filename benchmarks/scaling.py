@@ -68,6 +68,7 @@ RUNS = (
 )
 LARGE = ModelSize(
     layer_weights=6_476_000_000,
+    last_mlp_weights=135_000_000,
     head_weights=131_000_000,
     num_layers=32,
     hidden_size=4096,
@@ -90,6 +91,7 @@ def measure() -> None:
     model = LlamaForCausalLM(config)
     size = ModelSize(
         layer_weights=sum(p.numel() for p in model.model.layers.parameters()),
+        last_mlp_weights=sum(p.numel() for p in model.model.layers[-1].mlp.parameters()),
         head_weights=4096 * 256,
         num_layers=6,
         hidden_size=256,

@@ -16,8 +16,9 @@ length share a batch, which is given to TRL too where TRL is at its best. The fi
 Columns: training_per_second is pairs a second in training alone, pairs_per_second counts the pass over the reference
 too (TRL at its defaults reads it in every step; at its best it is computed before, and not counted). Tokens are unique
 ones, each prompt counted once. matrix_share is the arithmetic that cannot be avoided (unique tokens x weights of the
-layers, response tokens x weights of the head; 2 operations forward, 4 backward, 2 for a reference) over what large
-matrix products of that precision reach on this machine at that time. peak_mib is the highest resident memory during
+layers, the last MLP's only where a response token is predicted, response tokens x weights of the head; 2 operations
+forward, 4 backward, 2 for a reference) over what large matrix products of that precision reach on this machine at that
+time. peak_mib is the highest resident memory during
 training (on a GPU, allocated memory) less what was resident before: libraries, weights and data are not in it.
 
 "whole" ways run `ropo train` itself, with everything it writes: two rounds of one epoch, 20 % filtered and sampled
@@ -362,6 +363,7 @@ def measure(name: str, task_name: str, source: str | None, num_pairs: int, threa
     rate = matrix_gflops(has_bf16=way.has_bf16)
     head = task.model.get_output_embeddings().weight.numel()
     layers = sum(p.numel() for p in task.model.model.layers.parameters())
+    last_mlp = sum(p.numel() for p in task.model.model.layers[-1].mlp.parameters())
     num_parameters = sum(p.numel() for p in task.model.parameters())
     found = MEASURES[way.measure](way, task)
     counted = task.tokens if found["steps"] is None else task.tokens[NUM_WARM_UP * task.batch_size :]
@@ -372,7 +374,8 @@ def measure(name: str, task_name: str, source: str | None, num_pairs: int, threa
         operations += 2
     num_tokens = sum(len(pair) for pair in counted)
     num_predicted = sum(len(pair.chosen) + len(pair.rejected) for pair in counted)
-    floor = operations * (num_tokens * layers + num_predicted * head)
+    num_unread = sum(len(pair.prompt) - 1 for pair in counted)
+    floor = operations * (num_tokens * layers - num_unread * last_mlp + num_predicted * head)
     return {
         "training_per_second": round(len(counted) / found["seconds"], 3),
         "pairs_per_second": round(len(counted) / seconds, 3),

@@ -12,11 +12,13 @@ together contradict more labels than the first one's interval holds: then what i
 
 Where the first pass finds nothing to filter though its judges contradict many labels, the filter is tried instead of
 believed: are models better at labels they have not seen if the contradicted pairs are left out? Then those pairs stay
-out, and the models that were trained without them are the second pass.
+out, and the models that were trained without them are the second pass. If not, the robust loss is tried on all pairs:
+it lets go of what it contradicts without leaving it out, and is taken unless models agree with fewer labels by it.
 """
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,12 +37,20 @@ from ropo.crossfit import crossfit_margins
 from ropo.judge.verdicts import Judge
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import MIN_PAIRS, estimate_flips
-from ropo.noise.trial import compare
+from ropo.noise.trial import Trial, compare
 from ropo.pair_dataset import PairDataset
 from ropo.policy import PolicySource
 from ropo.provenance import hash_value, read_json, write_aside, write_json
 from ropo.stages import Stages
-from ropo.weighing import decide_all, known_labels, raise_by_agreement, resolve_alpha, resolve_rho, training_set
+from ropo.weighing import (
+    alpha_for,
+    decide_all,
+    known_labels,
+    raise_by_agreement,
+    resolve_alpha,
+    resolve_rho,
+    training_set,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +65,12 @@ MIN_CONTRADICTED, MAX_CONTRADICTED = 0.1, 0.4
 win; above, the judges are close to coins, and leaving out whatever they contradict leaves too little."""
 
 MIN_ASKED = 500
-"""Labels that must have been asked about before a trial is given up for want of a gain: by chance alone the gain is off
-by a point or two there."""
+"""Labels that must have been asked about before a trial is given up: by chance alone the gain is off by a point or two
+there."""
+
+MOST_LOST = 0.01
+"""Share of held-out labels that the robust loss may cost and be taken. Agreement cannot see what it wins where a weak
+annotator has labelled; what it costs where labels are right and hard, two points on controlled sentiment, it sees."""
 
 
 class Audit:
@@ -88,6 +102,7 @@ class Audit:
         self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
         self.num_passes = 1
         self.trial: dict[str, Any] | None = None
+        self.loss_trial: dict[str, Any] | None = None
         self._sign, self._is_known = known_labels(data.pairs)
 
     def run(self, digest: str) -> str:
@@ -113,7 +128,10 @@ class Audit:
                 continue
             # Nothing was taken away, so another pass would train on the same pairs.
             self.trial = self._try_filter(digest) if number == 0 < self.args.num_passes - 1 else None
-            if self.trial is None or not self.trial["helps"]:
+            if self.trial is None:
+                break
+            if not self.trial["helps"]:
+                self.loss_trial = self._try_loss(digest, self.trial["left_out"])
                 break
             training = self._without_contradicted()
         return digest
@@ -177,12 +195,7 @@ class Audit:
         judge_others = partial(self._crossfit, others, longer, self._pass(1), digests[1])
 
         def make() -> None:
-            for num_scored in range(1, args.num_folds + 1):
-                with_all, without = judge_all(num_scored)[-1], judge_others(num_scored)[-1]
-                both = self._doubtful & ~np.isnan(with_all)
-                found = compare(without[both], with_all[both])
-                if found.gain <= 0.0 and found.num_pairs >= MIN_ASKED:
-                    break
+            found = self._compare_by_folds(judge_others, judge_all, has_failed=lambda trial: trial.gain <= 0.0)
             if PartialState().is_main_process:
                 write_json(folder / "trial.json", {"left_out": left_out, **asdict(found), "helps": found.helps})
 
@@ -191,10 +204,65 @@ class Audit:
         logger.info(
             "Tried without the %.1f %% that the first pass contradicts: of labels that no model has seen %.1f %% are "
             "agreed with, %.1f %% with all pairs; %s.",
-            100 * left_out, 100 * told["without"], 100 * told["with_all"],
+            100 * left_out, 100 * told["tried"], 100 * told["as_is"],
             "so they are left out" if told["helps"] else "no sure gain, so they stay",
         )  # fmt: skip
         return told
+
+    def _try_loss(self, digest: str, contradicted: float) -> dict[str, Any] | None:
+        """Train on all pairs with the robust loss, and see whether models agree with fewer labels they have not seen.
+
+        Its α is what it would be if the contradicted labels were wrong. DPO's models are those of the filter's trial.
+
+        Args:
+            digest: Of the first pass.
+            contradicted: Share of the labels that it contradicts.
+
+        Returns:
+            `Trial` as values, with `alpha`, which is 0 if DPO stays, and `alpha_reason`; None if there is no choice.
+        """
+        dpo, robust = self.options(), self.args.with_alpha(alpha_for(contradicted))
+        if self.args.fixed_alpha is not None or dpo.loss == robust.loss:
+            return None
+        folder, everything = self.folder / "trial", self._all()
+        digests = [_digest(digest, name, args) for name, args in (("all", dpo), ("robust", robust))]
+        judge_dpo = partial(self._crossfit, everything, dpo, folder / "with_all", digests[0])
+        judge_robust = partial(self._crossfit, everything, robust, folder / "robust", digests[1])
+
+        def make() -> None:
+            found = self._compare_by_folds(
+                judge_robust, judge_dpo, has_failed=lambda trial: trial.hurts and trial.gain < -MOST_LOST
+            )
+            alpha = 0.0 if found.gain < -MOST_LOST else float(str(robust.alpha))
+            reason = (
+                f"models trained with the noise-tolerant loss agree with {100 * found.tried:.1f} % of the labels they "
+                f"have not seen, those of DPO with {100 * found.as_is:.1f} %"
+            )
+            if alpha:
+                reason += ", and it gives less weight to what it contradicts"
+            if PartialState().is_main_process:
+                write_json(folder / "loss.json", {"alpha": alpha, "alpha_reason": reason, **asdict(found)})
+
+        Stages(folder).run("loss", digests, ["loss.json"], make)
+        told: dict[str, Any] = read_json(folder / "loss.json")
+        logger.info("Tried with the robust loss: alpha = %.2f, since %s.", told["alpha"], told["alpha_reason"])
+        return told
+
+    def _compare_by_folds(
+        self,
+        judge_tried: Callable[[int], Floats],
+        judge_as_is: Callable[[int], Floats],
+        *,
+        has_failed: Callable[..., bool],
+    ) -> Trial:
+        """Compare two trainings fold by fold, until enough labels say that the one which is tried is not worth it."""
+        for num_scored in range(1, self.args.num_folds + 1):
+            as_is, tried = judge_as_is(num_scored)[-1], judge_tried(num_scored)[-1]
+            both = self._doubtful & ~np.isnan(as_is)
+            found = compare(tried[both], as_is[both])
+            if found.num_pairs >= MIN_ASKED and has_failed(found):
+                break
+        return found
 
     def _first(self) -> Floats:
         """Held-out margins of the first pass, shape (pairs,)."""
@@ -208,8 +276,13 @@ class Audit:
         return doubtful
 
     def judgement(self) -> dict[str, Any]:
-        """What the last pass wrote: the estimate, ρ, α and their reasons, and per pair `decisions` and `weights`."""
+        """What the last pass wrote: the estimate, ρ, α and their reasons, and per pair `decisions` and `weights`.
+
+        α and its reason are those of the loss's trial if there was one.
+        """
         found: dict[str, Any] = read_json(self._pass(self.num_passes - 1) / "judgement.json")
+        if self.loss_trial is not None:
+            found |= {name: self.loss_trial[name] for name in ("alpha", "alpha_reason")}
         return found
 
     def estimate(self) -> dict[str, Any]:
@@ -261,6 +334,8 @@ class Audit:
         folders = {f"pass {number}": self._pass(number) for number in range(self.num_passes)}
         if self.trial is not None:
             folders |= {"pass 1": self._pass(1), "trial": self.folder / "trial" / "with_all"}
+        if self.loss_trial is not None:
+            folders["loss trial"] = self.folder / "trial" / "robust"
         return {
             f"{part} {name}": value
             for part, folder in folders.items()

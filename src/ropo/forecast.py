@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS
+from ropo.logps.last_layer import last_mlp
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.losses import LOSSES
 from ropo.plan import Machine, ModelSize, PairSize, Plan, RunSize, forward_operations, plan_run
@@ -142,6 +143,7 @@ def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None) 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     total = sum(p.numel() for p in model.parameters())
+    mlp = last_mlp(model.get_decoder())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     outside = embedding.numel() + (0 if head is embedding else head.numel())
     trained = total
@@ -150,6 +152,7 @@ def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None) 
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return ModelSize(
         layer_weights=total - outside,
+        last_mlp_weights=0 if mlp is None else sum(p.numel() for p in mlp.parameters()),
         head_weights=head.numel(),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,

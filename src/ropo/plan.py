@@ -22,6 +22,8 @@ class ModelSize:
 
     Attributes:
         layer_weights: Parameters of all layers, without embeddings and head.
+        last_mlp_weights: Those of the last layer's MLP, which is run only where its output is read; 0 where it is run
+            everywhere.
         head_weights: Vocabulary times hidden size.
         num_layers: Layers.
         hidden_size: Of the residual stream.
@@ -31,6 +33,7 @@ class ModelSize:
     """
 
     layer_weights: int
+    last_mlp_weights: int
     head_weights: int
     num_layers: int
     hidden_size: int
@@ -129,10 +132,11 @@ def forward_operations(model: ModelSize, pairs: PairSize) -> float:
 
     ::
 
-        2·(p+c+r)·W + 2·(c+r)·V·H + 4·L·H·[p²/2 + c·(p+c/2) + r·(p+r/2)]
+        2·(p+c+r)·W − 2·(p−1)·M + 2·(c+r)·V·H + 4·L·H·[p²/2 + c·(p+c/2) + r·(p+r/2)]
 
-    for prompt, chosen and rejected of p, c and r tokens: layers, head, and attention, whose scores are counted where
-    the mask lets them be. Pairs of uneven length cost a little more than their mean says, by the squares.
+    for prompt, chosen and rejected of p, c and r tokens: layers, less the last one's MLP where nothing is predicted,
+    head, and attention, whose scores are counted where the mask lets them be. Pairs of uneven length cost a little
+    more than their mean says, by the squares.
 
     Args:
         model: The model.
@@ -142,6 +146,7 @@ def forward_operations(model: ModelSize, pairs: PairSize) -> float:
     scores = p**2 / 2 + c * (p + c / 2) + r * (p + r / 2)
     return (
         2 * (p + c + r) * model.layer_weights
+        - 2 * max(p - 1, 0) * model.last_mlp_weights
         + 2 * (c + r) * model.head_weights
         + 4 * model.num_layers * model.hidden_size * scores
     )

@@ -124,8 +124,8 @@ def raise_by_agreement(
             "high": both.high,
             "reason": (
                 f"Models trained without the {100 * trial['left_out']:.1f} % that the first judges contradict agree "
-                f"with {100 * trial['without']:.1f} % of the labels they have not seen, others with "
-                f"{100 * trial['with_all']:.1f} %. Both judges together contradict {100 * both.rate:.1f} %."
+                f"with {100 * trial['tried']:.1f} % of the labels they have not seen, others with "
+                f"{100 * trial['as_is']:.1f} %. Both judges together contradict {100 * both.rate:.1f} %."
             ),
         }
     if both is None or both.low <= estimate["high"] or both.disagreement > MAX_DISAGREEMENT:
@@ -199,7 +199,17 @@ def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any], left: float)
     if not is_sure and estimate["rate"] < MIN_RATE:
         return 0.0, "little speaks for flipped labels, and without them DPO is best"
     is_wrong = "is wrong" if is_sure else "may be wrong"
-    return round(LEAST_ALPHA + ALPHA_PER_NOISE * left, 4), f"about {100 * left:.1f} % of what is trained on {is_wrong}"
+    return alpha_for(left), f"about {100 * left:.1f} % of what is trained on {is_wrong}"
+
+
+def alpha_for(share: float) -> float:
+    """α = 2 + 34·(share of wrong labels in what is trained on), see `resolve_alpha`.
+
+    Examples:
+        >>> alpha_for(0.1)
+        5.4
+    """
+    return round(LEAST_ALPHA + ALPHA_PER_NOISE * share, 4)
 
 
 def training_set(data: PairDataset, weights: Floats, is_flipped: NDArray[np.bool_]) -> PairDataset:

@@ -18,6 +18,10 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     modeling_flash_attention_utils,
@@ -53,6 +57,7 @@ MODELS = {
     "gemma2, capped logits": lambda: Gemma2ForCausalLM(
         Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=3.0, sliding_window=4096)
     ),
+    "mixtral, layers of experts": lambda: MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=4)),
     "gpt2, learned positions": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, **GPT)),
     "gpt-neox, bias in attention": lambda: GPTNeoXForCausalLM(
         GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **GPT)
@@ -142,6 +147,30 @@ def test_pieces_add_up(layout):
     torch.testing.assert_close(torch.cat([first.chosen, rest.chosen]), whole.chosen, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(some[name] + others[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", FAST)
+def test_last_mlp_runs_where_it_is_read(layout):
+    """Each position that predicts a response token once; layers before it, and the plain way, run everywhere."""
+    model, tokens = ready(MODELS["llama, grouped queries"](), layout), make_tokens(SHAPES["long prompt"])
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    batches = {name: LAYOUTS[name](tokens, pad_token_id=0) for name in ("plain", layout)}
+    for name, batch in batches.items():
+        FORWARDS[name](model, batch)
+    num_plain, num_fast = (batch["input_ids"].numel() for batch in batches.values())
+    copies = 2 if layout == "padding_free" else 1  # of the prompt's last token, which predicts two first ones
+    assert seen == [num_plain, num_plain, num_fast, 2 * (copies + 1 + 2)]
+
+
+def test_last_mlp_is_left_alone_where_there_is_none():
+    """Some models have their MLP's layers side by side with the attention."""
+    config = OPTConfig(
+        hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, **GPT
+    )
+    tokens = make_tokens(SHAPES["long prompt"])
+    assert_equal(ready(OPTForCausalLM(config), "shared_prefix"), tokens, "shared_prefix")
 
 
 @pytest.mark.parametrize("shape", ["uneven", "pairs taken by blocks"])

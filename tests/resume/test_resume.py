@@ -94,7 +94,7 @@ def test_killed_after_every_stage(model_folder, pairs, tmp_path, whole, dying_st
 
 def test_killed_inside_a_trial(model_folder, pairs, tmp_path, monkeypatch, dying_stages):
     """A filter that is tried goes on after its last fold, and its models are those of the second pass."""
-    helps = Trial(without=0.7, with_all=0.6, gain=0.1, low=0.05, num_pairs=20)
+    helps = Trial(tried=0.7, as_is=0.6, gain=0.1, low=0.05, num_pairs=20)
     for name, value in {"MIN_PAIRS": 1, "MIN_CONTRADICTED": 0.0, "MAX_CONTRADICTED": 1.0}.items():
         monkeypatch.setattr(f"ropo.audit.{name}", value)
     monkeypatch.setattr("ropo.audit.compare", lambda *_: helps)
@@ -109,6 +109,30 @@ def test_killed_inside_a_trial(model_folder, pairs, tmp_path, monkeypatch, dying
     assert summary["trial"]["helps"]
     assert {"pass 1 fold 1", "trial fold 1"} <= set(summary["seconds"])
     run_audit(model_folder, pairs, config(tmp_path / "whole", **options))
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
+
+
+def test_killed_inside_a_trial_of_the_loss(model_folder, pairs, tmp_path, monkeypatch, dying_stages):
+    """What the filter's trial has trained is not trained again, and the training that follows has the tried α."""
+    same = Trial(tried=0.6, as_is=0.6, gain=0.0, low=-0.1, num_pairs=20)
+    for name, value in {"MIN_PAIRS": 1, "MIN_CONTRADICTED": 0.0, "MAX_CONTRADICTED": 1.0, "MIN_ASKED": 1}.items():
+        monkeypatch.setattr(f"ropo.audit.{name}", value)
+    monkeypatch.setattr("ropo.audit.compare", lambda *_: same)
+    options, (made, live) = (
+        {"rho": "auto", "alpha": "auto", "decision_rule": None, "rounds": 1, "num_candidates": 0},
+        dying_stages,
+    )
+    tried = ["fold 0", "fold 0", "trial", "fold 0", "fold 1", "fold 1", "loss"]
+    expected = ["reference", "fold 0", "fold 1", "judge", *tried, "train", "score", "decide"]
+    for _ in expected:
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(model_folder, pairs, config(tmp_path / "killed", **options))
+    live()
+    summary = run_rounds(model_folder, pairs, config(tmp_path / "killed", **options))
+    assert made == expected
+    assert summary["alpha"] >= 2
+    assert {"trial fold 1", "loss trial fold 1"} <= set(summary["seconds"])
+    run_rounds(model_folder, pairs, config(tmp_path / "whole", **options))
     assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
 
 

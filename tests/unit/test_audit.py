@@ -233,23 +233,26 @@ def test_what_is_to_be_left_out_is_not_called_wrong(model_folder, many, tmp_path
 
 
 class Planted:
-    """Margins in place of trained models: the first pass, then judges with and without what it contradicts."""
+    """Margins in place of trained models: the first pass, then judges with and without what it contradicts.
 
-    def __init__(self, monkeypatch, *, share, gain, num_pairs=80):
+    `gain` and `robust_gain` are how many labels more the models agree with that were trained without the contradicted
+    pairs, and with the robust loss.
+    """
+
+    def __init__(self, monkeypatch, *, share, gain, robust_gain=0, num_pairs=80):
         monkeypatch.setattr("ropo.audit.crossfit_margins", self)
         rng = np.random.default_rng(0)
         self.right = np.where(np.arange(num_pairs) < share * num_pairs, -1.0, 1.0)
         self.first = self.right * (1 + rng.random(num_pairs))  # near zero: doubt and flips read alike
-        self.gain, self.calls, self.epochs = gain, [], {}
+        self.gains, self.calls, self.epochs = {"pass_1": gain, "robust": robust_gain}, [], {}
 
     def __call__(self, data, training, args, *, folder, digest, num_scored=None, **_):
         self.calls.append((folder.name, len(training), num_scored, digest))
         if num_scored is not None:
             self.epochs[folder.name] = args.num_train_epochs
         margins = self.first.copy()
-        if folder.name == "pass_1":  # agrees with a few labels more, or fewer
-            turned = np.flatnonzero((self.first < 0) == (self.gain > 0))[: abs(self.gain)]
-            margins[turned] *= -1
+        gain = self.gains.get(folder.name, 0)
+        margins[np.flatnonzero((self.first < 0) == (gain > 0))[: abs(gain)]] *= -1
         margins = np.pad(margins, (0, len(data) - len(margins)), constant_values=-1.0)  # trusted pairs
         if num_scored is not None:
             margins[np.arange(len(data)) % args.num_folds >= num_scored] = np.nan
@@ -297,12 +300,43 @@ def test_a_filter_that_does_not_help_is_given_up(model_folder, many, tmp_path, m
     assert summary["trial"]["helps"] is False
     assert (summary["rho"], summary["num_dropped"], summary["flip_rate"]["is_raised"]) == (0.0, 0, False)
     assert summary["trial"]["num_pairs"] == 40
-    assert [name for name, *_ in planted.calls] == ["pass_0", *["with_all", "pass_1"] * 2]
+    tried = [*["with_all", "pass_1"] * 2, *["with_all", "robust"] * 4]
+    assert [name for name, *_ in planted.calls] == ["pass_0", *tried]
     report = (tmp_path / "O" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "That is no sure gain, so they stay." in report
     # Done once: the same command reads what it wrote.
     run_audit(model_folder, many, config(tmp_path / "O"))
-    assert [name for name, *_ in planted.calls] == ["pass_0", *["with_all", "pass_1"] * 2, "pass_0"]
+    assert [name for name, *_ in planted.calls] == ["pass_0", *tried, "pass_0"]
+
+
+@pytest.mark.parametrize(("robust_gain", "is_taken", "num_folds_asked"), [(2, True, 4), (0, True, 4), (-12, False, 2)])
+def test_the_robust_loss_is_taken_unless_it_costs(
+    model_folder, many, tmp_path, monkeypatch, robust_gain, is_taken, num_folds_asked
+):
+    """Where no filter helps: by labels that no model has seen, and given up as soon as enough of them say so."""
+    monkeypatch.setattr("ropo.audit.MIN_ASKED", 40)
+    planted = Planted(monkeypatch, share=0.2, gain=-4, robust_gain=robust_gain)
+    summary = run_audit(model_folder, many, config(tmp_path / "O"))
+    asked = [(fold, digest) for name, _, fold, digest in planted.calls if name == "robust"]
+    assert [fold for fold, _ in asked] == list(range(1, num_folds_asked + 1))
+    # DPO's models are those that the filter was tried against.
+    assert len({digest for name, *_, digest in planted.calls if name == "with_all"}) == 1
+    assert asked[0][1] not in {digest for name, *_, digest in planted.calls if name != "robust"}
+    assert (summary["rho"], summary["num_dropped"]) == (0.0, 0)
+    assert summary["alpha"] == (pytest.approx(2 + 34 * 0.2) if is_taken else 0.0)
+    assert "models trained with the noise-tolerant loss agree with" in summary["alpha_reason"]
+    report = (tmp_path / "O" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert (
+        "weight of the noise-tolerant part" if is_taken else "α = 0: plain DPO, since models trained with"
+    ) in report
+
+
+def test_a_given_alpha_is_not_tried(model_folder, many, tmp_path, monkeypatch):
+    planted = Planted(monkeypatch, share=0.2, gain=-4)
+    summary = run_audit(model_folder, many, config(tmp_path / "O", alpha="6"))
+    assert summary["trial"]["helps"] is False
+    assert summary["alpha"] == 6
+    assert "robust" not in {name for name, *_ in planted.calls}
 
 
 def test_known_labels_have_no_say_in_a_trial(model_folder, many, tmp_path, monkeypatch):

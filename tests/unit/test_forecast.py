@@ -1,15 +1,21 @@
 """The estimate before a run: sizes are the model's, steps are the trainer's, and it never stops or changes a run."""
 
 import logging
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from ropo import ROPOConfig, forecast
-from ropo.data.tokenize import tokenize_pairs
+from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.data.toy import make_pairs, save_toy
+from ropo.logps.batch import shared_prefix_batch
+from ropo.logps.shared_prefix import enable_response_logps, shared_prefix_logps
+from ropo.plan import PairSize, forward_operations
 from ropo.policy import PolicySource
 
 
@@ -41,6 +47,26 @@ def test_sizes_are_those_of_the_model(config):
     assert size.layer_weights == total - (300 * 32 if config is GPT2 else 2 * 300 * 32)
     assert (size.num_layers, size.hidden_size, size.head_weights) == (3, 32, 300 * 32)
     assert size.intermediate_size == (128 if config is GPT2 else 80)
+    layers = model.transformer.h if config is GPT2 else model.model.layers
+    assert size.last_mlp_weights == sum(p.numel() for p in layers[-1].mlp.parameters())
+
+
+def test_operations_of_a_pass_are_counted_as_they_are_done():
+    """By torch, for a prompt and its two responses; it also counts the scores that the mask hides."""
+    config = LlamaConfig(**{**LLAMA.to_dict(), "intermediate_size": 400, "attn_implementation": "eager"})
+    model, size, lengths = AutoModelForCausalLM.from_config(config), forecast.model_size(config), (50, 8, 9)
+    enable_response_logps(model)
+    prompt, chosen, rejected = (np.ones(length, dtype=np.int32) for length in lengths)
+    pair = TokenizedPair(prompt=prompt, chosen=chosen, rejected=rejected)
+    batch = shared_prefix_batch([pair], pad_token_id=0)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shared_prefix_logps(model, batch)
+    rows = batch["input_ids"].numel()
+    hidden = 4 * 3 * 32 * (rows**2 - (50**2 / 2 + 8 * (50 + 4) + 9 * (50 + 4.5)))
+    pairs = PairSize(num_pairs=1, prompt_tokens=50, chosen_tokens=8, rejected_tokens=9)
+    counted = counter.get_total_flops() - hidden
+    assert forward_operations(size, pairs) == pytest.approx(counted, rel=0.04)  # the last tokens are not read
+    assert forward_operations(replace(size, last_mlp_weights=0), pairs) > 1.1 * counted
 
 
 def test_an_adapter_trains_few_weights():

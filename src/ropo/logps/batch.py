@@ -4,9 +4,10 @@ In: `TokenizedPair`s. Out: a dict of tensors for the function of the same name i
 
 All layouts describe their response tokens alike, with flat tensors over all response tokens N of the batch:
 `source` (place in the flattened B·T positions whose output predicts the token), `target` (the token id) and
-`response` (2·pair for a token of `chosen`, 2·pair + 1 for one of `rejected`).
+`response` (2·pair for a token of `chosen`, 2·pair + 1 for one of `rejected`); `read` holds the places of `source`, each
+once.
 
-Shapes: B rows, T positions, N response tokens.
+Shapes: B rows, T positions, N response tokens, R positions that predict one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ def plain_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:
         pad_token_id: Fills the end of shorter rows; its value has no influence.
 
     Returns:
-        `input_ids`, `attention_mask` (2·pairs, T) and `source`, `target`, `response` (N,).
+        `input_ids`, `attention_mask` (2·pairs, T), `source`, `target`, `response` (N,) and `read` (R,).
     """
     rows = [(pair.prompt, response) for pair in tokens for response in (pair.chosen, pair.rejected)]
     width = max(len(prompt) + len(response) for prompt, response in rows)
@@ -62,8 +63,8 @@ def shared_prefix_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -
         pad_token_id: Fills the end of shorter rows; its value has no influence.
 
     Returns:
-        `input_ids`, `position_ids`, `branch` (pairs, T; 0 prompt, 1 chosen, 2 rejected, -1 padding) and `source`,
-        `target`, `response` (N,).
+        `input_ids`, `position_ids`, `branch` (pairs, T; 0 prompt, 1 chosen, 2 rejected, -1 padding),
+        `source`, `target`, `response` (N,) and `read` (R,).
     """
     width = max(len(pair) - 2 for pair in tokens)
     input_ids_BT = np.full((len(tokens), width), pad_token_id, dtype=np.int64)
@@ -105,8 +106,8 @@ def packed_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch
         pad_token_id: Not used: nothing is padded.
 
     Returns:
-        `input_ids`, `position_ids` (1, T), `lengths` (pairs, 3; tokens of prompt, chosen and rejected in the row) and
-        `source`, `target`, `response` (N,).
+        `input_ids`, `position_ids` (1, T), `lengths` (pairs, 3; tokens of prompt, chosen and rejected in the row),
+        `source`, `target`, `response` (N,) and `read` (R,).
     """
     input_ids, position_ids, lengths, source, target, owner = [], [], [], [], [], []
     start = 0
@@ -141,7 +142,7 @@ def padding_free_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) ->
         pad_token_id: Not used: nothing is padded.
 
     Returns:
-        `input_ids`, `position_ids` (1, T), `lengths` (2·pairs,) and `source`, `target`, `response` (N,).
+        `input_ids`, `position_ids` (1, T), `lengths` (2·pairs,), `source`, `target`, `response` (N,) and `read` (R,).
     """
     input_ids, position_ids, lengths, source, target, owner = [], [], [], [], [], []
     start = 0
@@ -165,8 +166,10 @@ def padding_free_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) ->
 
 
 def _response_tokens(source: list[Any], target: list[np.ndarray], owner: list[np.ndarray]) -> Batch:
+    source_N = np.concatenate(source).astype(np.int64)
     return {
-        "source": torch.from_numpy(np.concatenate(source).astype(np.int64)),
+        "source": torch.from_numpy(source_N),
+        "read": torch.from_numpy(np.unique(source_N)),
         "target": torch.from_numpy(np.concatenate(target).astype(np.int64)),
         "response": torch.from_numpy(np.concatenate(owner)),
     }

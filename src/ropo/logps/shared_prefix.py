@@ -6,7 +6,7 @@ The one idea: chosen and rejected are two branches that grow from the same promp
 keeps the branches from seeing each other, and positions restart at the fork. Which models allow this is found out
 by comparing with the plain forward (`choose_layout`), not by a list of names.
 
-Shapes: B rows, T positions, V vocabulary, N response tokens, H hidden size.
+Shapes: B rows, T positions, V vocabulary, N response tokens, R positions that predict one, H hidden size.
 """
 
 import logging
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch
 from ropo.logps.forward import plain_logps, sum_by_response
+from ropo.logps.last_layer import last_mlp_at
 from ropo.logps.response_head import response_logps
 from ropo.logps.tree_attention import BUCKET_TOKENS, NAME, row_mask, tree_mask
 from ropo.pairs import PairLogps
@@ -43,6 +44,7 @@ def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
         position_ids=batch["position_ids"],
         attention_mask=tree_mask(batch["branch"]),
         response_source=batch["source"],
+        response_read=batch["read"],
         response_target=batch["target"],
     )
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]))
@@ -67,6 +69,7 @@ def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
         position_ids=position_ids,
         attention_mask=row_mask(batch["lengths"], input_ids.shape[1]),
         response_source=batch["source"],
+        response_read=batch["read"],
         response_target=batch["target"],
     )
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]))
@@ -89,15 +92,16 @@ def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
         position_ids=batch["position_ids"],
         attention_mask=None,
         response_source=batch["source"],
+        response_read=batch["read"],
         response_target=batch["target"],
     )
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]) // 2)
 
 
 def enable_response_logps(model: nn.Module) -> None:
-    """Teach a causal language model to answer `response_source` and `response_target` with log-probabilities.
+    """Teach a causal language model to answer `response_source`, `_read` and `_target` with log-probabilities.
 
-    Calls without these two arguments (generation, plain forward) behave as before. The method is bound on the
+    Calls without these arguments (generation, plain forward) behave as before. The method is bound on the
     instance that owns the language-model head, inside any PEFT wrapper, so that every outer wrapper's `forward`
     passes through it. Calling it twice does no harm.
 
@@ -114,7 +118,7 @@ def enable_response_logps(model: nn.Module) -> None:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    source_N, target_N = kwargs.pop("response_source", None), kwargs.pop("response_target", None)
+    source_N, read_R, target_N = (kwargs.pop(f"response_{name}", None) for name in ("source", "read", "target"))
     if source_N is None:
         wrapped = self._ropo_wrapped_forward
         return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
@@ -122,9 +126,11 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Eager attention adds its mask to the scores instead of selecting by it.
     if mask is not None and self.config._attn_implementation == "eager":
         mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
-    hidden_BTH = self.get_decoder()(
-        input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"], attention_mask=mask, use_cache=False
-    ).last_hidden_state
+    decoder, input_ids = self.get_decoder(), kwargs["input_ids"]
+    with last_mlp_at(decoder, read_R, input_ids.numel()):
+        hidden_BTH = decoder(
+            input_ids=input_ids, position_ids=kwargs["position_ids"], attention_mask=mask, use_cache=False
+        ).last_hidden_state
     hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
     cap = getattr(self.config, "final_logit_softcapping", None)
     return response_logps(hidden_NH, target_N, self.get_output_embeddings(), cap=cap)

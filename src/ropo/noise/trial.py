@@ -1,12 +1,12 @@
-"""Whether leaving pairs out helps, judged by labels that no model has trained on.
+"""Whether another training is better, judged by labels that no model has trained on.
 
-In: held-out margins of models that were trained on all pairs, and of models that were trained without the suspects,
-numpy float64. Out: `Trial`.
+In: held-out margins of models that were trained as they would be, and of models for which something else was tried: the
+suspects left out, another loss; numpy float64. Out: `Trial`.
 
-The one idea: a filter may be tried before it is believed. If labels are flipped whatever the texts say, a model that
-is right more often agrees more often with labels it has not seen, right and wrong ones together: agreement is
-η + (1 − 2η)·accuracy. So nobody has to know which labels are wrong to see which of two models is better, nor why a
-judge contradicts a label. What agreement cannot see is a preference that is wrong throughout: a filter that makes
+The one idea: a filter may be tried before it is believed, and so may a loss. If labels are flipped whatever the texts
+say, a model that is right more often agrees more often with labels it has not seen, right and wrong ones together:
+agreement is η + (1 − 2η)·accuracy. So nobody has to know which labels are wrong to see which of two models is better,
+nor why a judge contradicts a label. What agreement cannot see is a preference that is wrong throughout: what makes
 models follow it more closely would look like a help.
 """
 
@@ -16,34 +16,39 @@ import numpy as np
 from scipy.stats import norm
 
 LEVEL = 0.95
-"""How sure it must be that the filter helps: one-sided, for the chance in which pairs were drawn."""
+"""How sure it must be that it helps: one-sided, for the chance in which pairs were drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What leaving pairs out did to the agreement with held-out labels.
+    """What something did to the agreement with held-out labels.
 
     Attributes:
-        without: Share of the labels that models agree with which were trained without the suspects.
-        with_all: The same of models that were trained on all pairs.
+        tried: Share of the labels that the models agree with for which it was tried.
+        as_is: The same of models that were trained without it.
         gain: The difference, in [−1, 1].
         low: What the gain surely (`LEVEL`) exceeds.
         num_pairs: Labels that both were asked about.
     """
 
-    without: float
-    with_all: float
+    tried: float
+    as_is: float
     gain: float
     low: float
     num_pairs: int
 
     @property
     def helps(self) -> bool:
-        """Whether the filter surely makes better models."""
+        """Whether it surely makes better models."""
         return self.low > 0.0
 
+    @property
+    def hurts(self) -> bool:
+        """Whether it surely makes worse models."""
+        return 2 * self.gain - self.low < 0.0
 
-def compare(without: np.ndarray, with_all: np.ndarray) -> Trial:
+
+def compare(tried: np.ndarray, as_is: np.ndarray) -> Trial:
     """Compare two judges by how often each agrees with labels that neither has trained on.
 
     ::
@@ -51,8 +56,8 @@ def compare(without: np.ndarray, with_all: np.ndarray) -> Trial:
         gain = mean d,   d = [h > 0] − [h₀ > 0] for each pair, a margin of 0 counts half;   low = gain − z·sd(d)/√n
 
     Args:
-        without: Held-out margin h of each pair by models trained without the suspects.
-        with_all: h₀ by models trained on all pairs.
+        tried: Held-out margin h of each pair by models for which something was tried.
+        as_is: h₀ by models trained without it.
 
     Returns:
         The comparison.
@@ -66,17 +71,15 @@ def compare(without: np.ndarray, with_all: np.ndarray) -> Trial:
         >>> compare(label * good, label * poor).helps, compare(label * poor, label * good).helps
         (True, False)
     """
-    if np.shape(without) != np.shape(with_all) or not np.size(without):
-        raise ValueError(
-            f"compare needs both margins of the same pairs; got {np.shape(without)} and {np.shape(with_all)}."
-        )
-    agrees = [(np.sign(margins) + 1) / 2 for margins in (without, with_all)]
+    if np.shape(tried) != np.shape(as_is) or not np.size(tried):
+        raise ValueError(f"compare needs both margins of the same pairs; got {np.shape(tried)} and {np.shape(as_is)}.")
+    agrees = [(np.sign(margins) + 1) / 2 for margins in (tried, as_is)]
     differences = agrees[0] - agrees[1]
     gain = float(differences.mean())
     error = float(differences.std() / np.sqrt(len(differences)))
     return Trial(
-        without=float(agrees[0].mean()),
-        with_all=float(agrees[1].mean()),
+        tried=float(agrees[0].mean()),
+        as_is=float(agrees[1].mean()),
         gain=gain,
         low=gain - float(norm.ppf(LEVEL)) * error,
         num_pairs=len(differences),

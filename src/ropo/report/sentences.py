@@ -101,8 +101,8 @@ def budget(tables: Table) -> str:
 def _tried(trial: Table) -> str:
     return (
         f"models trained without the {percent(trial['left_out'])} that the first judges contradict agree with "
-        f"{100 * trial['without']:.1f}{NB_SPACE}% of the labels they have not seen, models trained on all pairs with "
-        f"{100 * trial['with_all']:.1f}{NB_SPACE}%."
+        f"{100 * trial['tried']:.1f}{NB_SPACE}% of the labels they have not seen, models trained on all pairs with "
+        f"{100 * trial['as_is']:.1f}{NB_SPACE}%."
     )
 
 

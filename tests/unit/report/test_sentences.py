@@ -342,7 +342,7 @@ def test_an_unknown_interval_is_a_dash():
 
 def test_a_trial_is_told_whether_it_helped_or_not(make_audit):
     raised = {"estimate": 0.25, "low": 0.0, "high": 0.3, "is_raised": True}
-    trial = {"left_out": 0.31, "without": 0.728, "with_all": 0.694, "gain": 0.034, "low": 0.003, "helps": True}
+    trial = {"left_out": 0.31, "tried": 0.728, "as_is": 0.694, "gain": 0.034, "low": 0.003, "helps": True}
     _, sentences = said(make_audit, flip_rate=raised, calibration=None, trial=trial)
     assert plain(sentences["title"]) == "About 25 % of the labels look flipped"
     assert (
@@ -353,6 +353,6 @@ def test_a_trial_is_told_whether_it_helped_or_not(make_audit):
     assert "these errors do not" not in " ".join(sentences["trust"])
     assert "More was tried" not in sentences["done"]
     clean = {"estimate": 0.0, "low": 0.0, "high": 0.05, "is_raised": False}
-    _, sentences = said(make_audit, flip_rate=clean, rho=0.0, trial={**trial, "without": 0.68, "helps": False})
+    _, sentences = said(make_audit, flip_rate=clean, rho=0.0, trial={**trial, "tried": 0.68, "helps": False})
     assert plain(sentences["done"]).endswith("That is no sure gain, so they stay.")
     assert "models trained" not in sentences["interval"]
