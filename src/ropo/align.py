@@ -315,7 +315,7 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
     first = [passes / "pass_0" / f"fold_{fold}.safetensors" for fold in range(here["num_folds"])]
     if not all(file.exists() for file in first):
         raise ValueError(f"audit_from needs a finished audit; that in {folder} was broken off. Finish it first.")
-    files = sorted(passes.rglob("fold_*.safetensors"))
+    files = sorted([*passes.rglob("fold_*.safetensors"), *passes.rglob("loss.json")])
     return hash_value([(file.relative_to(passes).as_posix(), hash_file(file)) for file in files])[:16]
 
 

@@ -13,7 +13,7 @@ together contradict more labels than the first one's interval holds: then what i
 Where the first pass finds nothing to filter though its judges contradict many labels, the filter is tried instead of
 believed: are models better at labels they have not seen if the contradicted pairs are left out? Then those pairs stay
 out, and the models that were trained without them are the second pass. If not, the robust loss is tried on all pairs:
-it lets go of what it contradicts without leaving it out, and is taken unless models agree with fewer labels by it.
+it gives less weight to what it contradicts without leaving it out, and is taken if models surely lose little by it.
 """
 
 import copy
@@ -65,12 +65,13 @@ MIN_CONTRADICTED, MAX_CONTRADICTED = 0.1, 0.4
 win; above, the judges are close to coins, and leaving out whatever they contradict leaves too little."""
 
 MIN_ASKED = 500
-"""Labels that must have been asked about before a trial is given up: by chance alone the gain is off by a point or two
-there."""
+"""Labels that must have been asked about before a trial ends: by chance alone the gain is off by a point or two there.
+With fewer in all no loss is tried."""
 
-MOST_LOST = 0.01
-"""Share of held-out labels that the robust loss may cost and be taken. Agreement cannot see what it wins where a weak
-annotator has labelled; what it costs where labels are right and hard, two points on controlled sentiment, it sees."""
+MOST_LOST = 0.015
+"""Share of held-out labels that the robust loss must surely not cost to be taken. Agreement cannot see what it wins
+where a weak annotator has labelled; what it costs where labels are right and hard, two points on controlled sentiment,
+it sees."""
 
 
 class Audit:
@@ -131,7 +132,7 @@ class Audit:
             if self.trial is None:
                 break
             if not self.trial["helps"]:
-                self.loss_trial = self._try_loss(digest, self.trial["left_out"])
+                self.loss_trial = self._try_loss(digest)
                 break
             training = self._without_contradicted()
         return digest
@@ -195,12 +196,12 @@ class Audit:
         judge_others = partial(self._crossfit, others, longer, self._pass(1), digests[1])
 
         def make() -> None:
-            found = self._compare_by_folds(judge_others, judge_all, has_failed=lambda trial: trial.gain <= 0.0)
+            found = self._compare_by_folds(judge_others, judge_all, is_decided=lambda trial: trial.gain <= 0.0)
             if PartialState().is_main_process:
-                write_json(folder / "trial.json", {"left_out": left_out, **asdict(found), "helps": found.helps})
+                write_json(folder / "filter.json", {"left_out": left_out, **asdict(found), "helps": found.helps})
 
-        Stages(folder).run("trial", digests, ["trial.json"], make)
-        told: dict[str, Any] = read_json(folder / "trial.json")
+        Stages(folder).run("filter", digests, ["filter.json"], make)
+        told: dict[str, Any] = read_json(folder / "filter.json")
         logger.info(
             "Tried without the %.1f %% that the first pass contradicts: of labels that no model has seen %.1f %% are "
             "agreed with, %.1f %% with all pairs; %s.",
@@ -209,39 +210,42 @@ class Audit:
         )  # fmt: skip
         return told
 
-    def _try_loss(self, digest: str, contradicted: float) -> dict[str, Any] | None:
-        """Train on all pairs with the robust loss, and see whether models agree with fewer labels they have not seen.
+    def _try_loss(self, digest: str) -> dict[str, Any] | None:
+        """Train on all pairs with the robust loss, and see how many labels that they have not seen models lose by it.
 
-        Its α is what it would be if the contradicted labels were wrong. DPO's models are those of the filter's trial.
+        Its α is what it would be if all contradicted labels were wrong. DPO's models are those of the filter's trial.
+        An audit whose margins are taken from elsewhere takes this, too: of what is there nobody says by which loss.
 
         Args:
             digest: Of the first pass.
-            contradicted: Share of the labels that it contradicts.
 
         Returns:
             `Trial` as values, with `alpha`, which is 0 if DPO stays, and `alpha_reason`; None if there is no choice.
         """
-        dpo, robust = self.options(), self.args.with_alpha(alpha_for(contradicted))
-        if self.args.fixed_alpha is not None or dpo.loss == robust.loss:
+        weights = np.abs(self._sign) * self.data.weights
+        contradicted = weights[self._doubtful & (self._first() < 0)].sum() / weights.sum()
+        dpo, robust = self.options(), self.args.with_alpha(alpha_for(float(contradicted)))
+        if self.args.fixed_alpha is not None or dpo.loss == robust.loss or self._doubtful.sum() < MIN_ASKED:
             return None
         folder, everything = self.folder / "trial", self._all()
+        elsewhere = None if self.args.audit_from is None else self._elsewhere(folder) / "loss.json"
+        if elsewhere is not None and not elsewhere.exists():
+            return None
         digests = [_digest(digest, name, args) for name, args in (("all", dpo), ("robust", robust))]
         judge_dpo = partial(self._crossfit, everything, dpo, folder / "with_all", digests[0])
         judge_robust = partial(self._crossfit, everything, robust, folder / "robust", digests[1])
 
         def make() -> None:
-            found = self._compare_by_folds(
-                judge_robust, judge_dpo, has_failed=lambda trial: trial.hurts and trial.gain < -MOST_LOST
-            )
-            alpha = 0.0 if found.gain < -MOST_LOST else float(str(robust.alpha))
-            reason = (
-                f"models trained with the noise-tolerant loss agree with {100 * found.tried:.1f} % of the labels they "
-                f"have not seen, those of DPO with {100 * found.as_is:.1f} %"
-            )
-            if alpha:
-                reason += ", and it gives less weight to what it contradicts"
+            if elsewhere is not None:
+                told = read_json(elsewhere)
+            else:
+                found = self._compare_by_folds(
+                    judge_robust, judge_dpo, is_decided=lambda trial: trial.low > -MOST_LOST or trial.hurts
+                )
+                alpha = float(str(robust.alpha)) if found.low > -MOST_LOST else 0.0
+                told = {"alpha": alpha, "alpha_reason": _reason(found, is_taken=alpha > 0), **asdict(found)}
             if PartialState().is_main_process:
-                write_json(folder / "loss.json", {"alpha": alpha, "alpha_reason": reason, **asdict(found)})
+                write_json(folder / "loss.json", told)
 
         Stages(folder).run("loss", digests, ["loss.json"], make)
         told: dict[str, Any] = read_json(folder / "loss.json")
@@ -253,14 +257,14 @@ class Audit:
         judge_tried: Callable[[int], Floats],
         judge_as_is: Callable[[int], Floats],
         *,
-        has_failed: Callable[..., bool],
+        is_decided: Callable[[Trial], bool],
     ) -> Trial:
-        """Compare two trainings fold by fold, until enough labels say that the one which is tried is not worth it."""
+        """Compare two trainings fold by fold, until enough labels were asked about and the matter is decided."""
         for num_scored in range(1, self.args.num_folds + 1):
             as_is, tried = judge_as_is(num_scored)[-1], judge_tried(num_scored)[-1]
             both = self._doubtful & ~np.isnan(as_is)
             found = compare(tried[both], as_is[both])
-            if found.num_pairs >= MIN_ASKED and has_failed(found):
+            if found.num_pairs >= MIN_ASKED and is_decided(found):
                 break
         return found
 
@@ -406,6 +410,15 @@ class Audit:
         estimate = read_json(self._pass(0) / "judgement.json")["estimate"]
         first, second = self._first()[self._doubtful], margins[self._doubtful]
         return raise_by_agreement(estimate, first, second, trial=self.trial)
+
+
+def _reason(found: Trial, *, is_taken: bool) -> str:
+    """Why the loss of a trial is taken or not, as a clause that completes "α is ..., since ..."."""
+    agree = (
+        f"models trained with the noise-tolerant loss agree with {100 * found.tried:.1f} % of the labels they have not "
+        f"seen, those of DPO with {100 * found.as_is:.1f} %"
+    )
+    return f"{agree}, and it gives less weight to what it contradicts" if is_taken else agree
 
 
 def _digest(before: str, name: str | int, args: ROPOConfig) -> str:

@@ -86,8 +86,8 @@ def forecast(
     """Count a run, and time a step of it.
 
     The number of suspects is not known before the audit: without `rho` the plan has none, so it counts two passes of
-    judging, of which the second falls away on clean labels, and no sampling. A filter and a loss that are tried cost
-    up to two passes more.
+    judging, of which the second falls away on clean labels, and no sampling. A filter that is tried costs up to one
+    pass more.
 
     Args:
         config: Of the model.
@@ -113,9 +113,10 @@ def forecast(
         new_tokens=args.max_new_tokens / 2,  # responses end before the limit; half of it is a guess
         needs_reference=LOSSES[args.loss].needs_reference,
     )
-    pairs, size = _pair_size(tokens), model_size(config, peft_config)
+    rate, layout = reached_rate(config, tokens, args, tokenizer)
+    pairs, size = _pair_size(tokens), model_size(config, peft_config, layout=layout)
     machine = Machine(
-        flops=reached_rate(config, tokens, args, tokenizer),
+        flops=rate,
         share=1.0,
         num_devices=num_devices,
         weight_bytes=2 if args.bf16 and peft_config is not None else _dtype(config.dtype).itemsize,
@@ -130,12 +131,13 @@ def _pair_size(tokens: Sequence[TokenizedPair]) -> PairSize:
     return PairSize(num_pairs=len(tokens), prompt_tokens=prompt, chosen_tokens=chosen, rejected_tokens=rejected)
 
 
-def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None) -> ModelSize:
+def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None, *, layout: str = "packed") -> ModelSize:
     """Count the weights of a model without making them.
 
     Args:
         config: Of the model.
         peft_config: Of the adapter that is trained, if one is.
+        layout: Of `LAYOUTS`; all but the plain one spare a part of the last layer.
 
     Returns:
         Its size.
@@ -143,7 +145,7 @@ def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None) 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     total = sum(p.numel() for p in model.parameters())
-    mlp = last_mlp(model.get_decoder())
+    mlp = None if layout == "plain" else last_mlp(model.get_decoder())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     outside = embedding.numel() + (0 if head is embedding else head.numel())
     trained = total
@@ -164,7 +166,7 @@ def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None) 
 
 def reached_rate(
     config: PretrainedConfig, tokens: Sequence[TokenizedPair], args: ROPOConfig, tokenizer: PreTrainedTokenizerBase
-) -> float:
+) -> tuple[float, str]:
     """Operations a second in training, measured on some of the pairs with a model of few layers.
 
     Args:
@@ -174,7 +176,7 @@ def reached_rate(
         tokenizer: The model's.
 
     Returns:
-        Operations a second, as `forward_operations` counts them.
+        Operations a second, as `forward_operations` counts them, and the layout that reached them.
     """
     device = PartialState().device
     small = copy.deepcopy(config)
@@ -200,7 +202,7 @@ def reached_rate(
     }
     fastest = min(_seconds(model, layout, batch, use_bf16=args.bf16) for _ in range(_NUM_STEPS))
     pairs = _pair_size(some)
-    return 3 * len(some) * forward_operations(model_size(small), pairs) / fastest
+    return 3 * len(some) * forward_operations(model_size(small, layout=layout), pairs) / fastest, layout
 
 
 def _seconds(model: torch.nn.Module, layout: str, batch: dict[str, torch.Tensor], *, use_bf16: bool) -> float:

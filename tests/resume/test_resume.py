@@ -99,7 +99,7 @@ def test_killed_inside_a_trial(model_folder, pairs, tmp_path, monkeypatch, dying
         monkeypatch.setattr(f"ropo.audit.{name}", value)
     monkeypatch.setattr("ropo.audit.compare", lambda *_: helps)
     options, (made, live) = {"rho": "auto", "decision_rule": None}, dying_stages
-    expected = ["reference", "fold 0", "fold 1", "judge", "fold 0", "fold 0", "fold 1", "fold 1", "trial", "judge"]
+    expected = ["reference", "fold 0", "fold 1", "judge", "fold 0", "fold 0", "fold 1", "fold 1", "filter", "judge"]
     for _ in expected:
         with pytest.raises(KeyboardInterrupt):
             run_audit(model_folder, pairs, config(tmp_path / "killed", **options))
@@ -115,6 +115,7 @@ def test_killed_inside_a_trial(model_folder, pairs, tmp_path, monkeypatch, dying
 def test_killed_inside_a_trial_of_the_loss(model_folder, pairs, tmp_path, monkeypatch, dying_stages):
     """What the filter's trial has trained is not trained again, and the training that follows has the tried α."""
     same = Trial(tried=0.6, as_is=0.6, gain=0.0, low=-0.1, num_pairs=20)
+    monkeypatch.setattr("ropo.audit.MOST_LOST", 0.2)
     for name, value in {"MIN_PAIRS": 1, "MIN_CONTRADICTED": 0.0, "MAX_CONTRADICTED": 1.0, "MIN_ASKED": 1}.items():
         monkeypatch.setattr(f"ropo.audit.{name}", value)
     monkeypatch.setattr("ropo.audit.compare", lambda *_: same)
@@ -122,7 +123,7 @@ def test_killed_inside_a_trial_of_the_loss(model_folder, pairs, tmp_path, monkey
         {"rho": "auto", "alpha": "auto", "decision_rule": None, "rounds": 1, "num_candidates": 0},
         dying_stages,
     )
-    tried = ["fold 0", "fold 0", "trial", "fold 0", "fold 1", "fold 1", "loss"]
+    tried = ["fold 0", "fold 0", "filter", "fold 0", "loss"]
     expected = ["reference", "fold 0", "fold 1", "judge", *tried, "train", "score", "decide"]
     for _ in expected:
         with pytest.raises(KeyboardInterrupt):
@@ -131,7 +132,7 @@ def test_killed_inside_a_trial_of_the_loss(model_folder, pairs, tmp_path, monkey
     summary = run_rounds(model_folder, pairs, config(tmp_path / "killed", **options))
     assert made == expected
     assert summary["alpha"] >= 2
-    assert {"trial fold 1", "loss trial fold 1"} <= set(summary["seconds"])
+    assert {"trial fold 0", "loss trial fold 0"} <= set(summary["seconds"])
     run_rounds(model_folder, pairs, config(tmp_path / "whole", **options))
     assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
 

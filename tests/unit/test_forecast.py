@@ -49,6 +49,7 @@ def test_sizes_are_those_of_the_model(config):
     assert size.intermediate_size == (128 if config is GPT2 else 80)
     layers = model.transformer.h if config is GPT2 else model.model.layers
     assert size.last_mlp_weights == sum(p.numel() for p in layers[-1].mlp.parameters())
+    assert forecast.model_size(config, layout="plain").last_mlp_weights == 0
 
 
 def test_operations_of_a_pass_are_counted_as_they_are_done():

@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Where more of the positions are read, to pick them and to put them back costs what is saved.
-_MOST_READ = 0.8
-
 
 @contextlib.contextmanager
-def last_mlp_at(decoder: nn.Module, read_R: Tensor, num_positions: int) -> Iterator[None]:
+def last_mlp_at(decoder: nn.Module, read_R: Tensor) -> Iterator[None]:
     """Within it the last layer's MLP is run at some positions only, and puts out 0 at the others.
 
     Decoders without a list of layers whose last one has an `mlp` run as they are, and so do layers that are run again
@@ -31,10 +28,9 @@ def last_mlp_at(decoder: nn.Module, read_R: Tensor, num_positions: int) -> Itera
     Args:
         decoder: What `get_decoder` of a causal language model returns.
         read_R: Places in the flattened T positions, each once.
-        num_positions: T.
     """
     mlp = last_mlp(decoder)
-    if mlp is None or len(read_R) > _MOST_READ * num_positions or torch.compiler.is_compiling():
+    if mlp is None or torch.compiler.is_compiling():
         yield
         return
     shape = torch.Size()
@@ -47,8 +43,9 @@ def last_mlp_at(decoder: nn.Module, read_R: Tensor, num_positions: int) -> Itera
     def widen(_mlp: nn.Module, _args: tuple[Any, ...], found: Any) -> Any:
         # Layers of experts may put out how they were chosen, too.
         found_1RH, *others = found if isinstance(found, tuple) else (found,)
-        all_TH = found_1RH.new_zeros(num_positions, found_1RH.shape[-1]).index_copy(0, read_R, found_1RH.flatten(0, -2))
-        return (all_TH.view(shape), *others) if isinstance(found, tuple) else all_TH.view(shape)
+        nothing_TH = found_1RH.new_zeros(shape).flatten(0, -2)
+        everywhere = nothing_TH.index_copy(0, read_R, found_1RH.flatten(0, -2)).view(shape)
+        return (everywhere, *others) if isinstance(found, tuple) else everywhere
 
     handles = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
     try:

@@ -126,10 +126,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Eager attention adds its mask to the scores instead of selecting by it.
     if mask is not None and self.config._attn_implementation == "eager":
         mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
-    decoder, input_ids = self.get_decoder(), kwargs["input_ids"]
-    with last_mlp_at(decoder, read_R, input_ids.numel()):
+    decoder = self.get_decoder()
+    with last_mlp_at(decoder, read_R):
         hidden_BTH = decoder(
-            input_ids=input_ids, position_ids=kwargs["position_ids"], attention_mask=mask, use_cache=False
+            input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"], attention_mask=mask, use_cache=False
         ).last_hidden_state
     hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
     cap = getattr(self.config, "final_logit_softcapping", None)
