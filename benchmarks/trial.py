@@ -97,7 +97,7 @@ def measure(
         **dict(zip(NAMES, (tried, task_name, kind, rate, seed), strict=True)),
         "low": estimate.low, "high": estimate.high, "contradicted": suspects.mean(),
         "wrong_among_them": is_flipped[suspects].mean(), "gain": found.gain, "gain_low": found.low,
-        "is_used": int(found.helps if tried == "filter" else found.gain >= -MOST_LOST),
+        "is_used": int(found.helps if tried == "filter" else found.low > -MOST_LOST),
         "gain_in_truth": compare(truth * other, truth * as_is).gain,
     }  # fmt: skip
 

@@ -72,7 +72,8 @@ class ROPOConfig(TrainingArguments):
     loss: str = _option("ropo", "Loss of the training stages: one of the names that `ropo losses` lists.")
     beta: float = _option(0.1, "Strength of the pull to the reference, per nat. Usual 0.01-0.5.")
     alpha: str | None = _option(
-        None, "ropo, ropo_v1: weight of the noise-tolerant part, or auto (ropo's default): by the noise that is left."
+        None,
+        "ropo, ropo_v1: weight of the noise-tolerant part, or auto (ropo's default): by the noise left, or by trial.",
     )
     gamma: float | None = _option(None, "ropo_v1: weight of the DPO part.")
     flip_rate: float | None = _option(None, "cdpo, rdpo, forward_corrected: share of labels assumed wrong, [0, 0.5).")

@@ -86,8 +86,8 @@ def forecast(
     """Count a run, and time a step of it.
 
     The number of suspects is not known before the audit: without `rho` the plan has none, so it counts two passes of
-    judging, of which the second falls away on clean labels, and no sampling. A filter that is tried costs up to one
-    pass more.
+    judging, of which the second falls away on clean labels, and no sampling. A filter and a loss that are tried cost
+    up to two passes more, mostly nothing.
 
     Args:
         config: Of the model.

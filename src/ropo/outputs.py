@@ -190,13 +190,15 @@ def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) 
 def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> dict[str, Any]:
     """What only an audit knows; empty values without one."""
     if audit is None:
-        return {"annotators": [], "num_trusted": num_trusted, "calibration": None, "trial": None, "noise_left": None}
+        nothing = dict.fromkeys(("calibration", "trial", "loss_trial", "noise_left"))
+        return {"annotators": [], "num_trusted": num_trusted, **nothing}
     estimate, calibration = audit.estimate(), audit.calibration()
     return {
         "annotators": estimate["annotators"],
         "num_trusted": estimate["num_trusted"],
         "calibration": None if calibration is None else calibration.to_dict(),
         "trial": audit.trial,
+        "loss_trial": audit.loss_trial,
         "noise_left": audit.judgement()["noise_left"],
     }
 

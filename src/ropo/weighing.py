@@ -174,8 +174,9 @@ def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any], left: float)
 
         α = 2 + 34·(share of wrong labels left in training);   0, which is DPO, if little speaks for flips
 
-    The rule is ours. Above 2 a contradicted pair weighs less than an undecided one; the paper's 14 is reached where
-    35 % of what is trained on is wrong. Little is an estimate below `MIN_RATE` whose interval reaches 0.
+    An audit may try the loss where this gives 0, and overrule it. The rule is ours. Above 2 a contradicted pair weighs
+    less than an undecided one; the paper's 14 is reached where 35 % of what is trained on is wrong. Little is an
+    estimate below `MIN_RATE` whose interval reaches 0.
 
     Args:
         fixed: What the user gave, or None to follow the noise.

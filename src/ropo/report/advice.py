@@ -42,6 +42,8 @@ def _advise_clean(tables: Table) -> str | None:
         return None
     if estimate["rho"] == 0 and loss["alpha"] == 0 and loss["has_alpha"]:
         return "The interval reaches 0, so nothing has to be done about the labels: training is exactly DPO."
+    if loss["is_tried"]:
+        return None  # plain training is what the robust loss was tried against
     return "The interval reaches 0: plain training (`--loss dpo --rho 0`) is a fair choice."
 
 

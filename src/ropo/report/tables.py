@@ -180,6 +180,7 @@ def _loss(summary: Mapping[str, Any]) -> Table:
         "alpha": number(summary.get("alpha")),
         "alpha_reason": clean(str(summary.get("alpha_reason") or "")),
         "noise_left": number(summary.get("noise_left")),
+        "is_tried": summary.get("loss_trial") is not None,
     }
 
 

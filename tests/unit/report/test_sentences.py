@@ -356,3 +356,12 @@ def test_a_trial_is_told_whether_it_helped_or_not(make_audit):
     _, sentences = said(make_audit, flip_rate=clean, rho=0.0, trial={**trial, "tried": 0.68, "helps": False})
     assert plain(sentences["done"]).endswith("That is no sure gain, so they stay.")
     assert "models trained" not in sentences["interval"]
+
+
+@pytest.mark.parametrize("is_tried", [True, False])
+def test_plain_training_is_not_advised_against_a_trial(make_audit, is_tried):
+    """What the robust loss was tried against, and found no better, is no advice."""
+    clean = {"estimate": 0.0, "low": 0.0, "high": 0.05, "is_raised": False}
+    tried = {"loss_trial": {"alpha": 10.0, "alpha_reason": "they agree", "tried": 0.78, "as_is": 0.78}}
+    _, sentences = said(make_audit, flip_rate=clean, rho=0.0, alpha=10.0, **(tried if is_tried else {}))
+    assert any("--loss dpo --rho 0" in advice for advice in sentences["next"]) != is_tried
