@@ -4,6 +4,7 @@ In: a model and `TokenizedPair`s. Out: `PairLogps` in the order of the pairs, on
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,9 +14,11 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ropo.data.tokenize import TokenizedPair
-from ropo.logps.batch import LAYOUTS, batches_by_length
+from ropo.logps.batch import LAYOUTS, Batch, batches_by_length
 from ropo.logps.shared_prefix import FORWARDS, choose_layout, vocabulary_size
 from ropo.pairs import PairLogps
+
+logger = logging.getLogger(__name__)
 
 Rows = list[tuple[int, float, float, int, int]]  # position, chosen, rejected, chosen tokens, rejected tokens
 
@@ -38,7 +41,8 @@ def score_pairs(
 ) -> PairLogps:
     """Log-probabilities of all pairs under one model, in evaluation mode.
 
-    With several processes each scores its share of the batches and all return everything.
+    With several processes each scores its share of the batches and all return everything. A batch that does not fit
+    into the device's memory is halved, and so are those after it.
 
     Args:
         model: A causal language model on its device.
@@ -52,6 +56,9 @@ def score_pairs(
 
     Returns:
         One value per pair, in the order of `tokens`.
+
+    Raises:
+        torch.OutOfMemoryError: If not even one pair fits.
     """
     if not tokens:
         return logps_of_rows([])
@@ -81,10 +88,15 @@ def score_pairs(
         precision,
         progress_bar(title, sum(map(len, mine)), is_shown=state.is_main_process) as advance,
     ):
-        for where in mine:
+        while mine:
+            where, *rest = mine
             batch = LAYOUTS[layout]([tokens[i] for i in where], pad_token_id=pad_token_id)
-            logps = FORWARDS[layout](model, {name: tensor.to(device) for name, tensor in batch.items()})
-            found = _rows(where, logps)
+            logps = _forward_if_it_fits(model, batch, layout, device)
+            if logps is None:
+                _check_halves(where, tokens)
+                mine = [half for some in mine for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half]
+                continue
+            found, mine = _rows(where, logps), rest
             if on_batch is not None:
                 on_batch(found)
             rows += found
@@ -93,6 +105,27 @@ def score_pairs(
     if state.num_processes > 1:
         rows = gather_object(rows)
     return logps_of_rows(rows)
+
+
+def _forward_if_it_fits(model: nn.Module, batch: Batch, layout: str, device: torch.device) -> PairLogps | None:
+    """None where memory is short; by then the failed pass and its tensors are gone."""
+    try:
+        return FORWARDS[layout](model, {name: tensor.to(device) for name, tensor in batch.items()})
+    except torch.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()
+    return None
+
+
+def _check_halves(where: list[int], tokens: Sequence[TokenizedPair]) -> None:
+    if len(where) == 1:
+        raise torch.OutOfMemoryError(
+            f"Scoring needs memory for a pair of {len(tokens[where[0]])} tokens; the device has none left. Lower "
+            "max_length, use bf16, or take a larger device."
+        )
+    logger.info(
+        "A batch of %d pairs does not fit into the device's memory; batches are halved from here on.", len(where)
+    )
 
 
 def _rows(where: list[int], logps: PairLogps) -> Rows:

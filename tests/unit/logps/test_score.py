@@ -36,3 +36,40 @@ def test_the_plain_layout_holds_so_many_logits(model, tokens, monkeypatch):
     parts, limited = scored(model, tokens)
     assert limited <= 200 < largest
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
+
+
+class SmallDevice:
+    """A forward that only so many unique tokens fit into; notes how many pairs each call has."""
+
+    def __init__(self, monkeypatch, fits):
+        self.asked, forward = [], score.FORWARDS["packed"]
+
+        def small(model, batch):
+            self.asked.append(len(batch["lengths"]))
+            if int(batch["lengths"].sum()) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return forward(model, batch)
+
+        monkeypatch.setattr(score, "FORWARDS", {"packed": small})
+
+
+def test_batches_that_do_not_fit_are_halved(model, tokens, monkeypatch):
+    """All of them at the first shortage, not each for itself; every pair is scored once, and the numbers stay."""
+    size, seen = len(tokens[0]), []
+    alike = [tokens[0]] * 14 + [tokens[1]]
+    whole, _ = scored(model, alike)
+    device = SmallDevice(monkeypatch, fits=2 * max(size, len(tokens[1])))
+    found = score_pairs(
+        model, alike, pad_token_id=0, max_length=128, max_tokens=4 * max(size, len(tokens[1])),
+        on_batch=lambda rows: seen.extend(row[0] for row in rows),
+    )  # fmt: skip
+    torch.testing.assert_close(found.chosen, whole, rtol=1e-5, atol=1e-4)
+    assert sorted(seen) == list(range(15))
+    assert device.asked == [4, 2, 2, 2, 2, 2, 2, 1, 2]
+
+
+def test_a_pair_that_does_not_fit_is_an_error(model, tokens, monkeypatch):
+    SmallDevice(monkeypatch, fits=5)
+    longest = max(map(len, tokens))
+    with pytest.raises(torch.OutOfMemoryError, match=f"needs memory for a pair of {longest} tokens.*Lower max_length"):
+        scored(model, tokens)
