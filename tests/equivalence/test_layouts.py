@@ -218,6 +218,37 @@ def test_bfloat16(layout, has_autocast, shape):
         assert error <= 0.05 * size, f"{name}: {error / size:.3f}"
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_filled_up_rows(shape, monkeypatch):
+    """What fills a row up to a round length has no part in values or gradients."""
+    for module in (shared_prefix, response_head):
+        monkeypatch.setattr(module, "round_length", lambda num_tokens, *_: num_tokens + -num_tokens % 16)
+    for name in ("llama, grouped queries", "mixtral, layers of experts", "gpt2, learned positions"):
+        assert_equal(ready(MODELS[name](), "packed"), make_tokens(SHAPES[shape]), "packed")
+
+
+@pytest.mark.parametrize("has_autocast", [False, True])
+def test_few_shapes_in_bfloat16(has_autocast, monkeypatch):
+    """Products in bfloat16 compile a kernel for each shape: many batches must have few."""
+    model, sizes, rng = MODELS["llama, grouped queries"](), set(), np.random.default_rng(0)
+    model = ready(model if has_autocast else model.bfloat16(), "packed")
+    if has_autocast:  # as `accelerate` does: within the model, not around it
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: sizes.add(args[0].shape[:-1].numel()))
+    logits = response_head._logits
+    monkeypatch.setattr(response_head, "_logits", lambda x_NH, *rest: sizes.add(len(x_NH)) or logits(x_NH, *rest))
+    lengths = set()
+    for seed in range(20):
+        tokens = make_tokens([tuple(rng.integers(20, 40, 3)) for _ in range(7)], seed)
+        lengths.add(sum(map(len, tokens)))
+        values_and_gradients(model, tokens, "packed")
+    assert len(lengths) > 15
+    assert all(size % 32 == 0 for size in sizes), sizes
+    assert len(sizes) < 12, sizes
+
+
 def head_of(kind):
     head = torch.nn.Linear(16, VOCABULARY, bias=kind == "bias")
     if kind == "hooks":

@@ -201,6 +201,34 @@ def test_non_finite_loss_names_the_pairs(model, tokenizer, pairs, tmp_path):
         trainer.train()
 
 
+def test_a_gradient_too_small_to_matter_is_none(model, tokenizer, pairs, tmp_path):
+    """A pair at a margin of 85 has a gradient of 1e-37, and products with such numbers take many times as long."""
+    tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
+    gradients = []
+    for h in ([1.0, 85.0, 30.0, -85.0], [1.0, 1e9, 30.0, -85.0]):
+        reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
+        reference = PairLogps(chosen=reference.chosen - torch.tensor(h) / 0.2, rejected=reference.rejected)
+        dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
+        trainer = ROPOTrainer(
+            model, config(tmp_path, loss="dpo", beta=0.2), train_dataset=dataset, processing_class=tokenizer
+        )
+        seen, margin_of = [], trainer._margin
+
+        def watched(logps, inputs, seen=seen, margin_of=margin_of):
+            logps.chosen.register_hook(seen.append)
+            return margin_of(logps, inputs)
+
+        trainer._margin = watched
+        batch = trainer.get_train_dataloader().collate_fn([dataset[i] for i in range(4)])
+        trainer.training_step(trainer.model, batch)
+        gradients.append(seen[0])
+    dust, none = gradients
+    assert dust[1] == 0
+    assert torch.equal(dust, none)  # the others have what they had
+    assert dust[2] == pytest.approx(-0.2 / 4 * math.exp(-30), rel=1e-3)
+    assert dust[3] == pytest.approx(-0.2 / 4, rel=1e-6)
+
+
 def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
     """The annotator whose labels contradict the policy loses reliability; the other does not."""
     who = ["good", "bad"] * 10

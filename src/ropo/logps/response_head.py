@@ -22,6 +22,30 @@ LOGITS_BUDGET_BYTES = 256 * 2**20
 _PIECE_TOKENS = {"cpu": 512}
 
 
+def round_length(num_tokens: int, device: str, dtype: torch.dtype) -> int:
+    """To how many tokens a number of them is best filled up.
+
+    On a CPU, products in half precision compile a kernel for each shape that they have not met, which takes several
+    times as long as the product, and only so many kernels are kept; those in float32 take every shape as it comes.
+
+    Args:
+        num_tokens: How many there are.
+        device: Type of the device.
+        dtype: Of the products.
+
+    Returns:
+        The number itself, or one of eight between two powers of two.
+
+    Examples:
+        >>> [round_length(n, "cpu", torch.bfloat16) for n in (3, 65, 1000, 1025, 2048)]
+        [16, 80, 1024, 1152, 2048]
+    """
+    if device != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return num_tokens
+    step = max(1 << num_tokens.bit_length() >> 4, 16)
+    return -(-num_tokens // step) * step
+
+
 def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap: float | None = None) -> Tensor:
     """Log-probability of each target token.
 
@@ -46,10 +70,14 @@ def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap:
     # Inside a function of our own autocast does not act, so its casts are made here, where they are differentiated.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     bias_V = None if head.bias is None else head.bias.to(dtype)
+    num_tokens = len(target_N)
+    if missing := round_length(num_tokens, device, dtype) - num_tokens:
+        hidden_NH = nn.functional.pad(hidden_NH, (0, 0, 0, missing))
+        target_N = nn.functional.pad(target_N, (0, missing))
     logps_N: Tensor = _LinearLogps.apply(  # type: ignore[no-untyped-call]
         hidden_NH.to(dtype), head.weight.to(dtype), bias_V, target_N, cap
     )
-    return logps_N
+    return logps_N[:num_tokens]
 
 
 def _has_hooks(head: nn.Module) -> bool:
@@ -73,22 +101,24 @@ class _LinearLogps(torch.autograd.Function):
         ctx.needs_softmax = any(ctx.needs_input_grad[:3])
         is_kept = ctx.needs_softmax and 4 * num_tokens * vocabulary <= LOGITS_BUDGET_BYTES
         logps_N = torch.empty(num_tokens, dtype=torch.float32, device=hidden_NH.device)
-        lse_N = torch.empty_like(logps_N)
         softmax_NV = hidden_NH.new_empty(num_tokens, vocabulary, dtype=torch.float32) if is_kept else None
         for piece in _pieces(num_tokens, vocabulary, hidden_NH.device.type):
             logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, cap)
-            lse_N[piece] = logits_NV.logsumexp(dim=-1)
-            logps_N[piece] = logits_NV.gather(1, target_N[piece, None]).squeeze(1) - lse_N[piece]
-            if softmax_NV is not None:
-                torch.sub(logits_NV, lse_N[piece, None], out=softmax_NV[piece]).exp_()
+            if softmax_NV is None:
+                logps_N[piece] = logits_NV.log_softmax(dim=-1).gather(1, target_N[piece, None]).squeeze(1)
+            else:
+                torch.softmax(logits_NV, dim=-1, out=softmax_NV[piece])
+                # The largest softmax, 1/V at least, is exp of the largest logit less the sum's logarithm.
+                lse_N = logits_NV.amax(dim=-1) - softmax_NV[piece].amax(dim=-1).log_()
+                logps_N[piece] = logits_NV.gather(1, target_N[piece, None]).squeeze(1) - lse_N
         ctx.cap = cap
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, lse_N, softmax_NV)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, softmax_NV)
         return logps_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """∂logp/∂logits = onehot(target) − softmax; the cap multiplies it by 1 − (logits/cap)²."""
-        hidden_NH, weight_VH, bias_V, target_N, lse_N, softmax_NV = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, target_N, softmax_NV = ctx.saved_tensors
         (gradient_N,) = gradients
         d_hidden_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -96,7 +126,7 @@ class _LinearLogps(torch.autograd.Function):
         for piece in _pieces(len(hidden_NH), len(weight_VH), hidden_NH.device.type):
             if softmax_NV is None or ctx.cap is not None:
                 logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, ctx.cap)
-            d_logits_NV = softmax_NV[piece] if softmax_NV is not None else (logits_NV - lse_N[piece, None]).exp_()
+            d_logits_NV = softmax_NV[piece] if softmax_NV is not None else logits_NV.softmax(dim=-1)
             d_logits_NV = d_logits_NV * -gradient_N[piece, None]
             d_logits_NV.scatter_add_(1, target_N[piece, None], gradient_N[piece, None])
             if ctx.cap is not None:

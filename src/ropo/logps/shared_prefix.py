@@ -21,11 +21,14 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch
 from ropo.logps.forward import plain_logps, sum_by_response
 from ropo.logps.last_layer import last_mlp_at
-from ropo.logps.response_head import response_logps
-from ropo.logps.tree_attention import BUCKET_TOKENS, NAME, row_mask, tree_mask
+from ropo.logps.response_head import response_logps, round_length
+from ropo.logps.tree_attention import NAME, row_mask, tree_mask
 from ropo.pairs import PairLogps
 
 logger = logging.getLogger(__name__)
+
+# Packed rows on a GPU are filled up to a multiple of this, so that few shapes are compiled.
+_GPU_BUCKET_TOKENS = 1024
 
 
 def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
@@ -60,14 +63,11 @@ def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
     Returns:
         As `shared_prefix_logps`.
     """
-    input_ids, position_ids = batch["input_ids"], batch["position_ids"]
-    if input_ids.device.type != "cpu":
-        missing = -input_ids.shape[1] % BUCKET_TOKENS
-        input_ids, position_ids = (nn.functional.pad(tensor, (0, missing)) for tensor in (input_ids, position_ids))
     logps_N = model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=row_mask(batch["lengths"], input_ids.shape[1]),
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,
+        response_lengths=batch["lengths"],
         response_source=batch["source"],
         response_read=batch["read"],
         response_target=batch["target"],
@@ -101,6 +101,8 @@ def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
 def enable_response_logps(model: nn.Module) -> None:
     """Teach a causal language model to answer `response_source`, `_read` and `_target` with log-probabilities.
 
+    With `response_lengths` (pairs, 3), the row is a packed one.
+
     Calls without these arguments (generation, plain forward) behave as before. The method is bound on the
     instance that owns the language-model head, inside any PEFT wrapper, so that every outer wrapper's `forward`
     passes through it. Calling it twice does no harm.
@@ -118,7 +120,8 @@ def enable_response_logps(model: nn.Module) -> None:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    source_N, read_R, target_N = (kwargs.pop(f"response_{name}", None) for name in ("source", "read", "target"))
+    names = ("lengths", "source", "read", "target")
+    lengths_P3, source_N, read_R, target_N = (kwargs.pop(f"response_{name}", None) for name in names)
     if source_N is None:
         wrapped = self._ropo_wrapped_forward
         return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
@@ -126,14 +129,50 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # Eager attention adds its mask to the scores instead of selecting by it.
     if mask is not None and self.config._attn_implementation == "eager":
         mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+    input_ids, position_ids = kwargs["input_ids"], kwargs["position_ids"]
+    if lengths_P3 is not None:
+        input_ids, position_ids, read_R = _filled_up(input_ids, position_ids, read_R, self.dtype)
+        mask = row_mask(lengths_P3, input_ids.shape[1])
     decoder = self.get_decoder()
     with last_mlp_at(decoder, read_R):
         hidden_BTH = decoder(
-            input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"], attention_mask=mask, use_cache=False
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
     hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
     cap = getattr(self.config, "final_logit_softcapping", None)
     return response_logps(hidden_NH, target_N, self.get_output_embeddings(), cap=cap)
+
+
+def _filled_up(
+    input_ids_1T: Tensor, position_ids_1T: Tensor, read_R: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed row of a round length, and as many positions to read, so that few shapes are compiled.
+
+    Called where autocast acts, since a CPU needs it in half precision only.
+
+    Args:
+        input_ids_1T: Tokens.
+        position_ids_1T: Their positions.
+        read_R: Places in the row, each once.
+        dtype: Of the model.
+
+    Returns:
+        The three with what fills them up behind: nothing that is asked for depends on it.
+    """
+    num_tokens, device = input_ids_1T.shape[1], input_ids_1T.device.type
+    if device != "cpu":
+        missing = -num_tokens % _GPU_BUCKET_TOKENS
+    else:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
+        missing = round_length(num_tokens, device, dtype) - num_tokens
+        if num_unread := round_length(len(read_R), device, dtype) - len(read_R):
+            is_unread_T = torch.ones(num_tokens + missing, dtype=torch.bool).index_fill_(0, read_R, value=False)
+            read_R = torch.cat([read_R, is_unread_T.nonzero().squeeze(1)[:num_unread]])
+    if missing:
+        input_ids_1T, position_ids_1T = (
+            nn.functional.pad(row, (0, missing)) for row in (input_ids_1T, position_ids_1T)
+        )
+    return input_ids_1T, position_ids_1T, read_R
 
 
 def _causal_lm(model: nn.Module) -> Any:

@@ -36,8 +36,6 @@ _CELLS_PER_CALL = 2400
 # A pair of more tokens is attended to by itself, block by block.
 _LONGEST_TOGETHER = 200
 _BLOCK = 128  # positions in a block of FlexAttention
-# Rows on a GPU are filled up to a multiple of this, so that few shapes are compiled.
-BUCKET_TOKENS = 1024
 # Kernels that FlexAttention may compile in a process.
 _KERNELS = 64
 
@@ -111,13 +109,17 @@ def _together(sizes: list[list[int]]) -> _Together:
     place_L = torch.arange(width)
     is_token_PL = place_L < total_P[:, None]
     branch_PL = (place_L >= part[:, :1]).long() + (place_L >= part[:, :2].sum(dim=1, keepdim=True)).long()
-    branch_PL[~is_token_PL] = -1  # positions without a token form a branch of their own, so that no row is empty
+    branch_PL[~is_token_PL] = -1
+    # Positions without a token see each other, so that no row is empty, and nothing else: `_Choose` relies on it.
+    is_alike_P1LL = (is_token_PL[:, :, None] == is_token_PL[:, None, :])[:, None]
     first_P = total_P.cumsum(0) - total_P
     return _Together(
         num_tokens=int(total_P.sum()),
         index_PL=(first_P[:, None] + place_L).clamp(max=int(total_P.sum()) - 1),
         places=is_token_PL.flatten().nonzero().squeeze(1),
-        mask_P1LL=torch.zeros(len(sizes), 1, width, width).masked_fill_(~tree_mask(branch_PL), -torch.inf),
+        mask_P1LL=torch.zeros(len(sizes), 1, width, width).masked_fill_(
+            ~(tree_mask(branch_PL) & is_alike_P1LL), -torch.inf
+        ),
     )
 
 
@@ -269,7 +271,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     groups = _groups_of(mask)
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    parts = [tensor[0].split([group.num_tokens for group in groups], dim=1) for tensor in (query, key, value)]
+    sizes = [group.num_tokens for group in groups]
+    num_unused = query.shape[2] - sum(sizes)  # fill the row up; nobody reads what is put out there
+    parts = [tensor[0].split([*sizes, num_unused], dim=1)[: len(sizes)] for tensor in (query, key, value)]
     output: list[Tensor] = []
     for group, q_ATD, k_ATD, v_ATD in zip(groups, *parts, strict=True):
         if isinstance(group, _Together):
@@ -277,6 +281,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
         else:
             factor = q_ATD.shape[2] ** -0.5 if scaling is None else scaling
             output.append(block_attention(q_ATD, k_ATD, v_ATD, group.blocks, scaling=factor).transpose(0, 1))
+    if num_unused:
+        output.append(query.new_zeros(num_unused, query.shape[1], value.shape[3]))
     return output[0] if len(output) == 1 else torch.cat(output)
 
 
@@ -293,13 +299,38 @@ def _attend_together(q_ATD: Tensor, k_ATD: Tensor, v_ATD: Tensor, group: _Togeth
     num_pairs, width = group.index_PL.shape
     is_even = num_pairs * width == group.num_tokens
     index = group.index_PL.flatten()
-    q_PALD, k_PALD, v_PALD = (
-        (tensor if is_even else tensor.index_select(1, index)).unflatten(1, (num_pairs, width)).transpose(0, 1)
-        for tensor in (q_ATD, k_ATD, v_ATD)
+
+    def by_pair(x_ATD: Tensor) -> Tensor:
+        x_TAD = x_ATD.transpose(0, 1)
+        filled_TAD = x_TAD if is_even else _Choose.apply(x_TAD, index, group.places)  # type: ignore[no-untyped-call]
+        x_PALD: Tensor = filled_TAD.unflatten(0, (num_pairs, width)).transpose(1, 2)
+        return x_PALD
+
+    output_PALD = scaled_dot_product_attention(
+        by_pair(q_ATD), by_pair(k_ATD), by_pair(v_ATD), attn_mask=group.mask_P1LL, scale=scaling
     )
-    output_PALD = scaled_dot_product_attention(q_PALD, k_PALD, v_PALD, attn_mask=group.mask_P1LL, scale=scaling)
-    output_TAD = output_PALD.transpose(1, 2).flatten(0, 1)
-    return output_TAD if is_even else output_TAD.index_select(0, group.places)
+    output_TAD: Tensor = output_PALD.transpose(1, 2).flatten(0, 1)
+    if not is_even:
+        output_TAD = _Choose.apply(output_TAD, group.places, index)  # type: ignore[no-untyped-call]
+    return output_TAD
+
+
+class _Choose(torch.autograd.Function):
+    """Rows of a tensor, with a gradient that chooses, too, instead of adding up.
+
+    Filling up and taking out again undo each other. Where no pair has a token, what comes in and what its gradient is
+    do not matter: nobody but such places sees it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TAD: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x_TAD.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (back,) = ctx.saved_tensors
+        return gradients[0].index_select(0, back), None, None
 
 
 AttentionInterface.register(NAME, tree_attention)
