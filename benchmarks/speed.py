@@ -31,6 +31,7 @@ import json
 import logging
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,6 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ropo import PairDataset, ROPOConfig, load_pairs, run_rounds
 from ropo import trainer as ours
@@ -138,9 +138,14 @@ def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task
 
 
 def _by_length(places: list[int], lengths: list[int], batch_size: int) -> list[int]:
-    """As the length-grouping sampler of `transformers` does."""
-    order = get_length_grouped_indices(lengths, batch_size, generator=torch.Generator().manual_seed(0))
-    return [places[i] for i in order]
+    """Batches of similar length in any order: what the length-grouping sampler of `transformers` makes of a long run.
+
+    It sorts 50 batches at a time, but fewer where there are few pairs, which would fill up rows as no long run does.
+    """
+    order = sorted(range(len(places)), key=lambda i: -lengths[i])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    random.Random(0).shuffle(batches)
+    return [places[i] for batch in batches for i in batch]
 
 
 def make_tokenizer_and_model(pairs: Sequence[Any]) -> tuple[Any, Any]:
