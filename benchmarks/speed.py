@@ -56,7 +56,7 @@ from ropo import trainer as ours
 from ropo.bench.rows import read_rows
 from ropo.data import toy
 from ropo.data.tokenize import tokenize_pairs
-from ropo.logps.batch import LAYOUTS
+from ropo.logps.batch import LAYOUTS, batches_by_length
 from ropo.logps.score import score_pairs
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.provenance import commit, machine, versions
@@ -149,8 +149,7 @@ def _by_length(places: list[int], lengths: list[int], batch_size: int) -> list[i
 
     It sorts 50 batches at a time, but fewer where there are few pairs, which would fill up rows as no long run does.
     """
-    order = sorted(range(len(places)), key=lambda i: -lengths[i])
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = list(batches_by_length(lengths, max_tokens=batch_size * max(lengths), max_pairs=batch_size))
     random.Random(0).shuffle(batches)
     return [places[i] for batch in batches for i in batch]
 

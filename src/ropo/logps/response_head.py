@@ -34,7 +34,7 @@ def round_length(num_tokens: int, device: str, dtype: torch.dtype) -> int:
         dtype: Of the products.
 
     Returns:
-        The number itself, or one of eight between two powers of two.
+        The number itself, or one of at most eight between two powers of two.
 
     Examples:
         >>> [round_length(n, "cpu", torch.bfloat16) for n in (3, 65, 1000, 1025, 2048)]
