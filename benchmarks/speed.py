@@ -5,8 +5,11 @@
     python benchmarks/speed.py --table                                         # the tables of docs/performance.md
     python benchmarks/speed.py PAIRS --profile packed --threads 1              # where the time of six steps goes
 
-PAIRS is anything `ropo train` reads as text. Two tasks. "hh": those pairs, and a Llama made in code with random weights
-and a vocabulary of 4096 learned from them. "toy": the short pairs and the tiny model of `ropo demo`.
+PAIRS is anything `ropo train` reads as text. Two tasks on a CPU. "hh": those pairs, and a Llama made in code with
+random weights and a vocabulary of 4096 learned from them. "toy": the short pairs and the tiny model of `ropo demo`. On
+a GPU one other, "large", which needs no PAIRS: a Llama of 1.1 billion parameters with random weights, all under
+bfloat16 autocast, and pairs of random words, about 512 in the prompt and 256 in each response. Its rows go to
+speed_gpu.csv.
 
 Every measurement is a process of its own, one after the other, in turn, so that whatever slows the machine down slows
 all ways alike; a ratio compares runs of the same turn. All get the same pairs in the same batches of 8 (16 for toy) and
@@ -40,7 +43,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +66,7 @@ from ropo.provenance import commit, machine, versions
 
 HERE = Path(__file__).parent
 RESULTS = Path(__file__).with_suffix(".csv")
+RESULTS_GPU = RESULTS.with_name("speed_gpu.csv")
 COLUMNS = (
     "task", "way", "turn", "training_per_second", "pairs_per_second", "tokens_per_second", "matrix_share", "peak_mib",
     "seconds", "num_pairs", "num_tokens", "matrix_gflops", "threads", "num_parameters", "cores", "device", "torch",
@@ -106,9 +110,15 @@ WAYS = (
     Way(name="whole, 5 folds, 2 passes", measure="whole", order="as given"),
 )
 QUICK = ("TRL, best", "ours, packed")
-NUM_PAIRS = {"hh": 192, "toy": 800}
+LARGE = ("TRL, defaults", "TRL, best", "ours, plain", "ours, shared prefix", "ours, packed", "scoring", "bare forward")
+NUM_PAIRS = {"hh": 192, "toy": 800, "large": 160}
 NUM_PAIRS_WHOLE = 64
-NUM_PAIRS_QUICK = {"hh": 40, "toy": 256}
+NUM_PAIRS_QUICK = {"hh": 40, "toy": 256, "large": 40}
+LARGE_SHAPE = {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+}  # fmt: skip
+LARGE_WORDS = (512, 256, 256)  # of prompt, chosen and rejected, on average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +130,22 @@ class Task:
     pairs: list[Any]
     tokens: list[Any]
     batch_size: int
+    max_length: int
 
 
 def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task:
     """Make the model and take pairs spread over the data, whole batches, the same in every process."""
+    batch_size, max_length = 8, 512
     if name == "toy":
         tokenizer, pairs, batch_size = toy.make_tokenizer(), toy.make_pairs(num_pairs, seed=1), 16
         model: Any = toy.make_model(tokenizer)
+    elif name == "large":
+        tokenizer, model, pairs = make_large(num_pairs)
+        max_length = LARGE_SHAPE["max_position_embeddings"]
     else:
-        pairs, batch_size = load_pairs(source).pairs, 8
+        pairs = load_pairs(source).pairs
         tokenizer, model = make_tokenizer_and_model(pairs)
-    found = tokenize_pairs(pairs, tokenizer, max_length=512)
+    found = tokenize_pairs(pairs, tokenizer, max_length=max_length)
     count = min(num_pairs, len(found.pairs)) // batch_size * batch_size
     places = list(range(0, len(found.pairs), len(found.pairs) // count))[:count]
     if order == "by length":
@@ -141,6 +156,7 @@ def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task
         pairs=[found.pairs[i] for i in places],
         tokens=[found.tokens[i] for i in places],
         batch_size=batch_size,
+        max_length=max_length,
     )
 
 
@@ -172,14 +188,43 @@ def make_tokenizer_and_model(pairs: Sequence[Any]) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+def make_large(num_pairs: int) -> tuple[Any, Any, list[Any]]:
+    """A vocabulary of numbered words, a Llama of `LARGE_SHAPE`, and pairs of random words of about `LARGE_WORDS`."""
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(LARGE_SHAPE["vocab_size"])}, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w1")
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(LlamaConfig(**LARGE_SHAPE, pad_token_id=0, eos_token_id=1, bos_token_id=1))
+    chance = random.Random(0)
+
+    def text(mean: int) -> str:
+        count = round(mean * chance.uniform(0.5, 1.5))
+        return " ".join(f"w{chance.randrange(2, LARGE_SHAPE['vocab_size'])}" for _ in range(count))
+
+    rows = []
+    for _ in range(num_pairs):
+        prompt, chosen, rejected = map(text, LARGE_WORDS)
+        rows.append({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"})
+    return tokenizer, model, load_pairs(rows).pairs
+
+
 def common(task: Task, folder: str) -> dict[str, Any]:
     """Options that both trainers share."""
     return {
         "output_dir": folder, "per_device_train_batch_size": task.batch_size, "num_train_epochs": 1, "beta": 0.1,
-        "learning_rate": 1e-4, "max_length": 512, "train_sampling_strategy": "sequential", "save_strategy": "no",
-        "logging_steps": 4, "logging_first_step": False, "disable_tqdm": True, "report_to": "none", "seed": 0,
-        "use_cpu": not torch.cuda.is_available(), "warmup_steps": 0, "lr_scheduler_type": "linear",
+        "learning_rate": 1e-4, "max_length": task.max_length, "train_sampling_strategy": "sequential",
+        "save_strategy": "no", "logging_steps": 4, "logging_first_step": False, "disable_tqdm": True,
+        "report_to": "none", "seed": 0, "use_cpu": not torch.cuda.is_available(), "warmup_steps": 0,
+        "lr_scheduler_type": "linear",
     }  # fmt: skip
+
+
+def now() -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Clock(TrainerCallback):
@@ -192,10 +237,10 @@ class Clock(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if state.global_step == NUM_WARM_UP:
-            self.start = time.perf_counter()
+            self.start = now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
-        self.seconds, self.steps = time.perf_counter() - self.start, state.global_step - NUM_WARM_UP
+        self.seconds, self.steps = now() - self.start, state.global_step - NUM_WARM_UP
 
     def found(self) -> dict[str, Any]:
         """As a measurement reports it.
@@ -244,11 +289,9 @@ def measure_ours(way: Way, task: Task) -> dict[str, Any]:
     """Train with `ROPOTrainer`; the reference is scored before, and timed too."""
     _force(str(way.layout))
     clock = Clock()
-    start = time.perf_counter()
-    reference = score_pairs(
-        task.model, task.tokens, pad_token_id=task.tokenizer.pad_token_id, max_length=512, use_bf16=way.has_bf16
-    )
-    reference_seconds = time.perf_counter() - start
+    start = now()
+    reference = score(way, task, task.tokens)
+    reference_seconds = now() - start
     with tempfile.TemporaryDirectory() as folder:
         args = ROPOConfig(loss="dpo", rho="0", num_folds=0, bf16=way.has_bf16, **common(task, folder))
         data = PairDataset(task.pairs, task.tokens, reference=reference)
@@ -288,13 +331,20 @@ def measure_trl(way: Way, task: Task) -> dict[str, Any]:
     return {**clock.found(), "losses": losses}
 
 
+def score(way: Way, task: Task, tokens: list[Any]) -> Any:
+    """A scoring pass, with all that it does before the first batch."""
+    return score_pairs(
+        task.model,
+        tokens,
+        pad_token_id=task.tokenizer.pad_token_id,
+        max_length=task.max_length,
+        use_bf16=way.has_bf16,
+    )
+
+
 def measure_score(way: Way, task: Task) -> dict[str, Any]:
-    """The scoring pass, with all that it does before the first batch."""
-
-    def run(tokens: list[Any]) -> None:
-        score_pairs(task.model, tokens, pad_token_id=task.tokenizer.pad_token_id, max_length=512, use_bf16=way.has_bf16)
-
-    return _timed(run, task.tokens)
+    """The scoring pass."""
+    return _timed(lambda tokens: score(way, task, tokens), task.tokens)
 
 
 def measure_forward(way: Way, task: Task) -> dict[str, Any]:
@@ -302,14 +352,13 @@ def measure_forward(way: Way, task: Task) -> dict[str, Any]:
 
     def run(tokens: list[Any]) -> None:
         stream = torch.tensor([int(i) for pair in tokens for i in (*pair.prompt, *pair.chosen, *pair.rejected)])
-        rows = stream[: len(stream) // 256 * 256].view(-1, 256)
+        rows = stream[: len(stream) // 256 * 256].view(-1, 256).to(task.model.device)
         share = sum(len(pair.chosen) + len(pair.rejected) for pair in tokens) / len(stream)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(task.model.device.type, dtype=torch.bfloat16, enabled=way.has_bf16):
             for some in rows.split(16):
                 hidden = task.model.get_decoder()(input_ids=some, use_cache=False).last_hidden_state.flatten(0, 1)
                 task.model.get_output_embeddings()(hidden[: round(share * len(hidden))]).logsumexp(-1)
 
-    del way
     return _timed(run, task.tokens)
 
 
@@ -318,9 +367,9 @@ def _timed(run: Callable[[list[Any]], None], tokens: list[Any]) -> dict[str, Any
     run(tokens)
     memory, best = Memory(), float("inf")
     for _ in range(3):
-        start = time.perf_counter()
+        start = now()
         run(tokens * NUM_REPEATS)
-        best = min(best, (time.perf_counter() - start) / NUM_REPEATS)
+        best = min(best, (now() - start) / NUM_REPEATS)
     return {"seconds": best, "steps": None, "peak_mib": memory.peak_mib(), "losses": []}
 
 
@@ -333,9 +382,9 @@ def measure_whole(way: Way, task: Task) -> dict[str, Any]:
             **{**common(task, folder), "train_sampling_strategy": "group_by_length"},
             **{"rounds": 2, "rho": "0.2", "num_candidates": 4, "max_new_tokens": 48, **(way.options or {})},
         )
-        start = time.perf_counter()
+        start = now()
         run_rounds(task.model, rows, args, processing_class=task.tokenizer)
-        seconds = time.perf_counter() - start
+        seconds = now() - start
     return {"seconds": seconds, "steps": None, "peak_mib": memory.peak_mib(), "losses": []}
 
 
@@ -357,9 +406,9 @@ def matrix_gflops(*, has_bf16: bool) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(8):
-        start = time.perf_counter()
-        float((a @ b)[0, 0])
-        best = min(best, time.perf_counter() - start)
+        start = now()
+        a @ b
+        best = min(best, now() - start)
     return 2 * size**3 / best / 1e9
 
 
@@ -369,6 +418,7 @@ def measure(name: str, task_name: str, source: str | None, num_pairs: int, threa
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     way = next(way for way in WAYS if way.name == name)
+    way = replace(way, has_bf16=way.has_bf16 or task_name == "large")
     task = make_task(task_name, source, num_pairs, way.order)
     if torch.cuda.is_available():
         task.model.cuda()
@@ -415,7 +465,7 @@ def check_losses(found: dict[str, list[float]], task: str) -> None:
         if not ours or not theirs:
             continue
         worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        if worst > (0.02 if way.has_bf16 else 1e-3):
+        if worst > (0.02 if way.has_bf16 or task == "large" else 1e-3):
             raise SystemExit(f"{task}: {way.name} and TRL report losses that differ by {worst:.4f}: {ours}, {theirs}")
 
 
@@ -457,7 +507,7 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
     rows, losses = read_rows(args.output), {}
     known = {(row["task"], row["way"], int(row["turn"])) for row in rows}
     ways = [way for way in WAYS if not args.quick or way.name in QUICK]
-    ways = [way for way in ways if not way.is_whole or task == "hh"]
+    ways = [way for way in ways if (way.name in LARGE if task == "large" else not way.is_whole or task == "hh")]
     ways = [way for way in ways if way.name.startswith(tuple(args.only))]
     for way in ways if turn % 2 == 0 else ways[::-1]:
         if (task, way.name, turn) in known:
@@ -482,8 +532,9 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
 
 def table() -> str:
     """One table per task: speeds and memory as mean and range over the turns, and ratios of runs of one turn."""
-    rows = read_rows(RESULTS)
-    return "\n\n".join(_table(task, [row for row in rows if row["task"] == task]) for task in NUM_PAIRS)
+    rows = [row for path in (RESULTS, RESULTS_GPU) for row in read_rows(path)]
+    tasks = [task for task in NUM_PAIRS if any(row["task"] == task for row in rows)]
+    return "\n\n".join(_table(task, [row for row in rows if row["task"] == task]) for task in tasks)
 
 
 def _table(task: str, rows: list[dict[str, Any]]) -> str:
@@ -535,10 +586,11 @@ def pair_table() -> str:
     """Ways of ours beside each other, as ratios of runs of one turn."""
     rows = read_rows(RESULTS)
     rate = {(row["task"], row["way"], row["turn"]): float(row["training_per_second"]) for row in rows}
-    lines = [f"| pairs a second, ratio | {' | '.join(NUM_PAIRS)} |", "|---|---|---|"]
+    tasks = [task for task in NUM_PAIRS if any(row["task"] == task for row in rows)]
+    lines = [f"| pairs a second, ratio | {' | '.join(tasks)} |", "|---|---|---|"]
     for name, other in (("ours, packed, bf16", "ours, packed"), ("scoring", "bare forward")):
         turns = sorted({row["turn"] for row in rows})
-        cells = [_spread([rate[task, name, turn] / rate[task, other, turn] for turn in turns]) for task in NUM_PAIRS]
+        cells = [_spread([rate[task, name, turn] / rate[task, other, turn] for turn in turns]) for task in tasks]
         lines.append(f"| {name}, to {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -558,7 +610,7 @@ def main() -> None:
     parser.add_argument("--num_turns", type=int, default=3, help="repetitions")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     parser.add_argument("--quick", action="store_true", help="two ways, a few steps, one turn")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV; rows that are there are kept")
+    parser.add_argument("--output", type=Path, help="the CSV instead of speed.csv; rows that are there are kept")
     parser.add_argument("--only", nargs="+", default=[""], help="ways whose names begin so")
     parser.add_argument("--table", action="store_true", help="print the tables of the results")
     parser.add_argument("--profile", choices=list(LAYOUTS), help="profile a layout instead of measuring")
@@ -567,6 +619,8 @@ def main() -> None:
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    is_gpu = torch.cuda.is_available()
+    args.output = args.output or (RESULTS_GPU if is_gpu else RESULTS)
     if args.table:
         print(table(), pair_table(), whole_table(), sep="\n\n")
     elif args.profile:
@@ -575,7 +629,7 @@ def main() -> None:
         print(json.dumps(measure(args.way, args.task, args.pairs, args.count, args.threads)))
     else:
         for turn in range(1 if args.quick else args.num_turns):
-            for task in NUM_PAIRS if args.pairs else ("toy",):
+            for task in ("large",) if is_gpu else ("hh", "toy") if args.pairs else ("toy",):
                 run_turn(args, task, turn)
 
 

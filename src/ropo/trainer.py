@@ -288,14 +288,34 @@ class ROPOTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward pass of each piece in turn; processes share their gradients after the last."""
+        """Forward and backward pass of each piece in turn; processes share their gradients after the last.
+
+        Raises:
+            torch.OutOfMemoryError: If memory is short; the message says what to change, and what is lost: nothing but
+                the steps since the last checkpoint.
+        """
         *pieces, last = inputs["pieces"]
         losses = []
-        for piece in pieces:
-            with self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, piece, num_items_in_batch))
-        losses.append(super().training_step(model, last, num_items_in_batch))
+        try:
+            for piece in pieces:
+                with self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, piece, num_items_in_batch))
+            losses.append(super().training_step(model, last, num_items_in_batch))
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"{self._how_to_save_memory(inputs['pieces'])} ({error})") from error
         return torch.stack(losses).sum()
+
+    def _how_to_save_memory(self, pieces: list[Batch]) -> str:
+        """What to change when the largest of these pieces does not fit, in a few sentences."""
+        tokens = max(piece["input_ids"].numel() for piece in pieces)
+        said = f"Training ran out of the device's memory in a forward and backward pass over {tokens:,} tokens. "
+        if max(len(piece["position"]) for piece in pieces) == 1:
+            return said + "It was a single pair: lower max_length, use bf16 and gradient_checkpointing, or use_peft."
+        if self.spec.allows_pieces and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            said += f"Set max_tokens_per_batch to {tokens // 2} or less: a step and its loss stay the same. "
+        else:
+            said += "Halve per_device_train_batch_size and double gradient_accumulation_steps. "
+        return said + "Or use bf16, gradient_checkpointing or use_peft."
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six operations for each token of the input and each parameter, which are counted once."""

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention as torch_flex_attention
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     BloomConfig,
@@ -26,6 +28,7 @@ from transformers import (
     Qwen2ForCausalLM,
     modeling_flash_attention_utils,
 )
+from transformers.integrations import flex_attention as transformers_flex_attention
 
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.logps import response_head, shared_prefix, tree_attention
@@ -72,6 +75,8 @@ SHAPES = {
     "pairs taken by blocks": [(150, 40, 30), (3, 4, 5), (4, 3, 4), (20, 90, 99), (2, 120, 90), (205, 1, 9)],
 }
 FAST = ("shared_prefix", "packed", "padding_free")
+# Tracing looks at this attribute of every tensor.
+DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 def make_tokens(shape, seed=0):
@@ -337,6 +342,76 @@ def test_flex_attention_gets_one_dtype(monkeypatch):
     mask = block_mask(torch.tensor([(64, 32, 32)], dtype=torch.int32), 128)
     tree_attention.tree_attention(torch.nn.Module(), query, key, value.bfloat16(), mask)
     assert seen == [(torch.bfloat16,) * 3]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Packed rows as a GPU gets them: FlexAttention with block masks and rows of round lengths, compiled.
+
+    Tracing, guards and the gradient's graph are those of a GPU; what the graph is run by is not its kernel.
+    """
+    compiled = torch.compile(torch_flex_attention.flex_attention, backend="aot_eager")
+    monkeypatch.setattr(torch_flex_attention, "_validate_device", lambda *_: None)  # "no backward on CPU"
+    monkeypatch.setattr(transformers_flex_attention, "WrappedFlexAttention", lambda _training: lambda: compiled)
+    monkeypatch.setattr(shared_prefix, "row_mask", block_mask)
+    monkeypatch.setattr(shared_prefix, "round_length", lambda num_tokens, *_: num_tokens + -num_tokens % 256)
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+@DYNAMO
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flex_attention(as_on_a_gpu, shape):
+    """Through the whole model, values and gradients are those of the plain forward."""
+    assert_equal(ready(MODELS["llama, grouped queries"](), "packed"), make_tokens(SHAPES[shape]), "packed")
+    assert as_on_a_gpu["stats"]["unique_graphs"] == 1
+
+
+@DYNAMO
+@pytest.mark.parametrize("name", MODELS)
+def test_flex_attention_of_models(as_on_a_gpu, name):
+    """Those whose code looks into the mask itself are found out, and get the shared prefix."""
+    model, tokens = MODELS[name]().eval(), make_tokens(SHAPES["uneven"])
+    layout, reason = choose_layout(model, tokens, pad_token_id=0, max_length=64)
+    is_fit = model.config._attn_implementation != "eager" and not name.startswith("gpt2")
+    assert layout == ("packed" if is_fit else "shared_prefix"), reason
+    assert_equal(model, tokens, layout)
+
+
+@DYNAMO
+def test_flex_attention_compiles_once_for_a_length(as_on_a_gpu):
+    """Lengths of pairs and their number change in every batch; only another length of the row is another graph."""
+    model, rng = ready(MODELS["llama, grouped queries"](), "packed"), np.random.default_rng(0)
+    for seed in range(4):
+        shape = [tuple(rng.integers(8, 16, 3)) for _ in range(4 + seed % 3)]
+        assert_equal(model, make_tokens(shape, seed), "packed")
+    assert as_on_a_gpu["stats"]["unique_graphs"] == 1
+    for num_pairs in (10, 17, 24):
+        assert_equal(model, make_tokens([(12, 12, 12)] * num_pairs), "packed")
+    assert as_on_a_gpu["stats"]["unique_graphs"] == 2, "after two lengths a graph takes any"
+
+
+@DYNAMO
+@pytest.mark.parametrize("is_peft", [False, True])
+def test_flex_attention_in_bfloat16_with_checkpoints(as_on_a_gpu, is_peft):
+    """As large models are trained: autocast, layers run again in the backward pass, adapters."""
+    model, tokens = MODELS["qwen2, tied head"](), make_tokens(SHAPES["pairs taken by blocks"])
+    if is_peft:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        model.enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_response_logps(model)
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, plain_gradients = values_and_gradients(model, tokens, "plain")
+        getattr(model, "get_base_model", lambda: model)().config._attn_implementation = NAME
+        found, gradients = values_and_gradients(model, tokens, "packed")
+    torch.testing.assert_close(found.chosen, plain.chosen, rtol=2e-2, atol=0.2)
+    for name, gradient in plain_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+    assert as_on_a_gpu["stats"]["unique_graphs"] > 0
 
 
 def test_groups():

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from ropo import trainer as ours
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
@@ -198,6 +199,28 @@ def test_non_finite_loss_names_the_pairs(model, tokenizer, pairs, tmp_path):
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
     trainer = ROPOTrainer(model, config(tmp_path), train_dataset=dataset, processing_class=tokenizer)
     with pytest.raises(FloatingPointError, match=f"row 3 .pair {pairs[3].id}.*step 0"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"over {tokens:,} tokens\. Set max_tokens_per_batch to {half} or less"),
+        ({"loss": "dr_dpo"}, r"over {tokens:,} tokens\. Halve per_device_train_batch_size"),
+        ({"per_device_train_batch_size": 1}, "It was a single pair: lower max_length"),
+    ],
+)
+def test_what_to_do_when_memory_is_short(options, message, model, tokenizer, pairs, tmp_path, monkeypatch):
+    """The device's own message counts bytes; ours says which option to change."""
+    trainer = ROPOTrainer(model, config(tmp_path, **options), train_dataset=pairs[:4], processing_class=tokenizer)
+    tokens = sum(len(pair) - 2 for pair in trainer.train_dataset.tokens)
+
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(ours, "FORWARDS", {trainer.layout: short})
+    said = message.format(tokens=tokens, half=tokens // 2)
+    with pytest.raises(torch.OutOfMemoryError, match=f"{said}.*Tried to allocate 2.00 GiB"):
         trainer.train()
 
 
