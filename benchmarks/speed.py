@@ -131,6 +131,7 @@ class Task:
     tokens: list[Any]
     batch_size: int
     max_length: int
+    learning_rate: float
 
 
 def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task:
@@ -157,6 +158,7 @@ def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task
         tokens=[found.tokens[i] for i in places],
         batch_size=batch_size,
         max_length=max_length,
+        learning_rate=1e-6 if name == "large" else 1e-4,  # of so many random weights all move at once
     )
 
 
@@ -213,7 +215,7 @@ def common(task: Task, folder: str) -> dict[str, Any]:
     """Options that both trainers share."""
     return {
         "output_dir": folder, "per_device_train_batch_size": task.batch_size, "num_train_epochs": 1, "beta": 0.1,
-        "learning_rate": 1e-4, "max_length": task.max_length, "train_sampling_strategy": "sequential",
+        "learning_rate": task.learning_rate, "max_length": task.max_length, "train_sampling_strategy": "sequential",
         "save_strategy": "no", "logging_steps": 4, "logging_first_step": False, "disable_tqdm": True,
         "report_to": "none", "seed": 0, "use_cpu": not torch.cuda.is_available(), "warmup_steps": 0,
         "lr_scheduler_type": "linear",
@@ -289,6 +291,8 @@ def measure_ours(way: Way, task: Task) -> dict[str, Any]:
     """Train with `ROPOTrainer`; the reference is scored before, and timed too."""
     _force(str(way.layout))
     clock = Clock()
+    if torch.cuda.is_available():
+        score(way, task, task.tokens)  # compiles; on a CPU nothing is
     start = now()
     reference = score(way, task, task.tokens)
     reference_seconds = now() - start
@@ -305,7 +309,9 @@ def _force(layout: str) -> None:
     choose = ours.choose_layout
 
     def forced(*args: Any, **options: Any) -> tuple[str, str]:
-        choose(*args, **options)
+        found, reason = choose(*args, **options)
+        if layout == "packed" != found:
+            raise RuntimeError(f"packed rows cannot be measured: {reason}")
         return layout, "the benchmark says so"
 
     ours.choose_layout = forced
@@ -470,15 +476,18 @@ def check_losses(found: dict[str, list[float]], task: str) -> None:
 
 
 def profile_steps(layout: str, source: str | None, threads: int) -> str:
-    """Time by operation of six steps of the task hh in one layout, forward, backward and update."""
+    """Time by operation of six steps in one layout, forward, backward and update."""
     torch.set_num_threads(threads)
-    task = make_task("hh", source, 112, "by length")
+    is_gpu = torch.cuda.is_available()
+    task = make_task("large" if is_gpu else "hh", source, 112, "by length")
+    to_bf16 = torch.autocast(task.model.device.type, dtype=torch.bfloat16, enabled=is_gpu)
     choose_layout(task.model, task.tokens[:2], pad_token_id=0, max_length=512)
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-4, fused=True)
 
     def step(number: int) -> None:
         batch = LAYOUTS[layout](task.tokens[8 * number : 8 * number + 8], pad_token_id=0)
-        logps = FORWARDS[layout](task.model, batch)
+        with to_bf16:
+            logps = FORWARDS[layout](task.model, {name: x.to(task.model.device) for name, x in batch.items()})
         # Not a loss that could be satisfied: gradients must be of ordinary size, or products take longer.
         (logps.rejected - logps.chosen).mean().backward()
         optimizer.step()
@@ -489,7 +498,8 @@ def profile_steps(layout: str, source: str | None, threads: int) -> str:
     with torch.profiler.profile() as found:
         for number in range(4, 10):
             step(number)
-    return str(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=48))
+    order = "self_cuda_time_total" if is_gpu else "self_cpu_time_total"
+    return str(found.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=48))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -516,7 +526,10 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
         words = [args.pairs or "", f"--way={way.name}", f"--task={task}", f"--count={count}"]
         words += [f"--threads={args.threads}"]
         shown = None if args.verbose else subprocess.DEVNULL
-        output = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=shown, check=True)
+        env = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}
+        output = subprocess.run(
+            [sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=shown, check=True, env=env
+        )
         found = json.loads(output.stdout.splitlines()[-1])
         losses[way.name] = found.pop("losses")
         rows.append(

@@ -39,7 +39,7 @@ from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import MIN_PAIRS, estimate_flips
 from ropo.noise.trial import Trial, compare
 from ropo.pair_dataset import PairDataset
-from ropo.policy import PolicySource
+from ropo.policy import PolicySource, release_memory
 from ropo.provenance import hash_value, read_json, write_aside, write_json
 from ropo.stages import Stages
 from ropo.weighing import (
@@ -356,6 +356,7 @@ class Audit:
     def _judge(self, number: int, checks: Floats) -> None:
         estimate, p_flip = self._estimate(number, checks)
         rho, reason = resolve_rho(self.args.fixed_rho, estimate)
+        release_memory()  # of the model trained last, with its gradients: a judge may load one of its own
         decisions, weights = decide_all(
             self.data,
             checks[-1],

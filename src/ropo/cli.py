@@ -65,7 +65,9 @@ class TrainArguments:
     trusted: str | None = _option(None, "File of further pairs whose labels are known to be right; 50 to 200 help.")
     decisions: str | None = _option(None, "A review.csv with verdicts (right, wrong, drop) of a person: obeyed.")
     dtype: str = _option(
-        "float32", "Of the weights: float32 trains best (--bf16 computes fast); auto, bfloat16, float16."
+        "float32",
+        "Of the weights: float32 trains best (--bf16 computes fast); auto, bfloat16, float16. With --use_peft and "
+        "--bf16, bfloat16 halves what the frozen weights take.",
     )
     attn_implementation: str | None = _option(
         None,

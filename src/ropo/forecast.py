@@ -119,7 +119,7 @@ def forecast(
         flops=rate,
         share=1.0,
         num_devices=num_devices,
-        weight_bytes=2 if args.bf16 and peft_config is not None else _dtype(config.dtype).itemsize,
+        weight_bytes=_dtype(config.dtype).itemsize,
     )
     at_once = min(args.max_tokens_per_batch or np.inf, args.per_device_train_batch_size * pairs.unique_tokens)
     return plan_run(size, pairs, run, machine, tokens_at_once=float(at_once))
@@ -183,13 +183,13 @@ def reached_rate(
     small.num_hidden_layers = min(_NUM_LAYERS, config.num_hidden_layers)
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[: small.num_hidden_layers]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU
         model = AutoModelForCausalLM.from_config(small).to(device)
     turn_dropout_off(model)
     how = batching(args, tokenizer)
     layout, _ = choose_layout(
         model,
-        tokens[:2],
+        tokens,
         pad_token_id=how["pad_token_id"],
         max_length=args.max_length,
         use_bf16=args.bf16,

@@ -9,10 +9,12 @@ What `Trainer` and `accelerate` give (mixed precision, accumulation, checkpoints
 therefore there.
 """
 
+import contextlib
 import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -127,7 +130,7 @@ class ROPOTrainer(Trainer):
             model = get_peft_model(model, copy.deepcopy(peft_config))  # type: ignore[assignment] # it writes into it
         self.layout, reason = choose_layout(
             model,
-            sample.tokens[:2],
+            sample.tokens,
             pad_token_id=self.pad_token_id,
             max_length=args.max_length,
             use_bf16=args.bf16,
@@ -166,9 +169,17 @@ class ROPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.label_names = []
+        self._keep_outputs_in_float32()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressWithLoss)
+
+    def _keep_outputs_in_float32(self) -> None:
+        """FSDP2 would hand out log-probabilities in half precision, a tenth of a nat from what they are."""
+        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        policy: Any = getattr(plugin, "mixed_precision_policy", None)
+        if getattr(policy, "output_dtype", None) is not None:
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
     def _collator(self, dataset: PairDataset) -> PairCollator:
         """Batches of a dataset, in pieces where a piece is what the loss needs."""
@@ -254,12 +265,26 @@ class ROPOTrainer(Trainer):
         Several processes may write one model together, so the name that is put in place later is known to all.
         """
         aside = folder.with_name(f".{folder.name}.partial")
-        self.save_model(str(aside))
+        with self._in_one_piece():
+            self.save_model(str(aside))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _in_one_piece(self) -> Iterator[None]:
+        """Within it FSDP saves whole weights: `Trainer` writes none at all where shards are asked for."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None:
+            yield
+            return
+        before, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            yield
+        finally:
+            plugin.state_dict_type = before
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As in `Trainer`; grouped by length, the order of an epoch can be drawn once more.
@@ -282,8 +307,12 @@ class ROPOTrainer(Trainer):
     ) -> tuple[list[Batch], Tensor | int | None]:
         """Collect the batches of one optimizer step and count their pairs over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_pairs = torch.tensor(sum(len(batch["position"]) for batch in batches), device=device)
+        num_pairs = torch.full((), sum(len(batch["position"]) for batch in batches), device=device)
         return batches, self.accelerator.gather(num_pairs).sum()
+
+    def _prepare_input(self, data: Any) -> Any:
+        """As in `Trainer`, which under DeepSpeed would round reference log-probabilities to half precision."""
+        return data.to(self.args.device) if torch.is_tensor(data) else super()._prepare_input(data)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -511,6 +540,8 @@ def turn_dropout_off(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # a number that is given to the kernel
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def margins_of(policy: PairLogps, reference: PairLogps | None, args: ROPOConfig) -> NDArray[np.float64]:

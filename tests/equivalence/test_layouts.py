@@ -189,7 +189,7 @@ def test_gradient_checkpointing(shape):
 @pytest.mark.parametrize("layout", FAST)
 def test_logits_in_pieces(layout, monkeypatch):
     """Many small pieces of logits, made again in the backward pass, change nothing."""
-    monkeypatch.setattr(response_head, "LOGITS_BUDGET_BYTES", 4 * VOCABULARY * 3)
+    monkeypatch.setattr(response_head, "LOGITS_BUDGET_BYTES", {"cpu": 4 * VOCABULARY * 3})
     monkeypatch.setattr(response_head, "_PIECE_TOKENS", {"cpu": 2})
     assert_equal(ready(MODELS["llama, grouped queries"](), layout), make_tokens(SHAPES["uneven"]), layout)
 
@@ -267,7 +267,7 @@ def head_of(kind):
 def test_head(kind, cap, is_kept, monkeypatch):
     """Value and gradients of the head are those of automatic differentiation, whether the softmax is kept or not."""
     if not is_kept:
-        monkeypatch.setattr(response_head, "LOGITS_BUDGET_BYTES", 4 * VOCABULARY * 2)
+        monkeypatch.setattr(response_head, "LOGITS_BUDGET_BYTES", {"cpu": 4 * VOCABULARY * 2})
     head = head_of(kind)
     head.requires_grad_(kind != "frozen")
     target, weights = torch.randint(VOCABULARY, (11,)), torch.randn(11)
@@ -508,6 +508,26 @@ def test_a_wrong_mask_is_noticed(monkeypatch):
     assert layout == "plain"
     assert "changes this model's log-probabilities" in said
     assert model.config._attn_implementation == "sdpa"  # as it was
+
+
+def test_memory_that_is_short_says_nothing_about_a_layout(monkeypatch):
+    """The plain layout needs more, so it would be no way out."""
+
+    def short(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(shared_prefix, "FORWARDS", {**FORWARDS, "packed": short})
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_layout(MODELS["llama, grouped queries"](), make_tokens(SHAPES["even"]), pad_token_id=0, max_length=64)
+
+
+def test_layouts_are_tried_on_short_pairs_that_show_a_mistake():
+    """Where a response has one token, nobody looks past the fork; where all are so short, the longest are taken."""
+    shape = [(300, 90, 90), (1, 1, 1), (20, 9, 8), (8, 30, 30), (50, 50, 1)]
+    found = shared_prefix._two_of(make_tokens(shape))
+    assert [len(pair.prompt) for pair in found] == [20, 8]
+    found = shared_prefix._two_of(make_tokens([(1, 1, 1), (5, 4, 4), (9, 7, 7)]))
+    assert [len(pair.prompt) for pair in found] == [9, 5]
 
 
 def test_a_wrong_mask_is_noticed_in_half_precision():

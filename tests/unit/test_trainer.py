@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ropo import trainer as ours
 from ropo.config import ROPOConfig
@@ -79,6 +80,39 @@ def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
     assert first["rewards/margins"] == pytest.approx(h, rel=1e-4)
     assert set(METRICS) <= set(first)
     assert trainer.gather_first_margins().tolist() == pytest.approx([h] * 4, rel=1e-3)
+
+
+@pytest.fixture
+def trainer(model, tokenizer, pairs, tmp_path):
+    return ROPOTrainer(model, config(tmp_path), train_dataset=pairs[:4], processing_class=tokenizer)
+
+
+def test_deepspeed_does_not_round_what_stands_beside_a_batch(trainer, monkeypatch):
+    """`Trainer` casts every number of a batch to the precision of the weights; a reference would lose whole nats."""
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    reference = torch.tensor([-312.57, -310.12])
+    found = trainer._prepare_inputs({"pieces": [{"reference_chosen": reference}]})
+    assert torch.equal(found["pieces"][0]["reference_chosen"], reference)
+
+
+def test_sharded_models_hand_out_float32(trainer, monkeypatch):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    plugin = SimpleNamespace(mixed_precision_policy=policy)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer._keep_outputs_in_float32()
+    assert plugin.mixed_precision_policy.output_dtype is None
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+
+
+def test_no_dropout_is_left(tokenizer, pairs, tmp_path):
+    """Neither as a module nor as a number that attention is called with: before training every margin is 0."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), attention_dropout=0.5, pad_token_id=0, **shape))
+    args = config(tmp_path, max_steps=1, learning_rate=1e-9)
+    trainer = ROPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.gather_first_margins()[:4].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("loss", ["ropo", "simpo", "plc_dpo"])

@@ -127,6 +127,7 @@ def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTok
             f"A reward model needs trained weights for all its parts; got {name_or_path!r} without "
             f"{', '.join(sorted(loading['missing_keys'])[:3])}. Name a sequence classifier trained on preferences."
         )
+    model.config.use_cache = False  # keys and values of a batch would be kept for a text that nobody goes on with
     return model.to(PartialState().device).eval(), tokenizer
 
 

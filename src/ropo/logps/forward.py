@@ -45,5 +45,6 @@ def sum_by_response(logps_N: Tensor, response_N: Tensor, *, num_pairs: int) -> P
     """
     logps_N = logps_N.float()
     sums = logps_N.new_zeros(2 * num_pairs).index_add(0, response_N, logps_N)
-    counts = torch.bincount(response_N, minlength=2 * num_pairs)
+    # Not `bincount`, which waits for the device to learn how long its result is.
+    counts = torch.zeros_like(sums, dtype=torch.long).index_add(0, response_N, torch.ones_like(response_N))
     return PairLogps(chosen=sums[0::2], rejected=sums[1::2], chosen_tokens=counts[0::2], rejected_tokens=counts[1::2])

@@ -10,14 +10,15 @@ automatic differentiation needs three of.
 Shapes: N response tokens, H hidden size, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Most bytes of float32 logits alive at once.
-LOGITS_BUDGET_BYTES = 256 * 2**20
+# Most bytes of float32 logits alive at once. On a GPU a piece costs a gradient of the size of the head's weights.
+LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30}
 # Tokens whose logits are made in one go. On a CPU a piece is read several times, and the head's weights once for it.
 _PIECE_TOKENS = {"cpu": 512}
 
@@ -64,8 +65,14 @@ def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap:
     Returns:
         Shape (N,), float32.
     """
+    if isinstance(head, nn.Linear) and hasattr(head, "unshard"):  # FSDP2, which makes a class of its own of each class
+        return _sharded(hidden_NH, target_N, head, cap)
     if type(head) is not nn.Linear or not head.weight.numel() or _has_hooks(head):
         return _by_calling(hidden_NH, target_N, head, cap)
+    return _fused(hidden_NH, target_N, head, cap)
+
+
+def _fused(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, cap: float | None) -> Tensor:
     device = hidden_NH.device.type
     # Inside a function of our own autocast does not act, so its casts are made here, where they are differentiated.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
@@ -77,15 +84,35 @@ def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap:
     logps_N: Tensor = _LinearLogps.apply(  # type: ignore[no-untyped-call]
         hidden_NH.to(dtype), head.weight.to(dtype), bias_V, target_N, cap
     )
-    return logps_N[:num_tokens]
+    return logps_N[:num_tokens].clone() if missing else logps_N  # FSDP wants no views of what a module returns
+
+
+def _sharded(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, cap: float | None) -> Tensor:
+    """The fast way through a head whose weights FSDP gathers for the time of a call.
+
+    One call, however many tokens a process has: each call gathers, and processes that do not make the same number of
+    calls wait for each other for ever.
+    """
+    head.forward = partial(_fused, target_N=target_N, head=head, cap=cap)  # type: ignore[method-assign]
+    try:
+        logps_N: Tensor = head(hidden_NH)
+    finally:
+        del head.forward
+    return logps_N
 
 
 def _has_hooks(head: nn.Module) -> bool:
     return bool(head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
 
 
+def _num_at_once(vocabulary: int, device: str) -> int:
+    """Tokens whose logits the budget allows."""
+    budget = LOGITS_BUDGET_BYTES["cpu" if device == "cpu" else "cuda"]
+    return max(budget // (4 * max(vocabulary, 1)), 1)
+
+
 def _pieces(num_tokens: int, vocabulary: int, device: str) -> list[slice]:
-    size = max(LOGITS_BUDGET_BYTES // (4 * vocabulary), 1)
+    size = _num_at_once(vocabulary, device)
     size = min(size, _PIECE_TOKENS.get(device, size))
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
@@ -99,7 +126,7 @@ class _LinearLogps(torch.autograd.Function):
     ) -> Tensor:
         num_tokens, vocabulary = len(hidden_NH), len(weight_VH)
         ctx.needs_softmax = any(ctx.needs_input_grad[:3])
-        is_kept = ctx.needs_softmax and 4 * num_tokens * vocabulary <= LOGITS_BUDGET_BYTES
+        is_kept = ctx.needs_softmax and num_tokens <= _num_at_once(vocabulary, hidden_NH.device.type)
         logps_N = torch.empty(num_tokens, dtype=torch.float32, device=hidden_NH.device)
         softmax_NV = hidden_NH.new_empty(num_tokens, vocabulary, dtype=torch.float32) if is_kept else None
         for piece in _pieces(num_tokens, vocabulary, hidden_NH.device.type):
@@ -158,7 +185,7 @@ def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, cap: fl
 def _by_calling(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
     """The same through the head's own `forward`."""
     vocabulary = int(head.get_parameter("weight").shape[0])
-    size = max(LOGITS_BUDGET_BYTES // (4 * max(vocabulary, 1)), 1)
+    size = _num_at_once(vocabulary, hidden_NH.device.type)
     if len(target_N) <= size:
         return _token_logps(hidden_NH, target_N, head, cap)
     pieces = zip(hidden_NH.split(size), target_N.split(size), strict=True)

@@ -64,11 +64,9 @@ def score_pairs(
         return logps_of_rows([])
     state = PartialState()
     device = next(model.parameters()).device
-    # Two pairs of ordinary length: the longest would make the comparison a good part of a short pass.
-    ordinary = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))[(len(tokens) - 1) // 2 :][:2]
     layout, _ = choose_layout(
         model,
-        [tokens[i] for i in ordinary],
+        tokens,
         pad_token_id=pad_token_id,
         max_length=max_length,
         use_bf16=use_bf16,

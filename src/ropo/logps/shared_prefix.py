@@ -27,8 +27,11 @@ from ropo.pairs import PairLogps
 
 logger = logging.getLogger(__name__)
 
-# Packed rows on a GPU are filled up to a multiple of this, so that few shapes are compiled.
-_GPU_BUCKET_TOKENS = 1024
+# Packed rows on a GPU are filled up to whole blocks of FlexAttention, and to two at least: one would be a shape of its
+# own, while a kernel that has met two lengths takes any.
+_GPU_BLOCK = 128
+# Prompt and responses of pairs that layouts are compared on have this many tokens, if there are such pairs.
+_SHORTEST_PART = 8
 
 
 def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
@@ -78,7 +81,7 @@ def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
 def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
     """The same without sharing: every response behind its own copy of the prompt, all in one row.
 
-    For flash-attention, which takes no mask; `transformers` finds the sequences by their positions.
+    For flash-attention, which takes no mask but where each sequence begins.
 
     Args:
         model: As for `shared_prefix_logps`.
@@ -91,6 +94,7 @@ def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         attention_mask=None,
+        response_sequences=batch["lengths"],
         response_source=batch["source"],
         response_read=batch["read"],
         response_target=batch["target"],
@@ -101,7 +105,7 @@ def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
 def enable_response_logps(model: nn.Module) -> None:
     """Teach a causal language model to answer `response_source`, `_read` and `_target` with log-probabilities.
 
-    With `response_lengths` (pairs, 3), the row is a packed one.
+    With `response_lengths` (pairs, 3) the row is a packed one, with `response_sequences` one of so many tokens each.
 
     Calls without these arguments (generation, plain forward) behave as before. The method is bound on the
     instance that owns the language-model head, inside any PEFT wrapper, so that every outer wrapper's `forward`
@@ -120,8 +124,8 @@ def enable_response_logps(model: nn.Module) -> None:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    names = ("lengths", "source", "read", "target")
-    lengths_P3, source_N, read_R, target_N = (kwargs.pop(f"response_{name}", None) for name in names)
+    names = ("lengths", "sequences", "source", "read", "target")
+    lengths_P3, sequences_S, source_N, read_R, target_N = (kwargs.pop(f"response_{name}", None) for name in names)
     if source_N is None:
         wrapped = self._ropo_wrapped_forward
         return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
@@ -136,11 +140,24 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     decoder = self.get_decoder()
     with last_mlp_at(decoder, read_R):
         hidden_BTH = decoder(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            use_cache=False,
+            **({} if sequences_S is None else _starts(sequences_S)),
         ).last_hidden_state
     hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
     cap = getattr(self.config, "final_logit_softcapping", None)
     return response_logps(hidden_NH, target_N, self.get_output_embeddings(), cap=cap)
+
+
+def _starts(sequences_S: Tensor) -> dict[str, Any]:
+    """Where sequences of these many tokens begin, as flash-attention takes it.
+
+    Otherwise `transformers` finds it out from the positions, in every layer anew, and waits for the device each time.
+    """
+    starts, longest = nn.functional.pad(sequences_S.cumsum(0, dtype=torch.int32), (1, 0)), int(sequences_S.max())
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def _filled_up(
@@ -161,7 +178,7 @@ def _filled_up(
     """
     num_tokens, device = input_ids_1T.shape[1], input_ids_1T.device.type
     if device != "cpu":
-        missing = -num_tokens % _GPU_BUCKET_TOKENS
+        missing = max(-num_tokens % _GPU_BLOCK, 2 * _GPU_BLOCK - num_tokens)
     else:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
         missing = round_length(num_tokens, device, dtype) - num_tokens
@@ -200,7 +217,8 @@ def choose_layout(
 
     Args:
         model: A causal language model with its weights in place, not yet wrapped for distributed training.
-        tokens: A few pairs; two are enough.
+        tokens: Pairs that will be seen; two of them are tried, short ones, since a backward pass is tried without
+            activation checkpoints.
         pad_token_id: For the batches.
         max_length: Longest sequence that will be seen; a sliding window shorter than it rules the fast ways out.
         use_bf16: Whether the model will be run under bfloat16 autocast. Kernels of a GPU differ by precision, so there
@@ -217,7 +235,7 @@ def choose_layout(
     was_training = model.training
     model.eval()
     try:
-        trial = _Trial(model, tokens, pad_token_id, use_bf16=use_bf16, is_trained=is_trained)
+        trial = _Trial(model, _two_of(tokens), pad_token_id, use_bf16=use_bf16, is_trained=is_trained)
         plain = trial.logps("plain")
         for layout in candidates:
             found = trial.disagreement(layout, plain)
@@ -227,6 +245,16 @@ def choose_layout(
     finally:
         model.train(was_training)
     return "plain", reason
+
+
+def _two_of(tokens: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """The two shortest pairs in which a wrong mask or position would show: one-token parts have nobody to look at."""
+
+    def order(pair: TokenizedPair) -> tuple[bool, int]:
+        is_tiny = min(len(pair.prompt), len(pair.chosen), len(pair.rejected)) < _SHORTEST_PART
+        return is_tiny, -len(pair) if is_tiny else len(pair)
+
+    return sorted(tokens, key=order)[:2]
 
 
 class _Trial:
@@ -248,7 +276,7 @@ class _Trial:
         is_cpu = self.device.type == "cpu"
         # Flash-attention takes no float32; such a model is run under autocast anyway.
         self.to_bf16 = _has_flash_attention(model) or (use_bf16 and not is_cpu)
-        self.is_exact = weight.dtype == torch.float32 and not self.to_bf16 and not _has_tf32(self.device)
+        self.is_exact = not self.to_bf16 and has_exact_products(model)
         self.has_backward = is_trained and not is_cpu
 
     def logps(self, layout: str, *, has_backward: bool = False) -> Tensor:
@@ -278,6 +306,8 @@ class _Trial:
             config._attn_implementation = NAME
         try:
             difference = (self.logps(layout, has_backward=self.has_backward) - plain).abs()
+        except torch.OutOfMemoryError:
+            raise  # which says nothing about the layout; the plain one needs more
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
             config._attn_implementation = before
             return f"the model does not take this layout ({type(error).__name__}: {str(error)[:120]})"
@@ -294,9 +324,18 @@ class _Trial:
         return 0.25 * num_tokens.to(plain).sqrt()
 
 
-def _has_tf32(device: torch.device) -> bool:
-    """Whether products of float32 are rounded to ten bits there."""
-    return device.type == "cuda" and getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32"
+def has_exact_products(model: nn.Module) -> bool:
+    """Whether all products of a model are those of float32: no half precision, no quantised weights, no TF32.
+
+    Args:
+        model: A causal language model, with or without PEFT.
+    """
+    weight = next(model.parameters())
+    # The newer name is that of torch 2.9.
+    found = getattr(torch.backends.cuda.matmul, "fp32_precision", torch.get_float32_matmul_precision())
+    has_tf32 = weight.device.type == "cuda" and found in ("tf32", "high", "medium")
+    is_quantized = getattr(_causal_lm(model), "is_quantized", False)
+    return weight.dtype == torch.float32 and not has_tf32 and not is_quantized
 
 
 def _candidates(model: nn.Module, *, max_length: int) -> tuple[tuple[str, ...], str]:

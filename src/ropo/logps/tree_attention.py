@@ -14,7 +14,6 @@ Shapes: P pairs of a group, L positions of its longest pair, T positions of the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -260,10 +259,13 @@ def tree_attention(
     return output_TAD.to(dtype)[None], None
 
 
-@cache
 def _allow_kernels() -> None:
-    """Precision, gradients and number of heads have a kernel each; beyond eight, dense attention is run instead."""
-    torch._dynamo.config.recompile_limit = max(_KERNELS, torch._dynamo.config.recompile_limit)
+    """Precision, gradients and number of heads have a kernel each; beyond eight, dense attention is run instead.
+
+    Each thread has a limit of its own, and layers may be run again in the thread of the backward pass.
+    """
+    if torch._dynamo.config.recompile_limit < _KERNELS:
+        torch._dynamo.config.recompile_limit = _KERNELS
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ropo.logps.shared_prefix import has_exact_products
 from ropo.resample.call import Caller, Ended, Job
 from ropo.resample.roomy_cache import bytes_per_token, new_cache, regroup
 from ropo.resample.with_generate import ask_generate
@@ -213,8 +214,8 @@ def choose_decoder(call: Caller, ids: Sequence[int], *, longest: int) -> tuple[s
     # Minus infinity on both sides is agreement.
     difference_BV = torch.where(found_BV == plain_BV, 0.0, (found_BV - plain_BV).abs())
     # A wrong mask or position shifts a log-probability by nats; rounding in half precision by a per cent or so.
-    is_half = torch.is_autocast_enabled(call.device.type) or next(call.model.parameters()).dtype != torch.float32
-    relative, absolute = (2e-2, 0.5) if is_half else (1e-4, 1e-3)
+    is_exact = has_exact_products(call.model) and not torch.is_autocast_enabled(call.device.type)
+    relative, absolute = (1e-4, 1e-3) if is_exact else (2e-2, 0.5)
     if not bool((difference_BV <= absolute + relative * plain_BV.abs()).all()):
         return (
             "generate",
