@@ -11,7 +11,7 @@ import ropo
 ORDER = [
     "pairs", "provenance", "endpoint", "data", "logps", "losses", "noise", "plan", "judge", "resample", "config",
     "stages", "ledger", "policy", "pair_dataset", "weighing", "callbacks", "metrics", "trainer", "crossfit",
-    "audit", "rounds", "report", "outputs", "forecast", "align", "bench", "demo", "cli",
+    "audit", "rounds", "report", "evaluation", "outputs", "forecast", "align", "bench", "demo", "cli",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]
 SOURCE = Path(ropo.__file__).parent

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
 from ropo.config import ROPOConfig
@@ -26,6 +26,7 @@ from ropo.data.read import looks_like_path
 from ropo.data.review import read_verdicts, with_verdicts
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
+from ropo.evaluation import EvaluationSet, evaluate, read_evaluation
 from ropo.forecast import tell_forecast
 from ropo.judge.make import make_judge
 from ropo.judge.verdicts import Judge
@@ -76,6 +77,7 @@ class _Prepared:
     reference_of: Callable[[Sequence[TokenizedPair]], PairLogps]
     digest: str
     lengths: list[int]
+    evaluation: EvaluationSet | None
 
     def read(self, command: str) -> Read:
         """What was read, for the summary."""
@@ -95,6 +97,8 @@ def run_rounds(
     trusted: Any = None,
     decisions: Path | None = None,
     judge: Judge | None = None,
+    eval_dataset: Any = None,
+    eval_split: str = "train",
     command: str = "",
 ) -> dict[str, Any]:
     """Align a model on preference pairs whose labels may be wrong (ROPO, arXiv:2404.04102v2).
@@ -114,6 +118,9 @@ def run_rounds(
         trusted: Further pairs whose labels are known to be right, read like `dataset`; 50 to 200 help.
         decisions: A `review.csv` with verdicts of a person, which are obeyed.
         judge: Asked about what the rules cannot settle; default what `args.judge` names. The same in every call.
+        eval_dataset: Pairs to score under the model of every round, read like `dataset`. Nothing depends on them, so a
+            finished run takes them, too.
+        eval_split: Of `eval_dataset`, where it has several.
         command: What the user typed, for the report.
 
     Returns:
@@ -127,7 +134,7 @@ def run_rounds(
         raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
     made = _prepare(
         model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
-        is_audit=False,
+        is_audit=False, eval_dataset=eval_dataset, eval_split=eval_split,
     )  # fmt: skip
     if idle := args.without_effect:
         logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
@@ -148,7 +155,12 @@ def run_rounds(
         judge=judge,
         digest=digest,
     )
-    return publish(rounds, folder=made.folder, read=made.read(command))
+    evaluation = None
+    if made.evaluation is not None:
+        evaluation = evaluate(
+            made.evaluation, rounds, folder=made.folder / "evaluation", reference_of=made.reference_of
+        )
+    return publish(rounds, folder=made.folder, read=made.read(command), evaluation=evaluation)
 
 
 def run_audit(
@@ -229,6 +241,8 @@ def _prepare(
     decisions: Path | None,
     *,
     is_audit: bool,
+    eval_dataset: Any = None,
+    eval_split: str = "train",
 ) -> _Prepared:
     """Read, check and tokenize the data, claim the output folder, score the reference."""
     _check_run(args)
@@ -257,6 +271,17 @@ def _prepare(
     if trusted_tokens.problems:
         logger.warning("Trusted pairs:\n%s", render(trusted_tokens.problems))
     _check_positions(source, tokenized)
+    evaluation = None
+    if eval_dataset is not None:
+        evaluation = read_evaluation(
+            eval_dataset,
+            trained_on=[*pairs, *known],
+            tokenizer=tokenizer,
+            max_length=args.max_length,
+            split=eval_split,
+            columns=columns,
+            on_bad_rows=args.on_bad_rows,
+        )
     identity = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
         "model": [source.fingerprint(), source.load_options],
@@ -287,6 +312,7 @@ def _prepare(
         reference_of=reference_of,
         digest=digest,
         lengths=tokenized.lengths,
+        evaluation=evaluation,
     )
 
 
@@ -328,8 +354,9 @@ def _check_run(args: ROPOConfig) -> None:
     refuse_several_gpus(args)
     if args.eval_strategy != "no":
         raise ValueError(
-            "eval_strategy needs a dataset to evaluate on, and a run takes none; leave it out. ROPOTrainer takes an "
-            "eval_dataset."
+            "A run evaluates the model of every round on eval_dataset_name (in Python: eval_dataset), and nothing in "
+            f"between; got eval_strategy {IntervalStrategy(args.eval_strategy).value!r}. Leave it out, or use "
+            "ROPOTrainer."
         )
     if args.push_to_hub:
         raise ValueError(

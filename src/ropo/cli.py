@@ -58,6 +58,10 @@ class TrainArguments:
         None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), saved folder, or hub id."
     )
     dataset_split: str = _option("train", "Part of the dataset to read, where it has several.")
+    eval_dataset_name: str | None = _option(
+        None, "Pairs that nothing is trained on, to score the model of every round. A finished run takes them, too."
+    )
+    eval_dataset_split: str = _option("train", "Part of the evaluation set to read, where it has several.")
     prompt_column: str = _option("prompt", "Name of the column with prompts.")
     chosen_column: str = _option("chosen", "Name of the column with preferred responses.")
     rejected_column: str = _option("rejected", "Name of the column with the other responses.")
@@ -236,6 +240,8 @@ def _say_rate(summary: dict[str, Any]) -> None:
 
 def _audit(words: list[str]) -> int:
     given, args = parse_train(words, task="audit")
+    if given.eval_dataset_name is not None:
+        logging.getLogger(__name__).warning("An audit keeps no model, so eval_dataset_name does nothing here.")
     summary = run_audit(str(given.model_name_or_path), given.dataset_name, args, **_inputs("audit", given, words))
     if not PartialState().is_main_process:
         return DONE
@@ -254,14 +260,29 @@ def _audit(words: list[str]) -> int:
 
 def _train(words: list[str]) -> int:
     given, args = parse_train(words)
-    summary = run_rounds(str(given.model_name_or_path), given.dataset_name, args, **_inputs("train", given, words))
+    summary = run_rounds(
+        str(given.model_name_or_path),
+        given.dataset_name,
+        args,
+        eval_dataset=given.eval_dataset_name,
+        eval_split=given.eval_dataset_split,
+        **_inputs("train", given, words),
+    )
     if not PartialState().is_main_process:
         return DONE
     _say_rate(summary)
     folder = Path(str(args.output_dir))
     print(
         f"Pairs: {summary['num_kept']} kept, {summary['num_dropped']} dropped, {summary['num_flipped']} flipped, "
-        f"{summary['num_resampled']} resampled. rho {summary['rho']:.3f}, alpha {summary['alpha']:.2f}.\n"
+        f"{summary['num_resampled']} resampled. rho {summary['rho']:.3f}, alpha {summary['alpha']:.2f}."
+    )
+    if found := summary["evaluation"]:
+        last = found["rounds"][-1]
+        print(
+            f"Of {found['num_pairs']} pairs that nothing was trained on {last['accuracy']:.1%} are told right "
+            f"({last['low']:.1%} to {last['high']:.1%})."
+        )
+    print(
         f"Model:  {folder}\nLedger: {folder / 'ledger.parquet'}\nReport: {folder / 'report.html'}   <- look here next"
     )
     return DONE

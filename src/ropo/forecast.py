@@ -66,7 +66,9 @@ def tell_forecast(
     except (ValueError, AttributeError, RuntimeError, OSError, ImportError) as error:
         logger.info("What this run will cost cannot be told: %s", error)
         return
-    logger.info("This run, if nothing of it is done yet: %s", plan.sentence())
+    has_trials = args.num_folds and args.num_passes > 1 and args.fixed_rho is None
+    more = " A filter or a loss that has to be tried is not counted; the audit then takes up to as long again."
+    logger.info("This run, if nothing of it is done yet: %s%s", plan.sentence(), more if has_trials else "")
 
 
 def _dtype(asked: str | torch.dtype | None) -> torch.dtype:

@@ -53,19 +53,22 @@ class Read:
     command: str
 
 
-def publish(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, Any]:
+def publish(
+    rounds: Sequence[Round], *, folder: Path, read: Read, evaluation: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write everything that a run promises, from what its rounds have on disk.
 
     Args:
         rounds: Finished rounds, in order.
         folder: The output folder.
         read: What the run was given.
+        evaluation: What `evaluation.evaluate` found; None without an evaluation set.
 
     Returns:
         The summary.
     """
     ledger = pa.concat_tables([_ledger_of(this) for this in rounds])
-    summary = _summary(rounds, folder=folder, read=read)
+    summary = {**_summary(rounds, folder=folder, read=read), "evaluation": evaluation}
     if PartialState().is_main_process:
         write_ledger(folder / "ledger.parquet", ledger)
         write_json(folder / "summary.json", summary)

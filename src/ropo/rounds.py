@@ -108,6 +108,7 @@ class Round:
         self.num_read = sum(pair.origin != "resampled" for pair in data.pairs)
         self.stages = Stages(folder)
         self.model_folder = folder / "model"
+        self.trained = ""  # digest of what its model was made from, once it is
 
     def run(self, dataset: PairDataset, *, start: Path | None, digest: str, is_last: bool) -> str:
         """Run every stage of the round.
@@ -122,7 +123,9 @@ class Round:
             Digest of the round, for the next one.
         """
         inputs = [digest, self.args.loss]
-        digest = self.stages.run("train", inputs, _TRAIN_FILES, lambda: self._train(dataset, start, inputs))
+        digest = self.trained = self.stages.run(
+            "train", inputs, _TRAIN_FILES, lambda: self._train(dataset, start, inputs)
+        )
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
         digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
         if not is_last:

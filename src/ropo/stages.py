@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import PartialState
 
@@ -24,6 +24,8 @@ class Stages:
     Args:
         folder: Where the stages write; made when it is missing.
     """
+
+    _made_here: ClassVar[set[tuple[Path, str, str]]] = set()  # by this process, which need not be told so
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,13 +51,16 @@ class Stages:
         digest = hash_value({"stage": name, "inputs": inputs, "version": ropo.__version__})
         known = self._manifest.get(name, {})
         if known.get("inputs") == digest and all((self.folder / file).exists() for file in files):
-            logger.info("%s/%s: done before, read from disk.", self.folder.name, name)
+            if (self.folder, name, digest) not in self._made_here:
+                logger.info("%s/%s: done before, read from disk.", self.folder.name, name)
             return digest
+        logger.info("%s/%s: begins.", self.folder.name, name)
         start = time.monotonic()
         make()
         state.wait_for_everyone()
         seconds = round(time.monotonic() - start, 2)
         self._manifest[name] = {"inputs": digest, "files": list(files), "seconds": seconds}
+        self._made_here.add((self.folder, name, digest))
         if state.is_main_process:
             write_json(self._path, self._manifest)
         state.wait_for_everyone()

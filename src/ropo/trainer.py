@@ -15,7 +15,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,16 @@ class ROPOTrainer(Trainer):
             use_bf16=args.bf16,
             is_trained=train_dataset is not None,
         )
-        logger.info("Forward: %s, since %s.", self.layout, reason)
+        _tell_once(f"Forward: {self.layout}, since {reason}.")
         self.options = args
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.spec = LOSSES[args.loss]
+        if args.alpha == "auto" and train_dataset is not None:
+            logger.warning(
+                "alpha is %g, the paper's: a training alone estimates nothing and filters nothing. Give a number, take "
+                "loss='dpo', or leave both to run_rounds.",
+                self.spec.default("alpha"),
+            )
         self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
         # The last one is that of annotators who are in the evaluation set only; nothing is learned of them.
         self.reliability = torch.full((len(sample.annotators) + 1,), args.reliability or 0.9, device=args.device)
@@ -516,6 +522,12 @@ class ROPOTrainer(Trainer):
             self.first_margins[where] = torch.where(before.isnan(), h, before)
         else:
             self.eval_margins[where] = h
+
+
+@cache
+def _tell_once(sentence: str) -> None:
+    """An audit makes a trainer for each fold."""
+    logger.info(sentence)
 
 
 def _without_the_smallest(gradient: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropo import __version__
@@ -105,6 +106,23 @@ def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     }  # fmt: skip
 
 
+def test_an_evaluation_set(model_folder, dataset, recipe, tmp_path, capsys):
+    """Given to a run that is finished: nothing is trained, and its part of the data is read where there are several."""
+    output, unseen = tmp_path / "O", [{"prompt": "Hi", "chosen": " good", "rejected": f" bad {i}"} for i in range(4)]
+    DatasetDict({"train": Dataset.from_list(unseen[:1]), "test": Dataset.from_list(unseen)}).save_to_disk(
+        tmp_path / "E"
+    )
+    assert train(model_folder, dataset, recipe, output, *PLAIN) == 0
+    assert "nothing was trained on" not in capsys.readouterr().out
+    made = (output / "rounds" / "01" / "model" / "model.safetensors").stat().st_mtime_ns
+    words = ("--eval_dataset_name", tmp_path / "E", "--eval_dataset_split", "test")
+    assert train(model_folder, dataset, recipe, output, *PLAIN, *words) == 0
+    assert "Of 4 pairs that nothing was trained on " in capsys.readouterr().out
+    assert (output / "rounds" / "01" / "model" / "model.safetensors").stat().st_mtime_ns == made
+    summary = json.loads((output / "summary.json").read_text())
+    assert [entry["round"] for entry in summary["evaluation"]["rounds"]] == [0, 1]
+
+
 def test_lora(model_folder, dataset, recipe, tmp_path):
     output = tmp_path / "O"
     assert train(model_folder, dataset, recipe, output, "--use_peft", "--lora_r", "4", "--round_start", "carry_on") == 0
@@ -159,7 +177,10 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
             ["--num_folds", "0", "--rounds", "1", *PLAIN],
             "rho 0.3 needs margins to filter by before the last training; got num_folds 0 and one round",
         ),
-        (["--eval_strategy", "epoch"], "eval_strategy needs a dataset to evaluate on, and a run takes none"),
+        (
+            ["--eval_strategy", "epoch"],
+            "on eval_dataset_name (in Python: eval_dataset), and nothing in between; got eval_strategy 'epoch'",
+        ),
         (["--lora_r", "8"], "lora_r needs use_peft, without which the whole model is trained"),
         (["--dtype", "bf16"], "dtype needs one of float32, bfloat16, float16, auto; got bf16"),
         (["--num_train_epochs", "0"], "num_train_epochs needs a number above 0; got 0.0"),

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from ropo import run_rounds
 from ropo import trainer as ours
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
@@ -85,6 +86,17 @@ def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
 @pytest.fixture
 def trainer(model, tokenizer, pairs, tmp_path):
     return ROPOTrainer(model, config(tmp_path), train_dataset=pairs[:4], processing_class=tokenizer)
+
+
+def test_a_training_alone_says_which_alpha_it_takes(model, tokenizer, pairs, tmp_path, caplog):
+    """Nothing is estimated here, and an unfiltered robust loss goes far; a run and whoever gives a number know that."""
+    for options, is_told in (({}, True), ({"alpha": 6}, False), ({"loss": "dpo"}, False)):
+        caplog.clear()
+        ROPOTrainer(model, config(tmp_path, **options), train_dataset=pairs, processing_class=tokenizer)
+        assert ("alpha is 14, the paper's" in caplog.text) is is_told
+    caplog.clear()
+    run_rounds(model, pairs, config(tmp_path / "O", num_folds=2, num_passes=1), processing_class=tokenizer)
+    assert "alpha is 14" not in caplog.text
 
 
 def test_deepspeed_does_not_round_what_stands_beside_a_batch(trainer, monkeypatch):

@@ -115,6 +115,7 @@ def build_tables(
         "annotators": _annotators(summary, estimate),
         "rounds": _rounds(ledger, summary),
         "training": _training(training_log),
+        "evaluation": summary.get("evaluation"),
         "weight_curve": _weight_curve(summary),
         "problems": _problems(summary),
         "num_left_out": summary.get("num_left_out"),

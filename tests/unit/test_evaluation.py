@@ -1,0 +1,119 @@
+"""Pairs that nothing is trained on: read before anything expensive, scored under every round, later if need be."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ropo.align import run_rounds
+from ropo.config import ROPOConfig
+from ropo.data.tokenize import tokenize_pairs
+from ropo.data.validate import DataError
+from ropo.logps.cache import reference_logps
+from ropo.pairs import Pair, margin
+from ropo.provenance import hash_file, read_json
+from ropo.report.statistics import wilson_interval
+
+
+def config(folder, **options):
+    common = {
+        "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 4, "max_length": 64,
+        "use_cpu": True, "disable_tqdm": True, "num_folds": 0, "rho": "0.2", "rounds": 2, "beta": 0.2,
+        "save_strategy": "no",
+    }  # fmt: skip
+    return ROPOConfig(**{**common, **options})
+
+
+@pytest.fixture
+def unseen(pairs):
+    """Six other questions with the same answers, of which two the other way round."""
+    return [
+        Pair(
+            prompt=f"And then? {pair.prompt}",
+            chosen=pair.rejected if i < 2 else pair.chosen,
+            rejected=pair.chosen if i < 2 else pair.rejected,
+            row=i,
+        )
+        for i, pair in enumerate(pairs[:6])
+    ]
+
+
+def test_what_each_round_makes_of_it(model_folder, tokenizer, pairs, unseen, tmp_path):
+    """Accuracy, margin and loss are those of the round's own model against the reference."""
+    summary = run_rounds(model_folder, pairs, config(tmp_path / "O"), eval_dataset=unseen)
+    found = summary["evaluation"]
+    assert (found["num_pairs"], found["num_shared"]) == (6, 0)
+    assert [entry["round"] for entry in found["rounds"]] == [0, 1]
+    tokens = tokenize_pairs(unseen, tokenizer, max_length=64).tokens
+    models = [model_folder, *(tmp_path / "O" / "rounds" / f"{number:02d}" / "model" for number in (0, 1))]
+    how = {"pad_token_id": 0, "max_length": 64}
+    reference, *trained = [
+        reference_logps(_load(path), tokens, cache_dir=tmp_path / "cache" / str(i), **how)
+        for i, path in enumerate(models)
+    ]
+    for entry, logps in zip(found["rounds"], trained, strict=True):
+        h = margin(logps, reference, beta=0.2)
+        assert entry["accuracy"] == pytest.approx((h > 0).float().mean().item())
+        assert (entry["low"], entry["high"]) == pytest.approx(wilson_interval(entry["accuracy"], 6))
+        assert entry["margin"] == pytest.approx(h.mean().item(), abs=1e-4)
+        assert entry["loss"] == pytest.approx(torch.nn.functional.softplus(-h).mean().item(), abs=1e-4)
+    assert found["rounds"][0]["margin"] != 0
+    assert read_json(tmp_path / "O" / "summary.json")["evaluation"] == found
+    for name in ("report.html", "report.md"):
+        assert "Pairs that nothing was trained on" in (tmp_path / "O" / name).read_text()
+
+
+def _load(path):
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def test_a_finished_run_takes_it_and_nothing_else_changes(model_folder, pairs, unseen, tmp_path, caplog):
+    """Without training anything once more; and other pairs later are scored anew, the same are not."""
+    folder = tmp_path / "O"
+    assert run_rounds(model_folder, pairs, config(folder))["evaluation"] is None
+    assert "Pairs that nothing was trained on" not in (folder / "report.html").read_text()
+    before = {path: (hash_file(path), path.stat().st_mtime_ns) for path in (folder / "rounds").rglob("*.safetensors")}
+    first = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen)["evaluation"]
+    assert {path: (hash_file(path), path.stat().st_mtime_ns) for path in before} == before
+    caplog.set_level("INFO")
+    again = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen)["evaluation"]
+    assert again == first
+    assert "begins" not in caplog.text
+    fewer = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen[2:])["evaluation"]
+    assert "evaluation/round 1: begins" in caplog.text
+    assert "00/train: begins" not in caplog.text
+    assert fewer["num_pairs"] == 4
+    margins = load_file(folder / "evaluation" / "round_01.safetensors")["margins"]
+    assert fewer["rounds"][1]["margin"] == pytest.approx(margins.mean().item())
+
+
+def test_pairs_that_are_trained_on_do_not_count(model_folder, pairs, unseen, tmp_path, caplog):
+    """Not even the other way round; and if no other is there, nothing is trained."""
+    turned = replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen, id="", row=10)
+    found = run_rounds(model_folder, pairs, config(tmp_path / "O"), eval_dataset=[*unseen, turned])["evaluation"]
+    assert (found["num_pairs"], found["num_shared"]) == (6, 1)
+    assert "1 pairs of the evaluation set are trained on, too" in caplog.text
+    assert "1 more left out" in (tmp_path / "O" / "report.html").read_text()
+    with pytest.raises(DataError, match="got 20, of which 20 are trained on"):
+        run_rounds(model_folder, pairs, config(tmp_path / "P"), eval_dataset=pairs)
+    assert not (tmp_path / "P").exists()
+
+
+def test_bad_rows_are_refused_before_anything_is_trained(model_folder, pairs, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b"}) + "\n")
+    with pytest.raises(DataError, match="rejected"):
+        run_rounds(model_folder, pairs, config(tmp_path / "O"), eval_dataset=str(path))
+    assert not (tmp_path / "O").exists()
+
+
+def test_losses_without_a_reference(model_folder, pairs, unseen, tmp_path):
+    """Their margin is that of the average token, under the policy alone."""
+    args = config(tmp_path / "O", loss="simpo", rounds=1, rho="0")
+    found = run_rounds(model_folder, pairs, args, eval_dataset=unseen)["evaluation"]
+    assert len(found["rounds"]) == 1
+    assert not (tmp_path / "O" / "reference_cache").exists()
