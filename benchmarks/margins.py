@@ -74,7 +74,8 @@ def measure(variant: str, rate: float, seed: int, base: Path, folder: Path) -> d
         found = {"estimate": estimate.rate, "low": estimate.low, "high": estimate.high}
     score = auroc(-margins, is_flipped) if rate else np.nan
     cell = {"variant": variant, "flip_rate": rate, "seed": seed}
-    return {**cell, **{name: f"{value:.4f}" for name, value in {**found, "auroc": score}.items()}}
+    values = {**found, "auroc": score}
+    return {**cell, **{name: "" if value is None else f"{value:.4f}" for name, value in values.items()}}
 
 
 def rows() -> list[dict[str, str]]:
@@ -96,7 +97,11 @@ def table() -> str:
         for rate in RATES:
             cells = [row for row in rows() if row["variant"] == variant and float(row["flip_rate"]) == rate]
             shown.append(
-                ", ".join(f"{float(c['estimate']):.3f} ({float(c['low']):.3f}-{float(c['high']):.3f})" for c in cells)
+                ", ".join(
+                    f"{float(c['estimate']):.3f} ({float(c['low']):.3f}-{float(c['high']):.3f})"
+                    for c in cells
+                    if c["estimate"]  # empty where it cannot be told
+                )
                 or "-"
             )
         found = [float(c["auroc"]) for c in cells]

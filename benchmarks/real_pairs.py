@@ -41,7 +41,8 @@ def main(dataset: str, model: str, output: Path) -> None:
             continue
         summary = run_audit(model, data, ROPOConfig(output_dir=str(output / name), **OPTIONS))
         rate = summary["flip_rate"]
-        print(f"{name}: {rate['estimate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}), {summary['reason']}")
+        told = "cannot tell" if rate["estimate"] is None else f"{rate['estimate']:.3f}"
+        print(f"{name}: {told} ({rate['low']:.3f} to {rate['high']:.3f}), {summary['reason']}")
         print(f"  filter tried: {summary['trial']}")
         print(f"  {summary['num_kept']} kept, {summary['num_dropped']} dropped; alpha {summary['alpha']}")
         ledger = read_ledger(output / name / "ledger.parquet").to_pandas()

@@ -7,23 +7,23 @@ In: names of a model and a dataset, a `ROPOConfig`. Out: the output folder, whos
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
-from ropo.config import ROPOConfig
+from ropo.config import ROPOConfig, check_config
 from ropo.crossfit import folds_of
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
-from ropo.data.read import looks_like_path
-from ropo.data.review import read_verdicts, with_verdicts
+from ropo.data.review import VERDICTS, read_verdicts, with_verdicts
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.evaluation import EvaluationSet, evaluate, read_evaluation
@@ -35,11 +35,11 @@ from ropo.losses import LOSSES
 from ropo.outputs import Read, publish, publish_audit
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
-from ropo.policy import PolicySource
+from ropo.policy import PolicySource, check_adapter, check_positions, find_model, load_tokenizer
 from ropo.provenance import hash_file, hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.rounds import run_all
 from ropo.stages import Stages
-from ropo.trainer import batching, refuse_several_gpus
+from ropo.trainer import batching, refuse_missing_packages, refuse_several_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,6 @@ _INITIAL_MODEL = "initial_model"
 _MADE_BEFORE = (_INITIAL_MODEL, f"{_INITIAL_MODEL}.json", "reference_cache")  # these may stand in a folder of nobody
 
 _DEALT_BY = ("num_folds", "seed", "max_length")  # options that say which pairs there are and who judges which
-
-_LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")  # model types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +128,7 @@ def run_rounds(
         DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
         ValueError: If the output folder holds something else than this run, or a verdict is about another pair.
     """
+    check_config(args, taker="run_rounds")
     if args.audit_from is not None and not args.needs_audit:
         raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
     made = _prepare(
@@ -205,6 +204,7 @@ def run_audit(
         DataError: As for `run_rounds`.
         ValueError: As for `run_rounds`; or if `num_folds` is 0.
     """
+    check_config(args, taker="run_audit")
     if not args.num_folds:
         raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
     made = _prepare(
@@ -248,7 +248,7 @@ def _prepare(
     _check_run(args)
     folder = Path(str(args.output_dir))
     loaded, pairs, problems = read_checked(dataset, split=split, columns=columns, on_bad_rows=args.on_bad_rows)
-    verdicts = {} if decisions is None else read_verdicts(Path(decisions))
+    verdicts = {} if decisions is None else _verdicts_in(Path(decisions))
     pairs = with_verdicts(pairs, verdicts)
     known: list[Pair] = []
     trusted_sha256 = None
@@ -262,7 +262,7 @@ def _prepare(
         folds_of([*pairs, *known], args.num_folds, seed=args.seed)  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
-    tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **_tokenizer_options(load_options))
+    tokenizer = processing_class or load_tokenizer(name, load_options)
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
     if not tokenized.pairs:
@@ -270,7 +270,11 @@ def _prepare(
     trusted_tokens = tokenize_pairs(known, tokenizer, max_length=args.max_length)
     if trusted_tokens.problems:
         logger.warning("Trusted pairs:\n%s", render(trusted_tokens.problems))
-    _check_positions(source, tokenized)
+    check_positions(source, tokenized)
+    if peft_config is not None:
+        check_adapter(source.skeleton(), peft_config)
+    elif source.load_options.get("attn_implementation"):
+        source.skeleton()  # told now, not twice
     evaluation = None
     if eval_dataset is not None:
         evaluation = read_evaluation(
@@ -345,6 +349,24 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
     return hash_value([(file.relative_to(passes).as_posix(), hash_file(file)) for file in files])[:16]
 
 
+def _verdicts_in(path: Path) -> dict[int, tuple[str, str]]:
+    """What a person said of each row, told so that it is seen to be obeyed.
+
+    Raises:
+        ValueError: If there is no verdict.
+    """
+    verdicts = read_verdicts(path)
+    if not verdicts:
+        raise ValueError(
+            f"--decisions needs at least one verdict; {path} holds none. Write {', '.join(VERDICTS)} into its column "
+            "`verdict`, or leave it out."
+        )
+    counts = Counter(verdict for _, verdict in verdicts.values())
+    parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    logger.info("%d verdict%s read: %s.", len(verdicts), "" if len(verdicts) == 1 else "s", parts)
+    return verdicts
+
+
 def _check_run(args: ROPOConfig) -> None:
     """Refuse before anything is read what a single training may do and a whole run cannot.
 
@@ -352,6 +374,11 @@ def _check_run(args: ROPOConfig) -> None:
         ValueError: If there are several GPUs in this process, or an option asks for what a run has not or does not do.
     """
     refuse_several_gpus(args)
+    refuse_missing_packages(args)
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "A run goes on by itself when the same command is given again; got resume_from_checkpoint. Leave it out."
+        )
     if args.eval_strategy != "no":
         raise ValueError(
             "A run evaluates the model of every round on eval_dataset_name (in Python: eval_dataset), and nothing in "
@@ -363,28 +390,6 @@ def _check_run(args: ROPOConfig) -> None:
             "A run uploads nothing; got push_to_hub. Leave it out, look at the report, then upload the model's files "
             "(`hf upload`)."
         )
-
-
-def _check_positions(source: PolicySource, tokenized: TokenizedPairs) -> None:
-    """A model that has learned its positions one by one has none for longer texts; others go on for ever.
-
-    Raises:
-        ValueError: If a pair is longer.
-    """
-    config = source.config()
-    if config.model_type not in _LEARNED_POSITIONS:
-        return
-    limit = int(config.max_position_embeddings)
-    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for ids in tokenized.tokens)
-    if longest > limit:
-        raise ValueError(
-            f"{source.name_or_path} has {limit} positions; got a pair of {longest} tokens. Set max_length to {limit}."
-        )
-
-
-def _tokenizer_options(load_options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What loading a tokenizer shares with loading its model."""
-    return {name: value for name, value in (load_options or {}).items() if name in ("revision", "trust_remote_code")}
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -404,15 +409,14 @@ def _as_json(value: Any) -> Any:
 def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
     """Folder or hub id of the initial model; a model object is saved first, since rounds load it again and again."""
     if isinstance(model, str | Path):
-        if (isinstance(model, Path) or looks_like_path(model)) and not Path(model).is_dir():
-            raise FileNotFoundError(
-                f"A run needs the folder or the hub id of a model; the folder {model} is not there."
-            )
-        return str(model)
-    if tokenizer is None:
+        return find_model(model)
+    if isinstance(model, PeftModel):
         raise ValueError(
-            "run_rounds needs processing_class when it is given a model object; got none. Pass the tokenizer."
+            "A run needs a whole model to start from; got one with an adapter. Pass the base model and peft_config, or "
+            "model.merge_and_unload()."
         )
+    if tokenizer is None:
+        raise ValueError("A run needs processing_class when it is given a model object; got none. Pass the tokenizer.")
     path, weights = folder / _INITIAL_MODEL, hash_tensors(model.state_dict())
     owner = path.with_suffix(".json")
     is_there = path.exists() and owner.exists() and read_json(owner) == {"weights": weights}

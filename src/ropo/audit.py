@@ -311,6 +311,11 @@ class Audit:
         """P(flipped) of every pair, shape (pairs,)."""
         return self._tensor("p_flip", self.num_passes - 1)
 
+    @property
+    def num_contradicted(self) -> int:
+        """How many labels that nobody has judged are contradicted by models that have not seen them."""
+        return int((self.margins()[self._doubtful] < 0).sum())
+
     def calibration(self) -> Calibration | None:
         """What became of labels turned round on purpose, at the first pass, whose margins no filter has touched.
 
@@ -410,7 +415,10 @@ class Audit:
         """The first pass's estimate, in the light of this pass's margins."""
         estimate = read_json(self._pass(0) / "judgement.json")["estimate"]
         first, second = self._first()[self._doubtful], margins[self._doubtful]
-        return raise_by_agreement(estimate, first, second, trial=self.trial)
+        pairs = [pair for pair, is_open in zip(self.data.pairs, self._doubtful, strict=True) if is_open]
+        return raise_by_agreement(
+            estimate, first, second, trial=self.trial, annotators=[pair.annotator for pair in pairs]
+        )
 
 
 def _reason(found: Trial, *, is_taken: bool) -> str:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 from rich.console import Console
 from rich.logging import RichHandler
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from ropo import __version__
@@ -30,7 +30,7 @@ from ropo.bench.grid_config import read_bench_config
 from ropo.bench.options import ExportArguments, WinRateArguments
 from ropo.bench.publish import publish_bench
 from ropo.bench.win_rate import run_win_rate
-from ropo.config import ROPOConfig, did_you_mean, read_yaml
+from ropo.config import ROPOConfig, did_you_mean, in_trl, read_yaml
 from ropo.data.load import load_pairs
 from ropo.data.problems import PROBLEMS, printable, render, rows_left_out
 from ropo.data.tokenize import tokenize_pairs
@@ -38,6 +38,8 @@ from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
 from ropo.endpoint import EndpointError
 from ropo.losses import methods_table
+from ropo.noise.reading import WIDE_RANGE
+from ropo.policy import PolicySource, check_positions, find_model, load_tokenizer
 
 DONE, NOT_ACCEPTABLE, MISUSE = 0, 1, 2
 Options = TypeVar("Options")
@@ -146,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"ropo {words[0]}: {error}", file=sys.stderr)
         return NOT_ACCEPTABLE
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # an option may need a package that is not there
         if os.environ.get("ROPO_DEBUG"):
             raise
         print(f"ropo {words[0]}: {error}\n(ROPO_DEBUG=1 shows where in the code this was found.)", file=sys.stderr)
@@ -227,15 +229,35 @@ def _columns(given: Any) -> dict[str, str]:
 
 def _say_rate(summary: dict[str, Any]) -> None:
     rate = summary["flip_rate"]
-    if summary["is_informative"]:
-        print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
-        if rate["is_raised"]:
-            print(f"  {summary['reason']}")
-    else:
+    if not summary["is_informative"]:
         print(f"\nFlipped labels: cannot tell. {summary['reason']}")
+        _say_contradicted(summary)
+        return
+    print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
+    if rate["is_raised"]:
+        print(f"  {summary['reason']}")
+    elif rate["high"] - rate["low"] > WIDE_RANGE:
+        _say_contradicted(summary)
     for one in summary["annotators"][:5]:
-        rate = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
-        print(f"  {printable(one['name'])}: {rate}, {one['num_pairs']} pairs")
+        own = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
+        print(f"  {printable(one['name'])}: {own}, {one['num_pairs']} pairs")
+
+
+def _say_contradicted(summary: dict[str, Any]) -> None:
+    """What stands first in the table for a person though nobody can say whether it is wrong."""
+    num = summary["num_contradicted"]
+    if not num:  # or None, without models that have not seen the labels
+        return
+    what = (
+        "How many of these are flips and how many honest doubt can be told no closer"
+        if summary["is_informative"]
+        else "Whether these are flips or honest doubt cannot be told"
+    )
+    where = "first in review.csv" if summary["task"] == "audit" else "lowest by held_out_margin in ledger.parquet"
+    print(
+        f"  {num} of the labels are contradicted by models that have not seen them. {what}; they stand "
+        f"{where}: read the first ones."
+    )
 
 
 def _audit(words: list[str]) -> int:
@@ -375,23 +397,21 @@ def _bench(words: list[str]) -> int:
 
 
 def _validate(words: list[str]) -> int:
-    parser = argparse.ArgumentParser("ropo validate", description="List every problem of a dataset.")
-    parser.add_argument("dataset", help="File, saved folder or hub id.")
-    parser.add_argument("--split", default="train", help="Part of the dataset to read.")
-    parser.add_argument("--model_name_or_path", help="Check lengths too, with this model's tokenizer.")
-    parser.add_argument("--model_revision", help="Branch, tag or commit of a hub model.")
-    parser.add_argument("--max_length", type=int, default=1024, help="Most tokens of prompt and one response together.")
-    for name in COLUMNS:
-        parser.add_argument(f"--{name}_column", default=name, help=f"Name of the column with the {name}.")
-    given = parser.parse_args(words)
-    loaded = load_pairs(given.dataset, split=given.split, columns=_columns(given))
-    problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
+    given = _validate_options(words)
+    source = tokenized = None
     if given.model_name_or_path:
-        tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, revision=given.model_revision)
+        source = PolicySource(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
+        tokenizer = load_tokenizer(source.name_or_path, source.load_options)
+    loaded = load_pairs(given.dataset_name, split=given.dataset_split, columns=_columns(given))
+    problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
+    if source is not None:
         out = rows_left_out(problems)
         rest = [pair for pair in loaded.pairs if pair.row not in out]
-        problems += tokenize_pairs(rest, tokenizer, max_length=given.max_length).problems
-    print(f"{given.dataset}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {loaded.format or 'unknown'}.")
+        tokenized = tokenize_pairs(rest, tokenizer, max_length=given.max_length)
+        problems += tokenized.problems
+    print(
+        f"{given.dataset_name}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {loaded.format or 'unknown'}."
+    )
     print(render(problems) if problems else "No problems found.")
     if loaded.ignored_columns:
         print(f"Columns that nothing reads: {', '.join(map(printable, loaded.ignored_columns))}.")
@@ -399,8 +419,37 @@ def _validate(words: list[str]) -> int:
     if not any(pair.row not in out for pair in loaded.pairs):
         print("No pair is left to train on.")
         return NOT_ACCEPTABLE
+    if source is not None and tokenized is not None:
+        check_positions(source, tokenized)  # as the training does, which could not go on
     must_fix = any(PROBLEMS[problem.kind].severity == "error" for problem in problems)
     return NOT_ACCEPTABLE if must_fix else DONE
+
+
+def _validate_options(words: list[str]) -> argparse.Namespace:
+    """The options of `ropo validate`, in the spellings of `ropo train`, too."""
+    parser = argparse.ArgumentParser(
+        "ropo validate", description="List every problem of a dataset.", allow_abbrev=False
+    )
+
+    def add(name: str, *others: str, **how: Any) -> None:
+        spellings = dict.fromkeys((name, name.replace("_", "-"), *others))
+        parser.add_argument(*(f"--{spelling}" for spelling in spellings), **how)
+
+    parser.add_argument("dataset", nargs="?", help="File, saved folder or hub id.")
+    add("dataset_name", help="Another way to say which dataset, as in `ropo train`.")
+    add("dataset_split", "split", default="train", help="Part of the dataset to read.")
+    add("model_name_or_path", help="Check lengths too, with this model's tokenizer.")
+    add("model_revision", help="Branch, tag or commit of a hub model.")
+    add("max_length", type=int, default=1024, help="Most tokens of prompt and one response together.")
+    for name in COLUMNS:
+        add(f"{name}_column", default=name, help=f"Name of the column with the {name}.")
+    given, unknown = parser.parse_known_args(words)
+    _refuse_unknown(unknown, list(vars(given)), task="validate")
+    if (given.dataset is None) == (given.dataset_name is None):
+        got = "none" if given.dataset is None else f"{given.dataset} and {given.dataset_name}"
+        raise ValueError(f"ropo validate needs one dataset; got {got}. Usage: ropo validate D")
+    given.dataset_name = given.dataset_name or given.dataset
+    return given
 
 
 def _losses(words: list[str]) -> int:
@@ -452,6 +501,10 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
         raise ValueError(
             f"dtype needs one of {', '.join(DTYPES)}; got {given.dtype}.{did_you_mean(given.dtype, DTYPES)}"
         )
+    if given.use_peft and given.lora_r < 1:
+        raise ValueError(f"lora_r needs 1 or more; got {given.lora_r}.")
+    if given.use_peft and not 0 <= given.lora_dropout < 1:
+        raise ValueError(f"lora_dropout needs a number in [0, 1); got {given.lora_dropout}.")
     for option in dataclasses.fields(TrainArguments):
         name = option.name
         if name.startswith("lora_") and not given.use_peft and getattr(given, name) != option.default:
@@ -481,8 +534,9 @@ def parse_options(kind: type[Options], words: Sequence[str], *, task: str) -> Op
 
 def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], *, task: str) -> None:
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"unknown option {unknown[0]}.{did_you_mean(name, known)} `ropo {task} --help` lists all.")
+        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        instead = (in_trl(name) if task in _EPILOGS else "") or did_you_mean(name, known)
+        raise ValueError(f"unknown option {unknown[0]}.{instead} `ropo {task} --help` lists all.")
 
 
 def _named(words: Sequence[str], recipe: Path | None) -> set[str]:
@@ -495,9 +549,8 @@ def _read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
     recipe = read_yaml(path)
     for name in recipe:
         if name not in known:
-            raise ValueError(
-                f"{path}: unknown option {name!r}.{did_you_mean(name, known)} `ropo train --help` lists all."
-            )
+            instead = in_trl(str(name)) or did_you_mean(name, known)
+            raise ValueError(f"{path}: unknown option {name!r}.{instead} `ropo train --help` lists all.")
     kinds = {option.name: option for kind in _KINDS for option in dataclasses.fields(kind)}
     for name, value in recipe.items():
         takes_list = any(word in str(kinds[name].type) for word in ("list", "dict"))

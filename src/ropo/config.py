@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,23 @@ _OF_RESAMPLING = (
     "temperature", "top_p", "sample_from", "selection_rule", "max_abs_margin", "max_length_ratio", "max_repetition",
     "max_copies", "max_resampled_share", "resampled_weight", "resampled_decay",
 )  # fmt: skip
+# What users of TRL type, and what there is instead.
+_IN_TRL = MappingProxyType(
+    {
+        "loss_type": "It is loss here.",
+        "label_smoothing": "It is flip_rate here, with loss cdpo or rdpo.",
+        "max_prompt_length": "A prompt is never cut; max_length bounds prompt and response together.",
+        "max_completion_length": "max_length bounds prompt and response together.",
+        "precompute_ref_log_probs": "They are always computed first, once; leave it out.",
+        "ref_model": "The model that is given is the reference; leave it out.",
+        "load_in_4bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
+        "load_in_8bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
+        "torch_dtype": "It is dtype here.",
+        "split": "It is dataset_split here.",
+        "dataset_train_split": "It is dataset_split here.",
+        "tokenizer": "It is processing_class here.",
+    }
+)
 ROUND_STARTS = ("restart", "carry_on")
 SAMPLE_FROM = ("reference", "policy")
 ON_BAD_ROWS = ("refuse", "skip")
@@ -230,9 +248,16 @@ class ROPOConfig(TrainingArguments):
             ("num_passes", 1),
             ("max_new_tokens", 1),
             ("max_copies", 1),
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("seed", 0),
+            ("learning_rate", 0),
         ):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} needs {lowest} or more; got {getattr(self, name)}.")
+        if self.seed + self.rounds > 2**32:  # each round has its own seed
+            raise ValueError(f"seed needs a number below {2**32 - self.rounds + 1}; got {self.seed}.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise ValueError(f"num_train_epochs needs a number above 0; got {self.num_train_epochs}.")
         if self.max_steps == 0:
@@ -510,6 +535,39 @@ def _check_access(args: Any, url_option: str, key_option: str) -> None:
     if url is not None:
         check_url(url, what=url_option)
         check_key(url, variable, what=url_option)
+
+
+def in_trl(name: str) -> str:
+    """A sentence on what TRL calls so, or nothing.
+
+    Args:
+        name: What was written.
+
+    Returns:
+        " It is ... here." or the like, or an empty string.
+
+    Examples:
+        >>> in_trl("loss_type")
+        ' It is loss here.'
+    """
+    return f" {_IN_TRL[name]}" if name in _IN_TRL else ""
+
+
+def check_config(args: Any, *, taker: str) -> None:
+    """Refuse the options of another trainer, which lack what is read here.
+
+    Args:
+        args: What was given.
+        taker: Who was called.
+
+    Raises:
+        TypeError: If it is no `ROPOConfig`.
+    """
+    if not isinstance(args, ROPOConfig):
+        raise TypeError(
+            f"{taker} needs a ROPOConfig as args; got {type(args).__name__}. ROPOConfig takes all options of "
+            "TrainingArguments, with loss and beta beside them."
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -43,7 +43,7 @@ def tell_forecast(
     *,
     is_audit: bool,
 ) -> None:
-    """Log what a run will cost, or why that cannot be said; an estimate never stops a run.
+    """Log what a run will cost, or why that cannot be said; an estimate stops no run that could go on.
 
     Args:
         source: Of the initial model.
@@ -52,6 +52,9 @@ def tell_forecast(
         tokenizer: The model's.
         peft_config: For adapters.
         is_audit: No model is aligned after the audit.
+
+    Raises:
+        ImportError: If the model needs a package that is not installed.
     """
     # Several processes would time each other; where nobody reads the log, nothing is timed.
     if not logger.isEnabledFor(logging.INFO) or not PartialState().is_main_process:
@@ -62,8 +65,8 @@ def tell_forecast(
         config.dtype = config.dtype if asked == "auto" else asked
         config._attn_implementation = source.load_options.get("attn_implementation")
         plan = forecast(config, tokens, args, tokenizer, peft_config, is_audit=is_audit)
-    # Another make of model, too little memory, an attention that is not installed.
-    except (ValueError, AttributeError, RuntimeError, OSError, ImportError) as error:
+    # Another make of model, or too little memory. A package that is not installed stops the run, so it is told at once.
+    except (ValueError, AttributeError, RuntimeError, OSError) as error:
         logger.info("What this run will cost cannot be told: %s", error)
         return
     has_trials = args.num_folds and args.num_passes > 1 and args.fixed_rho is None

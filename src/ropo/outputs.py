@@ -25,6 +25,7 @@ from ropo.data.problems import Problem, rows_left_out, summarise
 from ropo.data.review import read_verdicts, with_verdicts, write_review
 from ropo.ledger import ledger_table, write_ledger
 from ropo.losses import LOSSES, bind_loss, gradient_weight
+from ropo.noise.reading import calls_some, reading_order
 from ropo.pairs import Pair
 from ropo.provenance import machine, read_json, versions, write_aside, write_json
 from ropo.report import write_report
@@ -127,8 +128,18 @@ def _round_summary(this: Round) -> dict[str, Any]:
 
 
 def _flip_rate(estimate: Mapping[str, Any]) -> dict[str, Any]:
-    """The rate with its interval, and whether it is that of two judges."""
-    return {"estimate": estimate["rate"], **{name: estimate[name] for name in ("low", "high", "is_raised")}}
+    """The rate with its interval, and whether it is that of two judges.
+
+    No rate where it cannot be told, and no interval where the margins are those of a model that has seen the labels:
+    nobody should read 0 % there.
+    """
+    is_held_out = estimate.get("margins") != "in-sample"
+    return {
+        "estimate": estimate["rate"] if estimate["is_informative"] else None,
+        "low": estimate["low"] if is_held_out else None,
+        "high": estimate["high"] if is_held_out else None,
+        "is_raised": estimate["is_raised"],
+    }
 
 
 def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, Any]:
@@ -150,6 +161,7 @@ def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, 
         **_about_run(args, read, seconds),
         "rounds": per_round,
         "model": rounds[0].source.name_or_path,
+        "model_fingerprint": _fingerprint(folder),
         "weight_curve": None
         if curve is None
         else {"loss": args.loss, "margin": _CURVE_MARGINS.tolist(), "weight": curve.tolist()},
@@ -158,6 +170,12 @@ def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, 
 
 def _audit_seconds(folder: Path, audit: Audit | None) -> dict[str, float]:
     return {**Stages(folder / "reference").seconds, **(audit.seconds if audit else {})}
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the initial model; the run has written it before any work."""
+    fingerprint: str = read_json(folder / "ropo_config.json")["model"][0]
+    return fingerprint
 
 
 def _about_run(args: ROPOConfig, read: Read, seconds: dict[str, float]) -> dict[str, Any]:
@@ -193,12 +211,13 @@ def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) 
 def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> dict[str, Any]:
     """What only an audit knows; empty values without one."""
     if audit is None:
-        nothing = dict.fromkeys(("calibration", "trial", "loss_trial", "noise_left"))
+        nothing = dict.fromkeys(("num_contradicted", "calibration", "trial", "loss_trial", "noise_left"))
         return {"annotators": [], "num_trusted": num_trusted, **nothing}
     estimate, calibration = audit.estimate(), audit.calibration()
     return {
         "annotators": estimate["annotators"],
         "num_trusted": estimate["num_trusted"],
+        "num_contradicted": audit.num_contradicted,
         "calibration": None if calibration is None else calibration.to_dict(),
         "trial": audit.trial,
         "loss_trial": audit.loss_trial,
@@ -247,6 +266,7 @@ def publish_audit(audit: Audit, *, folder: Path, read: Read) -> dict[str, Any]:
         **_about_run(audit.args, read, _audit_seconds(folder, audit)),
         "rounds": [],
         "model": audit.source.name_or_path,
+        "model_fingerprint": _fingerprint(folder),
         "weight_curve": None,
     }
     if PartialState().is_main_process:
@@ -268,16 +288,23 @@ def _by_row(audit: Audit) -> dict[int, list[float]]:
 
 def _write_tables(folder: Path, audit: Audit, judged: dict[str, Any]) -> None:
     """`cleaned.jsonl` for any trainer, `dropped.jsonl` for the rest, `review.csv` for a person."""
-    rows = list(zip(audit.data.pairs, audit.p_flip(), judged["decisions"], judged["weights"], strict=True))
+    p_flip, margins = audit.p_flip(), audit.margins()
+    rows = list(zip(audit.data.pairs, p_flip, judged["decisions"], judged["weights"], strict=True))
+    is_data = np.array([pair.origin == "data" for pair, *_ in rows])
+    is_open = is_data & [pair.verdict is None for pair, *_ in rows]
+    is_informative = judged["estimate"]["is_informative"]
+    by_margin = not calls_some(p_flip, is_open, is_informative=is_informative)
+    order = [int(i) for i in reading_order(p_flip, margins, by_margin=by_margin) if is_data[i]]
+    in_order = [(rows[i][0], p_flip[i] if is_informative else None, margins[i], rows[i][2]) for i in order]
     rows = [row for row in rows if row[0].origin == "data"]
     for name, wanted in (("cleaned.jsonl", ("keep", "flip")), ("dropped.jsonl", ("drop",))):
         with write_aside(folder / name) as aside:
             lines = [_cleaned(*row) for row in rows if row[2] in wanted]
             aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    _write_review(folder / "review.csv", rows)
+    _write_review(folder / "review.csv", in_order)
 
 
-def _write_review(path: Path, rows: Sequence[tuple[Pair, Any, str, float]]) -> None:
+def _write_review(path: Path, rows: Sequence[tuple[Pair, Any, Any, str]]) -> None:
     """The table for a person; what a person has filled in already stands in the new one again, or beside it."""
     pairs = [row[0] for row in rows]
     try:
@@ -290,8 +317,9 @@ def _write_review(path: Path, rows: Sequence[tuple[Pair, Any, str, float]]) -> N
         write_review(
             aside,
             pairs,
-            p_flip={pair.row: float(p) for pair, p, _, _ in rows},
-            decisions={pair.row: what for pair, _, what, _ in rows},
+            p_flip={pair.row: p for pair, p, _, _ in rows},
+            margins={pair.row: margin for pair, _, margin, _ in rows},
+            decisions={pair.row: what for pair, _, _, what in rows},
         )
 
 

@@ -1,25 +1,45 @@
 """Where models come from: the initial one, and the ones that rounds have trained.
 
-In: a folder or hub id and how to load it. Out: a causal language model on this process's device.
+In: a folder or hub id and how to load it. Out: a causal language model on this process's device; or a refusal of what
+would stop a run only after hours.
 """
 
+import contextlib
+import copy
 import gc
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from ropo.data.read import looks_like_path
+from ropo.data.tokenize import TokenizedPairs
 from ropo.provenance import hash_file, hash_value
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = (".safetensors", ".bin", ".model", ".jinja")
 _SETTINGS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "adapter_config.json",
 )  # fmt: skip
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in every folder
+_LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")  # model types
+_NEEDS_MODEL = "model_name_or_path needs a folder with a model, or the id of one on the hub"
 
 _IS_ADAPTER = (
     "A run needs a whole model to start from; {} is an adapter. Merge it into its model first: "
@@ -74,10 +94,24 @@ class PolicySource:
 
     def config(self) -> PretrainedConfig:
         """The configuration of the initial model, as it will be loaded."""
-        names = ("revision", "trust_remote_code")
-        options = {name: self.load_options[name] for name in names if name in self.load_options}
-        config: PretrainedConfig = AutoConfig.from_pretrained(self.name_or_path, **options)
+        with saying_which(self.name_or_path):
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.name_or_path, **_hub_options(self.load_options))
         return config
+
+    def skeleton(self) -> PreTrainedModel:
+        """The initial model without its weights, which costs no memory.
+
+        Raises:
+            ValueError: If there is no such attention.
+            ImportError: If the attention needs a package that is not installed.
+        """
+        config = self.config()
+        config._attn_implementation = self.load_options.get("attn_implementation")
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=self.load_options.get("trust_remote_code", False)
+            )
+        return model
 
     def fingerprint(self) -> str:
         """Name of the initial model's content; see `model_digest`."""
@@ -105,6 +139,135 @@ def model_digest(name_or_path: str, revision: str | None) -> str:
         if path.name in _SETTINGS or (path.suffix in _WEIGHTS and path.name != "training_args.bin")
     ]
     return hash_value([(path.name, hash_file(path)) for path in files])
+
+
+def find_model(model: str | Path) -> str:
+    """The folder or hub id of a model, after a look whether a model can be there.
+
+    Args:
+        model: As the user named it.
+
+    Returns:
+        The name, for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: If it is a path and no folder is there.
+        ValueError: If the folder holds no model.
+    """
+    name, folder = str(model), Path(model)
+    if folder.is_dir():
+        if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{_NEEDS_MODEL}; got {name!r}, which holds no config.json. Save the model there first.")
+    elif isinstance(model, Path) or looks_like_path(name):
+        raise FileNotFoundError(f"{_NEEDS_MODEL}; got {name!r}: no such folder. Check the path.")
+    return name
+
+
+def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        name_or_path: Folder or hub id of the model.
+        load_options: As for the model; the revision and the trust in its code count here, too.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: If there is no such model, or its folder holds no tokenizer.
+    """
+    folder = Path(name_or_path)
+    kept = (*_TOKENIZER_FILES, "adapter_config.json")  # an adapter may have that of its model
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
+        raise ValueError(
+            f"A model needs its tokenizer beside it; {name_or_path} holds none. Save it there, too: "
+            f"AutoTokenizer.from_pretrained(BASE).save_pretrained({name_or_path!r})."
+        )
+    with saying_which(name_or_path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **_hub_options(load_options))
+    return tokenizer
+
+
+@contextlib.contextmanager
+def saying_which(name_or_path: str) -> Iterator[None]:
+    """What `transformers` says of a model that it does not find names neither the option nor the value.
+
+    Args:
+        name_or_path: Folder or hub id of the model.
+
+    Raises:
+        ValueError: In place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{_NEEDS_MODEL}; got {name_or_path!r}: {error}") from error
+
+
+def _hub_options(load_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What loading a tokenizer or a configuration shares with loading the model."""
+    return {name: value for name, value in (load_options or {}).items() if name in ("revision", "trust_remote_code")}
+
+
+def check_positions(source: PolicySource, tokenized: TokenizedPairs) -> None:
+    """A model that has learned its positions one by one has none for longer texts; others go on, less well.
+
+    Args:
+        source: Of the initial model.
+        tokenized: The pairs, cut to `max_length`.
+
+    Raises:
+        ValueError: If a pair is longer than the model's learned positions.
+    """
+    config = source.config()
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for ids in tokenized.tokens)
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    if config.model_type in _LEARNED_POSITIONS:
+        raise ValueError(
+            f"{source.name_or_path} has {limit} positions; got a pair of {longest} tokens. Set max_length to {limit}."
+        )
+    logger.warning(
+        "%s was made for %d positions (max_position_embeddings); the longest pair has %d tokens. It may know little of "
+        "what lies beyond: set max_length to %d, or look whether its card says that it can.",
+        source.name_or_path,
+        limit,
+        longest,
+        limit,
+    )
+
+
+def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
+    """Refuse an adapter that the model cannot take: it is put on a copy without weights.
+
+    Args:
+        model: With or without weights; it is left as it is.
+        peft_config: Of the adapter.
+
+    Raises:
+        ValueError: If a module is not there, or a number is out of range.
+    """
+    no_weights = {
+        id(one): nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for one in model.parameters()
+    }
+    skeleton: Any = copy.deepcopy(model, no_weights)
+    wanted: Any = copy.deepcopy(peft_config)
+    if hasattr(wanted, "init_lora_weights"):
+        wanted.init_lora_weights = True  # other ways to begin read the weights
+    try:
+        with contextlib.suppress(RuntimeError, AttributeError, TypeError):  # it reads weights, and may yet fit
+            get_peft_model(skeleton, wanted)
+    except ValueError as error:
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D") and name
+        }
+        raise ValueError(
+            f"An adapter (peft_config, lora_*) needs to fit its model; got: {error} Linear layers of this model: "
+            f"{', '.join(sorted(linear))}."
+        ) from error
 
 
 def release_memory() -> None:

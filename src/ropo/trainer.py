@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -35,12 +34,14 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.import_utils import is_liger_kernel_available
 
 import ropo
 from ropo.callbacks import AfterStep, Checks, Halfway, ProgressWithLoss, Replayable, SaveWithCheckpoint, saved_with
-from ropo.config import ROPOConfig
+from ropo.config import ROPOConfig, check_config, did_you_mean, in_trl
 from ropo.data.problems import render
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import read_checked
@@ -51,6 +52,7 @@ from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
 from ropo.metrics import RunningMeans, of_margins
 from ropo.pair_dataset import PairCollator, PairDataset
 from ropo.pairs import PairLogps, margin, margin_per_token
+from ropo.policy import check_adapter, find_model, load_tokenizer, saying_which
 from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
@@ -85,8 +87,10 @@ class ROPOTrainer(Trainer):
         halfway_folder: Where the model is saved half way through its training, if anywhere.
         num_checks: How often `eval_dataset` is scored in training, evenly spaced, the last time at its end; the margins
             are then in `check_margins`.
+        **unknown: None is taken. It is here so that `ref_model`, which TRL takes, is answered in a sentence.
 
     Raises:
+        TypeError: If `args` is no `ROPOConfig`, or a keyword is unknown.
         ValueError: If the data is empty or not fit for training; if several GPUs are used in one process.
         FloatingPointError: If a loss is not finite; the message names the pairs.
     """
@@ -107,16 +111,20 @@ class ROPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         num_checks: int = 0,
         halfway_folder: Path | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        for name in unknown:
+            raise TypeError(f"ROPOTrainer takes no {name}.{in_trl(name)}")
+        check_config(args, taker="ROPOTrainer")
         refuse_several_gpus(args)
-        name = model if isinstance(model, str) else model.config.name_or_path
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        refuse_missing_packages(args)
+        model, self.tokenizer = _model_and_tokenizer(model, processing_class)
         self.pad_token_id: int = self.tokenizer.pad_token_id
         if self.pad_token_id is None:
             self.pad_token_id = self.tokenizer.eos_token_id
         turn_dropout_off(model)
+        if peft_config is not None:
+            check_adapter(model, peft_config)
         model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         train_dataset = self._prepare(train_dataset, model, args)
         eval_dataset = self._prepare(eval_dataset, model, args)
@@ -140,12 +148,8 @@ class ROPOTrainer(Trainer):
         self.options = args
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.spec = LOSSES[args.loss]
-        if args.alpha == "auto" and train_dataset is not None:
-            logger.warning(
-                "alpha is %g, the paper's: a training alone estimates nothing and filters nothing. Give a number, take "
-                "loss='dpo', or leave both to run_rounds.",
-                self.spec.default("alpha"),
-            )
+        if train_dataset is not None:
+            _say_which_alpha(args)
         self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
         # The last one is that of annotators who are in the evaluation set only; nothing is learned of them.
         self.reliability = torch.full((len(sample.annotators) + 1,), args.reliability or 0.9, device=args.device)
@@ -524,6 +528,28 @@ class ROPOTrainer(Trainer):
             self.eval_margins[where] = h
 
 
+def _model_and_tokenizer(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Both, loaded where they are not given."""
+    place: str = find_model(model) if isinstance(model, str) else model.config.name_or_path or ""
+    if isinstance(model, str):
+        with saying_which(place):
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    if tokenizer is None and not place:
+        raise ValueError("ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer.")
+    return model, tokenizer or load_tokenizer(place)
+
+
+def _say_which_alpha(args: ROPOConfig) -> None:
+    if args.alpha == "auto":
+        logger.warning(
+            "alpha is %g, the paper's: a training alone estimates nothing and filters nothing. Give a number, take "
+            "loss='dpo', or leave both to run_rounds.",
+            LOSSES[args.loss].default("alpha"),
+        )
+
+
 @cache
 def _tell_once(sentence: str) -> None:
     """An audit makes a trainer for each fold."""
@@ -545,6 +571,31 @@ def refuse_several_gpus(args: ROPOConfig) -> None:
             f"Training needs one process per GPU; got {args.n_gpu} GPUs in this one. Start it with `accelerate "
             "launch`, or hide the others with CUDA_VISIBLE_DEVICES."
         )
+
+
+def refuse_missing_packages(args: ROPOConfig) -> None:
+    """`Trainer` would look for them only when the reference has been scored.
+
+    Raises:
+        ValueError: If a logger is unknown, or what an option needs is not installed.
+    """
+    for name in args.report_to or []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to needs one of none, all, {', '.join(INTEGRATION_TO_CALLBACK)}; got {name!r}."
+                f"{did_you_mean(name, INTEGRATION_TO_CALLBACK)}"
+            )
+        # The two that `transformers` does not list when they are there.
+        if name not in ("azure_ml", "flyte", *get_available_reporting_integrations()):
+            raise ValueError(f"report_to {name} needs its package; got none. Install it, or leave report_to out.")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("use_liger_kernel needs the package liger-kernel; got none. Install it, or leave it out.")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ValueError(f"optim needs a package that is not there: {error}") from error
+    except ValueError as error:  # some ask for the model, which is not there yet
+        logger.debug("optim %s: %s", args.optim, error)
 
 
 def turn_dropout_off(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ stands what follows from it, and in which words it is told.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ropo.judge.verdicts import Judge, flip_judge
-from ropo.noise.agreement import rate_by_agreement
+from ropo.noise.agreement import annotators_by_agreement, rate_by_agreement
 from ropo.noise.decide import RULES, decide
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
@@ -94,7 +94,12 @@ def decide_all(
 
 
 def raise_by_agreement(
-    estimate: Mapping[str, Any], first: Floats, second: Floats, *, trial: Mapping[str, Any] | None = None
+    estimate: Mapping[str, Any],
+    first: Floats,
+    second: Floats,
+    *,
+    trial: Mapping[str, Any] | None = None,
+    annotators: Sequence[str | None] = (),
 ) -> dict[str, Any]:
     """Take the rate of two judges where it is surely above what one judge's margins explain by flips at random.
 
@@ -108,15 +113,17 @@ def raise_by_agreement(
         first: Held-out margins of its judges, shape (pairs,).
         second: Of judges trained on what it kept.
         trial: What `Audit` wrote of a filter that it tried, if it did.
+        annotators: Who labelled each pair, shape (pairs,); nobody where it is not known of any.
 
     Returns:
         The estimate with `is_raised`; where it is, `rate` is that of both, and the interval reaches from the lower end
-        of the one reading to the upper end of the other.
+        of the one reading to the upper end of the other. So do rates and intervals of the annotators.
     """
     both = rate_by_agreement(first, second, level=AGREEMENT_LEVEL)
     if both is not None and trial is not None and trial["helps"]:
         return {
             **estimate,
+            "annotators": _annotators_of_both(estimate, first, second, annotators),
             "is_raised": True,
             "is_informative": True,
             "rate": both.rate,
@@ -132,6 +139,7 @@ def raise_by_agreement(
         return {**estimate, "is_raised": False}
     return {
         **estimate,
+        "annotators": _annotators_of_both(estimate, first, second, annotators),
         "is_raised": True,
         "rate": both.rate,
         "high": both.high,
@@ -140,6 +148,17 @@ def raise_by_agreement(
             f"of different training together contradict {100 * both.rate:.1f} %."
         ),
     }
+
+
+def _annotators_of_both(
+    estimate: Mapping[str, Any], first: Floats, second: Floats, annotators: Sequence[str | None]
+) -> list[dict[str, Any]]:
+    """The rate of each annotator by two judges, with an interval that reaches down to the reading of one."""
+    if not any(annotators):
+        return []
+    lows = {one["name"]: one["low"] for one in estimate["annotators"]}
+    found = [asdict(one) for one in annotators_by_agreement(first, second, annotators)]
+    return [one | {"low": min(one["low"], lows.get(one["name"], one["low"]))} for one in found]
 
 
 def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> tuple[float, str]:

@@ -2,16 +2,18 @@
 
 import json
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from ropo import __version__
-from ropo.cli import _without_secrets, main, parse_train
+from ropo.cli import _say_rate, _without_secrets, main, parse_train
 from ropo.config import ROPOConfig
 from ropo.ledger import SCHEMA
+from ropo.trainer import ROPOTrainer
 
 RECIPE = """\
 learning_rate: 3e-3
@@ -185,8 +187,24 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--dtype", "bf16"], "dtype needs one of float32, bfloat16, float16, auto; got bf16"),
         (["--num_train_epochs", "0"], "num_train_epochs needs a number above 0; got 0.0"),
         (["--max_steps", "0"], "max_steps needs 1 or more, or -1"),
-        ([], "A run needs the folder or the hub id of a model; the folder no/such/model is not there"),
+        (
+            [],
+            "model_name_or_path needs a folder with a model, or the id of one on the hub; got 'no/such/model': no such",
+        ),
+        (["--loss", "sigmoid"], "It is dpo here."),
+        (["--loss_type", "sigmoid"], "unknown option --loss_type. It is loss here."),
+        (["--load-in-4bit"], "Quantized weights are not offered"),
+        (["--split", "test"], "unknown option --split. It is dataset_split here."),
+        (["--dataset_split", "test"], "Leave split (--dataset_split) at 'train'"),
         (["--push_to_hub"], "A run uploads nothing; got push_to_hub"),
+        (["--resume_from_checkpoint", "C"], "A run goes on by itself when the same command is given again; got resume"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size needs 1 or more; got 0"),
+        (["--seed", "-1"], "seed needs 0 or more; got -1"),
+        (["--seed", "4294967295"], "seed needs a number below 4294967295; got 4294967295"),
+        (["--learning_rate", "-1"], "learning_rate needs 0 or more; got -1"),
+        (["--use_peft", "--lora_r", "0"], "lora_r needs 1 or more; got 0"),
+        (["--use_peft", "--lora_dropout", "1"], "lora_dropout needs a number in [0, 1); got 1.0"),
+        (["--report_to", "wand"], "Did you mean wandb?"),
         (["--sample_from", "referenc"], "Did you mean reference?"),
         (
             ["--generation_engine", "server", "--generation_url", "http://localhost:1/v1", "--generation_model", "m"],
@@ -198,6 +216,56 @@ def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, t
     assert train("no/such/model", dataset, recipe, tmp_path / "O", *more) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "O").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "hidden", "said"),
+    [
+        (["--report_to", "wandb"], "ropo.trainer.get_available_reporting_integrations", "report_to wandb needs its"),
+        (["--use_liger_kernel"], "ropo.trainer.is_liger_kernel_available", "use_liger_kernel needs the package"),
+        (
+            ["--optim", "adamw_bnb_8bit"],
+            "transformers.trainer_optimizer.is_bitsandbytes_available",
+            "optim needs a pack",
+        ),
+    ],
+)
+def test_a_missing_package_is_told_before_anything_is_loaded(
+    more, hidden, said, dataset, recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(hidden, list)  # nothing is there
+    assert train("no/such/model", dataset, recipe, tmp_path / "O", *more) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_package_that_a_library_misses_is_one_sentence(dataset, recipe, tmp_path, capsys, monkeypatch):
+    def miss(*_, **__):
+        raise ImportError("deepspeed is not installed")
+
+    monkeypatch.setattr("ropo.cli.run_rounds", miss)
+    assert train("M", dataset, recipe, tmp_path / "O") == 2
+    assert "ropo train: deepspeed is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("modules", ["c_attn", "foo"])
+def test_an_adapter_that_does_not_fit_costs_no_reference(
+    modules, model_folder, dataset, recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    words = ["--use_peft", "--lora_target_modules", modules]
+    assert train(model_folder, dataset, recipe, tmp_path / "O", *words) == 2
+    out, error = capsys.readouterr()
+    assert f"Target modules {{'{modules}'}} not found" in error
+    assert "Linear layers of this model: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj" in error
+    assert "cannot be told" not in out
+
+
+@pytest.mark.parametrize("more", [[], ["--use_peft"]])
+def test_an_attention_that_is_not_there_is_told_once(more, model_folder, dataset, recipe, tmp_path, capsys):
+    assert train(model_folder, dataset, recipe, tmp_path / "O", "--attn_implementation", "foo", *more) == 2
+    out, error = capsys.readouterr()
+    assert 'attn_implementation="foo"` is not supported' in error
+    assert "cannot be told" not in " ".join(out.split())
 
 
 def test_several_gpus_in_one_process(dataset, recipe, tmp_path, capsys, monkeypatch):
@@ -216,9 +284,10 @@ def test_missing_arguments(dataset, capsys):
 
 def test_recipe_is_checked(dataset, tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("learning_rat: 1e-3\n")
-    assert train("m", dataset, recipe, tmp_path / "O") == 2
-    assert "unknown option 'learning_rat'. Did you mean learning_rate" in capsys.readouterr().err
+    for line, said in (("learning_rat: 1e-3", "Did you mean learning_rate"), ("torch_dtype: auto", "It is dtype here")):
+        recipe.write_text(f"{line}\n")
+        assert train("m", dataset, recipe, tmp_path / "O") == 2
+        assert f"unknown option {line.split(':')[0]!r}. {said}" in capsys.readouterr().err
 
 
 def test_recipe_that_is_no_yaml(dataset, tmp_path, capsys):
@@ -295,6 +364,77 @@ def test_validate_clean_file(dataset, model_folder, capsys):
     assert "truncated" in capsys.readouterr().out
 
 
+def _say_nothing(folder):
+    """A folder without the files that a model has."""
+    folder.mkdir()
+
+
+def _without_tokenizer(folder):
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "said"),
+    [
+        (
+            _say_nothing,
+            "made",
+            "model_name_or_path needs a folder with a model, or the id of one on the hub; got 'made'",
+        ),
+        (_say_nothing, "made", "which holds no config.json"),
+        (_without_tokenizer, "made", "A model needs its tokenizer beside it; made holds none. Save it there, too"),
+        (_say_nothing, "nope", "got 'nope': We couldn't connect to"),
+        (_say_nothing, "../nope", "got '../nope': no such folder"),
+    ],
+)
+def test_a_name_without_a_model(make, name, said, dataset, tmp_path, monkeypatch, capsys):
+    """`transformers` names neither option nor value, or asks for another package."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "made")
+    words = ["--dataset_name", str(dataset), "--model_name_or_path", name]
+    for command in (["validate"], ["train", "--use_cpu", "--output_dir", "O"]):
+        assert main([*command, *words]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises((ValueError, OSError)) as caught:
+        ROPOTrainer(name, ROPOConfig(output_dir="O", use_cpu=True), train_dataset=str(dataset))
+    assert said in str(caught.value)
+    assert str(caught.value).count("model_name_or_path") <= 1
+
+
+def test_validate_says_what_training_would_refuse(dataset, tokenizer, tmp_path, capsys):
+    """A model with learned positions has none for longer pairs; one with rotary ones goes on."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=24)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rotary = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=24, **shape)
+    AutoModelForCausalLM.from_config(rotary).save_pretrained(tmp_path / "llama")
+    words = ["validate", str(dataset), "--max_length", "64", "--model_name_or_path"]
+    for name, code in (("gpt2", 2), ("llama", 0)):
+        tokenizer.save_pretrained(tmp_path / name)
+        assert main([*words, str(tmp_path / name)]) == code
+        out, error = capsys.readouterr()
+        assert ("gpt2 has 24 positions; got a pair of 64 tokens. Set max_length to 24" in error) == (name == "gpt2")
+        assert ("was made for 24 positions (max_position_embeddings)" in " ".join(out.split())) == (name == "llama")
+        assert main([*words[:3], "24", *words[4:], str(tmp_path / name)]) == 0
+        assert "positions" not in "".join(capsys.readouterr())
+
+
+def test_validate_takes_the_spellings_of_train(dataset, tmp_path, capsys):
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "D")
+    for name in ("--split", "--dataset_split", "--dataset-split"):
+        words = ["--dataset_name", str(tmp_path / "D"), "--prompt-column", "prompt", name]
+        assert main(["validate", *words, "test"]) == 0
+        assert main(["validate", *words, "tset"]) == 2
+        assert "split needs to be one of test; got 'tset'. Choose" in capsys.readouterr().err
+    assert main(["validate", "a.jsonl", "--dataset_name", "b.jsonl"]) == 2
+    assert "needs one dataset; got a.jsonl and b.jsonl" in capsys.readouterr().err
+    assert main(["validate"]) == 2
+    assert "needs one dataset; got none. Usage: ropo validate D" in capsys.readouterr().err
+    assert main(["validate", str(dataset), "--dataset_spli", "test"]) == 2
+    assert "unknown option --dataset_spli. Did you mean dataset_split" in capsys.readouterr().err
+
+
 def test_validate_where_nothing_is_left(tmp_path, capsys):
     path = tmp_path / "same.jsonl"
     path.write_text(json.dumps({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 2", "score": 1}) + "\n")
@@ -349,7 +489,11 @@ def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert "wrogn" in (output / "review.before.csv").read_text()
     assert (output / "review.csv").read_text().splitlines() == review
     more = ["--decisions", str(tmp_path / "mine.csv")]
+    capsys.readouterr()
     assert main(["train", *map(str, words), str(tmp_path / "T"), *more]) == 0
+    assert "1 verdict read: 1 wrong." in capsys.readouterr().out
+    assert main(["train", *map(str, words), str(tmp_path / "U"), "--decisions", str(output / "review.csv")]) == 2
+    assert "--decisions needs at least one verdict" in capsys.readouterr().err
     rows = pq.read_table(tmp_path / "T" / "ledger.parquet").to_pylist()
     assert next(row["decision"] for row in rows if row["row"] == int(first[3]) and row["round"] == 0) == "flip"
     assert main(["audit", *map(str, words[:4]), "--output_dir", str(tmp_path / "N"), "--num_folds", "0"]) == 2
@@ -366,3 +510,22 @@ def test_version(capsys):
 def test_losses(capsys):
     assert main(["losses"]) == 0
     assert "ropo" in capsys.readouterr().out
+
+
+def test_the_console_says_what_is_to_be_read_where_the_rate_cannot_be_told(capsys):
+    """And names no annotator then: their rates are as unknown as that of all."""
+    annotators = [{"name": "a", "rate": 0.1, "low": 0.0, "high": 0.2, "num_pairs": 9}]
+    told = {"task": "audit", "is_informative": False, "reason": "Too weak.", "annotators": annotators}
+    told |= {"flip_rate": {"estimate": None, "low": 0.0, "high": 0.5, "is_raised": False}, "num_contradicted": 150}
+    _say_rate(told)
+    out = capsys.readouterr().out
+    assert "150 of the labels are contradicted by models that have not seen them. Whether these are flips" in out
+    assert "they stand first in review.csv: read the first ones" in out
+    assert "9 pairs" not in out
+    _say_rate(told | {"num_contradicted": None})
+    assert "contradicted" not in capsys.readouterr().out
+    wide = {"estimate": 0.0, "low": 0.0, "high": 0.19, "is_raised": False}
+    _say_rate(told | {"is_informative": True, "flip_rate": wide})
+    out = capsys.readouterr().out
+    assert "How many of these are flips and how many honest doubt can be told no closer" in out
+    assert "a: 10.0% (0.0% to 20.0%), 9 pairs" in out

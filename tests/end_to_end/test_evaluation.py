@@ -229,6 +229,8 @@ def test_misuse_of_export(model_folder, alpaca_eval, mt_bench, tmp_path, capsys)
         assert said in capsys.readouterr().err
     assert main(["export", "--benchmark", "mt_bench"]) == 2
     assert "--model_name_or_path is missing. Usage: ropo export" in capsys.readouterr().err
+    assert export(tmp_path / "nope", "alpaca_eval", alpaca_eval, output) == 2
+    assert "model_name_or_path needs a folder with a model, or the id of one on the hub; got" in capsys.readouterr().err
     assert not output.exists()
 
 

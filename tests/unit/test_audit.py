@@ -448,3 +448,32 @@ def test_what_margins_are_not_taken_from(model_folder, pairs, tmp_path):
 def test_an_audit_needs_folds(model_folder, pairs, tmp_path):
     with pytest.raises(ValueError, match="An audit needs num_folds of 2 or more; got 0"):
         run_audit(model_folder, pairs, config(tmp_path / "O", num_folds=0, rho="0.1", alpha="14", rounds=2))
+
+
+def test_no_rate_is_written_where_none_can_be_told(model_folder, pairs, tmp_path):
+    """A script must not read 0 % there."""
+    summary = run_audit(model_folder, pairs, config(tmp_path / "O"))
+    assert not summary["is_informative"]
+    assert summary["flip_rate"]["estimate"] is None
+    assert 0.0 <= summary["flip_rate"]["low"] < summary["flip_rate"]["high"] <= 0.5
+    margins = read_ledger(tmp_path / "O" / "ledger.parquet")["held_out_margin"].to_numpy()
+    assert summary["num_contradicted"] == (margins < 0).sum()
+    with (tmp_path / "O" / "review.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["margin"]) for row in rows] == pytest.approx(sorted(margins), abs=1e-4)
+    assert {row["p_flip"] for row in rows} == {""}
+    report = (tmp_path / "O" / "report.md").read_text()
+    assert f"| its fingerprint | {summary['model_fingerprint']} |" in report
+    in_sample = run_rounds(model_folder, pairs, config(tmp_path / "I", num_folds=0))
+    assert in_sample["flip_rate"] == {"estimate": None, "low": None, "high": None, "is_raised": False}
+    assert in_sample["num_contradicted"] is None
+
+
+def test_annotators_of_a_raised_rate_are_those_of_two_judges(model_folder, many, tmp_path, monkeypatch):
+    """They cover all the data, so they must average to what is said of all."""
+    Planted(monkeypatch, share=0.35, gain=20)
+    named = [replace(pair, annotator="ab"[pair.row % 2]) for pair in many]
+    summary = run_audit(model_folder, named, config(tmp_path / "O"))
+    assert summary["flip_rate"]["is_raised"]
+    rates = [one["rate"] for one in summary["annotators"]]
+    assert np.mean(rates) == pytest.approx(summary["flip_rate"]["estimate"], abs=1e-6)

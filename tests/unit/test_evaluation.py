@@ -80,6 +80,7 @@ def test_a_finished_run_takes_it_and_nothing_else_changes(model_folder, pairs, u
     first = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen)["evaluation"]
     assert {path: (hash_file(path), path.stat().st_mtime_ns) for path in before} == before
     caplog.set_level("INFO")
+    caplog.clear()
     again = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen)["evaluation"]
     assert again == first
     assert "begins" not in caplog.text

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from ropo import run_rounds
 from ropo import trainer as ours
+from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
@@ -20,6 +20,7 @@ from ropo.losses import LOSSES
 from ropo.metrics import METRICS
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
+from ropo.policy import check_adapter
 from ropo.trainer import ROPOTrainer
 
 OPTIONS = {
@@ -115,6 +116,22 @@ def test_sharded_models_hand_out_float32(trainer, monkeypatch):
     trainer._keep_outputs_in_float32()
     assert plugin.mixed_precision_policy.output_dtype is None
     assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+
+
+def test_habits_from_trl_are_answered(model, tokenizer, pairs, tmp_path):
+    given = {"train_dataset": pairs, "processing_class": tokenizer}
+    with pytest.raises(TypeError, match=r"ROPOTrainer takes no ref_model. The model that is given is the reference"):
+        ROPOTrainer(model, config(tmp_path), ref_model=model, **given)
+    with pytest.raises(TypeError, match=r"ROPOTrainer takes no data_collator.$"):
+        ROPOTrainer(model, config(tmp_path), data_collator=None, **given)
+    theirs = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="ROPOTrainer needs a ROPOConfig as args; got TrainingArguments"):
+        ROPOTrainer(model, theirs, **given)
+    for run in (run_rounds, run_audit):
+        with pytest.raises(TypeError, match=f"{run.__name__} needs a ROPOConfig as args; got TrainingArguments"):
+            run(model, pairs, theirs)
+    with pytest.raises(ValueError, match="needs processing_class with a model of no folder; got none"):
+        ROPOTrainer(model, config(tmp_path), train_dataset=pairs)
 
 
 def test_no_dropout_is_left(tokenizer, pairs, tmp_path):
@@ -220,6 +237,35 @@ def test_lora_trains_against_its_base(model_folder, tokenizer, pairs, tmp_path):
     trainer.train()
     assert losses_of(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses_of(trainer)[-1] < 0.6
+
+
+def test_an_adapter_that_does_not_fit_costs_no_reference(model, tokenizer, pairs, tmp_path, monkeypatch):
+    """It is tried on a copy without weights, which leaves the model as it is."""
+    monkeypatch.setattr(ours, "reference_logps", lambda *_, **__: pytest.fail("scored"))
+    before = {name: (id(one), one.clone()) for name, one in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"An adapter .* needs to fit its model; got: Target modules"):
+        ROPOTrainer(
+            model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer,
+            peft_config=LoraConfig(target_modules=["foo"]),
+        )  # fmt: skip
+    for name, one in model.named_parameters():
+        assert before[name][0] == id(one)
+        assert torch.equal(before[name][1], one)
+
+
+@pytest.mark.parametrize("begin", ["pissa", "olora", "orthogonal", False])
+def test_an_adapter_that_reads_weights_to_begin_is_let_through(begin, model):
+    check_adapter(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=begin))
+
+
+def test_only_a_refusal_of_the_adapter_refuses_it(model, monkeypatch):
+    """Quantized weights have more to them than the copy has; what `peft` misses there is no fault of the settings."""
+
+    def miss(*_):
+        raise AttributeError("'Parameter' object has no attribute 'compress_statistics'")
+
+    monkeypatch.setattr("ropo.policy.get_peft_model", miss)
+    check_adapter(model, LoraConfig(target_modules=["q_proj"]))
 
 
 def test_an_adapter_begins_where_the_seed_says(model_folder, tokenizer, pairs, tmp_path):

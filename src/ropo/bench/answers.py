@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ropo.bench.export import EXPORTS, Answer, Question, read_questions, write_answers
 from ropo.bench.options import LIKELIEST, ExportArguments
 from ropo.data.tokenize import encode_prompts
 from ropo.pairs import Text
-from ropo.policy import PolicySource, model_digest
+from ropo.policy import PolicySource, find_model, load_tokenizer, model_digest
 from ropo.provenance import read_json, versions, write_json
 from ropo.resample.engine import Engine
 from ropo.resample.engines import ENGINES, Reach, open_engine
@@ -58,10 +58,8 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
             "chat template."
         )
     ENGINES[args.generation_engine].check(PartialState().num_processes)
-    model = str(args.model_name_or_path)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    model = find_model(str(args.model_name_or_path))
+    tokenizer = load_tokenizer(model, {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code})
     if not args.plain_text and not tokenizer.chat_template:
         raise ValueError(
             f"export needs a tokenizer with a chat template; got {model} without one. Use the instruction-tuned "

@@ -76,7 +76,7 @@ def _refuse_split(split: str, what: str) -> None:
     if split != "train":
         raise ValueError(
             f"split needs a source with several parts, a folder or a hub dataset; got {split!r} for {what}. "
-            "Leave split at 'train' and pass the part itself."
+            "Leave split (--dataset_split) at 'train' and pass the part itself."
         )
 
 
@@ -205,7 +205,10 @@ def _open_folder(path: Path, split: str) -> datasets.Dataset:
         _refuse_split(split, path.name)
         return found
     if split not in found:
-        raise ValueError(f"split needs to be one of {', '.join(found)}; got {split!r}. Choose one of these in {path}.")
+        raise ValueError(
+            f"split needs to be one of {', '.join(found)}; got {split!r}. Choose one of these in {path} "
+            "(--dataset_split)."
+        )
     return found[split]
 
 
@@ -215,7 +218,7 @@ def _open_hub(name: str, split: str) -> datasets.Dataset:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             "load_pairs needs an existing file or folder, or a dataset on the hub; "
-            f"got {name!r}, split {split!r}: {error}. Check the name, the split and the connection."
+            f"got {name!r}, split {split!r}: {error}. Check the name, the split (--dataset_split) and the connection."
         ) from error
 
 

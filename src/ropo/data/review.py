@@ -15,29 +15,37 @@ from ropo.data.problems import short
 from ropo.pairs import Pair, Text
 
 VERDICTS = ("right", "wrong", "drop")
-COLUMNS = ("verdict", "p_flip", "decision", "row", "pair_id", "annotator", "prompt", "chosen", "rejected")
+COLUMNS = ("verdict", "p_flip", "decision", "row", "pair_id", "margin", "annotator", "prompt", "chosen", "rejected")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def write_review(
-    path: Path, pairs: Sequence[Pair], *, p_flip: Mapping[int, float], decisions: Mapping[int, str]
+    path: Path,
+    pairs: Sequence[Pair],
+    *,
+    p_flip: Mapping[int, float | None],
+    margins: Mapping[int, float],
+    decisions: Mapping[int, str],
 ) -> None:
-    """Write the table for a person: the most suspect pair first, the column `verdict` empty where nobody has judged.
+    """Write the table for a person, in the order given; the column `verdict` is empty where nobody has judged.
 
     A spreadsheet would run a cell that begins like a formula, so such a text gets an apostrophe in front.
 
     Args:
         path: Where to write.
-        pairs: Those of the data.
-        p_flip: P(flipped) by row.
+        pairs: Those of the data, the one to read first in front.
+        p_flip: P(flipped) by row; None where it cannot be told, and the cell stays empty.
+        margins: Held-out margin by row.
         decisions: Decision by row.
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for pair in sorted(pairs, key=lambda pair: (-p_flip[pair.row], pair.row)):
+        for pair in pairs:
             texts = (pair.annotator or "", *(_plain(text) for text in (pair.prompt, pair.chosen, pair.rejected)))
-            known = (pair.verdict or "", f"{p_flip[pair.row]:.4f}", decisions[pair.row], pair.row, pair.id)
+            told = p_flip[pair.row]
+            shown = "" if told is None else f"{told:.4f}"
+            known = (pair.verdict or "", shown, decisions[pair.row], pair.row, pair.id, f"{margins[pair.row]:.4f}")
             writer.writerow([*known, *(f"'{text}" if text.startswith(_FORMULA) else text for text in texts)])
 
 

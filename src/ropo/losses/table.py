@@ -151,9 +151,14 @@ def bind_loss(name: str, *, beta: float, options: Mapping[str, Any]) -> Loss:
     return loss
 
 
+_IN_TRL = {"sigmoid": "dpo", "robust": "rdpo"}  # what users of TRL type, and our name
+
+
 def _find(name: str) -> LossSpec:
     if name not in LOSSES:
         close = "".join(f"Did you mean {known}? " for known in difflib.get_close_matches(name, LOSSES, n=1))
+        if name in _IN_TRL:
+            close = f"It is {_IN_TRL[name]} here. "
         raise ValueError(f"loss needs a known name; got {name!r}. {close}Choose one of: {', '.join(LOSSES)}.")
     return LOSSES[name]
 

@@ -1,6 +1,6 @@
 """How many labels are wrong, if two judges of different training are asked instead of one.
 
-In: the margins of both, numpy float64. Out: `Agreement`.
+In: the margins of both, numpy float64. Out: `Agreement`, and the rate of each annotator by the same reading.
 
 The one idea: a judge that contradicts a label without being sure of it may not know better, or the label may be wrong.
 A second judge tells the two apart. What a judge merely does not know, the other need not get wrong as well; a wrong
@@ -8,10 +8,13 @@ label both contradict. So label and judges are three raters of one truth, and ho
 the error rate of each (Dawid & Skene 1979, in the closed form for two classes with equal errors).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import norm
+
+from ropo.noise.estimate import PRIOR_PAIRS, AnnotatorRate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +78,53 @@ def rate_by_agreement(first: np.ndarray, second: np.ndarray, *, level: float = 0
     width = float(norm.ppf((1 + level) / 2)) * error
     rate, low, high = (float(np.clip((1 - np.exp(log_share + shift)) / 2, 0.0, 0.5)) for shift in (0.0, width, -width))
     return Agreement(rate=rate, low=low, high=high, disagreement=float((1 - means[2]) / 2))
+
+
+def annotators_by_agreement(
+    first: np.ndarray, second: np.ndarray, annotators: Sequence[str | None], *, level: float = 0.90
+) -> list[AnnotatorRate]:
+    """Estimate the share of wrong labels of each annotator from the signs of two judges' margins.
+
+    ::
+
+        1 − 2·η_a = ½·(1 − 2η)·[(1 − 2·d₁ₐ)/(1 − 2·d₁) + (1 − 2·d₂ₐ)/(1 − 2·d₂)]
+
+    with η, d₁ and d₂ of all as in `rate_by_agreement`, d₁ₐ and d₂ₐ of the labels of annotator a: the judges err as
+    often with the labels of one annotator as with those of another. So the rates of all average to the rate of all.
+
+    Args:
+        first: Held-out margin of each pair by one judge.
+        second: By another.
+        annotators: Who labelled each pair; None where unknown.
+        level: Nominal coverage of the intervals.
+
+    Returns:
+        The rates, drawn towards that of all as those of `estimate_flips` are, the worst first; none if fewer than two
+        annotators are named, or if nothing can be told.
+
+    Examples:
+        >>> rng = np.random.default_rng(0)
+        >>> names, sign = ["a"] * 5000 + ["b"] * 5000, np.where(np.arange(10_000) < 2000, -1.0, 1.0)
+        >>> one, other = (sign * np.where(rng.random(10_000) < rate, -1.0, 1.0) for rate in (0.1, 0.05))
+        >>> [(found.name, round(found.rate, 2)) for found in annotators_by_agreement(one, other, names)]
+        [('a', 0.4), ('b', 0.0)]
+    """
+    both = rate_by_agreement(first, second, level=level)
+    names = np.array(["" if name is None else str(name) for name in annotators])
+    known = sorted(set(names.tolist()) - {""})
+    if both is None or len(known) < 2:
+        return []
+    signs = np.array([np.sign(first), np.sign(second)])
+    # Of each label what the two judges say of it, in units in which its mean over all is 1 − 2η.
+    told = (1 - 2 * both.rate) * (signs / signs.mean(axis=1, keepdims=True)).mean(axis=0)
+    overall, quantile = told.mean(), float(norm.ppf((1 + level) / 2))
+    found = []
+    for name in known:
+        mine = told[names == name]
+        share = (mine.sum() + PRIOR_PAIRS * overall) / (len(mine) + PRIOR_PAIRS)
+        width = quantile * told.std() / np.sqrt(len(mine))
+        rate, low, high = (float(np.clip((1 - share + shift) / 2, 0.0, 1.0)) for shift in (0.0, -width, width))
+        # The rate of all is not known better than its interval, and this one moves with it.
+        low, high = max(0.0, low - (both.rate - both.low)), min(1.0, high + (both.high - both.rate))
+        found.append(AnnotatorRate(name=name, num_pairs=len(mine), rate=rate, low=low, high=high))
+    return sorted(found, key=lambda one: -one.rate)

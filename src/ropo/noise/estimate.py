@@ -8,14 +8,14 @@ its honest doubts vanish as margins grow. The contradictions far from zero give 
 turns margins into log-odds; how fast the doubts vanish (the tail ν) is not known and widens the interval.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import expit, logit, stdtr
+from scipy.special import expit, logit, stdtr, xlog1py, xlogy
 from scipy.stats import chi2
 
 PerPair = Float[np.ndarray, " pairs"]
@@ -222,9 +222,9 @@ def estimate_flips(
         ends = [fit.interval(best[one][0], target) for one, fit in fits.items() if best[one][2] >= target]
         low, high = min(end[0] for end in ends), max(end[1] for end in ends)
     obstacle = _obstacle(doubtful, signal=signal, low=low, high=high)
-    per_annotator = (
-        [] if annotators is None else _annotator_rates(annotators, margins, trusted, rate, scale, tail, level)
-    )
+    law = _Law(rate=rate, scale=scale, tail=tail)
+    laws = [law, *(_best_law(fits, end) for end in (low, high) if end != rate)]
+    per_annotator = [] if annotators is None else _annotator_rates(annotators, margins, trusted, laws, level)
     own = {one.name: one.rate for one in per_annotator}
     rates = rate if annotators is None else np.array([own.get(str(name), rate) for name in annotators])
     return FlipEstimate(
@@ -243,39 +243,62 @@ def estimate_flips(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Law:
+    """A flip rate of all, and the scale and tail that go with it."""
+
+    rate: float
+    scale: float
+    tail: float
+
+
+def _best_law(fits: Mapping[float, "_ProfileLikelihood"], rate: float) -> _Law:
+    """The scale and tail that suit a flip rate best."""
+    best = {tail: fit.maximise(rate) for tail, fit in fits.items()}
+    tail = max(TAILS, key=lambda one: best[one][2])
+    return _Law(rate, best[tail][1], tail)
+
+
 def _annotator_rates(
     annotators: Sequence[str | None],
     margins: PerPair,
     trusted: Shaped[np.ndarray, " pairs"],
-    rate: float,
-    scale: float,
-    tail: float,
+    laws: Sequence[_Law],
     level: float,
 ) -> list[AnnotatorRate]:
-    """The rate of each annotator at the scale and tail of all, the worst first; none if fewer than two are named."""
+    """The rate of each annotator, the worst first; none if fewer than two are named.
+
+    `laws` are the best one, then those at the ends of the interval of all: the scale is not known better than the rate
+    of all, and an annotator's interval reaches over those of all three.
+    """
     names = np.array(["" if name is None else str(name) for name in annotators])
     known = sorted({str(name) for name in names[~trusted]} - {""})
-    if len(known) < 2 or not scale:
+    laws = [laws[0], *(law for law in laws[1:] if law.scale)]
+    if len(known) < 2 or not laws[0].scale:
         return []
-    p_right = _p_right(scale * margins, tail)
-    grid = np.linspace(0.0, 1.0, 1001)[1:-1]
-    # The prior is a Beta law with its mode at the overall rate, worth PRIOR_PAIRS pairs.
-    prior = PRIOR_PAIRS * (rate * np.log(grid) + (1 - rate) * np.log1p(-grid))
-    found = []
-    for name in known:
-        mine = p_right[(names == name) & ~trusted]
-        profile = prior + _log_label(grid[:, None], mine[None]).sum(axis=1)
-        inside = grid[profile >= profile.max() - chi2.ppf(level, df=1) / 2]
-        found.append(
-            AnnotatorRate(
-                name=name,
-                num_pairs=len(mine),
-                rate=float(grid[profile.argmax()]),
-                low=float(inside[0]),
-                high=float(inside[-1]),
-            )
+    grid = np.linspace(0.0, 1.0, 1001)[:-1]
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in known}
+    for law in laws:
+        p_right = _p_right(law.scale * margins, law.tail)
+        # The prior is a Beta law with its mode at the overall rate, worth PRIOR_PAIRS pairs.
+        prior = PRIOR_PAIRS * (xlogy(law.rate, grid) + xlog1py(1 - law.rate, -grid))
+        for name in known:
+            mine = p_right[(names == name) & ~trusted]
+            profile = prior + _log_label(grid[:, None], mine[None]).sum(axis=1)
+            inside = grid[profile >= profile.max() - chi2.ppf(level, df=1) / 2]
+            found[name].append((float(grid[profile.argmax()]), float(inside[0]), float(inside[-1])))
+    num_pairs = {name: int(((names == name) & ~trusted).sum()) for name in known}
+    rates = [
+        AnnotatorRate(
+            name=name,
+            num_pairs=num_pairs[name],
+            rate=ends[0][0],
+            low=min(low for _, low, _ in ends),
+            high=max(high for _, _, high in ends),
         )
-    return sorted(found, key=lambda one: -one.rate)
+        for name, ends in found.items()
+    ]
+    return sorted(rates, key=lambda one: -one.rate)
 
 
 def _percent(share: float) -> str:

@@ -11,7 +11,32 @@ from typing import Any
 
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range, probability, shown_name
 
+SMALL_RATE = 0.03  # an interval that ends below this leaves little to read for
+MANY = 0.1  # share of contradicted labels from which it matters what they are
+FEW = 20  # pairs that show what the others are
+
 Table = Mapping[str, Any]
+
+
+def is_open(tables: Table) -> bool:
+    """Whether labels are contradicted of which P(flipped) calls none, and may be flips all the same."""
+    contradicted, estimate, review = tables["contradicted"], tables["estimate"], tables["review"]
+    if contradicted is None or not contradicted["num"] or (review is not None and review["num_likely"]):
+        return False
+    return not estimate["is_informative"] or estimate["high"] > SMALL_RATE
+
+
+def _advise_trusted_first(tables: Table) -> str | None:
+    contradicted, estimate = tables["contradicted"], tables["estimate"]
+    if not is_open(tables) or not estimate["is_vague"]:
+        return None
+    if contradicted["share"] < MANY or estimate["num_trusted"] != 0:
+        return None
+    return (
+        "Make a file of 50 to 200 further pairs whose labels you know to be right, and audit again with `--trusted` "
+        f"and that file: models that have not seen them contradict {percent(contradicted['share'])} of the labels, and "
+        "how often they contradict right ones tells flips from honest doubt."
+    )
 
 
 def _advise_signal(tables: Table) -> str | None:
@@ -41,17 +66,30 @@ def _advise_clean(tables: Table) -> str | None:
     if not estimate["is_informative"] or not estimate["may_be_clean"]:
         return None
     if estimate["rho"] == 0 and loss["alpha"] == 0 and loss["has_alpha"]:
+        if estimate["high"] > SMALL_RATE:
+            return "The interval reaches 0, so nothing is filtered out: training is exactly DPO."
         return "The interval reaches 0, so nothing has to be done about the labels: training is exactly DPO."
     if loss["is_tried"]:
         return None  # plain training is what the robust loss was tried against
     return "The interval reaches 0: plain training (`--loss dpo --rho 0`) is a fair choice."
 
 
+def _advise_reading(tables: Table) -> str | None:
+    if not is_open(tables):
+        return None
+    first = min(FEW, tables["contradicted"]["num"])
+    where = "`review.csv`" if tables["task"] == "audit" else "the ledger by `held_out_margin`, the smallest first"
+    return (
+        f"Read the first {first} of {where}. If most are wrong, these are flips: read on, and give the share of the "
+        "pairs till where most are wrong as `--rho`. If most are right, it is honest doubt: keep them."
+    )
+
+
 def _advise_review(tables: Table) -> str | None:
     review = tables["review"]
     if review is None or not review["num_likely"]:
         return None
-    first = min(20, review["num_likely"])
+    first = min(FEW, review["num_likely"])
     return (
         f"Read the first {first} suspects. If fewer than half are wrong, the estimate is too high for this data: "
         "filter less with a smaller `--rho`. If nearly all are, correct the labels at the source and train again."
@@ -60,7 +98,8 @@ def _advise_review(tables: Table) -> str | None:
 
 def _advise_verdicts(tables: Table) -> str | None:
     review = tables["review"]
-    if tables["task"] != "audit" or review is None or not review["num_likely"]:
+    is_likely = review is not None and bool(review["num_likely"])
+    if tables["task"] != "audit" or not (is_likely or is_open(tables)):
         return None
     return (
         "Open `review.csv`, which has the most suspect pair first, and fill in the column `verdict`: right, wrong or "
@@ -85,7 +124,7 @@ def _advise_cleaned(tables: Table) -> str | None:
 def _advise_trusted(tables: Table) -> str | None:
     estimate = tables["estimate"]
     is_sharp = estimate["is_informative"] and estimate["high"] - estimate["low"] <= 0.06
-    if estimate["num_trusted"] != 0 or is_sharp:
+    if estimate["num_trusted"] != 0 or is_sharp or _advise_trusted_first(tables):
         return None
     return "50 to 200 further pairs whose labels you know to be right (`--trusted`) sharpen the estimate."
 
@@ -231,6 +270,7 @@ def _advise_tokens(tables: Table) -> str | None:
 
 
 ADVICE: tuple[Callable[[Table], str | None], ...] = (
+    _advise_trusted_first,
     _advise_problems,
     _advise_folds,
     _advise_signal,
@@ -238,6 +278,7 @@ ADVICE: tuple[Callable[[Table], str | None], ...] = (
     _advise_opposite,
     _advise_annotators,
     _advise_parts,
+    _advise_reading,
     _advise_review,
     _advise_verdicts,
     _advise_cleaned,

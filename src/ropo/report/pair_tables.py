@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ropo.noise.reading import reading_order
 from ropo.pairs import Pair
 from ropo.report.statistics import median, number, numbers
 from ropo.report.texts import clean, compare, excerpt, plain, show_prompt
@@ -26,14 +27,25 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 def suspects(
-    scores: Columns, originals: Mapping[int, Pair], *, is_open: NDArray[np.bool_], is_informative: bool
+    scores: Columns,
+    originals: Mapping[int, Pair],
+    *,
+    is_open: NDArray[np.bool_],
+    by_margin: bool,
 ) -> list[Table]:
-    """The pairs that are most likely flipped, among those that nobody has judged."""
-    if not is_informative:
-        return []
-    order = np.lexsort((scores["row"], scores["margin"], -scores["p_flip"]))
-    order = order[(np.isfinite(scores["p_flip"]) & is_open)[order]][:NUM_SUSPECTS]
-    return [_shown_pair(scores, int(i), originals[int(scores["row"][i])]) for i in order]
+    """The pairs to read first, among those that nobody has judged.
+
+    By P(flipped); or by held-out margin, of those that are contradicted, where P(flipped) calls none.
+    """
+    p_flip, margin = scores["p_flip"].astype(np.float64), scores["margin"].astype(np.float64)
+    is_shown = is_open & np.isfinite(p_flip)
+    if by_margin:
+        is_shown = is_open & (margin < 0) & scores["is_held_out"]
+    order = reading_order(p_flip, margin, by_margin=by_margin)
+    order = order[is_shown[order]][:NUM_SUSPECTS]
+    shown = [_shown_pair(scores, int(i), originals[int(scores["row"][i])]) for i in order]
+    # A P(flipped) near 0 that nobody can vouch for would say the opposite of "read this".
+    return [pair | {"p_flip": None} for pair in shown] if by_margin else shown
 
 
 def hard(

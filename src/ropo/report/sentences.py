@@ -6,10 +6,12 @@ In: the dict of `tables.build_tables`. Out: strings, with commands and options b
 from collections.abc import Mapping
 from typing import Any
 
-from ropo.report.advice import ADVICE
+from ropo.report.advice import ADVICE, FEW, SMALL_RATE, is_open
 from ropo.report.wording import NB_SPACE, count, counted, decimal, listed, percent, percent_range
 
-WIDE_RANGE = 0.1  # an interval from 0 to beyond this says nothing about cleanness
+NUM_DIFFERING = 0.03  # of the pairs: the two sums of flips differ by so much that a reader notices
+
+_CALLED = "This counts what P(flipped) calls, not how well the margins rank the labels."
 
 Table = Mapping[str, Any]
 
@@ -19,7 +21,9 @@ def write_sentences(tables: Table) -> dict[str, Any]:
     return {
         "title": title(tables),
         "interval": interval(tables),
+        "to_read": to_read(tables),
         "look": look(tables),
+        "margins": margins(tables),
         "budget": budget(tables),
         "alpha": alpha(tables),
         "done": done(tables),
@@ -36,7 +40,7 @@ def title(tables: Table) -> str:
     if not estimate["is_informative"]:
         return "The margins carry too little signal to tell how many labels are flipped"
     if estimate["may_be_clean"]:
-        if estimate["high"] > WIDE_RANGE:
+        if estimate["is_vague"]:
             return f"Anything from none to {percent(estimate['high'])} of the labels may be flipped"
         return f"The labels may well be clean: {percent(estimate['high'])} flipped at most"
     return f"About {percent(estimate['rate'])} of the labels look flipped"
@@ -65,18 +69,88 @@ def interval(tables: Table) -> str:
     return f"{percent(estimate['level'])} interval {shown}{best}, from {counted(estimate['num_pairs'], 'pair')}."
 
 
+def to_read(tables: Table) -> str:
+    """The same as a figure."""
+    review, contradicted = tables["review"], tables["contradicted"]
+    if review is not None and review["num_likely"]:
+        return count(review["num_likely"])
+    if is_open(tables):
+        return f"the first {min(FEW, contradicted['num'])}"
+    return "none"
+
+
 def look(tables: Table) -> str:
     """How many pairs a person should read."""
-    review, num_judged = tables["review"], tables["counts"]["num_judged"]
+    review, estimate, num_judged = tables["review"], tables["estimate"], tables["counts"]["num_judged"]
     known = f" {counted(num_judged, 'pair')} with a verdict of a person are not counted." if num_judged else ""
+    if review is not None and review["num_likely"]:
+        contradicted = tables["contradicted"]
+        has_more = contradicted is not None and contradicted["num"] > review["num_likely"]
+        more = f" {doubt(tables)}" if has_more and estimate["is_vague"] and not estimate["is_raised"] else ""
+        return f"{_likely(tables)}{more}{known}"
+    if _may_hide_flips(tables):
+        return f"{doubt(tables)}{known}"
     if review is None:
         return f"No pair can be called suspect on this evidence, so there is no list to read.{known}"
-    if not review["num_likely"]:
-        return f"No pair is more likely flipped than right, so none needs to be read.{known}"
-    expected = counted(review["found_all"], "flip")
+    if estimate["high"] <= SMALL_RATE:
+        return (
+            f"No pair is more likely flipped than right, and {percent(estimate['high'])} of the labels are wrong at "
+            f"most, so none needs to be read.{known}"
+        )
+    return f"No pair is more likely flipped than right.{known}"
+
+
+def _may_hide_flips(tables: Table) -> bool:
+    """Whether there are held-out margins that may rank flips though P(flipped) calls none."""
+    estimate = tables["estimate"]
+    return tables["contradicted"] is not None and not (estimate["is_informative"] and estimate["high"] <= SMALL_RATE)
+
+
+def _likely(tables: Table) -> str:
+    """What P(flipped) adds up to, and why the flip rate may say another number."""
+    review, estimate, counts = tables["review"], tables["estimate"], tables["counts"]
+    text = (
+        f"Read these first: each is more likely flipped than right. Their P(flipped) add up to about "
+        f"{counted(review['found_likely'], 'wrong label')}, those of all pairs to {count(review['found_all'])}."
+    )
+    by_rate = estimate["rate"] * (counts["num_pairs"] - counts["num_judged"])
+    if abs(by_rate - review["found_all"]) <= max(1.0, NUM_DIFFERING * by_rate):
+        return text
+    return f"{text} The flip rate makes it {count(by_rate)}: it is estimated before, and by itself."
+
+
+def doubt(tables: Table) -> str:
+    """How many labels are contradicted by models that have not seen them, and that it is open what they are."""
+    contradicted, review = tables["contradicted"], tables["review"]
+    if contradicted is None:
+        return ""
+    if not contradicted["num"]:
+        return "No label is contradicted by models that have not seen it, so there is no list to read."
+    labels = counted(contradicted["num"], "label")
+    is_are = "is" if contradicted["num"] == 1 else "are"
+    shown = f"{labels} ({percent(contradicted['share'])}) {is_are} contradicted by models that have not seen "
+    shown += "it." if contradicted["num"] == 1 else "them."
+    if review is not None and review["num_likely"]:
+        return f"{shown} Whether the others among these are flips or honest doubt cannot be told."
+    if review is not None:
+        up_to = f"but up to {percent(tables['estimate']['high'])} of the labels may be wrong"
+        shown = f"No pair is more likely flipped than right, {up_to}. {shown}"
+    where = "they stand first in `review.csv`" if tables["task"] == "audit" else "the first ones are shown below"
+    return f"{shown} Whether these are flips or honest doubt cannot be told; {where}: read the first ones."
+
+
+def margins(tables: Table) -> str:
+    """What the figure of the margins says about the estimate."""
+    estimate = tables["estimate"]
+    if not tables["margins"]["is_held_out"]:
+        return ""
+    if estimate["is_informative"] and not estimate["is_vague"]:
+        return "P(flipped) comes from these margins."
+    if tables["review"] is not None and tables["review"]["num_likely"]:
+        return "P(flipped) comes from these margins, which tell the number of flips only roughly."
     return (
-        "Read these first: each is more likely flipped than right. About "
-        f"{count(review['found_likely'])} should be wrong, out of {expected} expected.{known}"
+        "Here they do not tell how many labels are flipped: what lies below 0 may be wrong labels or honest doubt, "
+        "even if it makes a hill of its own. They may rank the labels all the same; reading the lowest ones shows it."
     )
 
 
@@ -147,7 +221,12 @@ def trust(tables: Table) -> list[str]:
     if tables["review"] is None:
         return [
             *_untested(tables),
-            "This does not mean that the labels are right: right and wrong ones look the same to this model.",
+            "This does not mean that the labels are right: "
+            + (
+                "how many are wrong cannot be told, and the margins may rank them all the same."
+                if tables["contradicted"] is not None
+                else "a model that has been trained on wrong labels agrees with them, too."
+            ),
             "Decisions below, if any, come from the filter's budget and not from evidence about single labels.",
         ]
     return [
@@ -170,12 +249,12 @@ def _tested(calibration: Table | None) -> list[str]:
     ]
     recall, precision = calibration["recall"], calibration["precision"]
     if not recall:
-        return [*found, "So hardly any wrong label is found: none stands out from the others."]
+        return [*found, f"So hardly any wrong label would be called flipped. {_CALLED}"]
     if precision is None:
         return [
             *found,
-            f"So about {percent(recall)} of wrong labels would be found. As none seems to be wrong, nothing can be "
-            "said about how many of the called ones are.",
+            f"So about {percent(recall)} of wrong labels would be called flipped. {_CALLED} As none seems to be wrong, "
+            "nothing can be said about how many of the called ones are.",
         ]
     return [
         *found,

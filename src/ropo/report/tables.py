@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from ropo.data.problems import PROBLEMS
+from ropo.noise.reading import WIDE_RANGE, calls_some
 from ropo.pairs import Pair
 from ropo.report import pair_tables, sentences
 from ropo.report.biases import file_parts, response_biases
@@ -101,16 +102,21 @@ def build_tables(
     estimate = _estimate(summary, len(scores["row"]))
     is_informative = estimate["is_informative"]
     is_open = np.array([pair.verdict is None for pair in in_order])  # nobody has said yet whether the label is right
+    by_margin = not calls_some(scores["p_flip"].astype(np.float64), is_open, is_informative=is_informative)
+    suspects = pair_tables.suspects(scores, originals, is_open=is_open, by_margin=by_margin)
+    # What is to be read first is not called merely hard as well.
+    is_other = is_open & ~np.isin(scores["row"], [pair["row"] for pair in suspects] if by_margin else [])
     tables: Table = {
         "task": "audit" if summary.get("task") == "audit" else "train",
         "estimate": estimate,
         "loss": _loss(summary),
         "counts": _counts(scores, pairs, is_open),
         "review": _review(scores["p_flip"][is_open], is_informative=is_informative),
+        "contradicted": _contradicted(scores, is_open),
         "calibration": _calibration(summary),
         "trial": summary.get("trial"),
-        "suspects": pair_tables.suspects(scores, originals, is_open=is_open, is_informative=is_informative),
-        "hard": pair_tables.hard(scores, originals, checks or {}, is_open=is_open, is_informative=is_informative),
+        "suspects": suspects,
+        "hard": pair_tables.hard(scores, originals, checks or {}, is_open=is_other, is_informative=is_informative),
         "margins": _margins(scores),
         "annotators": _annotators(summary, estimate),
         "rounds": _rounds(ledger, summary),
@@ -156,13 +162,15 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
     rate = summary.get("flip_rate") or {}
     config = summary.get("config") or {}
     values = {key: number(rate.get(source)) for key, source in (("rate", "estimate"), ("low", "low"), ("high", "high"))}
-    is_raised, low = bool(rate.get("is_raised")), values["low"]
+    is_raised, low, high = bool(rate.get("is_raised")), values["low"], values["high"]
+    is_informative = bool(summary.get("is_informative")) and None not in values.values()
     return {
         **values,
         "level": number(rate.get("level", 0.9)),
         "is_raised": is_raised,
         "may_be_clean": low is not None and low < SURELY_FLIPPED and not is_raised,
-        "is_informative": bool(summary.get("is_informative")) and None not in values.values(),
+        "is_informative": is_informative,
+        "is_vague": not is_informative or (low is not None and high is not None and high - low > WIDE_RANGE),
         "reason": clean(str(summary.get("reason") or "")),
         "rho": number(summary.get("rho")),
         "rho_reason": clean(str(summary.get("rho_reason") or "")),
@@ -217,6 +225,17 @@ def _review(p_flip: Floats, *, is_informative: bool) -> Table | None:
             if depth < len(falling)
         ],
     }
+
+
+def _contradicted(scores: Columns, is_open: NDArray[np.bool_]) -> Table | None:
+    """How many labels that nobody has judged are contradicted by models that have not seen them.
+
+    None where there are no such models.
+    """
+    margin = scores["margin"][is_open & np.isfinite(scores["margin"])]
+    if not scores["is_held_out"].all() or not len(margin):
+        return None
+    return {"num": int((margin < 0).sum()), "share": mean(margin < 0)}
 
 
 def _calibration(summary: Mapping[str, Any]) -> Table | None:
@@ -424,7 +443,8 @@ def _provenance(summary: Mapping[str, Any]) -> Table:
     return {
         "command": clean(str(summary.get("command") or "")),
         "data_sha256": str(summary.get("data_sha256") or ""),
-        "reference_sha256": str(summary.get("reference_sha256") or ""),
+        "model": clean(str(summary.get("model") or "")),
+        "model_fingerprint": str(summary.get("model_fingerprint") or ""),
         "versions": {clean(str(key)): clean(str(value)) for key, value in (summary.get("versions") or {}).items()},
         "seconds": {clean(str(key)): number(value) for key, value in (summary.get("seconds") or {}).items()},
         "config": {clean(str(k)): _shown_option(str(k), v) for k, v in config.items()},

@@ -25,7 +25,15 @@ def some_pairs():
 @pytest.fixture
 def table(tmp_path):
     path = tmp_path / "review.csv"
-    write_review(path, some_pairs(), p_flip={0: 0.2, 3: 0.9, 7: 0.2}, decisions={0: "keep", 3: "drop", 7: "keep"})
+    first, *rest = some_pairs()
+    assert [first.row, *(pair.row for pair in rest)] == [0, 3, 7]
+    write_review(
+        path,
+        [rest[0], first, rest[1]],
+        p_flip={0: 0.2, 3: 0.9, 7: 0.2},
+        margins={0: 1.0, 3: -2.0, 7: 1.5},
+        decisions={0: "keep", 3: "drop", 7: "keep"},
+    )
     return path
 
 
@@ -34,12 +42,12 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_the_most_suspect_stands_first(table):
+def test_the_table_keeps_the_order_that_it_is_given(table):
     rows = rows_of(table)
     assert list(rows[0]) == list(COLUMNS)
     assert [row["row"] for row in rows] == ["3", "0", "7"]
     assert [row["verdict"] for row in rows] == ["", "", "right"]
-    assert rows[0]["p_flip"] == "0.9000"
+    assert (rows[0]["p_flip"], rows[0]["margin"]) == ("0.9000", "-2.0000")
     assert rows[2]["chosen"] == 'assistant: yes, "well"\nso'
 
 
@@ -82,7 +90,7 @@ def test_a_table_with_semicolons(table):
 
 def test_a_long_conversation_is_one_field(tmp_path):
     pair = Pair(prompt="p " * 100_000, chosen="a", rejected="b", row=0, verdict="right")
-    write_review(tmp_path / "long.csv", [pair], p_flip={0: 0.5}, decisions={0: "keep"})
+    write_review(tmp_path / "long.csv", [pair], p_flip={0: None}, margins={0: 0.5}, decisions={0: "keep"})
     assert read_verdicts(tmp_path / "long.csv") == {0: (pair.id, "right")}
 
 

@@ -93,7 +93,8 @@ def example_summary() -> dict[str, Any]:
         "config": {"loss": "ropo", "rho": "auto", "alpha": 14.0, "hub_token": "hf_secret"},
         "command": "ropo train --dataset_name pairs.jsonl",
         "data_sha256": "d" * 64,
-        "reference_sha256": "e" * 64,
+        "model": "some/model",
+        "model_fingerprint": "e" * 16,
         "weight_curve": {"loss": "ropo", "margin": [-8.0, -2.0, 0.0, 2.0, 8.0], "weight": [0.25, 0.6, 1.0, 0.4, 0.0]},
     }
 

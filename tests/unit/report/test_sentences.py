@@ -1,3 +1,4 @@
+import pyarrow as pa
 import pytest
 
 from ropo.report.sentences import why_hard, write_sentences
@@ -60,7 +61,7 @@ def test_a_rate_that_two_judges_raised_is_told_as_two_readings(make_audit):
 
 def test_the_first_screen_counts_what_to_read_and_what_was_done(make_run):
     _, sentences = said(make_run, flip_rate=RATE)
-    assert "About 3 should be wrong" in sentences["look"]
+    assert "P(flipped) add up to about 3 wrong labels, those of all pairs to 5." in plain(sentences["look"])
     assert plain(sentences["done"]).startswith(
         "Of 20 pairs, 16 kept, 2 dropped, 1 flipped and 1 dropped and won back by a new pair."
     )
@@ -104,7 +105,7 @@ def test_trust_tells_what_became_of_labels_turned_on_purpose(make_audit):
 
 @pytest.mark.parametrize(
     ("recall", "words"),
-    [(0.65, "65 % of wrong labels would be found"), (0.0, "hardly any wrong label is found")],
+    [(0.65, "65 % of wrong labels would be called flipped"), (0.0, "hardly any wrong label would be called flipped")],
 )
 def test_trust_without_a_precision_claims_none(make_audit, recall, words):
     _, sentences = said(make_audit, calibration=calibration() | {"recall": recall, "precision": None})
@@ -204,7 +205,71 @@ def test_without_signal_the_judging_models_are_to_be_trained_longer(make_audit):
     advice = " ".join(sentences["next"])
     assert "(`--num_train_epochs`, `--learning_rate`), or a larger model" in advice
     assert "--rho 0" not in advice
-    assert "review.csv" not in advice
+
+
+NO_SIGNAL = {"is_informative": False, "flip_rate": {"estimate": None, "low": 0.0, "high": 0.5}, "reason": "too weak"}
+
+
+@pytest.mark.parametrize("flip_rate", [NO_SIGNAL["flip_rate"], {"estimate": 0.0, "low": 0.0, "high": 0.191}])
+def test_contradicted_labels_are_to_be_read_where_nobody_can_tell_what_they_are(make_audit, flip_rate):
+    """The margins may rank the flips perfectly; then "there is nothing to read" is the worst advice."""
+    run = make_audit(summary=NO_SIGNAL | {"flip_rate": flip_rate, "is_informative": flip_rate["estimate"] is not None})
+    run["ledger"] = run["ledger"].set_column(6, "p_flip", pa.array([0.0] * 20))
+    tables = build_tables(**run)
+    sentences = tables["sentences"]
+    num = sum(margin < 0 for margin in run["ledger"]["held_out_margin"].to_pylist())
+    assert f"{num} labels ({100 * num / 20:.0f} %) are contradicted by models that have not seen them. " in plain(
+        sentences["look"]
+    )
+    assert sentences["look"].endswith(
+        "Whether these are flips or honest doubt cannot be told; they stand first in `review.csv`: read the first ones."
+    )
+    assert sentences["to_read"] == f"the first {num}"
+    assert [pair["margin"] for pair in tables["suspects"]] == sorted(pair["margin"] for pair in tables["suspects"])
+    assert len(tables["suspects"]) == min(num, 10)
+    assert {pair["p_flip"] for pair in tables["suspects"]} == {None}
+    assert not {pair["row"] for pair in tables["suspects"]} & {pair["row"] for pair in tables["hard"]}
+    assert "do not tell how many labels are flipped" in sentences["margins"]
+    assert sentences["next"][0].startswith("Make a file of 50 to 200 further pairs whose labels you know to be right")
+    assert any("Read the first" in advice and "honest doubt: keep them" in advice for advice in sentences["next"])
+    assert any("fill in the column `verdict`" in advice for advice in sentences["next"])
+    said_all = str(sentences)
+    for wrong in ("no list to read", "none needs to be read", "look the same", "nothing has to be done"):
+        assert wrong not in said_all
+
+
+def test_nothing_needs_to_be_read_only_where_the_interval_ends_low(make_audit):
+    run = make_audit(summary={"flip_rate": {"estimate": 0.0, "low": 0.0, "high": 0.02}})
+    run["ledger"] = run["ledger"].set_column(6, "p_flip", pa.array([0.0] * 20))
+    sentences = build_tables(**run)["sentences"]
+    assert "2 % of the labels are wrong at most, so none needs to be read." in plain(sentences["look"])
+    assert sentences["to_read"] == "none"
+
+
+def test_without_held_out_margins_nothing_is_said_about_contradicted_labels(make_run):
+    tables, sentences = said(make_run, **NO_SIGNAL)
+    assert tables["contradicted"] is None
+    assert tables["suspects"] == []
+    assert "contradict" not in str({name: text for name, text in sentences.items() if name != "hard"})
+    assert "agrees with them, too" in " ".join(sentences["trust"])
+
+
+def test_a_wide_interval_says_so_beside_what_is_likely(make_audit):
+    tables, _ = said(make_audit, flip_rate={"estimate": 0.21, "low": 0.08, "high": 0.36})
+    sentences = write_sentences(tables | {"contradicted": {"num": 9, "share": 0.45}})
+    assert "9 labels (45 %) are contradicted" in plain(sentences["look"])
+    assert "tell the number of flips only roughly" in sentences["margins"]
+    assert "Whether the others among these are flips or honest doubt cannot be told." in sentences["look"]
+    assert "honest doubt" not in write_sentences(tables)["look"]  # all that are contradicted are called
+    assert "honest doubt" not in said(make_audit, flip_rate=RATE)[1]["look"]
+
+
+def test_two_sums_of_flips_are_told_apart(make_audit):
+    """P(flipped) of the last models adds up to 5, the rate of the first ones makes it 8: a reader must not wonder."""
+    _, sentences = said(make_audit, flip_rate={"estimate": 0.4, "low": 0.38, "high": 0.42})
+    assert "those of all pairs to 5. The flip rate makes it 8: it is estimated" in plain(sentences["look"])
+    _, sentences = said(make_audit, flip_rate={"estimate": 0.25, "low": 0.24, "high": 0.26})
+    assert "The flip rate makes it" not in sentences["look"]
 
 
 def test_bad_annotators_are_named_and_opposite_ones_apart(make_audit):

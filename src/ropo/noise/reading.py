@@ -1,0 +1,46 @@
+"""Which pairs a person should read first.
+
+In: P(flipped) and the held-out margin of each pair. Out: an order, the most suspect pair first.
+
+The one idea: how many labels are flipped and which ones are two questions. Margins can rank flips well and still not
+tell their number, since few flips and a good model look like many honest doubts. So where P(flipped) says nothing, the
+margin ranks.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+PerPair = Float[np.ndarray, " pairs"]
+
+WIDE_RANGE = 0.1
+"""An interval wider than this leaves open how many of the contradicted labels are flips and how many honest doubt."""
+
+
+def calls_some(p_flip: PerPair, is_open: Bool[np.ndarray, " pairs"], *, is_informative: bool) -> bool:
+    """Whether P(flipped) can be believed and calls a pair more likely flipped than right.
+
+    Args:
+        p_flip: P(flipped) of each pair.
+        is_open: Which pairs nobody has judged.
+        is_informative: Whether the flip rate can be told.
+    """
+    return bool(is_informative and (p_flip[is_open] >= 0.5).any())
+
+
+def reading_order(p_flip: PerPair, margins: PerPair, *, by_margin: bool) -> Int[np.ndarray, " pairs"]:
+    """Order pairs for reading, the most suspect first.
+
+    Args:
+        p_flip: P(flipped) of each pair.
+        margins: Held-out margin of each pair.
+        by_margin: Whether P(flipped) is left alone, see `calls_some`.
+
+    Returns:
+        Positions of the pairs. Of equals the smaller margin comes first, then the earlier pair; NaN comes last.
+
+    Examples:
+        >>> reading_order(np.zeros(3), np.array([2.0, -1.0, -3.0]), by_margin=False).tolist()
+        [2, 1, 0]
+    """
+    places = np.arange(len(margins))
+    return np.lexsort((places, margins) if by_margin else (places, margins, -p_flip))
