@@ -247,6 +247,20 @@ def test_an_audit_has_its_sections_and_none_of_training(make_run, make_audit):
     assert "What was done" in train.text
 
 
+def test_an_evaluation_set_has_its_section(make_run):
+    """A row for each round; without one the section and its link are not there."""
+    row = {"accuracy": 0.71, "low": 0.66, "high": 0.75, "margin": 0.42, "loss": 0.613}
+    found = {"num_pairs": 300, "num_shared": 2, "rounds": [{"round": 0, **row}, {"round": 1, **row, "accuracy": 0.74}]}
+    page = Page(render_html(build(make_run(summary={"evaluation": found}))))
+    assert "evaluation" in [section.get("id") for section in page.all("section")]
+    assert "#evaluation" in [link["href"] for link in page.all("a")]
+    assert "300\xa0pairs of the evaluation set, 2 more left out" in page.text
+    for shown in ("71\xa0%", "74\xa0%", "66–75\xa0%", "0.613"):
+        assert shown in page.text
+    without = Page(render_html(build(make_run())))
+    assert "evaluation" not in [section.get("id") for section in without.all("section")]
+
+
 def test_the_page_of_an_audit_is_accessible(make_audit):
     page = Page(render_html(build(make_audit())))
     headings = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
