@@ -501,6 +501,8 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
         raise ValueError(
             f"dtype needs one of {', '.join(DTYPES)}; got {given.dtype}.{did_you_mean(given.dtype, DTYPES)}"
         )
+    if given.eval_dataset_name is None and given.eval_dataset_split != "train":
+        raise ValueError("eval_dataset_split needs eval_dataset_name, of which it is a part. Add it.")
     if given.use_peft and given.lora_r < 1:
         raise ValueError(f"lora_r needs 1 or more; got {given.lora_r}.")
     if given.use_peft and not 0 <= given.lora_dropout < 1:

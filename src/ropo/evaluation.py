@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
-from ropo.data.validate import DataError, read_checked
+from ropo.data.validate import DataError, read_checked, words_id
 from ropo.logps.score import score_pairs
 from ropo.losses import LOSSES
 from ropo.metrics import of_margins
@@ -58,7 +58,7 @@ def read_evaluation(
     columns: Mapping[str, str] | None = None,
     on_bad_rows: str = "refuse",
 ) -> EvaluationSet:
-    """Read pairs to evaluate on, and leave out those that are trained on, whichever response is called chosen there.
+    """Read pairs to evaluate on, and leave out those that are trained on, by the same words as folds are dealt.
 
     Args:
         source: Anything that `ropo.data.load.load_pairs` reads.
@@ -73,14 +73,14 @@ def read_evaluation(
         DataError: If rows cannot be read, or no pair is left.
     """
     _, pairs, problems = read_checked(source, split=split, columns=columns, on_bad_rows=on_bad_rows)
-    known = {pair.id for pair in trained_on}
-    unseen = [pair for pair in pairs if pair.id not in known]
+    known = {words_id(pair) for pair in trained_on}
+    unseen = [pair for pair in pairs if words_id(pair) not in known]
     tokenized = tokenize_pairs(unseen, tokenizer, max_length=max_length)
     if found := [*problems, *tokenized.problems]:
         logger.warning("Evaluation set:\n%s", render(found))
     num_shared = len(pairs) - len(unseen)
     if num_shared:
-        logger.warning("%d pairs of the evaluation set are trained on, too, and are left out of it.", num_shared)
+        logger.warning("Left out of the evaluation set, since they are trained on, too: %d pairs.", num_shared)
     if not tokenized.pairs:
         raise DataError(
             f"An evaluation set needs pairs that nothing is trained on; got {len(pairs)}, of which {num_shared} are "
@@ -127,7 +127,7 @@ def evaluate(
     found = []
     for this in rounds:
         name = f"round_{this.number:02d}.safetensors"
-        stages.run(f"round {this.number}", [this.trained, pairs, args.beta], [name], lambda: make(this, name))  # noqa: B023 - called at once
+        stages.run(f"round {this.number}", [this.trained, pairs], [name], lambda: make(this, name))  # noqa: B023 - called at once
         margins = load_file(folder / name)["margins"].double().numpy()
         found.append({"round": this.number, **_told(margins)})
     return {"num_pairs": len(tokens), "num_shared": data.num_shared, "rounds": found}

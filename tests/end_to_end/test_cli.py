@@ -205,6 +205,7 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--use_peft", "--lora_r", "0"], "lora_r needs 1 or more; got 0"),
         (["--use_peft", "--lora_dropout", "1"], "lora_dropout needs a number in [0, 1); got 1.0"),
         (["--report_to", "wand"], "Did you mean wandb?"),
+        (["--eval_dataset_split", "test"], "eval_dataset_split needs eval_dataset_name, of which it is a part"),
         (["--sample_from", "referenc"], "Did you mean reference?"),
         (
             ["--generation_engine", "server", "--generation_url", "http://localhost:1/v1", "--generation_model", "m"],

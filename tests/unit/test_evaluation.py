@@ -93,11 +93,12 @@ def test_a_finished_run_takes_it_and_nothing_else_changes(model_folder, pairs, u
 
 
 def test_pairs_that_are_trained_on_do_not_count(model_folder, pairs, unseen, tmp_path, caplog):
-    """Not even the other way round; and if no other is there, nothing is trained."""
-    turned = replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen, id="", row=10)
+    """Not even the other way round and with another blank; and if no other is there, nothing is trained."""
+    turned = replace(pairs[0], chosen=f"{pairs[0].rejected} ", rejected=pairs[0].chosen, id="", row=10)
+    assert turned.id != pairs[0].id
     found = run_rounds(model_folder, pairs, config(tmp_path / "O"), eval_dataset=[*unseen, turned])["evaluation"]
     assert (found["num_pairs"], found["num_shared"]) == (6, 1)
-    assert "1 pairs of the evaluation set are trained on, too" in caplog.text
+    assert "since they are trained on, too: 1 pairs" in caplog.text
     assert "1 more left out" in (tmp_path / "O" / "report.html").read_text()
     with pytest.raises(DataError, match="got 20, of which 20 are trained on"):
         run_rounds(model_folder, pairs, config(tmp_path / "P"), eval_dataset=pairs)
