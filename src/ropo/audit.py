@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ropo.config import LOSS_OPTIONS, ROPOConfig
 from ropo.crossfit import crossfit_margins
+from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import MIN_PAIRS, estimate_flips
@@ -105,6 +106,7 @@ class Audit:
         self.trial: dict[str, Any] | None = None
         self.loss_trial: dict[str, Any] | None = None
         self._sign, self._is_known = known_labels(data.pairs)
+        self._texts = np.array([text_id(pair) for pair in data.pairs])  # copies of a pair are one piece of evidence
 
     def run(self, digest: str) -> str:
         """Run every pass that teaches something new.
@@ -182,7 +184,7 @@ class Audit:
             `Trial` as values, with `left_out`, the share of suspects, and `helps`; None if there is no cause to try.
         """
         left_out = float((self._first()[self._doubtful] < 0).mean()) if self._doubtful.any() else 0.0
-        if self.args.fixed_rho is not None or self._doubtful.sum() < MIN_PAIRS:
+        if self.args.fixed_rho is not None or self._num_doubtful < MIN_PAIRS:
             return None
         if not MIN_CONTRADICTED <= left_out <= MAX_CONTRADICTED:
             return None
@@ -225,7 +227,7 @@ class Audit:
         weights = np.abs(self._sign) * self.data.weights
         contradicted = weights[self._doubtful & (self._first() < 0)].sum() / weights.sum()
         dpo, robust = self.options(), self.args.with_alpha(alpha_for(float(contradicted)))
-        if self.args.fixed_alpha is not None or dpo.loss == robust.loss or self._doubtful.sum() < MIN_ASKED:
+        if self.args.fixed_alpha is not None or dpo.loss == robust.loss or self._num_doubtful < MIN_ASKED:
             return None
         folder, everything = self.folder / "trial", self._all()
         elsewhere = None if self.args.audit_from is None else self._elsewhere(folder) / "loss.json"
@@ -263,7 +265,7 @@ class Audit:
         for num_scored in range(1, self.args.num_folds + 1):
             as_is, tried = judge_as_is(num_scored)[-1], judge_tried(num_scored)[-1]
             both = self._doubtful & ~np.isnan(as_is)
-            found = compare(tried[both], as_is[both])
+            found = compare(tried[both], as_is[both], clusters=self._texts[both])
             if found.num_pairs >= MIN_ASKED and is_decided(found):
                 break
         return found
@@ -278,6 +280,11 @@ class Audit:
         """Which labels nobody has vouched for or judged, shape (pairs,)."""
         doubtful: NDArray[np.bool_] = (self._sign != 0) & ~self._is_known
         return doubtful
+
+    @property
+    def _num_doubtful(self) -> int:
+        """How many different pairs have such labels."""
+        return len(set(self._texts[self._doubtful].tolist()))
 
     def judgement(self) -> dict[str, Any]:
         """What the last pass wrote: the estimate, ρ, α and their reasons, and per pair `decisions` and `weights`.
@@ -324,11 +331,13 @@ class Audit:
         if self.estimate()["is_raised"]:
             return None
         margins, trusted = self._first()[self._doubtful], (self._sign * self._first())[self._is_known]
+        texts = np.concatenate([self._texts[self._doubtful], self._texts[self._is_known]])
         found = estimate_flips(
             np.concatenate([margins, trusted]),
             is_trusted=np.arange(len(margins) + len(trusted)) >= len(margins),
+            clusters=texts,
         )
-        return calibrate(margins, found, trusted=trusted, seed=self.args.seed)
+        return calibrate(margins, found, trusted=trusted, seed=self.args.seed, clusters=texts)
 
     def training(self) -> PairDataset:
         """The weighted pairs to train on."""
@@ -404,6 +413,7 @@ class Audit:
             annotators=names,
             is_trusted=known if known.any() else None,
             rate=None if told is None else told["rate"],
+            clusters=self._texts[open_],
         )
         own = found.to_dict()
         told = {**own, "is_raised": False} if told is None else {**told, "scale": own["scale"], "tail": own["tail"]}
@@ -417,7 +427,12 @@ class Audit:
         first, second = self._first()[self._doubtful], margins[self._doubtful]
         pairs = [pair for pair, is_open in zip(self.data.pairs, self._doubtful, strict=True) if is_open]
         return raise_by_agreement(
-            estimate, first, second, trial=self.trial, annotators=[pair.annotator for pair in pairs]
+            estimate,
+            first,
+            second,
+            trial=self.trial,
+            annotators=[pair.annotator for pair in pairs],
+            clusters=self._texts[self._doubtful],
         )
 
 

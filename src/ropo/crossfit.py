@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
-from ropo.data.validate import words_id
+from ropo.data.validate import text_id
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair
 from ropo.policy import PolicySource
@@ -47,8 +47,8 @@ def crossfit_margins(
 ) -> NDArray[np.float64]:
     """Held-out margins of every pair of `data`, from `args.num_folds` models that start from the initial one.
 
-    Pairs with the same words (duplicates, contradictions, all but for case and marks) share a fold: no model judges a
-    pair whose texts it has seen.
+    Pairs with the same text (duplicates, contradictions, all but for case, white space and punctuation) share a fold:
+    no model judges a pair whose texts it has seen.
 
     Folds are brought to one scale (the median size of their margins), since each model has a confidence of its own.
 
@@ -127,7 +127,7 @@ def _median_size(margins: NDArray[np.float64]) -> float:
 
 
 def folds_of(pairs: Sequence[Pair], num_folds: int, *, seed: int) -> dict[str, int]:
-    """Fold of every pair by its id; pairs with the same words share one.
+    """Fold of every pair by its id; pairs with the same text but for punctuation share one, see `text_id`.
 
     Args:
         pairs: May repeat.
@@ -140,12 +140,12 @@ def folds_of(pairs: Sequence[Pair], num_folds: int, *, seed: int) -> dict[str, i
     Raises:
         ValueError: If there are fewer different pairs than folds.
     """
-    words = {pair.id: words_id(pair) for pair in pairs}
+    texts = {pair.id: text_id(pair, has_punctuation=False) for pair in pairs}
     names: dict[str, str] = {}  # a group is called by the first of its ids
-    for id_, word in words.items():
-        names[word] = min(names.get(word, id_), id_)
+    for id_, text in texts.items():
+        names[text] = min(names.get(text, id_), id_)
     fold_of = _deal(list(names.values()), num_folds, seed=seed)
-    return {id_: fold_of[names[word]] for id_, word in words.items()}
+    return {id_: fold_of[names[text]] for id_, text in texts.items()}
 
 
 def _deal(ids: list[str], num_folds: int, *, seed: int) -> dict[str, int]:

@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
-from ropo.data.validate import DataError, read_checked, words_id
+from ropo.data.validate import DataError, read_checked, text_id
 from ropo.logps.score import score_pairs
 from ropo.losses import LOSSES
 from ropo.metrics import of_margins
+from ropo.noise.clusters import cluster_weights, mean_of
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import hash_value, write_aside
 from ropo.report.statistics import wilson_interval
@@ -58,7 +59,7 @@ def read_evaluation(
     columns: Mapping[str, str] | None = None,
     on_bad_rows: str = "refuse",
 ) -> EvaluationSet:
-    """Read pairs to evaluate on, and leave out those that are trained on, by the same words as folds are dealt.
+    """Read pairs to evaluate on, and leave out those whose text is trained on, see `text_id`.
 
     Args:
         source: Anything that `ropo.data.load.load_pairs` reads.
@@ -73,8 +74,8 @@ def read_evaluation(
         DataError: If rows cannot be read, or no pair is left.
     """
     _, pairs, problems = read_checked(source, split=split, columns=columns, on_bad_rows=on_bad_rows)
-    known = {words_id(pair) for pair in trained_on}
-    unseen = [pair for pair in pairs if words_id(pair) not in known]
+    known = {text_id(pair) for pair in trained_on}
+    unseen = [pair for pair in pairs if text_id(pair) not in known]
     tokenized = tokenize_pairs(unseen, tokenizer, max_length=max_length)
     if found := [*problems, *tokenized.problems]:
         logger.warning("Evaluation set:\n%s", render(found))
@@ -106,10 +107,12 @@ def evaluate(
         reference_of: Reference log-probabilities of tokenized pairs.
 
     Returns:
-        `num_pairs`, `num_shared` and, for each of `rounds`, `accuracy` (share of pairs whose margin is above 0) with
-        its 90 % interval `low`, `high`, `margin` (mean, nats) and `loss` (mean DPO loss, whatever was trained).
+        `num_pairs`, `num_shared` and, for each of `rounds`, `accuracy` (share of pairs whose margin is above 0, with
+        its 90 % interval `low`, `high`, copies of a pair counting as one), `margin` (mean, nats) and `loss` (mean DPO
+        loss, whatever was trained).
     """
     stages, tokens = Stages(folder), data.tokenized.tokens
+    weights = cluster_weights([text_id(pair) for pair in data.tokenized.pairs], len(tokens))
     pairs = hash_value([[part.tolist() for part in (one.prompt, one.chosen, one.rejected)] for one in tokens])
     args = rounds[0].args
     reference: PairLogps | None = None
@@ -129,14 +132,14 @@ def evaluate(
         name = f"round_{this.number:02d}.safetensors"
         stages.run(f"round {this.number}", [this.trained, pairs], [name], lambda: make(this, name))  # noqa: B023 - called at once
         margins = load_file(folder / name)["margins"].double().numpy()
-        found.append({"round": this.number, **_told(margins)})
+        found.append({"round": this.number, **_told(margins, weights)})
     return {"num_pairs": len(tokens), "num_shared": data.num_shared, "rounds": found}
 
 
-def _told(margins: NDArray[np.float64]) -> dict[str, float]:
+def _told(margins: NDArray[np.float64], weights: NDArray[np.float64]) -> dict[str, float]:
     means = {name: float(values.mean()) for name, values in of_margins(torch.from_numpy(margins)).items()}
-    accuracy = float((margins > 0).mean())
-    low, high = wilson_interval(accuracy, len(margins))
+    accuracy = mean_of(margins > 0, weights)
+    low, high = wilson_interval(accuracy, round(weights.sum()))
     return {
         "accuracy": accuracy,
         "low": low,

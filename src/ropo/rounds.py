@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropo.audit import Audit
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
+from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
 from ropo.noise.estimate import estimate_flips
@@ -234,7 +235,7 @@ class Round:
     def _decide(self) -> None:
         margins, read = self.margins(), self.num_read
         if self.audit is None:
-            found = estimate_flips(margins[:read])
+            found = estimate_flips(margins[:read], clusters=[text_id(pair) for pair in self.data.pairs[:read]])
             # A model agrees with labels that it has learned, so these margins only rank.
             estimate = {**found.to_dict(), "is_raised": False, "margins": "in-sample"}
             estimate |= {"is_informative": False, "reason": _IN_SAMPLE}

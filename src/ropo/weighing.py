@@ -8,6 +8,7 @@ stands what follows from it, and in which words it is told.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from ropo.judge.verdicts import Judge, flip_judge
 from ropo.noise.agreement import annotators_by_agreement, rate_by_agreement
+from ropo.noise.clusters import Clusters
 from ropo.noise.decide import RULES, decide
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
@@ -100,6 +102,7 @@ def raise_by_agreement(
     *,
     trial: Mapping[str, Any] | None = None,
     annotators: Sequence[str | None] = (),
+    clusters: Clusters | None = None,
 ) -> dict[str, Any]:
     """Take the rate of two judges where it is surely above what one judge's margins explain by flips at random.
 
@@ -114,16 +117,18 @@ def raise_by_agreement(
         second: Of judges trained on what it kept.
         trial: What `Audit` wrote of a filter that it tried, if it did.
         annotators: Who labelled each pair, shape (pairs,); nobody where it is not known of any.
+        clusters: A name for each pair, the same for copies of one pair, see `estimate_flips`.
 
     Returns:
         The estimate with `is_raised`; where it is, `rate` is that of both, and the interval reaches from the lower end
         of the one reading to the upper end of the other. So do rates and intervals of the annotators.
     """
-    both = rate_by_agreement(first, second, level=AGREEMENT_LEVEL)
+    both = rate_by_agreement(first, second, level=AGREEMENT_LEVEL, clusters=clusters)
+    of_annotators = partial(_annotators_of_both, estimate, first, second, annotators, clusters)
     if both is not None and trial is not None and trial["helps"]:
         return {
             **estimate,
-            "annotators": _annotators_of_both(estimate, first, second, annotators),
+            "annotators": of_annotators(),
             "is_raised": True,
             "is_informative": True,
             "rate": both.rate,
@@ -139,7 +144,7 @@ def raise_by_agreement(
         return {**estimate, "is_raised": False}
     return {
         **estimate,
-        "annotators": _annotators_of_both(estimate, first, second, annotators),
+        "annotators": of_annotators(),
         "is_raised": True,
         "rate": both.rate,
         "high": both.high,
@@ -151,13 +156,17 @@ def raise_by_agreement(
 
 
 def _annotators_of_both(
-    estimate: Mapping[str, Any], first: Floats, second: Floats, annotators: Sequence[str | None]
+    estimate: Mapping[str, Any],
+    first: Floats,
+    second: Floats,
+    annotators: Sequence[str | None],
+    clusters: Clusters | None,
 ) -> list[dict[str, Any]]:
     """The rate of each annotator by two judges, with an interval that reaches down to the reading of one."""
     if not any(annotators):
         return []
     lows = {one["name"]: one["low"] for one in estimate["annotators"]}
-    found = [asdict(one) for one in annotators_by_agreement(first, second, annotators)]
+    found = [asdict(one) for one in annotators_by_agreement(first, second, annotators, clusters=clusters)]
     return [one | {"low": min(one["low"], lows.get(one["name"], one["low"]))} for one in found]
 
 

@@ -13,6 +13,7 @@ from ropo.config import ROPOConfig
 from ropo.crossfit import NUM_CHECKS, _deal, folds_of
 from ropo.data.load import load_pairs
 from ropo.ledger import read_ledger
+from ropo.pairs import Pair
 from ropo.provenance import hash_file
 from ropo.trainer import ROPOTrainer
 from ropo.weighing import resolve_alpha
@@ -401,6 +402,44 @@ def test_what_reads_the_same_shares_a_fold(pairs):
         assert len({fold_of[pair.id] for pair in group}) == 1
     # Without such twins folds are dealt by the ids themselves.
     assert folds_of(pairs, 4, seed=0) == _deal([pair.id for pair in pairs], 4, seed=0)
+
+
+def test_pairs_that_differ_in_an_operator_are_dealt_by_themselves():
+    """60 comparisons that no two letters tell apart are 60 groups, so folds are even."""
+    pairs = [
+        Pair(prompt=f"Is {i} {sign} {i + 1} ?", chosen=" true", rejected=" false", row=0)
+        for i in range(30)
+        for sign in "<>"
+    ]
+    fold_of = folds_of(pairs, 4, seed=0)
+    assert np.bincount([fold_of[pair.id] for pair in pairs]).tolist() == [15] * 4
+    assert any(fold_of[one.id] != fold_of[other.id] for one, other in zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def test_data_given_twice_is_no_more_evidence(model_folder, many, tmp_path, monkeypatch):
+    """Rate, interval, rates of annotators and calibration of an audit are those of the data given once."""
+    rng = np.random.default_rng(0)
+    size = np.where(rng.random(80) < 0.15, -1.0, 1.0) * rng.normal(4.0, 1.0, 80)
+    margin_of = {pair.prompt.strip(): margin for pair, margin in zip(many, size, strict=True)}
+    monkeypatch.setattr(
+        "ropo.audit.crossfit_margins",
+        lambda data, *_, **__: np.tile([margin_of[pair.prompt.strip()] for pair in data.pairs], (NUM_CHECKS, 1)),
+    )
+    named = [replace(pair, annotator=f"a{pair.row % 2}") for pair in many]
+    copies = [replace(pair, prompt=f"{pair.prompt} ", id="", row=80 + pair.row) for pair in named]
+    once, twice = (
+        run_audit(model_folder, pairs, config(tmp_path / str(len(pairs)), num_passes=1))
+        for pairs in (named, [*named, *copies])
+    )
+    assert once["is_informative"]
+    for name in ("estimate", "low", "high"):
+        assert twice["flip_rate"][name] == pytest.approx(once["flip_rate"][name], abs=1e-6)
+    assert len(once["annotators"]) == 2
+    for one, other in zip(once["annotators"], twice["annotators"], strict=True):
+        assert [other[name] for name in ("rate", "low", "high")] == pytest.approx(
+            [one[name] for name in ("rate", "low", "high")], abs=1e-3
+        )
+    assert once["calibration"]["num_turned"] == twice["calibration"]["num_turned"] == 80
 
 
 def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from ropo.align import run_rounds
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
+from ropo.evaluation import read_evaluation
 from ropo.logps.cache import reference_logps
 from ropo.pairs import Pair, margin
 from ropo.provenance import hash_file, read_json
@@ -103,6 +104,27 @@ def test_pairs_that_are_trained_on_do_not_count(model_folder, pairs, unseen, tmp
     with pytest.raises(DataError, match="got 20, of which 20 are trained on"):
         run_rounds(model_folder, pairs, config(tmp_path / "P"), eval_dataset=pairs)
     assert not (tmp_path / "P").exists()
+
+
+def test_pairs_that_differ_in_an_operator_are_other_pairs(tokenizer):
+    """As in sums and comparisons; case, white space and encoding are none."""
+    told = [Pair(prompt=f"Is {i} < {i + 1} ?", chosen=" yes", rejected=" no", row=i) for i in range(5)]
+    other = [replace(pair, prompt=pair.prompt.replace("<", ">"), id="") for pair in told]
+    found = read_evaluation(other, trained_on=told, tokenizer=tokenizer, max_length=96)
+    assert (len(found.tokenized.pairs), found.num_shared) == (5, 0)
+    same = [replace(told[0], prompt="is 0  < 1 ?", chosen=" no ", rejected=" YES", id=""), *other[1:]]
+    assert read_evaluation(same, trained_on=told, tokenizer=tokenizer, max_length=96).num_shared == 1
+
+
+def test_pairs_given_twice_are_no_more_evidence(model_folder, pairs, unseen, tmp_path):
+    copies = [replace(pair, row=10 + pair.row) for pair in unseen]
+    args = config(tmp_path / "O", rounds=1, rho="0")
+    once, twice = (
+        run_rounds(model_folder, pairs, args, eval_dataset=given)["evaluation"]
+        for given in (unseen, [*unseen, *copies])
+    )
+    assert (once["num_pairs"], twice["num_pairs"]) == (6, 12)
+    assert twice["rounds"][0] == pytest.approx(once["rounds"][0], rel=1e-5)
 
 
 def test_bad_rows_are_refused_before_anything_is_trained(model_folder, pairs, tmp_path):

@@ -123,7 +123,10 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
         ),
         "duplicate": ProblemSpec(
             severity="warning",
-            meaning="The pair repeats an earlier row: same prompt, chosen, rejected and annotator. It counts twice.",
+            meaning=(
+                "The pair repeats an earlier row: same prompt, chosen, rejected and annotator. Training sees it twice; "
+                "estimates count it once."
+            ),
             remedy="Remove the repetition, unless it is meant as a weight.",
         ),
         "contradictory": ProblemSpec(
@@ -138,12 +141,12 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
         ),
         "near_duplicate": ProblemSpec(
             severity="warning",
-            meaning="The pair differs from an earlier row in case, marks and white space only, and prefers the same.",
+            meaning="The pair differs from an earlier row in case and white space only, and prefers the same.",
             remedy="Remove the repetition, unless it is meant as a weight.",
         ),
         "near_contradiction": ProblemSpec(
             severity="warning",
-            meaning="The pair differs from an earlier row in case, marks and white space only; its label is opposite.",
+            meaning="The pair differs from an earlier row in case and white space only; its label is opposite.",
             remedy="Nothing, or remove the label that you trust less.",
         ),
     }

@@ -4,10 +4,11 @@ In: `Pair`s. Out: a `Problem` for each text that is empty, each pair that prefer
 earlier one already held, in the same order or the opposite one.
 
 The one idea: two pairs are the same question if they have the same id, whichever response is called chosen; so one
-pass with a dictionary finds all repetitions. A second id, of the bare words, finds those that are the same to a reader.
+pass with a dictionary finds all repetitions. A second id, of the normalised text, finds those that are the same to a
+reader.
 """
 
-import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
     problems: list[Problem] = []
     first: dict[str, Pair] = {}  # by id
     first_order: dict[tuple[str, bool], Pair] = {}  # by id, and whether `first` calls chosen what this calls rejected
-    first_words: dict[str, tuple[Pair, str]] = {}  # by id of the bare words, with those of its chosen response
+    first_text: dict[str, tuple[Pair, Text]] = {}  # by id of the normalised text, with that of its chosen response
     first_vote: dict[tuple[str, bool, str | None], Pair] = {}  # by annotator as well
     for pair in pairs:
         useless = _useless(pair)
@@ -55,7 +56,7 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
         is_swapped = pair.chosen != first.setdefault(pair.id, pair).chosen
         first_order.setdefault((pair.id, is_swapped), pair)
         if first[pair.id] is pair:
-            problems += _near(pair, first_words)
+            problems += _near(pair, first_text)
         earlier = first_vote.setdefault((pair.id, is_swapped, pair.annotator), pair)
         if earlier is not pair:
             problems.append(Problem(kind="duplicate", row=pair.row, message=f"the pair is that of row {earlier.row}."))
@@ -74,12 +75,12 @@ def _repeats_prompt(pair: Pair) -> bool:
     return len(prompt) >= _LONG_PROMPT and chosen.startswith(prompt) and rejected.startswith(prompt)
 
 
-def _near(pair: Pair, first_words: dict[str, tuple[Pair, str]]) -> list[Problem]:
-    """Whether another pair, which is not this one to the letter, has the same words."""
-    chosen, rejected = _words(pair.chosen), _words(pair.rejected)
+def _near(pair: Pair, first_text: dict[str, tuple[Pair, Text]]) -> list[Problem]:
+    """Whether another pair, which is not this one to the letter, has the same normalised text."""
+    chosen, rejected = _normalised(pair.chosen), _normalised(pair.rejected)
     if chosen == rejected:
         return []
-    earlier, preferred = first_words.setdefault(words_id(pair), (pair, chosen))
+    earlier, preferred = first_text.setdefault(text_id(pair), (pair, chosen))
     if earlier is pair:
         return []
     kind, verb = (
@@ -88,15 +89,43 @@ def _near(pair: Pair, first_words: dict[str, tuple[Pair, str]]) -> list[Problem]
     return [Problem(kind=kind, row=pair.row, message=f"the pair {verb} that of row {earlier.row}.")]
 
 
-def words_id(pair: Pair) -> str:
-    """Name a pair by its words alone, whichever response is called chosen: the same for what reads the same."""
-    return pair_id(*(_words(text) for text in (pair.prompt, pair.chosen, pair.rejected)))
+def text_id(pair: Pair, *, has_punctuation: bool = True) -> str:
+    """Name a pair by its normalised text, whichever response is called chosen: the same for what reads the same.
+
+    Letter case, the amount of white space and how letters are encoded (composed or decomposed, NFC) do not count.
+    Everything else does: operators, signs, accents, vowel signs, punctuation, the roles of messages and whatever they
+    carry beside their content. Compatibility forms (NFKC) stay apart, since x² is not x2.
+
+    Args:
+        pair: The pair.
+        has_punctuation: Whether punctuation counts. Without it more pairs have the same id ("Hi" and "Hi!", but also
+            "2 - 1" and "2 * 1"): enough to keep pairs together, too much to call them one.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Examples:
+        >>> one, other = (Pair(prompt=f"Is 3 {sign} 4 ?", chosen="yes", rejected="no", row=0) for sign in "<>")
+        >>> text_id(one) == text_id(other)
+        False
+        >>> text_id(one) == text_id(Pair(prompt="is  3 < 4 ?", chosen="No", rejected="Yes", row=1))
+        True
+    """
+    texts = (pair.prompt, pair.chosen, pair.rejected)
+    return pair_id(*(_normalised(text, has_punctuation=has_punctuation) for text in texts))
 
 
-def _words(text: Text) -> str:
-    """The words alone, in lower case; a text without words stays as it is."""
-    plain = text if isinstance(text, str) else "\n".join(f"{one['role']}: {one['content']}" for one in text)
-    return " ".join(re.findall(r"\w+", plain.lower())) or plain
+def _normalised(text: Text, *, has_punctuation: bool = True) -> Text:
+    if not isinstance(text, str):
+        return [
+            {**message, "content": _normalised(message["content"], has_punctuation=has_punctuation)} for message in text
+        ]
+    # Case folding is defined on decomposed text (Unicode, D145) and may leave text that is not composed.
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    if not has_punctuation:
+        marks = {ord(letter): " " for letter in set(folded) if unicodedata.category(letter).startswith("P")}
+        folded = folded.translate(marks).strip() or folded
+    return " ".join(folded.split())
 
 
 def _useless(pair: Pair) -> list[Problem]:

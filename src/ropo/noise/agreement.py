@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
+from ropo.noise.clusters import Clusters, cluster_weights, mean_of, sd_of, within
 from ropo.noise.estimate import PRIOR_PAIRS, AnnotatorRate
 
 
@@ -34,7 +35,9 @@ class Agreement:
     disagreement: float
 
 
-def rate_by_agreement(first: np.ndarray, second: np.ndarray, *, level: float = 0.90) -> Agreement | None:
+def rate_by_agreement(
+    first: np.ndarray, second: np.ndarray, *, level: float = 0.90, clusters: Clusters | None = None
+) -> Agreement | None:
     """Estimate the share of wrong labels from the signs of two judges' margins.
 
     ::
@@ -50,6 +53,7 @@ def rate_by_agreement(first: np.ndarray, second: np.ndarray, *, level: float = 0
         first: Held-out margin of each pair by one judge; 0 counts half for either side.
         second: By another, for the same pairs.
         level: Nominal coverage of the interval, for the chance in which pairs were drawn alone.
+        clusters: A name for each pair, the same for copies of one pair, which count as one; see `estimate_flips`.
 
     Returns:
         The estimate; None where a judge is no better than a coin, so that nothing can be told.
@@ -68,20 +72,26 @@ def rate_by_agreement(first: np.ndarray, second: np.ndarray, *, level: float = 0
             f"rate_by_agreement needs both margins of the same pairs; got {np.shape(first)} and {np.shape(second)}."
         )
     signs = np.array([np.sign(first), np.sign(second), np.sign(first) * np.sign(second)])
-    means = signs.mean(axis=1)
+    weights = cluster_weights(clusters, signs.shape[1])
+    means = np.average(signs, axis=1, weights=weights)
     if (means <= 0).any():
         return None
     powers = np.array([0.5, 0.5, -0.5])[:, None]
     log_share = float((powers[:, 0] * np.log(means)).sum())
     # The delta method: to first order the logarithm is a mean over pairs.
-    error = float((powers * signs / means[:, None]).sum(axis=0).std() / np.sqrt(signs.shape[1]))
+    error = sd_of((powers * signs / means[:, None]).sum(axis=0), weights) / float(np.sqrt(weights.sum()))
     width = float(norm.ppf((1 + level) / 2)) * error
     rate, low, high = (float(np.clip((1 - np.exp(log_share + shift)) / 2, 0.0, 0.5)) for shift in (0.0, width, -width))
     return Agreement(rate=rate, low=low, high=high, disagreement=float((1 - means[2]) / 2))
 
 
 def annotators_by_agreement(
-    first: np.ndarray, second: np.ndarray, annotators: Sequence[str | None], *, level: float = 0.90
+    first: np.ndarray,
+    second: np.ndarray,
+    annotators: Sequence[str | None],
+    *,
+    level: float = 0.90,
+    clusters: Clusters | None = None,
 ) -> list[AnnotatorRate]:
     """Estimate the share of wrong labels of each annotator from the signs of two judges' margins.
 
@@ -90,13 +100,15 @@ def annotators_by_agreement(
         1 − 2·η_a = ½·(1 − 2η)·[(1 − 2·d₁ₐ)/(1 − 2·d₁) + (1 − 2·d₂ₐ)/(1 − 2·d₂)]
 
     with η, d₁ and d₂ of all as in `rate_by_agreement`, d₁ₐ and d₂ₐ of the labels of annotator a: the judges err as
-    often with the labels of one annotator as with those of another. So the rates of all average to the rate of all.
+    often with the labels of one annotator as with those of another. So the rates of all average to the rate of all. Of
+    the labels of one annotator only their own copies are copies.
 
     Args:
         first: Held-out margin of each pair by one judge.
         second: By another.
         annotators: Who labelled each pair; None where unknown.
         level: Nominal coverage of the intervals.
+        clusters: See `rate_by_agreement`.
 
     Returns:
         The rates, drawn towards that of all as those of `estimate_flips` are, the worst first; none if fewer than two
@@ -109,20 +121,22 @@ def annotators_by_agreement(
         >>> [(found.name, round(found.rate, 2)) for found in annotators_by_agreement(one, other, names)]
         [('a', 0.4), ('b', 0.0)]
     """
-    both = rate_by_agreement(first, second, level=level)
+    both = rate_by_agreement(first, second, level=level, clusters=clusters)
     names = np.array(["" if name is None else str(name) for name in annotators])
     known = sorted(set(names.tolist()) - {""})
     if both is None or len(known) < 2:
         return []
     signs = np.array([np.sign(first), np.sign(second)])
     # Of each label what the two judges say of it, in units in which its mean over all is 1 − 2η.
-    told = (1 - 2 * both.rate) * (signs / signs.mean(axis=1, keepdims=True)).mean(axis=0)
-    overall, quantile = told.mean(), float(norm.ppf((1 + level) / 2))
+    weights = cluster_weights(clusters, len(names))
+    told = (1 - 2 * both.rate) * (signs / np.average(signs, axis=1, weights=weights)[:, None]).mean(axis=0)
+    overall, spread, quantile = mean_of(told, weights), sd_of(told, weights), float(norm.ppf((1 + level) / 2))
+    own = cluster_weights(within(clusters, names), len(names))
     found = []
     for name in known:
-        mine = told[names == name]
-        share = (mine.sum() + PRIOR_PAIRS * overall) / (len(mine) + PRIOR_PAIRS)
-        width = quantile * told.std() / np.sqrt(len(mine))
+        mine, of_mine = told[names == name], own[names == name]
+        share = ((of_mine * mine).sum() + PRIOR_PAIRS * overall) / (of_mine.sum() + PRIOR_PAIRS)
+        width = quantile * spread / np.sqrt(of_mine.sum())
         rate, low, high = (float(np.clip((1 - share + shift) / 2, 0.0, 1.0)) for shift in (0.0, -width, width))
         # The rate of all is not known better than its interval, and this one moves with it.
         low, high = max(0.0, low - (both.rate - both.low)), min(1.0, high + (both.high - both.rate))

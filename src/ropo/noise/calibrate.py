@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 
-from ropo.noise.estimate import FlipEstimate, PerPair, estimate_flips
+from ropo.noise.clusters import Clusters, PerPair, cluster_weights, mean_of
+from ropo.noise.estimate import FlipEstimate, estimate_flips
 
 INJECTED_SHARE = 0.1
 """Labels that are turned round at a time; in ten such rounds every label is turned once."""
@@ -41,8 +42,8 @@ class Calibration:
     """What became of labels that were turned round on purpose.
 
     Attributes:
-        num_injected: Labels turned round at a time.
-        num_turned: Labels turned round in all rounds: each once.
+        num_injected: Labels turned round at a time; copies of a pair count once.
+        num_turned: Labels turned round in all rounds: each once, copies likewise.
         share_found: Of these, called flipped (P > ½); some were wrong before, so 1 is neither possible nor meant.
         share_others: Of the others, called flipped.
         recall: Share of truly wrong labels that is called flipped, from these two shares and the rate; in [0, 1].
@@ -68,7 +69,12 @@ class Calibration:
 
 
 def calibrate(
-    margins: PerPair, estimate: FlipEstimate, *, trusted: Float[np.ndarray, " trusted"] | None = None, seed: int = 0
+    margins: PerPair,
+    estimate: FlipEstimate,
+    *,
+    trusted: Float[np.ndarray, " trusted"] | None = None,
+    seed: int = 0,
+    clusters: Clusters | None = None,
 ) -> Calibration | None:
     """Turn each label round once, a tenth of them at a time, and see how they are judged.
 
@@ -86,38 +92,49 @@ def calibrate(
         estimate: From the same margins, and those of the trusted pairs.
         trusted: Held-out margins of pairs whose labels are known to be right, which are not turned.
         seed: Which labels are turned for the bins.
+        clusters: A name for each pair of `margins`, then of `trusted`, the same for copies of one pair, which count as
+            one; see `estimate_flips`.
 
     Returns:
-        The calibration; None where the estimate is not informative or there are fewer than 50 pairs.
+        The calibration; None where the estimate is not informative or there are fewer than 50 different pairs.
     """
-    if not estimate.is_informative or len(margins) < 50 or estimate.rate >= 0.5:
+    own = None if clusters is None else np.asarray(clusters)[: len(margins)]
+    weights = cluster_weights(own, len(margins))
+    num_pairs = round(weights.sum())
+    if not estimate.is_informative or num_pairs < 50 or estimate.rate >= 0.5:
         return None
-    best = _claims(margins, estimate)
+    best = _claims(margins, weights, estimate)
     right = np.empty(0) if trusted is None else trusted
     everything, is_trusted = np.concatenate([margins, right]), np.arange(len(margins) + len(right)) >= len(margins)
     ends = [
-        _claims(margins, estimate_flips(everything, is_trusted=is_trusted, rate=rate))
+        _claims(margins, weights, estimate_flips(everything, is_trusted=is_trusted, rate=rate, clusters=clusters))
         for rate in (estimate.low, min(estimate.high, 0.499))
     ]
     recalls, precisions = zip(*((one[2], one[3] or 0.0) for one in (best, *ends)), strict=True)
     share_found, share_others, recall, precision = best
     return Calibration(
-        num_injected=round(INJECTED_SHARE * len(margins)),
-        num_turned=len(margins),
+        num_injected=round(INJECTED_SHARE * num_pairs),
+        num_turned=num_pairs,
         share_found=share_found,
         share_others=share_others,
         recall=recall,
         precision=precision,
         recall_range=(min(recalls), max(recalls)),
         precision_range=(min(precisions), max(precisions)),
-        bins=_bins(margins, estimate, seed=seed),
+        bins=_bins(margins if own is None else margins[_first_of(own)], estimate, seed=seed),
     )
 
 
-def _claims(margins: PerPair, estimate: FlipEstimate) -> tuple[float, float, float, float | None]:
+def _first_of(clusters: Shaped[np.ndarray, " pairs"]) -> Int[np.ndarray, " clusters"]:
+    """Positions of the first pair of each cluster, in order."""
+    places: np.ndarray = np.sort(np.unique(clusters, return_index=True)[1])
+    return places
+
+
+def _claims(margins: PerPair, weights: PerPair, estimate: FlipEstimate) -> tuple[float, float, float, float | None]:
     """Share called of turned and of other labels, and the recall and the precision that follow."""
     rate = estimate.rate
-    found, others = (float((_p_wrong(seen, estimate) > 0.5).mean()) for seen in (-margins, margins))
+    found, others = (mean_of(_p_wrong(seen, estimate) > 0.5, weights) for seen in (-margins, margins))
     recall = float(np.clip(((1 - rate) * found - rate * others) / (1 - 2 * rate), 0.0, 1.0))
     alarms = float(np.clip(((1 - rate) * others - rate * found) / (1 - 2 * rate), 0.0, 1.0))
     hits = rate * recall

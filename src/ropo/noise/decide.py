@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from scipy.special import entr, expit
 
-from ropo.noise.estimate import PerPair, check_margins
+from ropo.noise.clusters import PerPair
+from ropo.noise.estimate import check_margins
 
 Rule = Callable[..., "Decisions"]
 Checks = Float[np.ndarray, "checks pairs"]

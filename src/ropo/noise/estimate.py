@@ -1,7 +1,7 @@
 """How many labels are flipped, and which: a small likelihood over the margins.
 
-In: one margin per pair, numpy float64; who labelled it and whether it is trusted, where that is known. Out:
-`FlipEstimate`.
+In: one margin per pair, numpy float64; who labelled it, whether it is trusted and which pairs are copies, where that is
+known. Out: `FlipEstimate`.
 
 The one idea: if a share ε of the labels is flipped at random, a model contradicts that share however sure it is, while
 its honest doubts vanish as margins grow. The contradictions far from zero give ε; those near zero give the scale T that
@@ -18,7 +18,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import expit, logit, stdtr, xlog1py, xlogy
 from scipy.stats import chi2
 
-PerPair = Float[np.ndarray, " pairs"]
+from ropo.noise.clusters import Clusters, PerPair, cluster_weights, within
 
 MIN_PAIRS = 50
 """Below this the chi-square approximation behind the interval is not worth trusting."""
@@ -150,12 +150,13 @@ def estimate_flips(
     annotators: Sequence[str | None] | None = None,
     is_trusted: np.ndarray | None = None,
     rate: float | None = None,
+    clusters: Clusters | None = None,
 ) -> FlipEstimate:
     """Estimate the flip rate by expectation maximisation with temperature, in its closed likelihood form.
 
     ::
 
-        maximise over ε in [0, ½], T > 0, ν in TAILS:    Σ log[(1−ε)·F_ν(T·h) + ε·F_ν(−T·h)],    F_∞ = σ
+        maximise over ε in [0, ½], T > 0, ν in TAILS:    Σ w·log[(1−ε)·F_ν(T·h) + ε·F_ν(−T·h)],    F_∞ = σ
         p_flip = ε·F_ν(−T·h) / [(1−ε)·F_ν(T·h) + ε·F_ν(−T·h)]             for ν = ∞:  σ(logit ε − T·h)
 
     With ν = ∞ and T = 1 this is the fixed point of RE-PO's reliability update (arXiv:2509.24159, eqs. 2-7), which is
@@ -165,6 +166,9 @@ def estimate_flips(
 
     Trusted pairs enter with ε = 0: they show how often the model contradicts right labels. Annotators get rates of
     their own at the T and ν of all, and `p_flip` uses them.
+
+    Copies of a pair are one piece of evidence: w is 1 / (size of its cluster), so data given twice has the interval of
+    data given once. For the rate of an annotator their labels alone are counted, and only their own copies are copies.
 
     What surprises:
 
@@ -185,6 +189,8 @@ def estimate_flips(
         is_trusted: Which labels are known to be right, shape (pairs,), bool.
         rate: The flip rate where it is known, in [0, 0.5]; then only scale and tail are fitted, and the interval is
             this point.
+        clusters: A name for each pair, the same for copies of one pair, such as `ropo.data.validate.text_id`; every
+            pair is taken for another one by default.
 
     Returns:
         The estimate. It may say "cannot tell": ask `is_informative` first.
@@ -204,14 +210,15 @@ def estimate_flips(
     if not 0.0 < level < 1.0:
         raise ValueError(f"estimate_flips needs level in (0, 1); got {level}. 0.9 asks for a 90 % interval.")
     trusted = np.zeros(len(margins), dtype=bool) if is_trusted is None else np.asarray(is_trusted, dtype=bool)
-    for name, given in (("is_trusted", trusted), ("annotators", margins if annotators is None else annotators)):
-        if len(given) != len(margins):
+    for name, given in (("is_trusted", trusted), ("annotators", annotators), ("clusters", clusters)):
+        if given is not None and len(given) != len(margins):
             raise ValueError(f"estimate_flips needs one entry of {name} per margin, {len(margins)}; got {len(given)}.")
     if trusted.all():
         raise ValueError("estimate_flips needs a pair that is not trusted; got none. There is nothing to estimate.")
-    doubtful = margins[~trusted]
+    doubtful, weights = margins[~trusted], cluster_weights(clusters, len(margins))
+    counted = {"weights": weights[~trusted], "trusted_weights": weights[trusted]}
     unit = _unit(doubtful)
-    fits = {tail: _ProfileLikelihood(doubtful, margins[trusted], unit=unit, tail=tail) for tail in TAILS}
+    fits = {tail: _ProfileLikelihood(doubtful, margins[trusted], unit=unit, tail=tail, **counted) for tail in TAILS}
     best = {tail: fit.maximise(rate) for tail, fit in fits.items()}
     tail = max(TAILS, key=lambda one: best[one][2])  # of equals the first: logistic
     fixed, (rate, scale, top) = rate, best[tail]
@@ -221,10 +228,11 @@ def estimate_flips(
         target = top - chi2.ppf(level, df=1) / 2
         ends = [fit.interval(best[one][0], target) for one, fit in fits.items() if best[one][2] >= target]
         low, high = min(end[0] for end in ends), max(end[1] for end in ends)
-    obstacle = _obstacle(doubtful, signal=signal, low=low, high=high)
+    obstacle = _obstacle(doubtful, weights[~trusted], signal=signal, low=low, high=high)
+    found = obstacle or f"The margins place the flip rate between {_percent(low)} and {_percent(high)}."
     law = _Law(rate=rate, scale=scale, tail=tail)
     laws = [law, *(_best_law(fits, end) for end in (low, high) if end != rate)]
-    per_annotator = [] if annotators is None else _annotator_rates(annotators, margins, trusted, laws, level)
+    per_annotator = [] if annotators is None else _annotator_rates(annotators, margins, trusted, laws, level, clusters)
     own = {one.name: one.rate for one in per_annotator}
     rates = rate if annotators is None else np.array([own.get(str(name), rate) for name in annotators])
     return FlipEstimate(
@@ -236,7 +244,7 @@ def estimate_flips(
         tail=tail,
         p_flip=np.where(trusted, 0.0, _posterior(rates, scale * margins, tail)),
         is_informative=not obstacle,
-        reason=obstacle or f"The margins place the flip rate between {_percent(low)} and {_percent(high)}.",
+        reason=found + _copies(weights[~trusted]),
         num_pairs=len(margins),
         num_trusted=int(trusted.sum()),
         annotators=tuple(per_annotator),
@@ -265,6 +273,7 @@ def _annotator_rates(
     trusted: Shaped[np.ndarray, " pairs"],
     laws: Sequence[_Law],
     level: float,
+    clusters: Clusters | None,
 ) -> list[AnnotatorRate]:
     """The rate of each annotator, the worst first; none if fewer than two are named.
 
@@ -276,15 +285,16 @@ def _annotator_rates(
     laws = [laws[0], *(law for law in laws[1:] if law.scale)]
     if len(known) < 2 or not laws[0].scale:
         return []
+    weights = cluster_weights(within(clusters, names, of=~trusted), int((~trusted).sum()))
     grid = np.linspace(0.0, 1.0, 1001)[:-1]
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in known}
     for law in laws:
-        p_right = _p_right(law.scale * margins, law.tail)
+        p_right = _p_right(law.scale * margins[~trusted], law.tail)
         # The prior is a Beta law with its mode at the overall rate, worth PRIOR_PAIRS pairs.
         prior = PRIOR_PAIRS * (xlogy(law.rate, grid) + xlog1py(1 - law.rate, -grid))
         for name in known:
-            mine = p_right[(names == name) & ~trusted]
-            profile = prior + _log_label(grid[:, None], mine[None]).sum(axis=1)
+            is_mine = names[~trusted] == name
+            profile = prior + (weights[is_mine] * _log_label(grid[:, None], p_right[None, is_mine])).sum(axis=1)
             inside = grid[profile >= profile.max() - chi2.ppf(level, df=1) / 2]
             found[name].append((float(grid[profile.argmax()]), float(inside[0]), float(inside[-1])))
     num_pairs = {name: int(((names == name) & ~trusted).sum()) for name in known}
@@ -305,21 +315,28 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _obstacle(margins: PerPair, *, signal: float, low: float, high: float) -> str:
+def _copies(weights: PerPair) -> str:
+    """A sentence about pairs that are copies of others; an empty string if there are none."""
+    num_pairs = round(weights.sum())
+    return (
+        f" Copies count once: {len(weights)} pairs are {num_pairs} different ones." if num_pairs < len(weights) else ""
+    )
+
+
+def _obstacle(margins: PerPair, weights: PerPair, *, signal: float, low: float, high: float) -> str:
     """Say in plain words why the margins cannot tell the rate; an empty string if they can."""
-    size = np.abs(margins)
-    if len(margins) < MIN_PAIRS:
-        return (
-            f"{len(margins)} pairs are too few to tell a flip rate; score at least {MIN_PAIRS}, better some hundreds."
-        )
+    size, num_pairs = np.abs(margins), round(weights.sum())
+    if num_pairs < MIN_PAIRS:
+        return f"{num_pairs} pairs are too few to tell a flip rate; score at least {MIN_PAIRS}, better some hundreds."
     if np.ptp(size) <= 1e-9 * size.max():
         return (
             "All margins have the same size, so nothing tells a flipped label from an honest doubt. "
             "Score the pairs with a model that has been trained on such pairs."
         )
-    if -np.sign(margins).sum() > 4 * np.sqrt(len(margins)):
+    if -(weights * np.sign(margins)).sum() > 4 * np.sqrt(num_pairs):
+        share = _percent(float(np.average(margins < 0, weights=weights)))
         return (
-            f"The model contradicts most labels ({_percent(float(np.mean(margins < 0)))} of the margins are negative). "
+            f"The model contradicts most labels ({share} of the margins are negative). "
             "Check whether chosen and rejected are swapped, in the data or in the training of the scoring model."
         )
     if signal < MIN_SIGNAL:
@@ -348,11 +365,20 @@ class _ProfileLikelihood:
     than 1e-6 and makes the cost almost independent of the number of pairs.
     """
 
-    def __init__(self, margins: PerPair, trusted: Float[np.ndarray, " trusted"], *, unit: float, tail: float) -> None:
+    def __init__(
+        self,
+        margins: PerPair,
+        trusted: Float[np.ndarray, " trusted"],
+        *,
+        unit: float,
+        tail: float,
+        weights: PerPair | None = None,
+        trusted_weights: Float[np.ndarray, " trusted"] | None = None,
+    ) -> None:
         self.unit, self.tail = unit, tail
-        self.points, self.counts = _counted(margins / unit)
-        self.trusted_points, self.trusted_counts = _counted(trusted / unit)
-        self.no_signal = -(len(margins) + len(trusted)) * np.log(2.0)
+        self.points, self.counts = _counted(margins / unit, weights)
+        self.trusted_points, self.trusted_counts = _counted(trusted / unit, trusted_weights)
+        self.no_signal = -(self.counts.sum() + self.trusted_counts.sum()) * np.log(2.0)
         self._p_right_grid = _p_right(_RELATIVE_SCALES[:, None] * self.points, tail)
         self._trusted_grid = (
             np.log(_p_right(_RELATIVE_SCALES[:, None] * self.trusted_points, tail)) @ self.trusted_counts
@@ -409,13 +435,15 @@ class _ProfileLikelihood:
         return float(doubtful + self.trusted_counts @ np.log(_p_right(scale * self.trusted_points, self.tail)))
 
 
-def _counted(relative: PerPair) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of about equal values with their means and counts."""
+def _counted(relative: PerPair, weights: PerPair | None) -> tuple[np.ndarray, np.ndarray]:
+    """Cells of about equal values with their means and counts, which are sums of weights."""
+    weights = np.ones(len(relative)) if weights is None else weights
     size = np.minimum(np.abs(relative), 1e9)
     # 10,000 keeps the signs apart: the logarithm times 300 is above -6,300. Exact zeros stay alone.
     cell = np.sign(relative) * (10_000 + np.rint(300 * np.log(np.maximum(size, 1e-9))))
-    _, where, counts = np.unique(cell, return_inverse=True, return_counts=True)
-    return np.bincount(where, weights=np.sign(relative) * size) / counts, counts.astype(np.float64)
+    _, where = np.unique(cell, return_inverse=True)
+    counts = np.bincount(where, weights=weights)
+    return np.bincount(where, weights=weights * np.sign(relative) * size) / counts, counts
 
 
 def _p_right(log_odds: np.ndarray, tail: float) -> np.ndarray:

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
-from ropo.noise.estimate import PerPair, estimate_flips
+from ropo.noise.clusters import PerPair
+from ropo.noise.estimate import estimate_flips
 
 Estimator = Callable[[PerPair], float]
 

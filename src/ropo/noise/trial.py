@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
+from ropo.noise.clusters import Clusters, cluster_weights, mean_of, sd_of
+
 LEVEL = 0.95
 """How sure it must be that it helps: one-sided, for the chance in which pairs were drawn."""
 
@@ -28,7 +30,7 @@ class Trial:
         as_is: The same of models that were trained without it.
         gain: The difference, in [−1, 1].
         low: What the gain surely (`LEVEL`) exceeds.
-        num_pairs: Labels that both were asked about.
+        num_pairs: Different pairs whose labels both were asked about; copies of one count once.
     """
 
     tried: float
@@ -48,7 +50,7 @@ class Trial:
         return 2 * self.gain - self.low < 0.0
 
 
-def compare(tried: np.ndarray, as_is: np.ndarray) -> Trial:
+def compare(tried: np.ndarray, as_is: np.ndarray, *, clusters: Clusters | None = None) -> Trial:
     """Compare two judges by how often each agrees with labels that neither has trained on.
 
     ::
@@ -58,6 +60,7 @@ def compare(tried: np.ndarray, as_is: np.ndarray) -> Trial:
     Args:
         tried: Held-out margin h of each pair by models for which something was tried.
         as_is: h₀ by models trained without it.
+        clusters: A name for each pair, the same for copies of one pair, which count as one; see `estimate_flips`.
 
     Returns:
         The comparison.
@@ -74,13 +77,13 @@ def compare(tried: np.ndarray, as_is: np.ndarray) -> Trial:
     if np.shape(tried) != np.shape(as_is) or not np.size(tried):
         raise ValueError(f"compare needs both margins of the same pairs; got {np.shape(tried)} and {np.shape(as_is)}.")
     agrees = [(np.sign(margins) + 1) / 2 for margins in (tried, as_is)]
-    differences = agrees[0] - agrees[1]
-    gain = float(differences.mean())
-    error = float(differences.std() / np.sqrt(len(differences)))
+    differences, weights = agrees[0] - agrees[1], cluster_weights(clusters, len(agrees[0]))
+    gain = mean_of(differences, weights)
+    error = sd_of(differences, weights) / float(np.sqrt(weights.sum()))
     return Trial(
-        tried=float(agrees[0].mean()),
-        as_is=float(agrees[1].mean()),
+        tried=mean_of(agrees[0], weights),
+        as_is=mean_of(agrees[1], weights),
         gain=gain,
         low=gain - float(norm.ppf(LEVEL)) * error,
-        num_pairs=len(differences),
+        num_pairs=round(weights.sum()),
     )

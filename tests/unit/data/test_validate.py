@@ -7,7 +7,7 @@ import pytest
 
 from ropo.data.load import FORMATS
 from ropo.data.problems import PROBLEMS, Problem, problems_table, render, summarise
-from ropo.data.validate import validate_pairs
+from ropo.data.validate import text_id, validate_pairs
 from ropo.pairs import Pair
 
 FORMATS_PAGE = Path(__file__).parents[3] / "docs" / "formats.md"
@@ -101,6 +101,95 @@ def test_votes_of_two_annotators_are_no_duplicates_but_may_contradict():
         ("duplicate", 3),
         ("contradictory", 3),
     ]
+
+
+def texts_are_one(one, other, **options):
+    """Whether two texts make one pair wherever they stand, as plain text and in a conversation."""
+    pairs = [
+        pairs_of(
+            (text, "c", "r"), ("p", text, "r"), ("p", "c", text), ([{"role": "user", "content": text}], "c", "r"),
+            (ASK, answer(text), answer("r")),
+        )
+        for text in (one, other)
+    ]  # fmt: skip
+    (found,) = {text_id(a, **options) == text_id(b, **options) for a, b in zip(*pairs, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Is 3 < 4 ?", "Is 3 > 4 ?"),
+        ("10 + 2 =", "10 - 2 ="),
+        ("-2", "2"),
+        ("x == y", "x != y"),
+        ("a && b", "a || b"),
+        ("5 €", "5 $"),
+        ("Hi", "Hi!"),
+        ("x²", "x2"),
+        ("½", "1/2"),
+        ("①", "1"),
+        ("今天天气很好", "今天天气不好"),
+        ("かき", "がき"),
+        ("ハ", "バ"),
+        ("ไม้", "ไม่"),
+        ("कि", "की"),
+        ("क", "क्"),
+        ("كَتَبَ", "كُتِبَ"),
+        ("שָׁלוֹם", "שלום"),
+        ("ma\N{COMBINING ACUTE ACCENT}", "ma\N{COMBINING GRAVE ACCENT}"),
+        ("ma", "má"),
+        ("\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}", "\N{MAN}\N{WOMAN}"),
+        ("\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}"),
+        ("no where", "nowhere"),
+    ],
+)
+def test_texts_that_say_something_else_are_not_one(one, other):
+    assert not texts_are_one(one, other)
+    first, second = pairs_of((f"p {one}", "c", "r"), (f"p {other}", "r", "c"))
+    assert found([first, second]) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Is 3 < 4 ?", "IS 3  <\n4 ? "),
+        ("Straße", "STRASSE"),
+        ("Σίσυφος", "ΣΊΣΥΦΟΣ"),
+        ("Ti\u1ebfng Vi\u1ec7t", "Tie\u0302\u0301ng Vie\u0323\u0302t"),
+        ("e\N{COMBINING DIAERESIS}", "Ë"),
+        ("가", "\u1100\u1161"),
+        ("が", "か\u3099"),
+        ("\u05e9\u05c1\u05bc", "\u05e9\u05bc\u05c1"),
+        ("今天\u3000天气", "今天 天气"),
+        ("5\N{NO-BREAK SPACE}km", "5 km"),
+    ],
+)
+def test_texts_that_differ_in_case_white_space_and_encoding_are_one(one, other):
+    assert texts_are_one(one, other)
+    first, second, third = pairs_of((f"p {one}", "c", "r"), (f"p {other}", "c", "r"), (f"P {other}", "r", "c"))
+    assert found([first, second, third]) == [("near_duplicate", 1), ("near_contradiction", 2)]
+
+
+def test_messages_are_one_by_role_and_content():
+    user, system = ([{"role": role, "content": "Be kind."}] for role in ("user", "system"))
+    pairs = pairs_of(
+        (user, answer("c"), answer("r")),
+        ([{"content": "be  KIND.", "role": "user"}], answer("R"), answer("C")),
+        (system, answer("c"), answer("r")),
+        ([*user, *user], answer("c"), answer("r")),
+        ([{**user[0], "name": "ann"}], answer("c"), answer("r")),
+        ("user: Be kind.", "assistant: c", "assistant: r"),
+    )
+    assert [text_id(pair) == text_id(pairs[0]) for pair in pairs] == [True, True, False, False, False, False]
+    assert found(pairs) == [("near_contradiction", 1)]
+
+
+def test_without_punctuation_more_is_one_but_no_symbol_or_mark_is_lost():
+    for one, other in (("Hi", "Hi!"), ("don’t", "don't"), ("你好", "你好。"), ("“a”—b…", "a b"), ("¿Qué?", "qué")):
+        assert texts_are_one(one, other, has_punctuation=False)
+    for one, other in (("3 < 4", "3 > 4"), ("कि", "की"), ("5 €", "5 $"), ("!", "?"), ("ma", "má")):
+        assert not texts_are_one(one, other, has_punctuation=False)
 
 
 def test_rows_are_those_of_the_pairs_and_not_of_the_list():
