@@ -341,9 +341,9 @@ def _win_rate(words: list[str]) -> int:
     total = sum(counts.values())
     print(
         f"\n{name} against {found['baseline']['name']} on {total} instructions: "
-        f"{_rate(found['rate']) if found['rate'] else 'cannot tell'}.\n"
-        f"Wins {counts['win']}, losses {counts['loss']}, ties {counts['tie']} ({found['num_identical']} of the same "
-        f"text), undecided {counts['undecided']}."
+        f"{_rate(found['rate']) if found['rate'] else 'cannot tell, since the judge has preferred no output'}.\n"
+        f"Wins {counts['win']}, losses {counts['loss']}, ties {counts['tie']}, undecided {counts['undecided']}; "
+        f"{counts['identical']} with identical outputs, which count for neither."
     )
     if counts["undecided"]:
         print(f"If all undecided were lost {found['lowest']:.1%}, if all were won {found['highest']:.1%}.")

@@ -325,24 +325,36 @@ def test_win_rate_of_an_endpoint(chat_server, tmp_path, capsys):
     assert win_rate(*paths, folder, *more) == 0
     said = capsys.readouterr().out
     assert "A against B on 5 instructions: 50.0% won" in said
-    assert "Wins 1, losses 1, ties 2 (1 of the same text), undecided 1." in said
-    assert "If all undecided were lost 40.0%, if all were won 60.0%." in said
+    assert "Wins 1, losses 1, ties 1, undecided 1; 1 with identical outputs" in said
+    assert "If all undecided were lost 37.5%, if all were won 62.5%." in said
     outcomes = [row["outcome"] for row in lines(folder / "comparisons.jsonl")]
-    assert outcomes == ["win", "loss", "tie", "undecided", "tie"]
+    assert outcomes == ["win", "loss", "tie", "undecided", "identical"]
     num_asked = len(asked)
     assert num_asked == 7  # both orders of three, and one whose first answer could not be read
+    # Given again, only what could not be read is asked again, and a verdict that comes now counts.
     assert win_rate(*paths, folder, *more) == 0
-    assert len(asked) == num_asked
+    assert len(asked) == num_asked + 1
+    assert "unreadable A" in asked[-1]
+    answer["of"] = lambda first: "A" if "A\n" in first else "B"
+    capsys.readouterr()
+    assert win_rate(*paths, folder, *more) == 0
+    assert len(asked) == num_asked + 3
+    assert "Wins 2, losses 1, ties 1, undecided 0; 1 with identical outputs" in capsys.readouterr().out
 
 
-def test_no_verdict_at_all_is_not_acceptable(chat_server, tmp_path, capsys):
+@pytest.mark.parametrize("always", ["Both are fine.", None, "A", "tie"])
+def test_no_verdict_at_all_is_not_acceptable(chat_server, tmp_path, capsys, always):
+    """Whether nothing could be read, or nothing was preferred in both orders; identical outputs decide nothing."""
     url, _, answer = chat_server
-    answer["of"] = lambda _: "Both are fine."
+    answer["of"] = lambda _: always
     for name in "AB":
-        (tmp_path / f"{name}.json").write_text(json.dumps([{"instruction": "q", "output": name}]))
+        rows = [{"instruction": "q", "output": name}, {"instruction": "r", "output": "same"}]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     more = ("--judge", "endpoint", "--judge_url", url, "--judge_model", "j")
     assert win_rate(tmp_path / "A.json", tmp_path / "B.json", tmp_path / "O", *more) == 1
-    assert "A against B on 1 instructions: cannot tell." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "A against B on 2 instructions: cannot tell, since the judge has preferred no output." in said
+    assert "% won, 90 %" not in said
     assert json.loads((tmp_path / "O" / "win_rate.json").read_text())["rate"] is None
 
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.endpoint import EndpointError
+from ropo.judge import reward_model
 from ropo.judge.answers import Answers
 from ropo.judge.endpoint import EndpointJudge, parse_answer
 from ropo.judge.make import JUDGES, make_judge
@@ -105,10 +106,53 @@ def test_settle_turns_pairs_round():
         ('["A"]', "A"),
         ("B <think>A</think>", None),
         ("[" * 100_000, None),
+        # thoughts
+        ('I compare both, {"better": "B"}?\n</think>\n\n{"better": "A"}', "A"),
+        ("<THINK>B</THINK>A", "A"),
+        ("<thinking>B</thinking>A", "A"),
+        ("[THINK]B[/THINK]A", "A"),
+        ("<|channel|>analysis<|message|>B?<|end|><|start|>assistant<|channel|>final<|message|>A<|return|>", "A"),
+        ('<think>perhaps {"better": "A"}', None),
+        ('A <think>no</think> {"better": "B"}', None),
+        ("A</think>", None),
+        # special tokens
+        ('{"better": "A"}<|im_end|>', "A"),
+        ("A</s>", "A"),
+        ("B.<｜end▁of▁sentence｜>", "B"),
+        ('<|start_header_id|>assistant<|end_header_id|>\n\n{"better": "A"}<|eot_id|>', "A"),
+        ('<|im_start|>assistant\n<think>\nB\n</think>\n\nA<|im_end|>\n<|im_start|>user\n{"better": "B"}', "A"),
+        ("<|im_end|>", None),
+        # fences
+        ('```JSON\n{"better": "B"}\n```', "B"),
+        ('~~~json\n{"better": "B"}\n~~~', "B"),
+        ("```text\nB\n```", "B"),
+        ("```B```", "B"),
+        ('Here it is:\n```Json\n{"better": "B"}\n```', "B"),
+        # text beside JSON
+        ('I compare both.\n{"better": "A"}', "A"),
+        ('{"better": "A"}\n\nA is the more helpful one.', "A"),
+        ('Answer: {"why": "B lies", "better": "A"}', "A"),
+        ('Response B says {"better": "A"}, which is no argument, so it is B.', None),
+        ('{"better": "A"}\n{"better": "B"}\n{"better": "tie"}', None),
+        ('So: {"not better": "A"}', None),
+        # JSON written by hand
+        ("{'better': 'tie'}", "tie"),
+        ('{"better": "A",}', "A"),
+        ("{better: B}", "B"),
+        ('{"better": "A" or "B"}', None),
+        ("x" * 30_000 + '{"better": "A"}', None),
     ],
 )
 def test_answers_are_read_strictly(text, answer):
     assert parse_answer(text) == answer
+
+
+@pytest.mark.parametrize("part", ['{"better":', "{better:A,", "{,", "{better ", "<think>", "</think>", "<|", "```A"])
+def test_long_nonsense_takes_no_time(part):
+    start = time.monotonic()
+    assert parse_answer(part * (19_000 // len(part))) is None
+    assert parse_answer("{" + part.strip("{") * (19_000 // len(part))) is None
+    assert time.monotonic() - start < 2
 
 
 # A chat model.
@@ -124,6 +168,11 @@ class Asked(NamedTuple):
     @property
     def number(self):
         return int(self.prompt[-1])
+
+
+def number_of(request):
+    _, _, body = request
+    return int(re.search(r"prompt (\d)\n", body["messages"][0]["content"]).group(1))
 
 
 def honest(asked):
@@ -218,8 +267,37 @@ def test_nonsense_is_no_verdict(chat, make, nonsense, caplog):
     assert len(chat.requests) == 3  # the other order is not paid for
     assert judge.costs.num_unreadable == 3
     assert f"no verdict on 3 of 3 pairs. A judge needs to answer A, B or tie; got {nonsense or ''!r}" in caplog.text
-    assert make()(PAIRS[:3]) == [None] * 3  # paid for, so not asked again
+    assert judge(PAIRS[:3]) == [None] * 3  # not asked again by the same run
     assert len(chat.requests) == 3
+    chat.answer = honest
+    assert make()(PAIRS[:3]) == [1.0] * 3  # but by the next one
+    assert len(chat.requests) == 9
+    assert make()(PAIRS[:3]) == [1.0] * 3  # what is decided is not
+    assert len(chat.requests) == 9
+
+
+def test_what_could_not_be_read_is_asked_last(chat, make):
+    """A judge that gives up at the first pairs in every run would never come to the others."""
+    chat.answer = lambda asked: "?" if asked.number < 3 else honest(asked)
+    assert make(max_failures=3)(PAIRS) == [None] * 6
+    assert [number_of(request) for request in chat.requests] == [0, 1, 2]
+    assert make(max_failures=3)(PAIRS) == [None] * 3 + [1.0] * 3
+    assert [number_of(request) for request in chat.requests[3:]] == [3, 3, 4, 4, 5, 5, 0, 1, 2]
+
+
+def test_what_one_process_could_not_read_does_not_hide_what_another_has_read(chat, make, tmp_path):
+    assert make()(PAIRS[:1]) == [1.0]
+    lines = (tmp_path / "endpoint.0.jsonl").read_text().splitlines()
+    stale = [json.dumps({**json.loads(line), "answer": "unreadable"}) + "\n" for line in lines]
+    (tmp_path / "endpoint.1.jsonl").write_text("".join(stale))
+    assert make()(PAIRS[:1]) == [1.0]
+    assert len(chat.requests) == 2
+
+
+def test_an_answer_in_parts_is_read(chat, make):
+    """As servers give it that tell thoughts from text."""
+    chat.answer = lambda asked: [{"type": "thinking", "thinking": "B"}, {"type": "text", "text": honest(asked)}]
+    assert make()(PAIRS[:1]) == [1.0]
 
 
 def test_an_answer_without_choices_is_a_failure(chat, make, caplog):
@@ -605,6 +683,16 @@ def test_rewards_are_kept(reward_folder, pairs, tmp_path, monkeypatch):
     other.save_pretrained(folder)  # other weights in the same place, files of the same size
     assert RewardModelJudge(str(folder), tmp_path / "kept")(pairs) != again
     assert scored == [15, 5, 1, 20]
+
+
+def test_rewards_that_are_no_numbers_are_no_verdicts(reward_folder, pairs, tmp_path, monkeypatch, caplog):
+    """They are told, and scored again by the next run."""
+    folder, rewards_of = reward_folder(), reward_model.rewards_of
+    monkeypatch.setattr(reward_model, "rewards_of", lambda model, tokens: rewards_of(model, tokens) * torch.nan)
+    assert RewardModelJudge(str(folder), tmp_path / "kept")(pairs[:3]) == [None] * 3
+    assert "gives no verdict on 3 of 3 pairs: its rewards are not finite" in caplog.text
+    monkeypatch.undo()
+    assert None not in RewardModelJudge(str(folder), tmp_path / "kept")(pairs[:3])
 
 
 def test_a_pair_that_is_too_long_for_a_reward_model(reward_folder, tmp_path, caplog):

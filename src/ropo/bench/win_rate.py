@@ -4,7 +4,8 @@ In: two files of outputs on the same instructions, in AlpacaEval's format; a jud
 instruction.
 
 The one idea: what the judge did not say is counted and shown, never guessed: ties count half, instructions without a
-verdict are left out and the rate is given as it would be if all of them were lost, or won.
+verdict are left out and the rate is given as it would be if all of them were lost, or won. Outputs that are the same
+text are counted apart: nobody was asked, so they say nothing of who is better.
 """
 
 import json
@@ -27,7 +28,7 @@ from ropo.judge.verdicts import Judge, ask
 from ropo.pairs import Pair
 from ropo.provenance import hash_file, versions, write_aside, write_json
 
-OUTCOMES = ("win", "loss", "tie", "undecided")
+OUTCOMES = ("win", "loss", "tie", "undecided", "identical")
 LENGTHS = ("longer", "shorter", "as_long")
 
 
@@ -52,7 +53,8 @@ class Comparison:
         instruction: The instruction.
         output: Of the model.
         baseline: Of the model it is compared with.
-        p_better: Probability that `output` is the better one; None where the judge could not tell.
+        p_better: Probability that `output` is the better one; None where the judge could not tell, or was not asked
+            since both are the same text.
     """
 
     instruction: str
@@ -63,6 +65,8 @@ class Comparison:
     @property
     def outcome(self) -> str:
         """One of OUTCOMES."""
+        if self.output == self.baseline:
+            return "identical"
         if self.p_better is None:
             return "undecided"
         return "tie" if self.p_better == 0.5 else "win" if self.p_better > 0.5 else "loss"
@@ -79,12 +83,11 @@ class WinRate:
     """What a judge says of a model beside another.
 
     Attributes:
-        rate: Share of decided instructions that are won, ties counting half, with a 90 % interval; None if none is
-            decided.
-        lowest: The rate if every undecided instruction were lost.
-        highest: The rate if every undecided instruction were won.
-        counts: Number of instructions by outcome.
-        num_identical: Those of the ties in which both outputs are the same text; the judge is not asked about them.
+        rate: Share of decided instructions that are won, ties counting half, with a 90 % interval; None if none is won
+            or lost: a judge that prefers nothing has decided nothing.
+        lowest: The rate if every undecided instruction were lost; None if the judge was asked about none.
+        highest: The rate if every undecided instruction were won; likewise.
+        counts: Number of instructions by outcome; "identical" are those with twice the same text, which no rate holds.
         mean_p_better: Mean of what the judge says; differs from the rate where a judge gives probabilities.
         by_length: Rate where the output is longer, shorter, or as long as the baseline's; None where there are none.
         mean_chars: Mean length of the outputs, characters.
@@ -92,10 +95,9 @@ class WinRate:
     """
 
     rate: Mean | None
-    lowest: float
-    highest: float
+    lowest: float | None
+    highest: float | None
     counts: dict[str, int]
-    num_identical: int
     mean_p_better: float | None
     by_length: dict[str, Mean | None]
     mean_chars: float
@@ -106,7 +108,8 @@ def read_outputs(path: Path, *, option: str) -> Outputs:
     """Read outputs in AlpacaEval's format.
 
     Args:
-        path: A .json list, or .jsonl lines, of `instruction`, `output` and `generator`; other fields are not looked at.
+        path: A .json list, or .jsonl lines, of `instruction`, `output` and `generator`; other fields are not looked at,
+            but an `input` with text in it is refused: it belongs to the instruction.
         option: Who asks, for messages.
 
     Returns:
@@ -128,6 +131,11 @@ def read_outputs(path: Path, *, option: str) -> Outputs:
                     f"{where}: outputs need a text in `{name}`; got {got}. Write AlpacaEval's format, as `ropo export "
                     "--benchmark alpaca_eval` does."
                 )
+            if row.get("input"):
+                raise DataError(
+                    f"{where}: outputs need an instruction without `input`; got {short(row['input'])}. Write it into "
+                    "`instruction`, in both files and in the questions."
+                )
             try:
                 encodable(row[name])
             except ValueError as error:
@@ -148,7 +156,7 @@ def read_outputs(path: Path, *, option: str) -> Outputs:
 
 
 def compare(outputs: Outputs, baseline: Outputs, judge: Judge, *, plain_text: bool = False) -> list[Comparison]:
-    """Ask a judge about every instruction; two outputs that are the same text are a tie without asking.
+    """Ask a judge about every instruction whose two outputs are not the same text.
 
     Args:
         outputs: Of the model.
@@ -180,7 +188,7 @@ def compare(outputs: Outputs, baseline: Outputs, judge: Judge, *, plain_text: bo
             instruction=text,
             output=output,
             baseline=baseline.texts[text],
-            p_better=None if np.isnan(p := said.get(text, 0.5)) else p,
+            p_better=None if np.isnan(p := said.get(text, np.nan)) else p,
         )
         for text, output in outputs.texts.items()
     ]
@@ -210,16 +218,18 @@ def win_rate(comparisons: Sequence[Comparison]) -> WinRate:
         (0.625, 1, 0.5, 0.7)
     """
     counts = Counter(one.outcome for one in comparisons)
-    decided = [one.p_better for one in comparisons if one.p_better is not None]
+    asked = [one for one in comparisons if one.outcome != "identical"]
+    decided = [one.p_better for one in asked if one.p_better is not None]
+    is_decided = bool(counts["win"] or counts["loss"])
     hits = counts["win"] + 0.5 * counts["tie"]
+    groups = {length: [one for one in asked if one.length == length] for length in LENGTHS}
     return WinRate(
-        rate=_rate(comparisons),
-        lowest=hits / len(comparisons),
-        highest=(hits + counts["undecided"]) / len(comparisons),
+        rate=_rate(asked) if is_decided else None,
+        lowest=hits / len(asked) if asked else None,
+        highest=(hits + counts["undecided"]) / len(asked) if asked else None,
         counts={outcome: counts[outcome] for outcome in OUTCOMES},
-        num_identical=sum(one.output == one.baseline for one in comparisons),
         mean_p_better=float(np.mean(decided)) if decided else None,
-        by_length={length: _rate([one for one in comparisons if one.length == length]) for length in LENGTHS},
+        by_length={length: _rate(group) if is_decided else None for length, group in groups.items()},
         mean_chars=float(np.mean([len(one.output) for one in comparisons])),
         mean_chars_baseline=float(np.mean([len(one.baseline) for one in comparisons])),
     )

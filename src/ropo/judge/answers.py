@@ -14,6 +14,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 Answer = str | float | None
+UNREADABLE = "unreadable"
+"""What is kept of an answer that says nothing: later runs ask again."""
+
 Unit = TypeVar("Unit")
 
 
@@ -26,6 +29,10 @@ class Answers:
     Args:
         folder: Where the files are; made when the first answer comes.
         name: Beginning of their names.
+
+    Attributes:
+        unreadable: Keys of what earlier runs have asked and could not read. To be asked again, after all that was never
+            asked: what cannot be read every time must not keep a run from the rest.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -36,7 +43,8 @@ class Answers:
         known = [_read(sorted(folder.glob(f"{name}.*.jsonl"))) if state.is_main_process else {}]
         if state.num_processes > 1:
             broadcast_object_list(known)
-        self._known: dict[str, Answer] = known[0]
+        self.unreadable = {key for key, answer in known[0].items() if answer == UNREADABLE}
+        self._known: dict[str, Answer] = {key: known[0][key] for key in known[0].keys() - self.unreadable}
         state.wait_for_everyone()  # nobody writes before all is read
         # A run that was killed in the middle of a line has left one without an end.
         self._needs_line_end = self._path.exists() and self._path.read_bytes()[-1:] not in (b"", b"\n")
@@ -96,6 +104,6 @@ def _read(paths: Sequence[Path]) -> dict[str, Answer]:
                 key, answer = row["key"], row["answer"]
             except (ValueError, TypeError, KeyError):  # the line that a kill has cut, or the empty end
                 continue
-            if isinstance(answer, Answer):
+            if isinstance(answer, Answer) and (answer != UNREADABLE or key not in answers):
                 answers[str(key)] = answer
     return answers

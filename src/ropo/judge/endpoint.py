@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ropo.endpoint import EndpointError, check_key, check_url, post_json, resource_url
-from ropo.judge.answers import Answers
+from ropo.judge.answers import UNREADABLE, Answers
 from ropo.logps.score import progress_bar
 from ropo.pairs import Pair, Text
 from ropo.provenance import hash_value
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 ON_FAILURE = ("go_on", "stop")
 
 _MAX_ANSWER_TOKENS = 1024  # the answer is one word, but some models think aloud first
-_UNREADABLE = "unreadable"
 _ONE_REQUEST = frozenset({200, 400, 413, 422})  # a refusal with such a status is about one pair, not about all
 
 _QUESTION = """\
@@ -53,8 +52,17 @@ Which response is better? Answer with one of these three and nothing else:
 {{"better": "tie"}}"""
 
 _ANSWER = re.compile(r"""[\s"'`*\[(]*(?:response\s+)?(A|B|tie)[\s"'`*\]).!]*""", re.IGNORECASE)
-_FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+# An object with a field `better`, also as models write JSON by hand: single quotes, none, a comma at the end.
+_OBJECT = re.compile(
+    r"""\{(?:[^{}]*,)?\s*["']?better["']?\s*:\s*["']?(?:response\s+)?(A|B|tie)["']?\s*(?:,[^{}]*)?\}""", re.IGNORECASE
+)
+_FENCE = re.compile(r"(?:```|~~~)[ \t]*(?:json\w*\b|(?!(?:A|B|tie)\b)\w+(?=[ \t]*\n))?", re.IGNORECASE)
+_THOUGHTS = re.compile(r"<think(?:ing)?>|\[THINK\]|◁think▷|<\|channel\|>analysis<\|message\|>", re.IGNORECASE)
+_END_OF_THOUGHTS = re.compile(r"</think(?:ing)?>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE)
+# Tokens that a server should have kept to itself: the header of the turn before the answer, the end of it behind.
+_HEADER = re.compile(r"\A\s*(?:<s>|(?:<[|｜][^<>|｜\n]{1,40}[|｜]>\s*)+(?:assistant\b)?(?:<\|end_header_id\|>)?)\s*")
+_END_OF_TURN = re.compile(r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</s>|<eos>|<end_of_turn>|\[INST\]")
+_MAX_ANSWER_CHARS = 20_000  # what is longer than the tokens asked for has other things to say
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,7 +156,7 @@ class EndpointJudge:
         self._failure: EndpointError | None = None  # the last one, or the one that made it stop
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """Judge pairs; asks only what was never answered.
+        """Judge pairs; asks only what was never answered, and once in each run what could not be read.
 
         Raises:
             EndpointError: If a request fails for good and `on_failure` is "stop". What was answered until then is kept.
@@ -157,6 +165,8 @@ class EndpointJudge:
         asked = [self._questions(pair) for pair in pairs]
         # A pair and its flip are one matter: the same two questions.
         missing = {min(one.key, other.key): (one, other) for one, other in asked if self._next((one, other))}
+        unread = self._answers.unreadable
+        missing = dict(sorted(missing.items(), key=lambda item: any(one.key in unread for one in item[1])))
         self._has_stopped.clear()
         self._failure = None
         self._failures_in_row = min(self._failures_in_row, self._max_failures - 1)
@@ -177,7 +187,7 @@ class EndpointJudge:
     def _next(self, questions: tuple[_Question, _Question]) -> _Question | None:
         """The first question without an answer, unless an unreadable answer has ended the matter."""
         for question in questions:
-            if self._answers.get(question.key) == _UNREADABLE:
+            if self._answers.get(question.key) == UNREADABLE:
                 return None
         return next((question for question in questions if question.key not in self._answers), None)
 
@@ -231,7 +241,7 @@ class EndpointJudge:
         )
         text = _reply_text(reply)
         answer = parse_answer(text)
-        self._answers.add({question.key: answer or _UNREADABLE})
+        self._answers.add({question.key: answer or UNREADABLE})
         with self._lock:
             self.costs.num_tokens += _num_tokens(reply)
             self.costs.num_unreadable += answer is None
@@ -263,19 +273,23 @@ class EndpointJudge:
         if num_unsettled:
             logger.warning(
                 "The judge gave no verdict on %d of %d pairs%s. %s These pairs are decided without it; the same "
-                "command asks again for answers that did not come.",
+                "command asks again for answers that did not come or could not be read.",
                 num_unsettled,
                 len(found),
                 " and was asked no more" if self._has_stopped.is_set() else "",
-                self._failure or "Its answers, kept from before, cannot be read.",
+                self._failure or "Its answers could not be read.",
             )
 
 
 def parse_answer(text: str) -> str | None:
-    """Read the judge's choice, alone or as JSON; nothing else counts as an answer.
+    r"""Read the judge's choice, alone or as JSON; nothing else counts as an answer.
+
+    Passed over are thoughts before the answer (also where the server has cut off their opening tag), special tokens
+    around it, code fences, and text before or behind a JSON object. An object in the middle of a text may be a
+    quotation and does not count, nor do objects that contradict each other.
 
     Args:
-        text: What the judge wrote. Thoughts before the answer, between <think> and </think>, are passed over.
+        text: What the judge wrote.
 
     Returns:
         "A", "B" or "tie"; None for everything else.
@@ -283,10 +297,13 @@ def parse_answer(text: str) -> str | None:
     Examples:
         >>> [parse_answer(text) for text in ('{"better": "A"}', "B.", "**Tie**", "A is better, or B")]
         ['A', 'B', 'tie', None]
+        >>> parse_answer("I prefer the second.\n</think>\n```JSON\n{'better': 'B'}\n```<|im_end|>")
+        'B'
     """
-    text = _THOUGHT.sub("", text)
-    fenced = _FENCED.fullmatch(text)
-    text = fenced.group(1) if fenced else text
+    text = _without_tokens(text)
+    if len(text) > _MAX_ANSWER_CHARS:
+        return None
+    text = _FENCE.sub("", text).strip()
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -294,7 +311,29 @@ def parse_answer(text: str) -> str | None:
     if isinstance(value, dict):
         text = str(value.get("better"))
     match = _ANSWER.fullmatch(text)
-    return {"a": "A", "b": "B", "tie": "tie"}[match.group(1).lower()] if match else None
+    if match or isinstance(value, dict):
+        return _choice(match) if match else None
+    objects = list(_OBJECT.finditer(text))
+    if len({_choice(one) for one in objects}) != 1 or (objects[0].start() and objects[-1].end() < len(text)):
+        return None
+    return _choice(objects[0])
+
+
+def _without_tokens(text: str) -> str:
+    """What stands behind the judge's thoughts, without special tokens; empty if the thoughts have no end."""
+    text = _HEADER.sub("", text)
+    ends = list(_END_OF_THOUGHTS.finditer(text))
+    begins = [one.start() for one in _THOUGHTS.finditer(text)]
+    # Thoughts stand first. A tag that opens anywhere else is part of some text, and what is the answer cannot be told.
+    if begins and (text[: begins[0]].strip() or not ends):
+        return ""
+    text = _HEADER.sub("", text[ends[-1].end() :] if ends else text)
+    end = _END_OF_TURN.search(text)
+    return text[: end.start()] if end else text
+
+
+def _choice(match: re.Match[str]) -> str:
+    return {"a": "A", "b": "B", "tie": "tie"}[match.group(1).lower()]
 
 
 def _body(model: str, prompt: Text, first: Text, second: Text) -> dict[str, Any]:
@@ -330,6 +369,9 @@ def _reply_text(reply: Mapping[str, Any]) -> str:
             f"A chat endpoint needs to answer with choices; got {json.dumps(reply)[:200]!r}. Check that the address is "
             "that of /v1/chat/completions."
         ) from None
+    if isinstance(text, list):  # parts, of which thoughts are others than text
+        said = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
+        text = "".join(str(part.get("text", "")) for part in said)
     return text if isinstance(text, str) else ""  # null: the model has spent its tokens on thinking
 
 

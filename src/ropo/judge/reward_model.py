@@ -80,9 +80,15 @@ class RewardModelJudge:
             for pair, tokens in zip(tokenized.pairs, tokenized.tokens, strict=True)
             if pair.row not in is_cut
         }
-        missing = {key: tokens for key, tokens in whole.values() if key not in self._answers}
+        missing = {key: tokens for key, tokens in whole.values() if self._answers.get(key) is None}
         self._answers.share(missing, lambda mine: self._score(model, mine))
         found = [self._answers.get(whole[i][0]) if i in whole else None for i in range(len(pairs))]
+        if not_finite := sum(not isinstance(found[i], float) for i in whole):
+            logger.warning(
+                "The reward model gives no verdict on %d of %d pairs: its rewards are not finite.",
+                not_finite,
+                len(pairs),
+            )
         return [p if isinstance(p, float) else None for p in found]
 
     def _score(self, model: PreTrainedModel, missing: Mapping[str, TokenizedPair]) -> None:
@@ -96,7 +102,7 @@ class RewardModelJudge:
             for where in batches_by_length(lengths, max_tokens=limit):
                 rewards = rewards_of(model, [tokens[i] for i in where])
                 p_right = torch.sigmoid(rewards[0::2] - rewards[1::2]).tolist()
-                self._answers.add({keys[i]: p if np.isfinite(p) else None for i, p in zip(where, p_right, strict=True)})
+                self._answers.add({keys[i]: p for i, p in zip(where, p_right, strict=True) if np.isfinite(p)})
                 advance(len(where))
 
 

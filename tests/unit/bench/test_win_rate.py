@@ -18,7 +18,7 @@ def comparisons(*said, output="long text", baseline="short"):
 
 def test_ties_count_half_and_silence_is_left_out():
     found = win_rate(comparisons(1.0, 0.9, 0.5, 0.5, 0.0, None))
-    assert found.counts == {"win": 2, "loss": 1, "tie": 2, "undecided": 1}
+    assert found.counts == {"win": 2, "loss": 1, "tie": 2, "undecided": 1, "identical": 0}
     assert found.rate.value == 3 / 5
     assert (found.lowest, found.highest) == (3 / 6, 4 / 6)
     assert found.mean_p_better == pytest.approx(2.9 / 5)
@@ -41,20 +41,41 @@ def test_nothing_decided_is_no_rate():
     assert set(found.by_length.values()) == {None}
 
 
+@pytest.mark.parametrize("said", [[None, None], [0.5, 0.5], [0.5, None], []])
+def test_a_judge_that_prefers_nothing_gives_no_rate(said):
+    """Not even beside identical outputs, about which nobody was asked: they are no ties."""
+    found = win_rate([*comparisons(*said), *comparisons(None, None, None, output="same", baseline="same")])
+    assert found.rate is None
+    assert set(found.by_length.values()) == {None}
+    assert found.counts["identical"] == 3
+    assert sum(found.counts.values()) == len(said) + 3
+    if not said:
+        assert (found.lowest, found.highest, found.mean_p_better) == (None, None, None)
+
+
+def test_identical_outputs_move_no_rate():
+    rows = comparisons(1.0, 1.0, 0.5, 0.0, None)
+    alone, beside = win_rate(rows), win_rate([*rows, *comparisons(*[None] * 40, output="same", baseline="same")])
+    assert beside.rate == alone.rate
+    assert (beside.lowest, beside.highest, beside.mean_p_better) == (alone.lowest, alone.highest, alone.mean_p_better)
+    assert beside.by_length == alone.by_length
+
+
 def test_length_is_told():
     rows = [
         *comparisons(1.0, 1.0, 0.0, output="aaaa", baseline="b"),
         *comparisons(0.0, 0.5, output="a", baseline="bbb"),
-        *comparisons(0.5, output="aa", baseline="aa"),
+        *comparisons(0.5, output="aa", baseline="bb"),
+        *comparisons(None, output="aa", baseline="aa"),
         *comparisons(None, output="a", baseline="bbb"),
     ]
     found = win_rate(rows)
     assert {name: (rate.value, rate.count) for name, rate in found.by_length.items()} == {
         "longer": (2 / 3, 3), "shorter": (0.25, 2), "as_long": (0.5, 1),
     }  # fmt: skip
-    assert found.mean_chars == (3 * 4 + 2 * 1 + 2 + 1) / 7
-    assert found.mean_chars_baseline == (3 * 1 + 2 * 3 + 2 + 3) / 7
-    assert found.num_identical == 1
+    assert found.mean_chars == (3 * 4 + 2 * 1 + 2 + 2 + 1) / 8
+    assert found.mean_chars_baseline == (3 * 1 + 2 * 3 + 2 + 2 + 3) / 8
+    assert found.counts["identical"] == 1
 
 
 def test_the_judge_is_asked_about_what_differs_only():
@@ -67,7 +88,7 @@ def test_the_judge_is_asked_about_what_differs_only():
     ours = Outputs(name="a", texts={"p": "x", "q": "same", "r": "y"})
     theirs = Outputs(name="b", texts={"r": "v", "q": "same", "p": "u"})
     found = compare(ours, theirs, judge)
-    assert [one.outcome for one in found] == ["win", "tie", "win"]
+    assert [(one.outcome, one.p_better) for one in found] == [("win", 1.0), ("identical", None), ("win", 1.0)]
     assert [(pair.prompt[0]["content"], pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in asked] == [
         ("p", "x", "u"), ("r", "y", "v"),
     ]  # fmt: skip
@@ -101,6 +122,8 @@ def test_both_must_have_answered_the_same():
          "outputs need one generator; got m, n"),
         ([{"instruction": "a", "output": "x\ud800"}], "outputs need text that is UTF-8; got str"),
         ([{"instruction": "\ud800", "output": "x"}], "outputs need text that is UTF-8; got str"),
+        ([{"instruction": "Translate", "input": "Hallo", "output": "x"}],
+         "row 0 (line 1): outputs need an instruction without `input`; got str 'Hallo'. Write it into `instruction`"),
         ([], "outputs need at least one row"),
     ],
 )  # fmt: skip
@@ -115,6 +138,12 @@ def test_other_files_are_refused(rows, said, tmp_path):
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match=r"--baseline needs a file; nowhere.json is not there"):
         read_outputs(Path("nowhere.json"), option="--baseline")
+
+
+def test_an_empty_input_is_none(tmp_path):
+    path = tmp_path / "A.json"
+    path.write_text('[{"instruction": "a", "input": "", "output": "x"}]')
+    assert read_outputs(path, option="--outputs").texts == {"a": "x"}
 
 
 def test_outputs_may_be_empty_texts(tmp_path):
