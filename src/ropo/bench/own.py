@@ -176,7 +176,7 @@ def ratings(
         responses: One to each; text, also where the pairs are conversations.
 
     Returns:
-        Nats, 0 for the better response itself and where the judge cannot tell.
+        Nats, 0 for the better response itself, not-a-number where the judge cannot tell.
     """
     pairs = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -184,7 +184,7 @@ def ratings(
         given = response if isinstance(beside, str) or not isinstance(response, str) else _reply(response)
         pairs.append(Pair(prompt=prompt, chosen=given, rejected=beside, row=row))
     differ = [pair for pair in pairs if pair.chosen != pair.rejected]
-    p_better = np.clip(np.nan_to_num(ask(judge, differ), nan=0.5), CLIP, 1 - CLIP)
+    p_better = np.clip(ask(judge, differ), CLIP, 1 - CLIP)
     found = np.zeros(len(pairs))
     found[[pair.row for pair in differ]] = logit(p_better)
     return [float(value) for value in found]

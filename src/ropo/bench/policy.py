@@ -31,11 +31,11 @@ class PolicyScore:
 
     Attributes:
         accuracy: Share of held-out pairs with a positive margin, ties counting half.
-        gold: True reward of responses sampled at temperature 1.
+        gold: True reward of responses sampled at temperature 1, over those that have one.
         kl: Mean of log π − log π_ref over the finished samples, nats per response: the KL divergence to the reference.
         finished: Share of the samples that ended by themselves.
         samples: The sampled responses.
-        rewards: Their gold rewards.
+        rewards: Their gold rewards, not-a-number where a judge could not tell.
     """
 
     accuracy: Mean
@@ -96,7 +96,7 @@ def score_policy(
     drawn_own, drawn_base = (score_pairs(model, drawn, title="Distance", **batching) for model in (policy, reference))
     return PolicyScore(
         accuracy=share_of((h > 0) + 0.5 * (h == 0)),
-        gold=mean_of(rewards),
+        gold=mean_of([reward for reward in rewards if np.isfinite(reward)]),
         kl=mean_of((drawn_own.chosen - drawn_base.chosen).numpy()),
         finished=share_of([sample.is_finished for sample in samples]),
         samples=samples,

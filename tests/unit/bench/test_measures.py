@@ -56,3 +56,12 @@ def test_a_mean_of_nothing_is_not_a_number():
     found = mean_of([])
     assert np.isnan(found.value)
     assert found.count == 0
+
+
+def test_a_sample_without_a_verdict_has_no_part_in_the_gold_reward():
+    """Nor is it as good as the best response, which a reward of 0 would say."""
+    tokenizer = toy.make_tokenizer()
+    model, pairs = toy.make_model(tokenizer), toy.make_pairs(8, seed=1)
+    options = {"num_samples": 4, "max_length": 128, "max_new_tokens": 4, "seed": 0}
+    found = score_policy(model, model, tokenizer, pairs, lambda *_: [-2.0, np.nan, -4.0, np.nan], **options)
+    assert (found.gold.value, found.gold.count) == (-3.0, 2)
