@@ -442,6 +442,16 @@ def test_data_given_twice_is_no_more_evidence(model_folder, many, tmp_path, monk
     assert once["calibration"]["num_turned"] == twice["calibration"]["num_turned"] == 80
 
 
+@pytest.mark.parametrize(("num_different", "num_asked"), [(80, 80), (40, None)])
+def test_a_trial_asks_about_different_pairs(model_folder, many, tmp_path, monkeypatch, num_different, num_asked):
+    """Copies count as one label, and with too few different pairs nothing is tried."""
+    copies = [replace(pair, row=num_different + pair.row) for pair in many[:num_different]]
+    pairs = [*many[:num_different], *copies]
+    Planted(monkeypatch, share=0.35, gain=20, num_pairs=len(pairs))
+    trial = run_audit(model_folder, pairs, config(tmp_path / "O"))["trial"]
+    assert (trial and trial["num_pairs"]) == num_asked
+
+
 def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, monkeypatch):
     """Verdicts, another rule, another beta: the judges are asked, not trained; only what is aligned is trained."""
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]

@@ -88,6 +88,8 @@ def test_labels_of_other_annotators_are_no_copies_of_ones_own():
         worst = rates[0]
         assert worst.low < 0.3 < worst.high
         assert worst.rate > 0.28  # 200 labels would draw it further towards all
+    alone = annotators_by_agreement(margins, np.sign(margins), who.tolist())
+    assert [one.rate for one in by_agreement] == pytest.approx([one.rate for one in alone])
 
 
 @COPIED
