@@ -30,6 +30,8 @@ from ropo.evaluation import EvaluationSet, evaluate, read_evaluation
 from ropo.forecast import tell_forecast
 from ropo.judge.make import make_judge
 from ropo.judge.verdicts import Judge
+from ropo.launch import Launch, refuse_other_launch, tell_other_launch
+from ropo.lock import LOCK_FILE, owning
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
 from ropo.outputs import Read, publish, publish_audit
@@ -43,21 +45,29 @@ from ropo.trainer import batching, refuse_missing_packages, refuse_several_gpus
 
 logger = logging.getLogger(__name__)
 
-# Options that do not change what is computed: they may differ when a run is taken up again.
+# Options that do not change what is computed: they may differ when a run is taken up again. `max_tokens_per_batch` may
+# change the last digits: who lowers it for want of memory goes on from the last checkpoint.
 _NOT_IDENTITY = (
-    "output_dir", "reference_cache_dir", "rounds", "num_passes", "resume_from_checkpoint", "overwrite_output_dir",
-    "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_dir",
-    "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
-    "save_total_limit", "dataloader_num_workers", "max_tokens_per_batch", "hub_token", "push_to_hub", "local_rank",
+    "output_dir", "reference_cache_dir", "rounds", "num_passes", "resume_from_checkpoint",
+    "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_steps",
+    "logging_strategy", "logging_first_step", "save_strategy", "save_steps", "save_total_limit",
+    "dataloader_num_workers", "max_tokens_per_batch", "hub_token", "push_to_hub", "local_rank",
     "audit_from",  # its margins count, wherever they are
-    "_n_gpu",
     "do_train", "do_eval", "do_predict", "judge_url", "judge_api_key_env", "judge_on_failure", "generation_url",
     "generation_api_key_env",
 )  # fmt: skip
 
+# Options of `Trainer` with which a training that is stopped would end in other weights, or be taken for finished.
+_NOT_RESUMED = {
+    "save_only_model": "leaves the optimizer out of checkpoints",
+    "ignore_data_skip": "trains on the first pairs of an epoch again",
+    "auto_find_batch_size": "changes the batch on the way",
+    "enable_jit_checkpoint": "ends a training early at SIGTERM as if it were done",
+}
 
 _INITIAL_MODEL = "initial_model"
-_MADE_BEFORE = (_INITIAL_MODEL, f"{_INITIAL_MODEL}.json", "reference_cache")  # these may stand in a folder of nobody
+# These may stand in a folder of nobody.
+_MADE_BEFORE = (LOCK_FILE, _INITIAL_MODEL, f"{_INITIAL_MODEL}.json", "reference_cache")
 
 _DEALT_BY = ("num_folds", "seed", "max_length")  # options that say which pairs there are and who judges which
 
@@ -131,35 +141,36 @@ def run_rounds(
     check_config(args, taker="run_rounds")
     if args.audit_from is not None and not args.needs_audit:
         raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
-    made = _prepare(
-        model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
-        is_audit=False, eval_dataset=eval_dataset, eval_split=eval_split,
-    )  # fmt: skip
-    if idle := args.without_effect:
-        logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
-    digest, audit = made.digest, None
-    judge = judge or make_judge(args, made.folder / "judge")
-    if args.needs_audit:
-        audit = _audit_of(made, args, peft_config, judge)
-        digest = audit.run(digest)
-    rounds = run_all(
-        made.data,
-        audit,
-        args,
-        folder=made.folder / "rounds",
-        source=made.source,
-        tokenizer=made.tokenizer,
-        reference_of=made.reference_of,
-        peft_config=peft_config,
-        judge=judge,
-        digest=digest,
-    )
-    evaluation = None
-    if made.evaluation is not None:
-        evaluation = evaluate(
-            made.evaluation, rounds, folder=made.folder / "evaluation", reference_of=made.reference_of
+    with owning(Path(str(args.output_dir))):
+        made = _prepare(
+            model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
+            is_audit=False, eval_dataset=eval_dataset, eval_split=eval_split,
+        )  # fmt: skip
+        if idle := args.without_effect:
+            logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
+        digest, audit = made.digest, None
+        judge = judge or make_judge(args, made.folder / "judge")
+        if args.needs_audit:
+            audit = _audit_of(made, args, peft_config, judge)
+            digest = audit.run(digest)
+        rounds = run_all(
+            made.data,
+            audit,
+            args,
+            folder=made.folder / "rounds",
+            source=made.source,
+            tokenizer=made.tokenizer,
+            reference_of=made.reference_of,
+            peft_config=peft_config,
+            judge=judge,
+            digest=digest,
         )
-    return publish(rounds, folder=made.folder, read=made.read(command), evaluation=evaluation)
+        evaluation = None
+        if made.evaluation is not None:
+            evaluation = evaluate(
+                made.evaluation, rounds, folder=made.folder / "evaluation", reference_of=made.reference_of
+            )
+        return publish(rounds, folder=made.folder, read=made.read(command), evaluation=evaluation)
 
 
 def run_audit(
@@ -207,13 +218,14 @@ def run_audit(
     check_config(args, taker="run_audit")
     if not args.num_folds:
         raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
-    made = _prepare(
-        model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
-        is_audit=True,
-    )  # fmt: skip
-    audit = _audit_of(made, args, peft_config, judge or make_judge(args, made.folder / "judge"))
-    audit.run(made.digest)
-    return publish_audit(audit, folder=made.folder, read=made.read(command))
+    with owning(Path(str(args.output_dir))):
+        made = _prepare(
+            model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
+            is_audit=True,
+        )  # fmt: skip
+        audit = _audit_of(made, args, peft_config, judge or make_judge(args, made.folder / "judge"))
+        audit.run(made.digest)
+        return publish_audit(audit, folder=made.folder, read=made.read(command))
 
 
 def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None, judge: Judge | None) -> Audit:
@@ -247,6 +259,7 @@ def _prepare(
     """Read, check and tokenize the data, claim the output folder, score the reference."""
     _check_run(args)
     folder = Path(str(args.output_dir))
+    _tell_launch(args, model)
     loaded, pairs, problems = read_checked(dataset, split=split, columns=columns, on_bad_rows=args.on_bad_rows)
     verdicts = {} if decisions is None else _verdicts_in(Path(decisions))
     pairs = with_verdicts(pairs, verdicts)
@@ -298,6 +311,7 @@ def _prepare(
     identity = json.loads(json.dumps(identity, sort_keys=True, default=_as_json))
     identity["audit_from"] = None if args.audit_from is None else _margins_of(Path(args.audit_from), identity)
     _claim(folder, identity)
+    tell_other_launch(folder, Launch.of(args))
     _report_problems(folder, problems)
     if args.audit_from is None:  # else most of what it counts is there
         tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
@@ -374,7 +388,13 @@ def _check_run(args: ROPOConfig) -> None:
         ValueError: If there are several GPUs in this process, or an option asks for what a run has not or does not do.
     """
     refuse_several_gpus(args)
+    refuse_other_launch(args)
     refuse_missing_packages(args)
+    for name, reason in _NOT_RESUMED.items():
+        if getattr(args, name):
+            raise ValueError(
+                f"A run that is stopped resumes as if it had not been; got {name}, which {reason}. Leave it out."
+            )
     if args.resume_from_checkpoint is not None:
         raise ValueError(
             "A run goes on by itself when the same command is given again; got resume_from_checkpoint. Leave it out."
@@ -435,6 +455,16 @@ def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizer
 def _has_trained(folder: Path) -> bool:
     """Whether anything would be lost: before that, whoever mistyped an option may go on in the same folder."""
     return any(any(folder.glob(f"{part}/**/manifest.json")) for part in ("audit", "rounds"))
+
+
+def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel) -> None:
+    """What this run computes on, and where the reference comes from; the trainer tells the layout when it is chosen."""
+    if PartialState().is_main_process:
+        name = model if isinstance(model, str | Path) else "the model given"
+        cache = args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache"
+        is_read = LOSSES[args.loss].needs_reference
+        reference = f"Reference: {name}, scored once into {cache}." if is_read else f"{args.loss} reads no reference."
+        logger.info("%s. %s", Launch.of(args), reference)
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`ropo demo | audit | train | bench | export | win_rate | validate | losses`.
 
-In: the command line. Out: an exit code: 0 done, 1 the data, an endpoint or the result is not acceptable, 2 misuse.
+In: the command line. Out: an exit code: 0 done, 1 the data, an endpoint or the result is not acceptable, 2 misuse, 130
+or 143 interrupted by Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -8,7 +9,9 @@ import dataclasses
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,12 +39,15 @@ from ropo.data.problems import PROBLEMS, printable, render, rows_left_out
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
-from ropo.endpoint import EndpointError
+from ropo.endpoint import ASKING, EndpointError
+from ropo.interruption import raising_interrupted
+from ropo.lock import owning
 from ropo.losses import methods_table
 from ropo.noise.reading import WIDE_RANGE
 from ropo.policy import PolicySource, check_positions, find_model, load_tokenizer
 
 DONE, NOT_ACCEPTABLE, MISUSE = 0, 1, 2
+INTERRUPTED = 128  # and the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 Options = TypeVar("Options")
 COLUMNS = ("prompt", "chosen", "rejected", "annotator")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -98,12 +104,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: Words after `ropo`; those of the process by default.
+        arguments: Words after `ropo`; those of the process by default. If they are given, the caller is another
+            program, and its signals and its KeyboardInterrupt stay what they are.
 
     Returns:
         Exit code.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is not None:
+        return _run(list(arguments))
+    words, stage = sys.argv[1:], ""
+    with raising_interrupted() as received:
+        try:
+            code = _run(words)
+        except KeyboardInterrupt as error:
+            if not received:  # whoever raised it knows better
+                raise
+            stage = next(iter(getattr(error, "__notes__", [])), "")
+    if not received:
+        return code
+    if os.environ.get("RANK", "0") == "0":
+        command = words[0] if words else ""
+        print(f"ropo {command}: {_how_to_go_on(command, received[0], stage)}", file=sys.stderr)
+    code = INTERRUPTED + received[0]
+    if any(thread.name.startswith(ASKING) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        os._exit(code)  # Python would wait for the server's answer, for minutes
+    return code
+
+
+def _how_to_go_on(command: str, number: int, stage: str) -> str:
+    """What a command that was interrupted has kept."""
+    what = f"interrupted by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
+    if stage:
+        return f"{what} in stage {stage}. The same command resumes there, from its last checkpoint if it has one."
+    return f"{what}." if command in ("validate", "losses") else f"{what}. The same command resumes from what is done."
+
+
+def _run(words: list[str]) -> int:
     commands = {
         "demo": _demo,
         "audit": _audit,
@@ -184,7 +221,9 @@ def _demo(words: list[str]) -> int:
     parser.add_argument("--num_pairs", type=int, default=4000, help="Training pairs.")
     parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
     given = parser.parse_args(words)
-    run_demo(given.output_dir, flip_rate=given.flip_rate, num_pairs=given.num_pairs, seed=given.seed, console=Console())
+    folder, flip_rate, num_pairs, seed = given.output_dir, given.flip_rate, given.num_pairs, given.seed
+    with owning(folder):
+        run_demo(folder, flip_rate=flip_rate, num_pairs=num_pairs, seed=seed, console=Console())
     return DONE
 
 
@@ -312,7 +351,8 @@ def _train(words: list[str]) -> int:
 
 def _export(words: list[str]) -> int:
     given = parse_options(ExportArguments, words, task="export")
-    found = export_answers(given)
+    with owning(Path(str(given.output_dir)) / "export" / str(given.name)):  # other models may answer beside it
+        found = export_answers(given)
     if not PartialState().is_main_process:
         return DONE
     counts = [
@@ -334,7 +374,8 @@ def _export(words: list[str]) -> int:
 
 def _win_rate(words: list[str]) -> int:
     given = parse_options(WinRateArguments, words, task="win_rate")
-    found = run_win_rate(given)
+    with owning(Path(str(given.output_dir))):
+        found = run_win_rate(given)
     if not PartialState().is_main_process:
         return DONE
     name, counts = found["outputs"]["name"], found["counts"]

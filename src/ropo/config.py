@@ -365,6 +365,16 @@ class ROPOConfig(TrainingArguments):
                 f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without tokens: `Trainer` pickles its options beside every model and checkpoint."""
+        return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
+
+    def __copy__(self) -> "ROPOConfig":
+        """With everything: nothing is written."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
     def with_alpha(self, alpha: float) -> "ROPOConfig":
         """These options with α resolved; at 0 ROPO's loss is DPO's, exactly.
 

@@ -27,6 +27,7 @@ from ropo.pairs import Pair
 from ropo.policy import PolicySource
 from ropo.provenance import write_aside
 from ropo.stages import Stages
+from ropo.tracking import tracked
 from ropo.trainer import ROPOTrainer
 
 NUM_CHECKS = 3
@@ -108,7 +109,8 @@ def crossfit_margins(
                     save_file({"margins": found}, path)
                 shutil.rmtree(own.output_dir, ignore_errors=True)
 
-        stages.run(f"fold {fold}", digest, [name], make)
+        log = tracked(args, folder / f"fold_{fold}")
+        stages.run(f"fold {fold}", digest, [name], log(make))
         found = load_file(folder / name)["margins"].double().numpy()
         margins[:, judged] = found / (_median_size(found[-1]) or 1.0)
     return margins * _scale(folder, folds)

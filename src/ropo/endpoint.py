@@ -22,13 +22,16 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import ropo
 
+ASKING = "ropo-asking"  # how threads are called that wait for an answer
+_GRACE_SECONDS = 3.0  # for answers that are on their way when a user or a scheduler wants the process to end
 _MAX_RESPONSE_BYTES = 32 * 2**20
 _MAX_SHOWN = 200  # characters of an answer in a message
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
@@ -157,6 +160,19 @@ def resource_url(base_url: str, resource: str) -> str:
     if not path.endswith(f"/{resource}"):
         path = f"{path}/{resource}"
     return urllib.parse.urlunsplit(parts._replace(path=path))
+
+
+def stop_asking(pool: Executor, futures: Iterable[Future[Any]], error: BaseException) -> None:
+    """Begin no further request, and let those that run come to their end; not for long where someone waits.
+
+    Args:
+        pool: Whose threads ask.
+        futures: Everything that was submitted to it.
+        error: Why.
+    """
+    pool.shutdown(wait=False, cancel_futures=True)
+    running = [future for future in futures if not future.cancelled()]  # `wait` would wait for the others, too
+    wait(running, timeout=_GRACE_SECONDS if isinstance(error, KeyboardInterrupt) else None)
 
 
 def post_json(

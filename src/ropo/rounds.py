@@ -50,6 +50,7 @@ from ropo.resample.generate import sample_responses
 from ropo.resample.select import SELECTION_RULES
 from ropo.resample.win_back import NOTHING, Scored, Scorer, WonBack, win_back
 from ropo.stages import Stages
+from ropo.tracking import tracked
 from ropo.trainer import ROPOTrainer, batching, losses_of, margins_of
 from ropo.weighing import decide_all, known_labels, resolve_rho, training_set
 
@@ -124,9 +125,8 @@ class Round:
             Digest of the round, for the next one.
         """
         inputs = [digest, self.args.loss]
-        digest = self.trained = self.stages.run(
-            "train", inputs, _TRAIN_FILES, lambda: self._train(dataset, start, inputs)
-        )
+        train = tracked(self.args, self.folder)(lambda: self._train(dataset, start, inputs))
+        digest = self.trained = self.stages.run("train", inputs, _TRAIN_FILES, train)
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
         digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
         if not is_last:

@@ -56,7 +56,11 @@ class Stages:
             return digest
         logger.info("%s/%s: begins.", self.folder.name, name)
         start = time.monotonic()
-        make()
+        try:
+            make()
+        except KeyboardInterrupt as error:
+            error.add_note(f"{self.folder.name}/{name}")  # where the next call resumes
+            raise
         state.wait_for_everyone()
         seconds = round(time.monotonic() - start, 2)
         self._manifest[name] = {"inputs": digest, "files": list(files), "seconds": seconds}

@@ -14,7 +14,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +35,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.import_utils import is_liger_kernel_available
@@ -45,6 +46,7 @@ from ropo.config import ROPOConfig, check_config, did_you_mean, in_trl
 from ropo.data.problems import render
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import read_checked
+from ropo.launch import Launch, refuse_other_launch
 from ropo.logps.batch import Batch
 from ropo.logps.cache import reference_logps
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
@@ -117,6 +119,7 @@ class ROPOTrainer(Trainer):
             raise TypeError(f"ROPOTrainer takes no {name}.{in_trl(name)}")
         check_config(args, taker="ROPOTrainer")
         refuse_several_gpus(args)
+        refuse_other_launch(args)
         refuse_missing_packages(args)
         model, self.tokenizer = _model_and_tokenizer(model, processing_class)
         self.pad_token_id: int = self.tokenizer.pad_token_id
@@ -243,7 +246,7 @@ class ROPOTrainer(Trainer):
             made_from: JSON-able value of everything that the training depends on; checkpoints of another are removed.
         """
         folder = Path(str(self.args.output_dir))
-        path, digest = folder / _OWNER_FILE, hash_value([made_from, ropo.__version__])
+        path, digest = folder / _OWNER_FILE, hash_value([made_from, asdict(Launch.of(self.options)), ropo.__version__])
         if self.is_world_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
             if not path.exists() or path.read_text("utf-8") != digest:
@@ -277,6 +280,7 @@ class ROPOTrainer(Trainer):
         aside = folder.with_name(f".{folder.name}.partial")
         with self._in_one_piece():
             self.save_model(str(aside))
+        (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to open
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)

@@ -30,6 +30,7 @@ from ropo.data.inject import NOISE, flip_labels
 from ropo.pairs import Pair
 from ropo.provenance import commit, read_json
 
+WORK = "work"  # where the trainings of cells write while they run
 NUM_SPARE = 100  # right pairs that are neither trained nor tested on
 NUM_SEEN_BY_WEAK_ANNOTATOR = 30  # of the spare ones: it then errs on about a third of the toy pairs
 
@@ -124,7 +125,7 @@ def measure(config: BenchConfig, cell: Cell, folder: Path) -> dict[str, Any]:
     }
     noisy = Noisy(task=task, pairs=pairs, is_flipped=is_flipped, spare=spare, seed=cell.seed, common=common)
     name = "_".join([cell.method, cell.kind, f"{cell.flip_rate:g}", str(cell.seed), str(os.getpid())])
-    work = folder / "work" / name
+    work = folder / WORK / name
     shutil.rmtree(work, ignore_errors=True)
     start = _clocks()
     try:

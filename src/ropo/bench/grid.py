@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ropo.bench.cell import Cell, make_task, measure, named
+from ropo.bench.cell import WORK, Cell, make_task, measure, named
 from ropo.bench.grid_config import BenchConfig
 from ropo.bench.methods import METHODS, trials_of
 from ropo.bench.rows import KEY, TRIAL_KEY, append_row, key_of, read_rows
+from ropo.lock import owning
 from ropo.provenance import hash_file, hash_value, read_json, write_json
 
 NEARLY_BEST = {"accuracy": 0.01, "gold": 0.1}  # scores that close are a tie when a setting is chosen
@@ -55,17 +57,21 @@ def run_bench(
     """
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"num_processes needs 1 or more; got {num_processes}.")
-    shared = _shared(folder, config)
     num_gpus = torch.cuda.device_count()
     num_processes = num_processes or num_gpus or os.cpu_count() or 1
     told = on_row or (lambda *_: None)
     trials, results = folder / "trials.csv", folder / "results.csv"
-    # One process makes what all read: two that pre-train a model at the same time would do so twice.
-    make_task(config, folder, config.tuning_seed)
-    write_json(folder / "bench.json", shared)  # not before: what could not be made has measured nothing
-    with _Workers(config, folder, num_processes, num_gpus) as workers:
-        workers.fill(trials, missing_trials(config, trials), told)
-        workers.fill(results, missing_cells(config, trials, results), told)
+    with owning(folder):
+        shared = _shared(folder, config)
+        # One process makes what all read: two that pre-train a model at the same time would do so twice.
+        make_task(config, folder, config.tuning_seed)
+        write_json(folder / "bench.json", shared)  # not before: what could not be made has measured nothing
+        try:
+            with _Workers(config, folder, num_processes, num_gpus) as workers:
+                workers.fill(trials, missing_trials(config, trials), told)
+                workers.fill(results, missing_cells(config, trials, results), told)
+        finally:
+            shutil.rmtree(folder / WORK, ignore_errors=True)  # of cells that were interrupted, in this run or before
     return results
 
 
@@ -207,6 +213,7 @@ class _Workers:
 
     def __init__(self, config: BenchConfig, folder: Path, number: int, num_gpus: int) -> None:
         self._config, self._folder, self._pool = config, folder, None
+        self._of_others = set(multiprocessing.active_children())
         if number > 1:
             context = multiprocessing.get_context("spawn")  # torch does not survive a fork
             places = context.Queue()
@@ -219,7 +226,10 @@ class _Workers:
     def __enter__(self) -> "_Workers":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, Exception):  # interrupted: a cell may take hours
+            for worker in {*multiprocessing.active_children()} - self._of_others:
+                worker.terminate()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ropo.endpoint import EndpointError, check_key, check_url, post_json, resource_url
+from ropo.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
 from ropo.judge.answers import UNREADABLE, Answers
 from ropo.logps.score import progress_bar
 from ropo.pairs import Pair, Text
@@ -199,19 +199,18 @@ class EndpointJudge:
 
     def _ask_all(self, missing: Mapping[str, tuple[_Question, _Question]]) -> None:
         state = PartialState()
-        with (
-            ThreadPoolExecutor(max(self._num_threads // state.num_processes, 1)) as pool,
-            progress_bar("Asking the judge", len(missing), is_shown=state.is_main_process) as advance,
-        ):
+        pool = ThreadPoolExecutor(max(self._num_threads // state.num_processes, 1), ASKING)
+        with progress_bar("Asking the judge", len(missing), is_shown=state.is_main_process) as advance:
             futures = [pool.submit(self._ask_both, questions) for questions in missing.values()]
             try:
                 for future in as_completed(futures):
                     future.result()
                     advance(1)
-            except BaseException:
+            except BaseException as error:
                 self._has_stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                stop_asking(pool, futures, error)
                 raise
+            pool.shutdown()
         if self._on_failure == "stop" and self._failure is not None and self._has_stopped.is_set():
             raise self._failure
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ropo.endpoint import EndpointError, check_key, check_url, post_json, resource_url
+from ropo.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
 from ropo.resample.engine import Advance, Prompt, Response, Sampling, stop_tokens
 
 _TOKENS_PER_SHARD = 2**18
@@ -93,16 +93,17 @@ class ServerEngine:
         """
         self._has_failed.clear()
         found: list[list[Response]] = [[] for _ in prompts]
-        with ThreadPoolExecutor(self._num_threads) as pool:
-            futures = {pool.submit(self._ask, prompt, sampling): i for i, prompt in enumerate(prompts)}
-            try:
-                for future in as_completed(futures):
-                    found[futures[future]] = future.result()
-                    advance(1, sum(response.num_tokens for response in future.result()))
-            except BaseException:
-                self._has_failed.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ThreadPoolExecutor(self._num_threads, ASKING)
+        futures = {pool.submit(self._ask, prompt, sampling): i for i, prompt in enumerate(prompts)}
+        try:
+            for future in as_completed(futures):
+                found[futures[future]] = future.result()
+                advance(1, sum(response.num_tokens for response in future.result()))
+        except BaseException as error:
+            self._has_failed.set()
+            stop_asking(pool, futures, error)
+            raise
+        pool.shutdown()
         return found
 
     def close(self) -> None:
