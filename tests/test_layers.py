@@ -9,9 +9,9 @@ import ropo
 
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
-    "pairs", "provenance", "endpoint", "data", "logps", "losses", "noise", "plan", "judge", "resample", "config",
-    "stages", "ledger", "policy", "pair_dataset", "weighing", "callbacks", "metrics", "trainer", "crossfit",
-    "audit", "rounds", "report", "evaluation", "outputs", "forecast", "align", "bench", "demo", "cli",
+    "pairs", "provenance", "options", "endpoint", "data", "logps", "losses", "noise", "plan", "judge", "resample",
+    "config", "stages", "ledger", "policy", "pair_dataset", "weighing", "callbacks", "metrics", "preflight", "trainer",
+    "crossfit", "audit", "rounds", "report", "evaluation", "outputs", "forecast", "align", "bench", "demo", "cli",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]
 SOURCE = Path(ropo.__file__).parent
