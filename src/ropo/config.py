@@ -73,7 +73,6 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "eval_strategy": choices_of(IntervalStrategy),
         "logging_strategy": choices_of(IntervalStrategy),
         "hub_strategy": choices_of(HubStrategy),
-        "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
     }
 )
@@ -115,7 +114,6 @@ _BOUNDS: Mapping[str, tuple[float, float | None]] = MappingProxyType(
         "warmup_steps": (0, None),
         "learning_rate": (0, None),
         "weight_decay": (0, None),
-        "adam_epsilon": (0, None),
         "max_grad_norm": (0, None),
         "neftune_noise_alpha": (0, None),
         "eval_delay": (0, None),
@@ -131,7 +129,7 @@ _BOUNDS: Mapping[str, tuple[float, float | None]] = MappingProxyType(
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # kernels that no loss of preferences can use
 _ABOVE_ZERO = (
     "temperature", "top_p", "max_abs_margin", "max_length_ratio", "max_resampled_share", "logging_steps", "save_steps",
-    "eval_steps",
+    "eval_steps", "adam_epsilon",
 )  # fmt: skip
 
 
@@ -158,11 +156,13 @@ class ROPOConfig(TrainingArguments):
     logging_first_step: bool = _option(default=True, text="Log the first step too: its loss is known in advance.")
     save_strategy: str = _option("epoch", "When to write a checkpoint: no, steps, epoch.")
     save_total_limit: int | None = _option(1, "Checkpoints kept in a training stage; they go when the stage is done.")
-    train_sampling_strategy: str = _option("group_by_length", "random, sequential or group_by_length (fastest).")
+    train_sampling_strategy: str = _option(
+        "group_by_length", "random, sequential, batch_rebalance or group_by_length (fastest)."
+    )
     disable_tqdm: bool | None = _option(default=False, text="Show no progress bar in training.")
     remove_unused_columns: bool = _option(default=False, text="Kept for `transformers`; pairs are not columns.")
 
-    liger_kernel_config: dict[str, Any] | str | None = field(
+    liger_kernel_config: dict[str, Any] | str | None = field(  # type: ignore[assignment] # as text on a command line
         default=None,
         metadata={"help": "Which of Liger's kernels to take, as JSON of true and false; never its losses of tokens."},
     )
