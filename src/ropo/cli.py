@@ -44,7 +44,7 @@ from ropo.demo import run_demo
 from ropo.endpoint import EndpointError
 from ropo.losses import methods_table
 from ropo.noise.reading import WIDE_RANGE
-from ropo.options import check_choice, check_types, check_words, did_you_mean, name_of_option, read_yaml, short
+from ropo.options import check_choice, check_folder, check_types, check_words, did_you_mean, name_of_option, read_yaml, short
 from ropo.policy import PolicySource, check_positions, find_model, load_tokenizer
 
 DONE, NOT_ACCEPTABLE, MISUSE, OUR_FAULT = 0, 1, 2, 70
@@ -225,13 +225,19 @@ ropo: align language models on preference data whose labels are partly wrong
 
 def _demo(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "ropo demo", description="See ROPO and DPO on labels of which a known share is flipped."
+        "ropo demo", allow_abbrev=False, description="See ROPO and DPO on labels of which a known share is flipped."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where everything is written.")
     parser.add_argument("--flip_rate", type=float, default=0.3, help="Share of labels to flip, [0, 0.5).")
     parser.add_argument("--num_pairs", type=int, default=4000, help="Training pairs.")
     parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
     given = parser.parse_args(words)
+    if not 0 <= given.flip_rate < 0.5:
+        raise ValueError(f"flip_rate needs a number in [0, 0.5); got {given.flip_rate}.")
+    for name, lowest, highest in (("num_pairs", 10, 10**6), ("seed", 0, 2**31)):  # ten pairs make five folds
+        if not lowest <= getattr(given, name) <= highest:
+            raise ValueError(f"{name} needs a number from {lowest} to {highest}; got {getattr(given, name)}.")
+    check_folder("output_dir", given.output_dir)
     run_demo(given.output_dir, flip_rate=given.flip_rate, num_pairs=given.num_pairs, seed=given.seed, console=Console())
     return DONE
 
@@ -431,6 +437,9 @@ def _bench(words: list[str]) -> int:
     parser.add_argument("--num_processes", type=int, help="Trainings at a time. Default: one per GPU or core.")
     given = parser.parse_args(words)
     config = read_bench_config(given.config)
+    if given.num_processes is not None and given.num_processes < 1:
+        raise ValueError(f"num_processes needs 1 or more; got {given.num_processes}.")
+    check_folder("output_dir", given.output_dir)
     start = time.monotonic()
     run_bench(
         config,

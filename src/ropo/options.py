@@ -144,6 +144,8 @@ def check_types(options: Any, *, either: Collection[str] = ()) -> None:
         needs = _what_it_needs(value, kinds - {NoneType}, is_own=name in own)
         if needs:
             raise ValueError(f"{name} needs {needs}; got {str(value)[:_SHOWN] if _is_number(value) else short(value)}.")
+        if kinds - {NoneType} == {float} and name not in either and value != field.default:
+            setattr(options, name, float(value))  # 1 and 1.0 are one value, and have one digest
 
 
 @cache
