@@ -30,7 +30,7 @@ from ropo.evaluation import EvaluationSet, evaluate, read_evaluation
 from ropo.forecast import tell_forecast
 from ropo.judge.make import make_judge
 from ropo.judge.verdicts import Judge
-from ropo.launch import Launch, refuse_other_launch, tell_other_launch
+from ropo.launch import Launch, tell_other_launch
 from ropo.lock import LOCK_FILE, owning
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
@@ -38,10 +38,11 @@ from ropo.outputs import Read, publish, publish_audit
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource, check_adapter, check_positions, find_model, load_tokenizer
+from ropo.preflight import check_training, check_warmup
 from ropo.provenance import hash_file, hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.rounds import run_all
 from ropo.stages import Stages
-from ropo.trainer import batching, refuse_missing_packages, refuse_several_gpus
+from ropo.trainer import batching
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +260,7 @@ def _prepare(
     """Read, check and tokenize the data, claim the output folder, score the reference."""
     _check_run(args)
     folder = Path(str(args.output_dir))
+    _refuse_what_is_not_ours(folder)
     _tell_launch(args, model)
     loaded, pairs, problems = read_checked(dataset, split=split, columns=columns, on_bad_rows=args.on_bad_rows)
     verdicts = {} if decisions is None else _verdicts_in(Path(decisions))
@@ -284,6 +286,7 @@ def _prepare(
     if trusted_tokens.problems:
         logger.warning("Trusted pairs:\n%s", render(trusted_tokens.problems))
     check_positions(source, tokenized)
+    check_warmup(args, num_pairs=len(tokenized) + len(trusted_tokens))
     if peft_config is not None:
         check_adapter(source.skeleton(), peft_config)
     elif source.load_options.get("attn_implementation"):
@@ -387,9 +390,7 @@ def _check_run(args: ROPOConfig) -> None:
     Raises:
         ValueError: If there are several GPUs in this process, or an option asks for what a run has not or does not do.
     """
-    refuse_several_gpus(args)
-    refuse_other_launch(args)
-    refuse_missing_packages(args)
+    check_training(args)
     for name, reason in _NOT_RESUMED.items():
         if getattr(args, name):
             raise ValueError(
@@ -405,6 +406,13 @@ def _check_run(args: ROPOConfig) -> None:
             f"between; got eval_strategy {IntervalStrategy(args.eval_strategy).value!r}. Leave it out, or use "
             "ROPOTrainer."
         )
+    for name, is_asked in (
+        ("eval_on_start", args.eval_on_start),
+        ("save_strategy best", args.save_strategy == "best"),
+        ("load_best_model_at_end", args.load_best_model_at_end),
+    ):
+        if is_asked:
+            raise ValueError(f"A run evaluates nothing while it trains; got {name}. Leave it out, or use ROPOTrainer.")
     if args.push_to_hub:
         raise ValueError(
             "A run uploads nothing; got push_to_hub. Leave it out, look at the report, then upload the model's files "
@@ -467,6 +475,22 @@ def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel) -> None:
         logger.info("%s. %s", Launch.of(args), reference)
 
 
+def _refuse_what_is_not_ours(folder: Path) -> None:
+    """A folder of the model, of the data or of anything else is no place for a run.
+
+    Raises:
+        ValueError: If the folder holds other files and no run.
+    """
+    if not folder.exists() or (folder / "ropo_config.json").exists():
+        return
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in _MADE_BEFORE)
+    if others:
+        raise ValueError(
+            f"output_dir needs a new folder or one of our runs; {folder} holds other files, like {others[0]}. Use "
+            "another one."
+        )
+
+
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Make the output folder this run's, or make sure that it already is.
 
@@ -484,10 +508,8 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."
             )
-    elif folder.exists() and any(entry.name not in _MADE_BEFORE for entry in folder.iterdir()):
-        raise ValueError(
-            f"output_dir needs a new folder or one of our runs; {folder} holds other files. Use another one."
-        )
+    else:
+        _refuse_what_is_not_ours(folder)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         write_json(path, identity)

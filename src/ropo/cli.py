@@ -1,22 +1,26 @@
 """`ropo demo | audit | train | bench | export | win_rate | validate | losses`.
 
-In: the command line. Out: an exit code: 0 done, 1 the data, an endpoint or the result is not acceptable, 2 misuse, 130
-or 143 interrupted by Ctrl-C or SIGTERM.
+In: the command line. Out: an exit code: 0 done, 1 the data, an endpoint or the result is not acceptable, 2 misuse,
+70 a fault of ours, whose traceback is in a file, 130 or 143 interrupted by Ctrl-C or SIGTERM.
 """
 
 import argparse
 import dataclasses
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+import typing
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from accelerate import PartialState
 from peft import LoraConfig
@@ -33,7 +37,7 @@ from ropo.bench.grid_config import read_bench_config
 from ropo.bench.options import ExportArguments, WinRateArguments
 from ropo.bench.publish import publish_bench
 from ropo.bench.win_rate import run_win_rate
-from ropo.config import ROPOConfig, did_you_mean, in_trl, read_yaml
+from ropo.config import ROPOConfig, in_trl
 from ropo.data.load import load_pairs
 from ropo.data.problems import PROBLEMS, printable, render, rows_left_out
 from ropo.data.tokenize import tokenize_pairs
@@ -44,9 +48,19 @@ from ropo.interruption import raising_interrupted
 from ropo.lock import owning
 from ropo.losses import methods_table
 from ropo.noise.reading import WIDE_RANGE
+from ropo.options import (
+    check_choice,
+    check_folder,
+    check_types,
+    check_words,
+    did_you_mean,
+    name_of_option,
+    read_yaml,
+    short,
+)
 from ropo.policy import PolicySource, check_positions, find_model, load_tokenizer
 
-DONE, NOT_ACCEPTABLE, MISUSE = 0, 1, 2
+DONE, NOT_ACCEPTABLE, MISUSE, OUR_FAULT = 0, 1, 2, 70
 INTERRUPTED = 128  # and the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 Options = TypeVar("Options")
 COLUMNS = ("prompt", "chosen", "rejected", "annotator")
@@ -151,6 +165,37 @@ def _run(words: list[str]) -> int:
         "validate": _validate,
         "losses": _losses,
     }
+    if (code := _answered(words, commands)) is not None:
+        return code
+    _log_to_console()
+    try:
+        check_words(words[1:])
+        return commands[words[0]](words[1:])
+    except (DataError, EndpointError) as error:
+        print(f"ropo {words[0]}: {error}", file=sys.stderr)
+        return NOT_ACCEPTABLE
+    except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (RuntimeError, FloatingPointError, MemoryError) as error:
+        if os.environ.get("ROPO_DEBUG"):
+            raise
+        print(f"ropo {words[0]}: {str(error) or 'the memory of this machine is not enough.'}", file=sys.stderr)
+        return NOT_ACCEPTABLE
+    except (ValueError, OSError, ImportError) as error:  # an option may need a package that is not there
+        if os.environ.get("ROPO_DEBUG"):
+            raise
+        print(f"ropo {words[0]}: {error}\n(ROPO_DEBUG=1 shows where in the code this was found.)", file=sys.stderr)
+        return MISUSE
+    except Exception as error:
+        if os.environ.get("ROPO_DEBUG"):
+            raise
+        print(_say_fault(words, error), file=sys.stderr)
+        return OUR_FAULT
+
+
+def _answered(words: Sequence[str], commands: Collection[str]) -> int | None:
+    """Exit code where no command is to be run; None where one is."""
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE)
         return DONE if words else MISUSE
@@ -159,10 +204,14 @@ def _run(words: list[str]) -> int:
         return DONE
     if words[0] not in commands:
         print(
-            f"ropo needs one of {', '.join(commands)}; got {words[0]!r}.{did_you_mean(words[0], list(commands))}",
+            f"ropo needs one of {', '.join(commands)}; got {words[0]!r}.{did_you_mean(words[0], commands)}",
             file=sys.stderr,
         )
         return MISUSE
+    return None
+
+
+def _log_to_console() -> None:
     logging.basicConfig(
         level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR,
         format="%(message)s",
@@ -172,24 +221,31 @@ def _run(words: list[str]) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # loading and writing shards takes a second; training keeps its bar
-    try:
-        return commands[words[0]](words[1:])
-    except (DataError, EndpointError) as error:
-        print(f"ropo {words[0]}: {error}", file=sys.stderr)
-        return NOT_ACCEPTABLE
-    except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except (RuntimeError, FloatingPointError) as error:
-        if os.environ.get("ROPO_DEBUG"):
-            raise
-        print(f"ropo {words[0]}: {error}", file=sys.stderr)
-        return NOT_ACCEPTABLE
-    except (ValueError, OSError, ImportError) as error:  # an option may need a package that is not there
-        if os.environ.get("ROPO_DEBUG"):
-            raise
-        print(f"ropo {words[0]}: {error}\n(ROPO_DEBUG=1 shows where in the code this was found.)", file=sys.stderr)
-        return MISUSE
+
+
+def _say_fault(words: Sequence[str], error: Exception) -> str:
+    """One sentence on what nobody has foreseen; where it came from is kept in a file, without tokens."""
+    head, *rest = f"{type(error).__name__}: {error}".splitlines()
+    lines = "".join(traceback.format_exception(error))
+    report = f"ropo {__version__}: {shlex.join(['ropo', *_without_secrets(words)])}\n\n{lines}"
+    for secret in _secrets(words):
+        head, report = head.replace(secret, "..."), report.replace(secret, "...")
+    with tempfile.NamedTemporaryFile(
+        "w", prefix=f"ropo-{words[0]}-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.write(report)
+    return (
+        f"ropo {words[0]} stopped by a fault of its own ({head[:300]}{' ...' if rest or head[300:] else ''}). Please "
+        f"report it with {file.name}, which holds the traceback; ROPO_DEBUG=1 shows it at once."
+    )
+
+
+def _secrets(words: Sequence[str]) -> list[str]:
+    """Values of tokens that stand on the command line, and of keys in the environment."""
+    hidden = [given for given, shown in zip(words, _without_secrets(words), strict=True) if given != shown]
+    named = [value for name, value in os.environ.items() if name.endswith(("_KEY", "_TOKEN"))]
+    found = [*(word.rpartition("=")[2] if word.startswith("--") else word for word in hidden), *named]
+    return sorted({secret for secret in found if len(secret) >= 4}, key=len, reverse=True)
 
 
 _USAGE = """\
@@ -214,13 +270,19 @@ ropo: align language models on preference data whose labels are partly wrong
 
 def _demo(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "ropo demo", description="See ROPO and DPO on labels of which a known share is flipped."
+        "ropo demo", allow_abbrev=False, description="See ROPO and DPO on labels of which a known share is flipped."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where everything is written.")
     parser.add_argument("--flip_rate", type=float, default=0.3, help="Share of labels to flip, [0, 0.5).")
     parser.add_argument("--num_pairs", type=int, default=4000, help="Training pairs.")
     parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
     given = parser.parse_args(words)
+    if not 0 <= given.flip_rate < 0.5:
+        raise ValueError(f"flip_rate needs a number in [0, 0.5); got {given.flip_rate}.")
+    for name, lowest, highest in (("num_pairs", 10, 10**6), ("seed", 0, 2**31)):  # ten pairs make five folds
+        if not lowest <= getattr(given, name) <= highest:
+            raise ValueError(f"{name} needs a number from {lowest} to {highest}; got {getattr(given, name)}.")
+    check_folder("output_dir", given.output_dir)
     folder, flip_rate, num_pairs, seed = given.output_dir, given.flip_rate, given.num_pairs, given.seed
     with owning(folder):
         run_demo(folder, flip_rate=flip_rate, num_pairs=num_pairs, seed=seed, console=Console())
@@ -414,7 +476,9 @@ def _adapter(given: TrainArguments) -> LoraConfig | None:
 
 
 def _bench(words: list[str]) -> int:
-    parser = argparse.ArgumentParser("ropo bench", description="Compare methods on noise whose truth is known.")
+    parser = argparse.ArgumentParser(
+        "ropo bench", allow_abbrev=False, description="Compare methods on noise whose truth is known."
+    )
     parser.add_argument(
         "--config", type=Path, required=True, help="YAML file with the grid, like benchmarks/quick.yaml."
     )
@@ -422,6 +486,9 @@ def _bench(words: list[str]) -> int:
     parser.add_argument("--num_processes", type=int, help="Trainings at a time. Default: one per GPU or core.")
     given = parser.parse_args(words)
     config = read_bench_config(given.config)
+    if given.num_processes is not None and given.num_processes < 1:
+        raise ValueError(f"num_processes needs 1 or more; got {given.num_processes}.")
+    check_folder("output_dir", given.output_dir)
     start = time.monotonic()
     run_bench(
         config,
@@ -518,13 +585,13 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
     Raises:
         ValueError: If an option is unknown, missing or out of range.
     """
-    config_parser = argparse.ArgumentParser(f"ropo {task}", add_help=False)
+    config_parser = argparse.ArgumentParser(f"ropo {task}", add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", type=Path)
     config, rest = config_parser.parse_known_args(list(words))
-    parser = HfArgumentParser(_KINDS, prog=f"ropo {task}", allow_abbrev=False, epilog=_EPILOGS[task])
+    parser = _Parser(_KINDS, prog=f"ropo {task}", allow_abbrev=False, epilog=_EPILOGS[task])
     known = [f.name for kind in _KINDS for f in dataclasses.fields(kind)]
-    if config.config is not None:
-        parser.set_defaults(**_read_recipe(config.config, known))
+    recipe = {} if config.config is None else _read_recipe(config.config, parser, known)
+    parser.set_defaults(**recipe)
     given, args, unknown = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
     )
@@ -532,16 +599,14 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
     for name, value in (
         ("model_name_or_path", given.model_name_or_path),
         ("dataset_name", given.dataset_name),
-        ("output_dir", args.output_dir if "output_dir" in _named(words, config.config) else None),
+        ("output_dir", args.output_dir if "output_dir" in {*map(name_of_option, words), *recipe} else None),
     ):
         if not value:
             raise ValueError(
                 f"--{name} is missing. Usage: ropo {task} --model_name_or_path M --dataset_name D --output_dir O"
             )
-    if given.dtype not in DTYPES:
-        raise ValueError(
-            f"dtype needs one of {', '.join(DTYPES)}; got {given.dtype}.{did_you_mean(given.dtype, DTYPES)}"
-        )
+    check_types(given)
+    check_choice("dtype", given.dtype, DTYPES)
     if given.eval_dataset_name is None and given.eval_dataset_split != "train":
         raise ValueError("eval_dataset_split needs eval_dataset_name, of which it is a part. Add it.")
     if given.use_peft and given.lora_r < 1:
@@ -569,7 +634,7 @@ def parse_options(kind: type[Options], words: Sequence[str], *, task: str) -> Op
     Raises:
         ValueError: If an option is unknown, missing or out of range.
     """
-    parser = HfArgumentParser(kind, prog=f"ropo {task}", allow_abbrev=False)  # type: ignore[arg-type]
+    parser = _Parser(kind, prog=f"ropo {task}", allow_abbrev=False)  # type: ignore[arg-type]
     given, unknown = parser.parse_known_args(list(words))
     _refuse_unknown(unknown, [f.name for f in dataclasses.fields(kind)], task=task)  # type: ignore[arg-type]
     return kind(**vars(given))
@@ -577,32 +642,50 @@ def parse_options(kind: type[Options], words: Sequence[str], *, task: str) -> Op
 
 def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], *, task: str) -> None:
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        name = name_of_option(unknown[0])
         instead = (in_trl(name) if task in _EPILOGS else "") or did_you_mean(name, known)
         raise ValueError(f"unknown option {unknown[0]}.{instead} `ropo {task} --help` lists all.")
 
 
-def _named(words: Sequence[str], recipe: Path | None) -> set[str]:
-    """Names of the options that the user gave in either place."""
-    named = {word.lstrip("-").split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    return named | (set(read_yaml(recipe)) if recipe else set())
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one sentence, where `argparse` prints all options first."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.fullmatch(
+            r"argument --(\w+)\S*: (?:invalid (\w+) value|Truthy value expected): (.*)", message, re.DOTALL
+        )
+        if found is None:
+            raise ValueError(message.replace("argument --", "--", 1))
+        name, kind, value = found.groups()
+        if kind is None:
+            value = repr(value.removeprefix("got ").partition(" but expected")[0])
+        needs = {"int": "a whole number", "float": "a number", None: "true or false"}.get(kind, f"a {kind}")
+        raise ValueError(f"{name} needs {needs}; got {value}.")
 
 
-def _read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    recipe = read_yaml(path)
-    for name in recipe:
+def _read_recipe(path: Path, parser: _Parser, known: Sequence[str]) -> dict[str, Any]:
+    """Options of a YAML file, each as the command line would have read it."""
+    recipe = read_yaml(path, as_text=True)
+    kinds: dict[str, Any] = {name: kind for one in _KINDS for name, kind in typing.get_type_hints(one).items()}
+    defaults = {option.name: option.default for kind in _KINDS for option in dataclasses.fields(kind)}
+    for name, value in recipe.items():
         if name not in known:
             instead = in_trl(str(name)) or did_you_mean(name, known)
             raise ValueError(f"{path}: unknown option {name!r}.{instead} `ropo train --help` lists all.")
-    kinds = {option.name: option for kind in _KINDS for option in dataclasses.fields(kind)}
-    for name, value in recipe.items():
-        takes_list = any(word in str(kinds[name].type) for word in ("list", "dict"))
-        if isinstance(value, list | dict) and not takes_list:
-            raise ValueError(f"{path}: {name} needs one value; got {value!r}.")
-        if value is None and kinds[name].default is not None:
+        if (value is None and defaults[name] is not None) or value == "":
             raise ValueError(f"{path}: {name} has no value. Give it one, or leave the line out.")
-    # Written as strings, values pass through the same conversion as on the command line: YAML reads 1e-6 as text.
-    return {name: str(value) if isinstance(value, float) else value for name, value in recipe.items()}
+        if isinstance(value, list | dict) and type(value).__name__ not in str(kinds[name]):
+            raise ValueError(f"{path}: {name} needs one value; got {short(value)}.")
+        if isinstance(value, list) and any(isinstance(one, list | dict) or one is None for one in value):
+            raise ValueError(f"{path}: {name} needs a list of texts; got {short(value)}.")
+        if isinstance(value, str):
+            try:
+                recipe[name] = getattr(parser.parse_known_args([f"--{name}={value}"])[0], name)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        elif isinstance(value, list):
+            recipe[name] = [str(one) for one in value]
+    return recipe
 
 
 if __name__ == "__main__":

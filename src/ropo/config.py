@@ -7,22 +7,23 @@ import copy
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import yaml
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from ropo.endpoint import check_key, check_url
 from ropo.judge.endpoint import ON_FAILURE
 from ropo.judge.make import JUDGES, judge_options
 from ropo.losses import LOSSES, bind_loss
 from ropo.noise.decide import RULES
+from ropo.options import check_choice, check_folder, check_keys, check_types, choices_of, read_object
 from ropo.resample.engine import Sampling
 from ropo.resample.engines import ENGINES, engine_options
 from ropo.resample.select import SELECTION_RULES, Guards
@@ -58,6 +59,79 @@ ROUND_STARTS = ("restart", "carry_on")
 SAMPLE_FROM = ("reference", "policy")
 ON_BAD_ROWS = ("refuse", "skip")
 
+# What `transformers` takes of the options that are its own, or finds wrong only when the training begins.
+_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "round_start": ROUND_STARTS,
+        "on_bad_rows": ON_BAD_ROWS,
+        "selection_rule": tuple(SELECTION_RULES),
+        "sample_from": SAMPLE_FROM,
+        "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+        "lr_scheduler_type": choices_of(SchedulerType),
+        "optim": choices_of(OptimizerNames),
+        "save_strategy": choices_of(SaveStrategy),
+        "eval_strategy": choices_of(IntervalStrategy),
+        "logging_strategy": choices_of(IntervalStrategy),
+        "hub_strategy": choices_of(HubStrategy),
+        "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
+    }
+)
+# Options that hold named values: whether a JSON file may be named, and the names that are read, where these are known.
+_FOR_CHECKPOINTS = (
+    "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn", "every_n_layers",
+    "offload",
+)  # fmt: skip
+_OBJECTS: Mapping[str, tuple[bool, tuple[str, ...]]] = MappingProxyType(
+    {
+        "lr_scheduler_kwargs": (False, ()),
+        "activation_checkpointing_kwargs": (False, _FOR_CHECKPOINTS),
+        "gradient_checkpointing_kwargs": (False, _FOR_CHECKPOINTS),
+        "liger_kernel_config": (False, ()),
+        "accelerator_config": (True, tuple(AcceleratorConfig.__dataclass_fields__)),
+        "fsdp_config": (True, ()),
+        "deepspeed": (True, ()),
+    }
+)
+# The smallest and the largest value of each number that must lie between two; None: no bound.
+_BOUNDS: Mapping[str, tuple[float, float | None]] = MappingProxyType(
+    {
+        "rounds": (1, None),
+        "max_length": (2, None),
+        "num_candidates": (0, None),
+        "num_folds": (0, None),
+        "num_passes": (1, None),
+        "max_new_tokens": (1, None),
+        "max_copies": (1, None),
+        "max_repetition": (0, 1),
+        "resampled_weight": (0, 1),
+        "resampled_decay": (0, 1),
+        "per_device_train_batch_size": (1, None),
+        "per_device_eval_batch_size": (1, None),
+        "gradient_accumulation_steps": (1, None),
+        "eval_accumulation_steps": (1, None),
+        "num_train_epochs": (0, 10_000),
+        "max_steps": (-1, 2**31 - 1),
+        "warmup_steps": (0, None),
+        "learning_rate": (0, None),
+        "weight_decay": (0, None),
+        "max_grad_norm": (0, None),
+        "neftune_noise_alpha": (0, None),
+        "eval_delay": (0, None),
+        "save_total_limit": (1, None),
+        "seed": (0, None),
+        "data_seed": (0, 2**32 - 1),
+        "dataloader_num_workers": (0, None),
+        "dataloader_prefetch_factor": (1, None),
+        "ddp_bucket_cap_mb": (1, None),
+        "ddp_timeout": (1, None),
+    }
+)
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # kernels that no loss of preferences can use
+_ABOVE_ZERO = (
+    "temperature", "top_p", "max_abs_margin", "max_length_ratio", "max_resampled_share", "logging_steps", "save_steps",
+    "eval_steps", "adam_epsilon",
+)  # fmt: skip
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -82,9 +156,16 @@ class ROPOConfig(TrainingArguments):
     logging_first_step: bool = _option(default=True, text="Log the first step too: its loss is known in advance.")
     save_strategy: str = _option("epoch", "When to write a checkpoint: no, steps, epoch.")
     save_total_limit: int | None = _option(1, "Checkpoints kept in a training stage; they go when the stage is done.")
-    train_sampling_strategy: str = _option("group_by_length", "random, sequential or group_by_length (fastest).")
+    train_sampling_strategy: str = _option(
+        "group_by_length", "random, sequential, batch_rebalance or group_by_length (fastest)."
+    )
     disable_tqdm: bool | None = _option(default=False, text="Show no progress bar in training.")
     remove_unused_columns: bool = _option(default=False, text="Kept for `transformers`; pairs are not columns.")
+
+    liger_kernel_config: dict[str, Any] | str | None = field(  # type: ignore[assignment] # as text on a command line
+        default=None,
+        metadata={"help": "Which of Liger's kernels to take, as JSON of true and false; never its losses of tokens."},
+    )
 
     # The loss.
     loss: str = _option("ropo", "Loss of the training stages: one of the names that `ropo losses` lists.")
@@ -202,16 +283,18 @@ class ROPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._check_values()
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except ValueError as error:
             if "use_cpu" not in str(error):
                 raise
-            raise ValueError("bf16 and fp16 need a GPU; got none. Add --use_cpu to train on a CPU.") from None
-        self._check_choice("round_start", ROUND_STARTS)
-        self._check_choice("on_bad_rows", ON_BAD_ROWS)
-        self._check_choice("selection_rule", tuple(SELECTION_RULES))
-        self._check_choice("sample_from", SAMPLE_FROM)
+            raise ValueError("bf16 needs a GPU; got none. Add --use_cpu to train on a CPU.") from None
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU; got a CPU. Use bf16 with use_cpu, or leave both out.")
+        if self.use_liger_kernel:
+            given = self.liger_kernel_config or {}
+            self.liger_kernel_config = {**dict.fromkeys(LIGER_LOSSES, False), **dict(given)}  # type: ignore[arg-type]
         self._check_filter()
         self._check_numbers()
         if self.num_folds == 1:
@@ -239,35 +322,44 @@ class ROPOConfig(TrainingArguments):
                 "Use rounds of 2 or more, or num_folds of 2 or more."
             )
 
+    def _check_values(self) -> None:
+        """Each option for itself: its type, its range, its table; before `TrainingArguments` computes with them."""
+        check_types(self, either=("alpha", "rho"))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), choices)
+        for name, (may_be_file, keys) in _OBJECTS.items():
+            value = read_object(name, getattr(self, name), may_be_file=may_be_file)
+            setattr(self, name, value)
+            if keys and isinstance(value, dict):
+                check_keys(name, value, keys)
+        if self.output_dir is not None:
+            check_folder("output_dir", self.output_dir)
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        for name, (lowest, highest) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is None or (lowest <= value and (highest is None or value <= highest)):
+                continue
+            needs = f"a number from {lowest} to {highest}" if highest is not None else f"{lowest} or more"
+            raise ValueError(f"{name} needs {needs}; got {value}.")
+        for name in _ABOVE_ZERO:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} needs a number above 0; got {getattr(self, name)}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} needs a number in [0, 1); got {getattr(self, name)}.")
+
     def _check_numbers(self) -> None:
-        for name, lowest in (
-            ("rounds", 1),
-            ("max_length", 2),
-            ("num_candidates", 0),
-            ("num_folds", 0),
-            ("num_passes", 1),
-            ("max_new_tokens", 1),
-            ("max_copies", 1),
-            ("per_device_train_batch_size", 1),
-            ("per_device_eval_batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("seed", 0),
-            ("learning_rate", 0),
-        ):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} needs {lowest} or more; got {getattr(self, name)}.")
         if self.seed + self.rounds > 2**32:  # each round has its own seed
             raise ValueError(f"seed needs a number below {2**32 - self.rounds + 1}; got {self.seed}.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise ValueError(f"num_train_epochs needs a number above 0; got {self.num_train_epochs}.")
         if self.max_steps == 0:
             raise ValueError("max_steps needs 1 or more, or -1 for as many as the epochs have; got 0.")
-        for name in ("temperature", "top_p", "max_abs_margin", "max_length_ratio", "max_resampled_share"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} needs a number above 0; got {getattr(self, name)}.")
-        for name in ("max_repetition", "resampled_weight", "resampled_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} needs a number from 0 to 1; got {getattr(self, name)}.")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise ValueError("dataloader_persistent_workers needs dataloader_num_workers of 1 or more; got 0.")
 
     def _check_generation(self) -> None:
         """An engine can run here and has what it needs, and no option is ignored or holds a key."""
@@ -343,9 +435,6 @@ class ROPOConfig(TrainingArguments):
                 "num_candidates 0. Use decision_rule hard_or_noisy, or resampling."
             )
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        check_choice(name, getattr(self, name), choices)
-
     def _check_filter(self) -> None:
         """A share that was given is taken away; one that follows the estimate is a ceiling."""
         self.rho = str(self.rho)
@@ -353,7 +442,7 @@ class ROPOConfig(TrainingArguments):
             self._check_rho()
         if self.decision_rule is None:
             self.decision_rule = "threshold" if self.rho == "auto" else "lowest_loss"
-        self._check_choice("decision_rule", tuple(RULES))
+        check_choice("decision_rule", self.decision_rule, RULES)
 
     def _check_rho(self) -> None:
         try:
@@ -441,39 +530,6 @@ class ROPOConfig(TrainingArguments):
     def fixed_rho(self) -> float | None:
         """The share of pairs to filter out, or None when it follows the estimate."""
         return None if self.rho == "auto" else float(self.rho)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Options from a file; an empty one holds none.
-
-    Raises:
-        ValueError: If it is not there, or is no YAML file of options.
-    """
-    if not path.is_file():
-        raise ValueError(f"--config needs a YAML file; {path} is not there.")
-    try:
-        found = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config needs a YAML file; {path} is none: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"--config needs a YAML file of `option: value` lines; {path} holds a {type(found).__name__}.")
-    return found
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a name that is not in a table.
-
-    Args:
-        name: The option.
-        value: What was given.
-        choices: What there is.
-
-    Raises:
-        ValueError: If `value` is none of them.
-    """
-    known = list(choices)
-    if value not in known:
-        raise ValueError(f"{name} needs one of {', '.join(known)}; got {value!r}.{did_you_mean(value, known)}")
 
 
 def check_engine(args: Any) -> None:
@@ -578,21 +634,3 @@ def check_config(args: Any, *, taker: str) -> None:
             f"{taker} needs a ROPOConfig as args; got {type(args).__name__}. ROPOConfig takes all options of "
             "TrainingArguments, with loss and beta beside them."
         )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the closest known names, or nothing.
-
-    Args:
-        name: What was written.
-        known: What exists.
-
-    Returns:
-        " Did you mean ...?" or an empty string.
-
-    Examples:
-        >>> did_you_mean("lowest_los", ["lowest_loss", "posterior"])
-        ' Did you mean lowest_loss?'
-    """
-    close = get_close_matches(str(name), list(known), n=2)
-    return f" Did you mean {' or '.join(close)}?" if close else ""

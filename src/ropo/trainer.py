@@ -34,19 +34,17 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils.import_utils import is_liger_kernel_available
 
 import ropo
 from ropo.callbacks import AfterStep, Checks, Halfway, ProgressWithLoss, Replayable, SaveWithCheckpoint, saved_with
-from ropo.config import ROPOConfig, check_config, did_you_mean, in_trl
+from ropo.config import ROPOConfig, check_config, in_trl
 from ropo.data.problems import render
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import read_checked
-from ropo.launch import Launch, refuse_other_launch
+from ropo.launch import Launch
 from ropo.logps.batch import Batch
 from ropo.logps.cache import reference_logps
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
@@ -55,6 +53,7 @@ from ropo.metrics import RunningMeans, of_margins
 from ropo.pair_dataset import PairCollator, PairDataset
 from ropo.pairs import PairLogps, margin, margin_per_token
 from ropo.policy import check_adapter, find_model, load_tokenizer, saying_which
+from ropo.preflight import check_training
 from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
@@ -118,9 +117,7 @@ class ROPOTrainer(Trainer):
         for name in unknown:
             raise TypeError(f"ROPOTrainer takes no {name}.{in_trl(name)}")
         check_config(args, taker="ROPOTrainer")
-        refuse_several_gpus(args)
-        refuse_other_launch(args)
-        refuse_missing_packages(args)
+        check_training(args)
         model, self.tokenizer = _model_and_tokenizer(model, processing_class)
         self.pad_token_id: int = self.tokenizer.pad_token_id
         if self.pad_token_id is None:
@@ -562,44 +559,6 @@ def _tell_once(sentence: str) -> None:
 
 def _without_the_smallest(gradient: Tensor) -> Tensor:
     return torch.where(gradient.abs() < _SMALLEST_GRADIENT, 0.0, gradient)
-
-
-def refuse_several_gpus(args: ROPOConfig) -> None:
-    """`Trainer` would split every batch among the GPUs of one process, slowly and without our batches.
-
-    Raises:
-        ValueError: If this process has several.
-    """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"Training needs one process per GPU; got {args.n_gpu} GPUs in this one. Start it with `accelerate "
-            "launch`, or hide the others with CUDA_VISIBLE_DEVICES."
-        )
-
-
-def refuse_missing_packages(args: ROPOConfig) -> None:
-    """`Trainer` would look for them only when the reference has been scored.
-
-    Raises:
-        ValueError: If a logger is unknown, or what an option needs is not installed.
-    """
-    for name in args.report_to or []:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(
-                f"report_to needs one of none, all, {', '.join(INTEGRATION_TO_CALLBACK)}; got {name!r}."
-                f"{did_you_mean(name, INTEGRATION_TO_CALLBACK)}"
-            )
-        # The two that `transformers` does not list when they are there.
-        if name not in ("azure_ml", "flyte", *get_available_reporting_integrations()):
-            raise ValueError(f"report_to {name} needs its package; got none. Install it, or leave report_to out.")
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ValueError("use_liger_kernel needs the package liger-kernel; got none. Install it, or leave it out.")
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as error:
-        raise ValueError(f"optim needs a package that is not there: {error}") from error
-    except ValueError as error:  # some ask for the model, which is not there yet
-        logger.debug("optim %s: %s", args.optim, error)
 
 
 def turn_dropout_off(model: nn.Module) -> None:

@@ -184,7 +184,10 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
             "on eval_dataset_name (in Python: eval_dataset), and nothing in between; got eval_strategy 'epoch'",
         ),
         (["--lora_r", "8"], "lora_r needs use_peft, without which the whole model is trained"),
-        (["--dtype", "bf16"], "dtype needs one of float32, bfloat16, float16, auto; got bf16"),
+        (
+            ["--dtype", "bf16"],
+            "dtype needs one of float32, bfloat16, float16, auto; got 'bf16'. Did you mean bfloat16?",
+        ),
         (["--num_train_epochs", "0"], "num_train_epochs needs a number above 0; got 0.0"),
         (["--max_steps", "0"], "max_steps needs 1 or more, or -1"),
         (
@@ -222,12 +225,12 @@ def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, t
 @pytest.mark.parametrize(
     ("more", "hidden", "said"),
     [
-        (["--report_to", "wandb"], "ropo.trainer.get_available_reporting_integrations", "report_to wandb needs its"),
-        (["--use_liger_kernel"], "ropo.trainer.is_liger_kernel_available", "use_liger_kernel needs the package"),
+        (["--report_to", "wandb"], "ropo.preflight.get_available_reporting_integrations", "report_to wandb needs its"),
+        (["--use_liger_kernel"], "ropo.preflight.is_liger_kernel_available", "use_liger_kernel needs the package"),
         (
             ["--optim", "adamw_bnb_8bit"],
             "transformers.trainer_optimizer.is_bitsandbytes_available",
-            "optim needs a pack",
+            "optim adamw_bnb_8bit needs a package",
         ),
     ],
 )
@@ -315,7 +318,7 @@ def test_bf16_without_a_gpu(dataset, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert main(["train", *words]) == 2
-    assert "bf16 and fp16 need a GPU; got none. Add --use_cpu" in capsys.readouterr().err
+    assert "bf16 needs a GPU; got none. Add --use_cpu" in capsys.readouterr().err
 
 
 def test_no_token_in_the_report(model_folder, dataset, recipe, tmp_path):

@@ -11,8 +11,9 @@ from typing import Any
 from ropo.bench.methods import BETAS, LEARNING_RATES, METHODS
 from ropo.bench.own import LACKS, judge_args
 from ropo.bench.tasks import TASKS
-from ropo.config import ROPOConfig, check_choice, did_you_mean, read_yaml
+from ropo.config import ROPOConfig
 from ropo.data.inject import NOISE
+from ropo.options import check_choice, did_you_mean, read_yaml
 
 _OWN = ("model", "judge", "max_length", "max_new_tokens")
 

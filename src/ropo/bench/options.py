@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ropo.bench.export import EXPORTS
-from ropo.config import ROPOConfig, check_choice, check_engine, check_judge
+from ropo.config import ROPOConfig, check_engine, check_judge
 from ropo.judge.make import JUDGES
+from ropo.options import check_choice, check_folder, check_types
 from ropo.resample.engine import Sampling
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -65,6 +66,8 @@ class ExportArguments:
     def __post_init__(self) -> None:
         usage = "ropo export --model_name_or_path M --benchmark B --questions FILE --output_dir O"
         _check_given(self, ("model_name_or_path", "benchmark", "questions", "output_dir"), usage)
+        check_types(self)
+        check_folder("output_dir", str(self.output_dir))
         check_choice("benchmark", str(self.benchmark), EXPORTS)
         check_choice("dtype", self.dtype, DTYPES)
         self._check_name()
@@ -117,6 +120,8 @@ class WinRateArguments:
     def __post_init__(self) -> None:
         usage = "ropo win_rate --outputs A.json --baseline B.json --output_dir O --judge J --judge_model M"
         _check_given(self, ("outputs", "baseline", "output_dir"), usage)
+        check_types(self)
+        check_folder("output_dir", str(self.output_dir))
         check_judge(self)
         if self.judge == "none":
             raise ValueError(f"win_rate needs a judge, {' or '.join(JUDGES)}; got none. Add --judge. Usage: {usage}")
