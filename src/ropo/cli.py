@@ -32,7 +32,7 @@ from ropo.bench.publish import publish_bench
 from ropo.bench.win_rate import run_win_rate
 from ropo.config import ROPOConfig, did_you_mean, in_trl, read_yaml
 from ropo.data.load import load_pairs
-from ropo.data.problems import PROBLEMS, printable, render, rows_left_out
+from ropo.data.problems import printable, render, rows_left_out
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
@@ -421,7 +421,7 @@ def _validate(words: list[str]) -> int:
         return NOT_ACCEPTABLE
     if source is not None and tokenized is not None:
         check_positions(source, tokenized)  # as the training does, which could not go on
-    must_fix = any(PROBLEMS[problem.kind].severity == "error" for problem in problems)
+    must_fix = any(problem.severity in ("fatal", "error") for problem in problems)
     return NOT_ACCEPTABLE if must_fix else DONE
 
 

@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from ropo.data.problems import BadRow, Problem, printable, short
+from ropo.data.problems import PROBLEMS, BadRow, Problem, printable, short
 from ropo.data.read import Source, read_rows
 from ropo.pairs import Messages, Pair, Text
 
@@ -104,6 +104,9 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
     digest = sha256()
     num_rows = 0
     for line, record in read_rows(source, split):
+        if isinstance(record, BadRow) and PROBLEMS[record.kind].severity == "warning":  # of the row that comes next
+            problems.append(Problem(kind=record.kind, row=num_rows, line=line, message=str(record)))
+            continue
         row = record.row if isinstance(record, Pair) else num_rows
         num_rows += 1
         try:
@@ -217,14 +220,19 @@ def _checked(value: object, name: str) -> Text | None:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             what = f"message {place} of {name}"
             raise BadRow("wrong_type", f"{what} needs role and content as text; got {short(message)}.")
-    return [{key: _without_none(one) for key, one in message.items() if one is not None} for message in value]
+    return [{key: _given(one) for key, one in message.items() if _is_given(one)} for message in value]
 
 
-def _without_none(value: object) -> object:
+def _given(value: object) -> object:
     """Drop keys without value: Arrow files give each message all the keys that any message has."""
     if isinstance(value, Mapping):
-        return {key: _without_none(one) for key, one in value.items() if one is not None}
-    return [_without_none(one) for one in value] if isinstance(value, list) else value
+        return {key: _given(one) for key, one in value.items() if _is_given(one)}
+    return [_given(one) for one in value] if isinstance(value, list) else value
+
+
+def _is_given(value: object) -> bool:
+    """Neither null nor NaN, as pandas writes what is missing: it equals nothing and would part equal turns."""
+    return value is not None and value == value
 
 
 def _annotator(value: object) -> str | None:

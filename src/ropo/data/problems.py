@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Severity = Literal["error", "left_out", "warning"]
+Severity = Literal["fatal", "error", "left_out", "warning"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,8 @@ class ProblemSpec:
     """What a kind of problem means.
 
     Attributes:
-        severity: "error" if training refuses the data until it is fixed or the row is skipped on request,
+        severity: "fatal" if no training takes the data, since rows are lost that nobody has seen; "error" if training
+            refuses the data until it is fixed or the row is skipped on request,
             "left_out" if training goes on without the row, "warning" if the row is kept.
         meaning: What is the matter, in one sentence.
         remedy: What the user can do about it.
@@ -41,6 +42,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="The source holds no rows.",
             remedy="Check the path and the split.",
         ),
+        "unread": ProblemSpec(
+            severity="fatal",
+            meaning="The rest of the file cannot be read, since where its next row begins cannot be known.",
+            remedy="Mend the file at that line; on_bad_rows='skip' does not go on without rows that nobody has seen.",
+        ),
         "not_utf8": ProblemSpec(
             severity="error",
             meaning="The text holds bytes that are not UTF-8, or half of a character.",
@@ -48,12 +54,12 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
         ),
         "not_json": ProblemSpec(
             severity="error",
-            meaning="The line is not JSON.",
+            meaning="The line is not JSON, or one object holds a key twice.",
             remedy="Write one object per line (.jsonl), or one list of objects (.json).",
         ),
         "not_csv": ProblemSpec(
             severity="error",
-            meaning="The record is not CSV with as many fields as the header, or a quote is never closed.",
+            meaning="The record has not as many fields as the header, or is the header once more.",
             remedy="Separate fields by commas; quote a field with commas, quotes or line ends, doubling its quotes.",
         ),
         "not_an_object": ProblemSpec(
@@ -120,6 +126,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             severity="warning",
             meaning="A response is cut to the maximal length; its end is not learned from.",
             remedy="Raise the maximal length if many are cut.",
+        ),
+        "swallowed": ProblemSpec(
+            severity="warning",
+            meaning="A quoted field of a CSV file holds lines that look like rows; a quote too many does that.",
+            remedy="Look at the line; write the data as .jsonl if the lines are meant.",
         ),
         "duplicate": ProblemSpec(
             severity="warning",
@@ -276,7 +287,7 @@ def problems_table() -> str:
 
 def _render_kind(kind: str, problems: list[Problem], limit: int) -> str:
     spec = PROBLEMS[kind]
-    noun = {"error": "error", "left_out": "left out", "warning": "warning"}[spec.severity]
+    noun = {"fatal": "error", "error": "error", "left_out": "left out", "warning": "warning"}[spec.severity]
     plural = "s" if len(problems) > 1 and spec.severity != "left_out" else ""
     lines = [f"{kind}: {len(problems)} {noun}{plural}"]
     lines += textwrap.wrap(spec.meaning, width=110, initial_indent="  ", subsequent_indent="  ")

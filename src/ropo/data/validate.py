@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ropo.data.load import Loaded, load_pairs
-from ropo.data.problems import PROBLEMS, Problem, render, rows_left_out, short
+from ropo.data.problems import Problem, render, rows_left_out, short
 from ropo.pairs import Pair, Text, pair_id
 
 _LONG_PROMPT = 20  # characters
@@ -147,7 +147,7 @@ def read_checked(
 
     Raises:
         ValueError: If two pairs share a row.
-        DataError: As described at `on_bad_rows`, or if no pair is left.
+        DataError: As described at `on_bad_rows`; or if rows are lost unread, or no pair is left.
     """
     loaded = load_pairs(dataset, split=split, columns=columns)
     if len({pair.row for pair in loaded.pairs}) < len(loaded.pairs):
@@ -155,9 +155,11 @@ def read_checked(
             "Pairs need a row of their own each; got some that share one. Number them anew before joining lists."
         )
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
-    errors = [problem for problem in problems if PROBLEMS[problem.kind].severity == "error"]
+    errors = [problem for problem in problems if problem.severity in ("fatal", "error")]
     if not loaded.num_rows:
         raise DataError(render(errors))
+    if lost := [problem for problem in errors if problem.severity == "fatal"]:
+        raise DataError(f"Only {len(loaded.pairs)} pairs could be read before the data broke off.\n{render(lost)}")
     if errors and on_bad_rows == "refuse":
         raise DataError(
             f"{len({problem.row for problem in errors})} of {loaded.num_rows} rows would corrupt training. "
