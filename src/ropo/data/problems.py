@@ -107,6 +107,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="Chosen and rejected are the same, or are so once cut to the maximal length; it prefers nothing.",
             remedy="Remove the pair; many of them point to ties, or to a mistake in how the data was made.",
         ),
+        "tie": ProblemSpec(
+            severity="left_out",
+            meaning="The row says that neither response is better.",
+            remedy="Nothing; a tie prefers nothing.",
+        ),
         "template_refuses": ProblemSpec(
             severity="left_out",
             meaning="The model's chat template does not take this conversation; the message says why.",

@@ -148,7 +148,7 @@ def _read_file(path: Path) -> Iterator[Row]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             if reader is not _read_parquet:
-                _refuse_utf16(path, stream.peek(4)[:4])  # type: ignore[attr-defined]
+                _refuse_utf16(path, stream.peek(4)[:4])
             for row in reader(stream):
                 num_read += 1
                 yield row

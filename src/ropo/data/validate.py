@@ -7,13 +7,16 @@ The one idea: two pairs are the same question if they have the same id, whicheve
 pass with a dictionary finds all repetitions. A second id, of the bare words, finds those that are the same to a reader.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ropo.data.load import Loaded, load_pairs
-from ropo.data.problems import Problem, render, rows_left_out, short
+from ropo.data.problems import Problem, printable, render, rows_left_out, short
 from ropo.pairs import Pair, Text, pair_id
+
+logger = logging.getLogger(__name__)
 
 _LONG_PROMPT = 20  # characters
 
@@ -165,6 +168,8 @@ def read_checked(
             f"{len({problem.row for problem in errors})} of {loaded.num_rows} rows would corrupt training. "
             f"Fix them, or go on without them by on_bad_rows='skip'.\n{render(errors)}"
         )
+    if loaded.ignored_columns:
+        logger.warning("Columns that nothing reads: %s.", ", ".join(map(printable, loaded.ignored_columns)))
     out = rows_left_out(problems)
     pairs = [pair for pair in loaded.pairs if pair.row not in out]
     if not pairs:

@@ -307,8 +307,8 @@ BAD_ROWS = {
     "strings in a list": ("wrong_type", row(chosen=["a"]), "message 0 of chosen needs role and content"),
     "foreign messages": (
         "wrong_type",
-        row(chosen=[{"from": "gpt", "value": "a"}]),
-        "message 0 of chosen needs role and",
+        row(chosen=[{"from": "robot", "value": "a"}]),
+        "message 0 of chosen needs from to be one of human, user, gpt, assistant, system; got str 'robot'",
     ),
     "list as text": ("wrong_type", row(chosen="[{'role': 'assistant', 'content': 'a'}]"), "a list written as text"),
     "text and messages": ("wrong_type", row(chosen=[assistant("a")]), "chosen: messages, rejected: text"),

@@ -7,7 +7,7 @@ import pytest
 
 from ropo.data.load import FORMATS
 from ropo.data.problems import PROBLEMS, Problem, problems_table, render, summarise
-from ropo.data.validate import validate_pairs
+from ropo.data.validate import read_checked, validate_pairs
 from ropo.pairs import Pair
 
 FORMATS_PAGE = Path(__file__).parents[3] / "docs" / "formats.md"
@@ -120,6 +120,16 @@ def test_planted_problems_are_found_again():
             "identical": (prompt, chosen, chosen),
         }[kind]
     assert found(pairs_of(*texts)) == [(planted[row], row) for row in sorted(planted)]
+
+
+def test_columns_that_nothing_reads_are_told(caplog):
+    """Whoever trains sees that `weights` is none of ours."""
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    read_checked([row | {"weights": 0.5, "x\u202e": 1}])
+    assert caplog.messages == [r"Columns that nothing reads: weights, x\u202e."]
+    caplog.clear()
+    read_checked([row])
+    assert not caplog.messages
 
 
 def test_an_unknown_kind_is_refused():
