@@ -74,7 +74,10 @@ class TrainArguments:
     chosen_column: str = _option("chosen", "Name of the column with preferred responses.")
     rejected_column: str = _option("rejected", "Name of the column with the other responses.")
     annotator_column: str = _option("annotator", "Name of the column that says who labelled the pair.")
-    trusted: str | None = _option(None, "File of further pairs whose labels are known to be right; 50 to 200 help.")
+    trusted: str | None = _option(
+        None,
+        "File of pairs whose labels are known to be right; 50 to 200 help. Those of the data may be among them.",
+    )
     decisions: str | None = _option(None, "A review.csv with verdicts (right, wrong, drop) of a person: obeyed.")
     dtype: str = _option(
         "float32",

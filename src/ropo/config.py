@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from ropo.data.read import file_kind
 from ropo.endpoint import check_key, check_url
 from ropo.judge.endpoint import ON_FAILURE
 from ropo.judge.make import JUDGES, judge_options
@@ -440,7 +441,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: If it is not there, or is no YAML file of options.
     """
     if not path.is_file():
-        raise ValueError(f"--config needs a YAML file; {path} is not there.")
+        raise ValueError(f"--config needs a YAML file; {path} is {file_kind(path)}.")
     try:
         found = yaml.safe_load(path.read_text("utf-8")) or {}
     except yaml.YAMLError as error:

@@ -1,6 +1,7 @@
 """Every command as a user types it: twenty pairs, CPU, offline."""
 
 import json
+import os
 
 import datasets
 import pyarrow.parquet as pq
@@ -466,6 +467,30 @@ def test_validate_says_what_could_not_be_read(tmp_path, capsys):
     path.write_text('[{"prompt": "p", "completion": "c", "label": true}]')
     assert main(["validate", str(path)]) == 2
     assert "got single responses with a label each, as KTO takes them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("validate {}.jsonl", "needs a regular file; got {}.jsonl, a pipe (FIFO)"),
+        ("audit --model_name_or_path M --dataset_name {}.jsonl --output_dir O", "needs a regular file"),
+        ("train --model_name_or_path M --dataset_name D --output_dir O --config {}.yaml", "{}.yaml is a pipe (FIFO)"),
+        (
+            "export --model_name_or_path M --benchmark alpaca_eval --output_dir O --questions {}.json",
+            "{}.json is a pipe (FIFO)",
+        ),
+        (
+            "win_rate --outputs {}.json --baseline B --output_dir O --judge reward_model --judge_model M",
+            "{}.json is a pipe (FIFO)",
+        ),
+    ],
+)
+def test_no_command_waits_for_a_pipe(tmp_path, capsys, words, message):
+    pipe = tmp_path / "pipe"
+    for ending in ("jsonl", "yaml", "json"):
+        os.mkfifo(f"{pipe}.{ending}")
+    assert main(words.format(pipe).split()) == 2
+    assert message.format(pipe) in capsys.readouterr().err
 
 
 def test_a_configuration_of_a_hub_dataset(monkeypatch, tmp_path, capsys):

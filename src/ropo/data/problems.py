@@ -8,6 +8,7 @@ Add a kind of problem: one entry in `PROBLEMS`, the place that finds it, one tes
 as `problems_table` prints it; a test compares the two.
 """
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+# Controls of C1, soft hyphens, marks and overrides of direction, fillers and spaces without width, invisible operators,
+# tags; and joiners beside ASCII.
+_HIDDEN = re.compile(
+    "[\x80-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+    "|(?:(?<![^\0-\x7f])[\u034f\u200c\u200d]|[\u034f\u200c\u200d](?![^\0-\x7f]))"
+)
 Severity = Literal["fatal", "error", "left_out", "warning"]
 
 
@@ -101,6 +109,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             severity="left_out",
             meaning="A response has no text; training on it would compare a lone end-of-text token with an answer.",
             remedy="Fill in the response, or the words with which the model should refuse.",
+        ),
+        "text_too_long": ProblemSpec(
+            severity="left_out",
+            meaning="A text has more than 5,000,000 characters, more than any model reads; cutting it up takes hours.",
+            remedy="Shorten it, or look whether a quote too many has made one text of many rows.",
         ),
         "identical": ProblemSpec(
             severity="left_out",
@@ -222,11 +235,23 @@ def printable(name: object) -> str:
     return str(name).encode("unicode_escape").decode() if not str(name).isprintable() else str(name)
 
 
+def visible(text: str) -> str:
+    r"""A text for a reader: what would hide in it or turn the order of its letters round is written as ⟨U+...⟩.
+
+    Joiners stay between letters of scripts that need them, and in emoji.
+
+    Examples:
+        >>> visible("not \u202edoog\u202c"), visible("a\u200db")
+        ('not ⟨U+202E⟩doog⟨U+202C⟩', 'a⟨U+200D⟩b')
+    """
+    return _HIDDEN.sub(lambda found: "".join(f"⟨U+{ord(letter):04X}⟩" for letter in found.group()), text)
+
+
 def short(value: object) -> str:
     """A value for a message: its type and how it begins.
 
     Args:
-        value: objectthing, of any length.
+        value: Anything, of any length.
 
     Returns:
         At most some 80 characters.
@@ -235,7 +260,10 @@ def short(value: object) -> str:
         >>> short("Hello"), short(3.5)
         ("str 'Hello'", 'float 3.5')
     """
-    text = repr(value[:60] if isinstance(value, str) else value)
+    try:
+        text = repr(value[:60] if isinstance(value, str) else value)
+    except ValueError:  # an integer of thousands of digits
+        text = "too long to write"
     return f"{type(value).__name__} {text if len(text) <= 70 else text[:70] + '...'}"
 
 

@@ -65,7 +65,6 @@ _SHARDS = (".parquet", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz")  # not .json, i
 _NUMBERED = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})(?:-[0-9a-f]+)?")  # as the hub names shards
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 _LONE_CR = re.compile(r"\r++(?!\n|\Z)")
-# Stands for a lone CR while the csv module reads. It takes one for the end of a record; no decoded text holds this.
 _INSTEAD_OF_CR = "\ud800"
 _FEW_LINES = 3  # that are divided like rows by chance
 _KINDS = (
@@ -266,8 +265,11 @@ def delimiter_of(header: str) -> str:
     return max(",;\t", key=header.count)
 
 
-def _csv_lines(stream: Iterable[bytes]) -> Iterator[str]:
-    """Lines as the csv module needs them: what ends the first one ends all, so any other CR is content."""
+def csv_lines(stream: Iterable[bytes]) -> Iterator[str]:
+    """Lines as the csv module needs them: what ends the first one ends all, so any other CR is content.
+
+    The module takes a CR for the end of a record. Where it is content, a letter that no text can hold stands for it.
+    """
     lines = _lines(stream)
     first = next(lines, "")
     lines = chain([first], lines)
@@ -278,7 +280,7 @@ def _csv_lines(stream: Iterable[bytes]) -> Iterator[str]:
 
 def _read_csv(stream: io.BufferedIOBase) -> Iterator[Row]:
     csv.field_size_limit(_MAX_CSV_FIELD)
-    lines = _csv_lines(stream)
+    lines = csv_lines(stream)
     first = next(lines, "")
     reader = csv.reader(chain([first], lines), delimiter=delimiter_of(first), strict=True)
     header: list[str] | None = None

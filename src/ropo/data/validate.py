@@ -19,6 +19,7 @@ from ropo.pairs import Pair, Text, pair_id
 logger = logging.getLogger(__name__)
 
 _LONG_PROMPT = 20  # characters
+_MAX_CHARACTERS = 5_000_000  # of one text: a tokenizer may need time with the square of it
 
 
 def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
@@ -113,6 +114,12 @@ def _useless(pair: Pair) -> list[Problem]:
         if _is_empty(response):
             message = f"{name} needs text; got {short(getattr(pair, name))}."
             problems.append(Problem(kind="empty_response", row=pair.row, message=message))
+    for name in ("prompt", "chosen", "rejected"):
+        text = getattr(pair, name)
+        length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+        if length > _MAX_CHARACTERS:
+            message = f"{name} needs at most {_MAX_CHARACTERS:,} characters; got {length:,}."
+            problems.append(Problem(kind="text_too_long", row=pair.row, message=message))
     if chosen == rejected:
         message = f"chosen and rejected need to differ; got {short(pair.chosen)} twice."
         problems.append(Problem(kind="identical", row=pair.row, message=message))

@@ -60,7 +60,7 @@ def test_any_line_end_of_a_csv_file(tmp_path, end):
         assert loaded.problems == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(*[st.text("a,\"'\r\n\x00é;")] * 3), min_size=1, max_size=4), st.sampled_from(["\n", "\r\n"]))
 def test_what_pandas_writes_is_read_as_it_was(tmp_path_factory, rows, end):
     path = tmp_path_factory.mktemp("csv") / "a.csv"

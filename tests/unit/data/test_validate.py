@@ -59,6 +59,16 @@ def test_a_pair_that_teaches_nothing_is_left_out(texts, kinds):
     assert {problem.severity for problem in problems} == {"left_out"}
 
 
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_a_text_that_no_tokenizer_comes_to_an_end_with_is_left_out(name):
+    """51 MB of one prompt: 400 s and no end."""
+    texts = {"prompt": "p", "chosen": "c", "rejected": "r"} | {name: "x " * 2_600_000}
+    for given in (texts, {key: [{"role": "assistant", "content": text}] for key, text in texts.items()}):
+        [problem] = validate_pairs([Pair(**given, row=3)])
+        assert (problem.kind, problem.row, problem.severity) == ("text_too_long", 3, "left_out")
+        assert problem.message == f"{name} needs at most 5,000,000 characters; got 5,200,000."
+
+
 def test_responses_that_repeat_the_prompt():
     """As whole transcripts beside an extracted prompt do; a short prompt may be how two answers begin."""
     prompt = "\n\nHuman: what is a soup?\n\nAssistant:"
