@@ -23,7 +23,7 @@ from ropo.config import ROPOConfig, check_config
 from ropo.crossfit import folds_of
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
-from ropo.data.review import VERDICTS, read_verdicts, with_verdicts
+from ropo.data.review import VERDICTS, read_verdicts, verdicts_of, with_verdicts
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.evaluation import EvaluationSet, evaluate, read_evaluation
@@ -124,7 +124,8 @@ def run_rounds(
         split: Of the dataset.
         columns: Names of the dataset's columns where they differ from `prompt`, `chosen`, `rejected`.
         load_options: Passed to `from_pretrained` (dtype, attn_implementation, revision, ...).
-        trusted: Further pairs whose labels are known to be right, read like `dataset`; 50 to 200 help.
+        trusted: Pairs whose labels are known to be right, read like `dataset`; 50 to 200 help. For those that the data
+            holds, too, they are verdicts on the labels there.
         decisions: A `review.csv` with verdicts of a person, which are obeyed.
         judge: Asked about what the rules cannot settle; default what `args.judge` names. The same in every call.
         eval_dataset: Pairs to score under the model of every round, read like `dataset`. Nothing depends on them, so a
@@ -263,16 +264,9 @@ def _prepare(
     _refuse_what_is_not_ours(folder)
     _tell_launch(args, model)
     loaded, pairs, problems = read_checked(dataset, split=split, columns=columns, on_bad_rows=args.on_bad_rows)
-    verdicts = {} if decisions is None else _verdicts_in(Path(decisions))
+    verdicts, known, trusted_sha256 = _known_labels(pairs, decisions, trusted, columns)
+    loaded = replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, is_whole=True))
     pairs = with_verdicts(pairs, verdicts)
-    known: list[Pair] = []
-    trusted_sha256 = None
-    if trusted is not None:
-        shared = {ours: theirs for ours, theirs in (columns or {}).items() if ours != "annotator"}
-        read, known, found = read_checked(trusted, columns=shared, on_bad_rows="refuse")
-        if found:
-            logger.warning("Trusted pairs:\n%s", render(found))
-        known, trusted_sha256 = [replace(pair, origin="trusted") for pair in known], read.sha256
     if args.needs_audit:
         folds_of([*pairs, *known], args.num_folds, seed=args.seed)  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
@@ -316,6 +310,7 @@ def _prepare(
     _claim(folder, identity)
     tell_other_launch(folder, Launch.of(args))
     _report_problems(folder, problems)
+    _tell_idle(verdicts, tokenized.pairs)
     if args.audit_from is None:  # else most of what it counts is there
         tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
     reference_of = _reference_of(source, tokenizer, args)
@@ -323,7 +318,7 @@ def _prepare(
     needs_reference = LOSSES[args.loss].needs_reference
     return _Prepared(
         folder=folder,
-        loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts)),
+        loaded=loaded,
         problems=problems,
         data=_with_reference(
             tokenized, trusted_tokens, folder / "reference", reference_of if needs_reference else None, digest
@@ -366,7 +361,47 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
     return hash_value([(file.relative_to(passes).as_posix(), hash_file(file)) for file in files])[:16]
 
 
-def _verdicts_in(path: Path) -> dict[int, tuple[str, str]]:
+Verdicts = dict[int, tuple[str, str]]  # by row: id of the pair, and what was said of its label
+
+
+def _known_labels(
+    pairs: Sequence[Pair], decisions: Path | None, trusted: Any, columns: Mapping[str, str] | None
+) -> tuple[Verdicts, list[Pair], str | None]:
+    """Verdicts on rows of the data, the trusted pairs that it does not hold, and the digest of all trusted ones.
+
+    Raises:
+        ValueError: If there is no verdict, or a trusted pair contradicts another one or a verdict.
+    """
+    verdicts = {} if decisions is None else _verdicts_in(Path(decisions))
+    if trusted is None:
+        return verdicts, [], None
+    shared = {ours: theirs for ours, theirs in (columns or {}).items() if ours != "annotator"}
+    read, known, found = read_checked(trusted, columns=shared, on_bad_rows="refuse")
+    if found:
+        logger.warning("Trusted pairs:\n%s", render(found))
+    said = verdicts_of(known, pairs)
+    for row, (name, verdict) in said.items():
+        if verdicts.setdefault(row, (name, verdict)) != (name, verdict):
+            raise ValueError(
+                f"Row {row} needs one verdict; got {verdicts[row][1]} by --decisions and {verdict} by --trusted. "
+                "Correct one of the two."
+            )
+    if said:
+        counts = Counter(verdict for _, verdict in said.values())
+        logger.info(
+            "Labels of the data that trusted pairs settle: %d right, %d wrong.", counts["right"], counts["wrong"]
+        )
+    settled = {name for name, _ in said.values()}
+    return verdicts, [replace(pair, origin="trusted") for pair in known if pair.id not in settled], read.sha256
+
+
+def _tell_idle(verdicts: Verdicts, pairs: Sequence[Pair]) -> None:
+    """Verdicts on rows that are left out do nothing."""
+    if idle := set(verdicts) - {pair.row for pair in pairs}:
+        logger.warning("%d verdicts are about rows that are left out; the first is row %d.", len(idle), min(idle))
+
+
+def _verdicts_in(path: Path) -> Verdicts:
     """What a person said of each row, told so that it is seen to be obeyed.
 
     Raises:

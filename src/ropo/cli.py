@@ -39,7 +39,8 @@ from ropo.bench.publish import publish_bench
 from ropo.bench.win_rate import run_win_rate
 from ropo.config import ROPOConfig, in_trl
 from ropo.data.load import load_pairs
-from ropo.data.problems import PROBLEMS, printable, render, rows_left_out
+from ropo.data.problems import printable, render, rows_left_out
+from ropo.data.read import HubDataset
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
@@ -77,8 +78,13 @@ class TrainArguments:
 
     model_name_or_path: str | None = _option(None, "Folder or hub id of the model to align; it is also the reference.")
     dataset_name: str | None = _option(
-        None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), saved folder, or hub id."
+        None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), folder of shards or saved folder, or hub id."
     )
+    dataset_config: str | None = _option(
+        None,
+        "Configuration (subset) of a hub dataset, where it has several. Of the evaluation set, too, if it is the same.",
+    )
+    dataset_data_dir: str | None = _option(None, "Folder inside a hub dataset, likewise.")
     dataset_split: str = _option("train", "Part of the dataset to read, where it has several.")
     eval_dataset_name: str | None = _option(
         None, "Pairs that nothing is trained on, to score the model of every round. A finished run takes them, too."
@@ -88,7 +94,10 @@ class TrainArguments:
     chosen_column: str = _option("chosen", "Name of the column with preferred responses.")
     rejected_column: str = _option("rejected", "Name of the column with the other responses.")
     annotator_column: str = _option("annotator", "Name of the column that says who labelled the pair.")
-    trusted: str | None = _option(None, "File of further pairs whose labels are known to be right; 50 to 200 help.")
+    trusted: str | None = _option(
+        None,
+        "File of pairs whose labels are known to be right; 50 to 200 help. Those of the data may be among them.",
+    )
     decisions: str | None = _option(None, "A review.csv with verdicts (right, wrong, drop) of a person: obeyed.")
     dtype: str = _option(
         "float32",
@@ -322,6 +331,13 @@ def _without_secrets(words: Sequence[str]) -> list[str]:
     return found
 
 
+def _dataset(given: Any, name: str | None) -> str | HubDataset | None:
+    """A dataset by its name; the configuration is that of the dataset to train on, whatever part of it is meant."""
+    if name is None or name != given.dataset_name or (given.dataset_config, given.dataset_data_dir) == (None, None):
+        return name
+    return HubDataset(name=name, config=given.dataset_config, data_dir=given.dataset_data_dir)
+
+
 def _columns(given: Any) -> dict[str, str]:
     """Names of columns that differ from ours."""
     names = {name: getattr(given, f"{name}_column") for name in COLUMNS}
@@ -365,7 +381,9 @@ def _audit(words: list[str]) -> int:
     given, args = parse_train(words, task="audit")
     if given.eval_dataset_name is not None:
         logging.getLogger(__name__).warning("An audit keeps no model, so eval_dataset_name does nothing here.")
-    summary = run_audit(str(given.model_name_or_path), given.dataset_name, args, **_inputs("audit", given, words))
+    summary = run_audit(
+        str(given.model_name_or_path), _dataset(given, given.dataset_name), args, **_inputs("audit", given, words)
+    )
     if not PartialState().is_main_process:
         return DONE
     _say_rate(summary)
@@ -385,9 +403,9 @@ def _train(words: list[str]) -> int:
     given, args = parse_train(words)
     summary = run_rounds(
         str(given.model_name_or_path),
-        given.dataset_name,
+        _dataset(given, given.dataset_name),
         args,
-        eval_dataset=given.eval_dataset_name,
+        eval_dataset=_dataset(given, given.eval_dataset_name),
         eval_split=given.eval_dataset_split,
         **_inputs("train", given, words),
     )
@@ -510,16 +528,17 @@ def _validate(words: list[str]) -> int:
     if given.model_name_or_path:
         source = PolicySource(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
         tokenizer = load_tokenizer(source.name_or_path, source.load_options)
-    loaded = load_pairs(given.dataset_name, split=given.dataset_split, columns=_columns(given))
+    dataset = _dataset(given, given.dataset_name)
+    loaded = load_pairs(dataset, split=given.dataset_split, columns=_columns(given))
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
     if source is not None:
         out = rows_left_out(problems)
         rest = [pair for pair in loaded.pairs if pair.row not in out]
         tokenized = tokenize_pairs(rest, tokenizer, max_length=given.max_length)
         problems += tokenized.problems
-    print(
-        f"{given.dataset_name}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {loaded.format or 'unknown'}."
-    )
+    columns = "" if loaded.layout == "own" else f", columns as {loaded.layout}"
+    layout = f"{loaded.format or 'unknown'}{columns}"
+    print(f"{given.dataset_name}: {loaded.num_rows} rows, {len(loaded.pairs)} pairs, layout {layout}.")
     print(render(problems) if problems else "No problems found.")
     if loaded.ignored_columns:
         print(f"Columns that nothing reads: {', '.join(map(printable, loaded.ignored_columns))}.")
@@ -529,7 +548,7 @@ def _validate(words: list[str]) -> int:
         return NOT_ACCEPTABLE
     if source is not None and tokenized is not None:
         check_positions(source, tokenized)  # as the training does, which could not go on
-    must_fix = any(PROBLEMS[problem.kind].severity == "error" for problem in problems)
+    must_fix = any(problem.severity in ("fatal", "error") for problem in problems)
     return NOT_ACCEPTABLE if must_fix else DONE
 
 
@@ -546,6 +565,8 @@ def _validate_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("dataset", nargs="?", help="File, saved folder or hub id.")
     add("dataset_name", help="Another way to say which dataset, as in `ropo train`.")
     add("dataset_split", "split", default="train", help="Part of the dataset to read.")
+    add("dataset_config", help="Configuration (subset) of a hub dataset, where it has several.")
+    add("dataset_data_dir", help="Folder inside a hub dataset.")
     add("model_name_or_path", help="Check lengths too, with this model's tokenizer.")
     add("model_revision", help="Branch, tag or commit of a hub model.")
     add("max_length", type=int, default=1024, help="Most tokens of prompt and one response together.")

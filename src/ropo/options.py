@@ -273,7 +273,8 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
         ValueError: If it is not there, or is no YAML file of options.
     """
     if not path.is_file():
-        raise ValueError(f"--config needs a YAML file; {path} is not there.")
+        what = "no regular file" if path.exists() else "not there"
+        raise ValueError(f"--config needs a YAML file; {path} is {what}.")
     loader = None
     try:
         loader = _Loader(path.read_text("utf-8-sig"))

@@ -1,6 +1,7 @@
 """Every command as a user types it: twenty pairs, CPU, offline."""
 
 import json
+import os
 
 import datasets
 import pyarrow.parquet as pq
@@ -10,8 +11,9 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from ropo import __version__
-from ropo.cli import _say_rate, _without_secrets, main, parse_train
+from ropo.cli import _dataset, _say_rate, _without_secrets, main, parse_train
 from ropo.config import ROPOConfig
+from ropo.data.read import HubDataset
 from ropo.ledger import SCHEMA
 from ropo.trainer import ROPOTrainer
 
@@ -456,6 +458,61 @@ def test_validate_takes_names_of_columns(tmp_path, capsys):
     capsys.readouterr()
     assert main(["validate", str(path), *names]) == 0
     assert "1 rows, 1 pairs" in capsys.readouterr().out
+
+
+def test_validate_says_what_could_not_be_read(tmp_path, capsys):
+    path = tmp_path / "cut.json"
+    path.write_text('[{"instruction": "p", "chosen": "c", "rejected": "r"},\n{"instruction": "q"')
+    assert main(["validate", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "2 rows, 1 pairs, layout text, columns as question." in out
+    assert "unread: 1 error" in out
+    path.write_text('[{"prompt": "p", "completion": "c", "label": true}]')
+    assert main(["validate", str(path)]) == 2
+    assert "got single responses with a label each, as KTO takes them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("validate {}.jsonl", "needs a regular file; got {}.jsonl, a pipe (FIFO)"),
+        ("audit --model_name_or_path M --dataset_name {}.jsonl --output_dir O", "needs a regular file"),
+        ("train --model_name_or_path M --dataset_name D --output_dir O --config {}.yaml", "{}.yaml is a pipe (FIFO)"),
+        (
+            "export --model_name_or_path M --benchmark alpaca_eval --output_dir O --questions {}.json",
+            "{}.json is a pipe (FIFO)",
+        ),
+        (
+            "win_rate --outputs {}.json --baseline B --output_dir O --judge reward_model --judge_model M",
+            "{}.json is a pipe (FIFO)",
+        ),
+    ],
+)
+def test_no_command_waits_for_a_pipe(tmp_path, capsys, words, message):
+    pipe = tmp_path / "pipe"
+    for ending in ("jsonl", "yaml", "json"):
+        os.mkfifo(f"{pipe}.{ending}")
+    assert main(words.format(pipe).split()) == 2
+    assert message.format(pipe) in capsys.readouterr().err
+
+
+def test_a_configuration_of_a_hub_dataset(monkeypatch, tmp_path, capsys):
+    """It is that of the evaluation set as well where this is another part of the same dataset."""
+    asked = []
+
+    def load_dataset(path, name=None, **options):
+        asked.append((path, name, options))
+        return Dataset.from_list([{"prompt": "p", "chosen": "c", "rejected": "r"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    more = ["--dataset_config", "prefs", "--dataset_data_dir", "data/en"]
+    assert main(["validate", "owner/name", *more]) == 0
+    assert asked == [("owner/name", "prefs", {"split": "train", "data_dir": "data/en"})]
+    given = parse_train(["--model_name_or_path", "m", "--dataset_name", "owner/name", "--output_dir", "o", *more])[0]
+    found = HubDataset(name="owner/name", config="prefs", data_dir="data/en")
+    assert [_dataset(given, name) for name in ("owner/name", "other/name", None)] == [found, "other/name", None]
+    assert main(["validate", str(tmp_path), *more]) == 2
+    assert "dataset_config and dataset_data_dir need a dataset on the hub" in capsys.readouterr().err
 
 
 def test_validate_lists_columns_that_cannot_be_printed(tmp_path, capsys):

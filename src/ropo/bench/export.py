@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ropo.data.problems import BadRow, short
-from ropo.data.read import read_rows
+from ropo.data.read import file_kind, read_rows
 from ropo.data.validate import DataError
 from ropo.provenance import hash_value, write_aside
 
@@ -279,7 +279,7 @@ def read_questions(path: Path, benchmark: str) -> list[Question]:
     """
     spec = EXPORTS[benchmark]
     if not path.is_file():
-        raise FileNotFoundError(f"--questions needs a file; {path} is not there. Get {spec.source}.")
+        raise FileNotFoundError(f"--questions needs a file; {path} is {file_kind(path)}. Get {spec.source}.")
     questions: dict[str | int, Question] = {}
     for where, row in read_objects(path, option="--questions"):
         try:

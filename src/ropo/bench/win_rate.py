@@ -22,6 +22,7 @@ from ropo.bench.export import encodable, read_objects
 from ropo.bench.measures import Mean, share_of
 from ropo.bench.options import WinRateArguments
 from ropo.data.problems import short
+from ropo.data.read import file_kind
 from ropo.data.validate import DataError
 from ropo.judge.make import make_judge
 from ropo.judge.verdicts import Judge, ask
@@ -120,7 +121,7 @@ def read_outputs(path: Path, *, option: str) -> Outputs:
         DataError: If a row has another form or repeats an instruction; names the file and the row.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{option} needs a file; {path} is not there. `ropo export` writes one.")
+        raise FileNotFoundError(f"{option} needs a file; {path} is {file_kind(path)}. `ropo export` writes one.")
     texts: dict[str, str] = {}
     names: list[str] = []
     for where, row in read_objects(path, option=option):

@@ -19,7 +19,8 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from ropo.data.problems import BadRow, Problem, printable, short
+from ropo.data.layouts import Layout, layout_of
+from ropo.data.problems import PROBLEMS, BadRow, Problem, printable, short
 from ropo.data.read import Source, read_rows
 from ropo.pairs import Messages, Pair, Text
 
@@ -27,6 +28,7 @@ Texts = tuple[Text, Text, Text]
 T = TypeVar("T")
 
 _FIELDS = ("prompt", "chosen", "rejected", "annotator", "weight")
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _MARKER = re.compile(r"\n\n(Human|Assistant):")
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]\s*:")
 
@@ -54,7 +56,8 @@ class Loaded:
         pairs: The rows that could be read, in their order.
         problems: Why each of the others could not.
         num_rows: Number of rows seen, good and bad; blank lines are not rows.
-        format: The layout, a key of `FORMATS`; "" if no row could be read.
+        format: What the texts are, a key of `FORMATS`; "" if no row could be read.
+        layout: Which columns they stand in, a key of `LAYOUTS`, or "own" for ours.
         sha256: Hash of the content of `pairs`: places, texts, annotators and weights. It does not depend on the file
             type or on columns that are ignored.
         ignored_columns: Columns that nothing reads, sorted.
@@ -64,6 +67,7 @@ class Loaded:
     problems: list[Problem]
     num_rows: int
     format: str
+    layout: str
     sha256: str
     ignored_columns: tuple[str, ...]
 
@@ -85,7 +89,8 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
 
     Raises:
         FileNotFoundError: If `source` looks like a path and nothing is there.
-        ValueError: If the source cannot be read at all, has no such split, or no row has a column of `columns`.
+        ValueError: If the source cannot be read at all, has no such split, has a layout that does not say what is
+            preferred, or no row has a column of `columns`.
         TypeError: If `source` is of another type.
 
     Examples:
@@ -100,23 +105,28 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
     pairs: list[Pair] = []
     problems: list[Problem] = []
     found_columns: set[str] = set()
-    layout = ""
+    form, layout, place = "", "own", None
     digest = sha256()
     num_rows = 0
     for line, record in read_rows(source, split):
+        if isinstance(record, BadRow) and PROBLEMS[record.kind].severity == "warning":  # of the row that comes next
+            problems.append(Problem(kind=record.kind, row=num_rows, line=line, message=str(record)))
+            continue
         row = record.row if isinstance(record, Pair) else num_rows
         num_rows += 1
         try:
             if isinstance(record, Mapping):
                 found_columns.update(record)
-            fields = _fields(record, names)
+                if place is None:
+                    layout, place = layout_of(record, names, is_conversation=_is_conversation)
+            fields = _fields(record, names, place)
             origin, verdict = getattr(record, "origin", "data"), getattr(record, "verdict", None)
-            pair, found = _pair(fields, row=row, layout=layout, origin=origin, verdict=verdict)
+            pair, found = _pair(fields, row=row, layout=form, origin=origin, verdict=verdict)
             digest.update(_canonical(pair))
         except BadRow as bad:
             problems.append(Problem(kind=bad.kind, row=row, line=line, message=str(bad)))
             continue
-        layout = found
+        form = found
         pairs.append(pair)
     for name, column in (columns or {}).items():
         if found_columns and column not in found_columns:
@@ -128,9 +138,10 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
         pairs=pairs,
         problems=problems,
         num_rows=num_rows,
-        format=layout,
+        format=form,
+        layout=layout,
         sha256=digest.hexdigest(),
-        ignored_columns=tuple(sorted(found_columns - set(names.values()))),
+        ignored_columns=tuple(sorted(found_columns - {*names.values(), *(place.columns if place else ())}, key=str)),
     )
 
 
@@ -143,20 +154,23 @@ def _column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
     return {name: columns.get(name, name) for name in _FIELDS}
 
 
-def _fields(record: object, names: Mapping[str, str]) -> dict[str, Any]:
+def _fields(record: object, names: Mapping[str, str], layout: Layout | None) -> dict[str, Any]:
     """Our fields of one row; absent and null are both None."""
     if isinstance(record, BadRow):
         raise record
     if isinstance(record, Pair):
         return {name: getattr(record, name) for name in _FIELDS}
-    if not isinstance(record, Mapping):
+    if not isinstance(record, Mapping) or layout is None:
         raise BadRow("not_an_object", f"a row needs named fields; got {short(record)}.")
-    fields = {name: record.get(column) for name, column in names.items()}
-    missing = [names[name] for name in ("chosen", "rejected") if fields[name] is None]
-    if missing:
+    prompt, chosen, rejected = layout.texts(record)
+    others = {name: record.get(names[name]) for name in ("annotator", "weight")}
+    if chosen is None or rejected is None:
+        is_own = {names["chosen"], names["rejected"]} <= set(layout.columns)
+        absent = [names[name] for name, text in (("chosen", chosen), ("rejected", rejected)) if text is None]
+        missing = absent if is_own else [name for name in layout.columns if record.get(name) is None]
         here = ", ".join(printable(column) for column, value in record.items() if value is not None) or "nothing"
-        raise BadRow("missing_field", f"a row needs {' and '.join(missing)}; got {here}.")
-    return fields
+        raise BadRow("missing_field", f"a row needs {' and '.join(missing or layout.columns)}; got {here}.")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **others}
 
 
 def _pair(fields: Mapping[str, Any], *, row: int, layout: str, origin: str, verdict: str | None) -> tuple[Pair, str]:
@@ -211,20 +225,55 @@ def _checked(value: object, name: str) -> Text | None:
         return value
     if value is None:
         return None
+    if isinstance(value, Mapping):  # one message, as ShareGPT's chosen and rejected are
+        value = [value]
     if not isinstance(value, list):
         raise BadRow("wrong_type", f"{name} needs text or a list of messages; got {short(value)}.")
-    for place, message in enumerate(value):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            what = f"message {place} of {name}"
-            raise BadRow("wrong_type", f"{what} needs role and content as text; got {short(message)}.")
-    return [{key: _without_none(one) for key, one in message.items() if one is not None} for message in value]
+    return [_message(one, f"message {place} of {name}") for place, one in enumerate(value)]
 
 
-def _without_none(value: object) -> object:
+def _message(value: object, what: str) -> dict[str, Any]:
+    """A message in our form: ShareGPT's `from` and `value` are its role and content, parts of text are one text."""
+    if not isinstance(value, Mapping):
+        raise BadRow("wrong_type", f"{what} needs role and content as text; got {short(value)}.")
+    message: dict[str, Any] = {key: _given(one) for key, one in value.items() if _is_given(one)}
+    if "from" in message and "value" in message and "role" not in message:
+        speaker, content = message.pop("from"), message.pop("value")
+        if speaker not in _SPEAKERS:
+            raise BadRow("wrong_type", f"{what} needs from to be one of {', '.join(_SPEAKERS)}; got {short(speaker)}.")
+        message = {"role": _SPEAKERS[speaker], "content": content, **message}
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(_part(part, what) for part in message["content"])
+    if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise BadRow("wrong_type", f"{what} needs role and content as text; got {short(value)}.")
+    return message
+
+
+def _part(value: object, what: str) -> str:
+    text = value.get("text") if isinstance(value, Mapping) and value.get("type", "text") == "text" else value
+    if not isinstance(text, str):
+        raise BadRow("wrong_type", f"{what} needs parts of text; got {short(value)}. Images and the like are not read.")
+    return text
+
+
+def _is_conversation(response: Any) -> bool:
+    """Whether a response holds its prompt, too: it begins with another turn than an answer."""
+    if isinstance(response, str):
+        return _MARKER.search("\n\n" + response) is not None or _MESSAGES_AS_TEXT.match(response) is not None
+    first = response[0] if isinstance(response, list) and response else None
+    return isinstance(first, Mapping) and first.get("role", first.get("from")) not in ("assistant", "gpt")
+
+
+def _given(value: object) -> object:
     """Drop keys without value: Arrow files give each message all the keys that any message has."""
     if isinstance(value, Mapping):
-        return {key: _without_none(one) for key, one in value.items() if one is not None}
-    return [_without_none(one) for one in value] if isinstance(value, list) else value
+        return {key: _given(one) for key, one in value.items() if _is_given(one)}
+    return [_given(one) for one in value] if isinstance(value, list) else value
+
+
+def _is_given(value: object) -> bool:
+    """Neither null nor NaN, as pandas writes what is missing: it equals nothing and would part equal turns."""
+    return value is not None and value == value
 
 
 def _annotator(value: object) -> str | None:

@@ -8,6 +8,7 @@ Add a kind of problem: one entry in `PROBLEMS`, the place that finds it, one tes
 as `problems_table` prints it; a test compares the two.
 """
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Severity = Literal["error", "left_out", "warning"]
+# Controls of C1, soft hyphens, marks and overrides of direction, fillers and spaces without width, invisible operators,
+# tags; and joiners beside ASCII.
+_HIDDEN = re.compile(
+    "[\x80-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+    "|(?:(?<![^\0-\x7f])[\u034f\u200c\u200d]|[\u034f\u200c\u200d](?![^\0-\x7f]))"
+)
+Severity = Literal["fatal", "error", "left_out", "warning"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +31,8 @@ class ProblemSpec:
     """What a kind of problem means.
 
     Attributes:
-        severity: "error" if training refuses the data until it is fixed or the row is skipped on request,
+        severity: "fatal" if no training takes the data, since rows are lost that nobody has seen; "error" if training
+            refuses the data until it is fixed or the row is skipped on request,
             "left_out" if training goes on without the row, "warning" if the row is kept.
         meaning: What is the matter, in one sentence.
         remedy: What the user can do about it.
@@ -41,6 +50,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="The source holds no rows.",
             remedy="Check the path and the split.",
         ),
+        "unread": ProblemSpec(
+            severity="fatal",
+            meaning="The rest of the file cannot be read, since where its next row begins cannot be known.",
+            remedy="Mend the file at that line; on_bad_rows='skip' does not go on without rows that nobody has seen.",
+        ),
         "not_utf8": ProblemSpec(
             severity="error",
             meaning="The text holds bytes that are not UTF-8, or half of a character.",
@@ -48,12 +62,12 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
         ),
         "not_json": ProblemSpec(
             severity="error",
-            meaning="The line is not JSON.",
+            meaning="The line is not JSON, or one object holds a key twice.",
             remedy="Write one object per line (.jsonl), or one list of objects (.json).",
         ),
         "not_csv": ProblemSpec(
             severity="error",
-            meaning="The record is not CSV with as many fields as the header, or a quote is never closed.",
+            meaning="The record has not as many fields as the header, or is the header once more.",
             remedy="Separate fields by commas; quote a field with commas, quotes or line ends, doubling its quotes.",
         ),
         "not_an_object": ProblemSpec(
@@ -96,10 +110,20 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="A response has no text; training on it would compare a lone end-of-text token with an answer.",
             remedy="Fill in the response, or the words with which the model should refuse.",
         ),
+        "text_too_long": ProblemSpec(
+            severity="left_out",
+            meaning="A text has more than 5,000,000 characters, more than any model reads; cutting it up takes hours.",
+            remedy="Shorten it, or look whether a quote too many has made one text of many rows.",
+        ),
         "identical": ProblemSpec(
             severity="left_out",
             meaning="Chosen and rejected are the same, or are so once cut to the maximal length; it prefers nothing.",
             remedy="Remove the pair; many of them point to ties, or to a mistake in how the data was made.",
+        ),
+        "tie": ProblemSpec(
+            severity="left_out",
+            meaning="The row says that neither response is better.",
+            remedy="Nothing; a tie prefers nothing.",
         ),
         "template_refuses": ProblemSpec(
             severity="left_out",
@@ -120,6 +144,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             severity="warning",
             meaning="A response is cut to the maximal length; its end is not learned from.",
             remedy="Raise the maximal length if many are cut.",
+        ),
+        "swallowed": ProblemSpec(
+            severity="warning",
+            meaning="A quoted field of a CSV file holds lines that look like rows; a quote too many does that.",
+            remedy="Look at the line; write the data as .jsonl if the lines are meant.",
         ),
         "duplicate": ProblemSpec(
             severity="warning",
@@ -209,11 +238,23 @@ def printable(name: object) -> str:
     return str(name).encode("unicode_escape").decode() if not str(name).isprintable() else str(name)
 
 
+def visible(text: str) -> str:
+    r"""A text for a reader: what would hide in it or turn the order of its letters round is written as ⟨U+...⟩.
+
+    Joiners stay between letters of scripts that need them, and in emoji.
+
+    Examples:
+        >>> visible("not \u202edoog\u202c"), visible("a\u200db")
+        ('not ⟨U+202E⟩doog⟨U+202C⟩', 'a⟨U+200D⟩b')
+    """
+    return _HIDDEN.sub(lambda found: "".join(f"⟨U+{ord(letter):04X}⟩" for letter in found.group()), text)
+
+
 def short(value: object) -> str:
     """A value for a message: its type and how it begins.
 
     Args:
-        value: objectthing, of any length.
+        value: Anything, of any length.
 
     Returns:
         At most some 80 characters.
@@ -222,7 +263,10 @@ def short(value: object) -> str:
         >>> short("Hello"), short(3.5)
         ("str 'Hello'", 'float 3.5')
     """
-    text = repr(value[:60] if isinstance(value, str) else value)
+    try:
+        text = repr(value[:60] if isinstance(value, str) else value)
+    except ValueError:  # an integer of thousands of digits
+        text = "too long to write"
     return f"{type(value).__name__} {text if len(text) <= 70 else text[:70] + '...'}"
 
 
@@ -279,7 +323,7 @@ def problems_table() -> str:
 
 def _render_kind(kind: str, problems: list[Problem], limit: int) -> str:
     spec = PROBLEMS[kind]
-    noun = {"error": "error", "left_out": "left out", "warning": "warning"}[spec.severity]
+    noun = {"fatal": "error", "error": "error", "left_out": "left out", "warning": "warning"}[spec.severity]
     plural = "s" if len(problems) > 1 and spec.severity != "left_out" else ""
     lines = [f"{kind}: {len(problems)} {noun}{plural}"]
     lines += textwrap.wrap(spec.meaning, width=110, initial_indent="  ", subsequent_indent="  ")

@@ -1,9 +1,10 @@
 """Sources to rows: one reader per file type, and none of them knows what a pair is.
 
-In: a path, a folder that `datasets` saved, a hub id, a `datasets.Dataset`, or rows in memory.
+In: a path, a folder of shards or one that `datasets` saved, a hub id, a `datasets.Dataset`, or rows in memory.
 Out: one `(line, row)` after the other; in place of a row that cannot be read, the `BadRow` that says why.
 
 The one idea: what is wrong with one row is handed on and reading goes on; what is wrong with the whole source raises.
+Where the next row begins cannot be known, the last `BadRow` is of the kind "unread" and says how much is lost.
 Text is decoded so that bytes which are not UTF-8 survive as characters that no UTF-8 text can hold: the row they are
 in is still found, and refused later by whoever encodes it.
 
@@ -14,9 +15,14 @@ import csv
 import gzip
 import io
 import json
+import logging
+import re
 import zlib
 from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -26,9 +32,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
-from ropo.data.problems import BadRow, short
+from ropo.data.problems import BadRow, printable, short
 
-Source: TypeAlias = str | Path | datasets.Dataset | Sequence[object]  # rows in memory: dicts or `Pair`s
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubDataset:
+    """A dataset on the hub of which the name alone does not say what to read.
+
+    Attributes:
+        name: Its name, "owner/name".
+        config: Which of its configurations (subsets); None for the only one.
+        data_dir: Which of its folders; None for what it names itself.
+    """
+
+    name: str
+    config: str | None = None
+    data_dir: str | None = None
+
+
+# Rows in memory are dicts or `Pair`s.
+Source: TypeAlias = str | Path | HubDataset | datasets.Dataset | Sequence[object]
 Row = tuple[int | None, Any]  # the line of a text file at which the row begins, counted from 1, and the row
 
 _ROWS_PER_BATCH = 1000
@@ -36,6 +61,24 @@ _MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module refuses more than 131,0
 # Endings that mean a file was meant, beside those that have a reader: a typing mistake must not become a question to
 # the hub. Names on the hub do hold dots ("OpenHermes-2.5-..."), so not every dot begins an ending.
 _OTHER_ENDINGS = (".arrow", ".bz2", ".gz", ".pkl", ".tsv", ".txt", ".xlsx", ".xz", ".yaml", ".zip", ".zst")
+_SHARDS = (".parquet", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz")  # not .json, in which folders keep other things
+_NUMBERED = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})(?:-[0-9a-f]+)?")  # as the hub names shards
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
+_LONE_CR = re.compile(r"\r++(?!\n|\Z)")
+_INSTEAD_OF_CR = "\ud800"
+_FEW_LINES = 3  # that are divided like rows by chance
+_KINDS = (
+    ("a folder", Path.is_dir),
+    ("a pipe (FIFO)", Path.is_fifo),
+    ("a socket", Path.is_socket),
+    ("a device", Path.is_char_device),
+    ("a device", Path.is_block_device),
+)
+
+
+def file_kind(path: Path) -> str:
+    """What stands at a path that is no regular file, for a sentence: "not there", "a folder", "a pipe (FIFO)", ..."""
+    return next((name for name, is_it in _KINDS if is_it(path)), "not there")
 
 
 def read_rows(source: Source, split: str = "train") -> Iterator[Row]:
@@ -56,10 +99,17 @@ def read_rows(source: Source, split: str = "train") -> Iterator[Row]:
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.is_dir():
-            return _read_dataset(_open_folder(path, split))
+            return _read_folder(path, split)
         if path.exists() or isinstance(source, Path) or looks_like_path(source):
             _refuse_split(split, path.name)
             return _read_file(path)
+        return _read_dataset(_open_hub(HubDataset(name=source), split))
+    if isinstance(source, HubDataset):
+        if looks_like_path(source.name) or Path(source.name).exists():
+            raise ValueError(
+                f"dataset_config and dataset_data_dir need a dataset on the hub; got the file or folder {source.name}. "
+                "Leave them out; a folder inside it is named by its path."
+            )
         return _read_dataset(_open_hub(source, split))
     _refuse_split(split, f"a {type(source).__name__} in memory")
     if isinstance(source, datasets.Dataset):
@@ -89,21 +139,47 @@ def _read_file(path: Path) -> Iterator[Row]:
     reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
     if not path.exists():
         raise FileNotFoundError(f"load_pairs needs a file that exists; got {path}: file not found. Check the path.")
+    if not path.is_file():  # opening a pipe waits for whoever writes into it, and a device may have no end
+        raise ValueError(f"load_pairs needs a regular file; got {path}, {file_kind(path)}. Write the rows to a file.")
     if reader is None:
         raise ValueError(f"load_pairs needs a file that ends in {', '.join(READERS)}; got {path.name}. Convert it.")
+    num_read = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            yield from reader(stream)
+            if reader is not _read_parquet:
+                _refuse_utf16(path, stream.peek(4)[:4])
+            for row in reader(stream):
+                num_read += 1
+                yield row
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(
-            f"load_pairs needs a file that can be read to its end; got {path}: {error}. Is it complete?"
+            f"load_pairs needs a file that can be read to its end; got {path}: {error}. {num_read} rows came before "
+            "that; how many are lost cannot be known. Is it complete?"
         ) from error
 
 
-def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-    """Numbered lines. Only a line feed ends one: U+2028 and its kind may stand inside a JSON text."""
-    for number, line in enumerate(stream, start=1):
-        yield number, (line.removeprefix(BOM_UTF8) if number == 1 else line).decode("utf-8", "surrogateescape")
+def _refuse_utf16(path: Path, start: bytes) -> None:
+    """Refuse once what would be one problem for each line."""
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        raise ValueError(
+            f"load_pairs needs text in UTF-8; got {path}, which is UTF-16 or no text. Save it as UTF-8: "
+            "iconv -f UTF-16 -t UTF-8."
+        )
+
+
+def _refuse_repeated(columns: Iterable[str]) -> None:
+    """Of two columns with one name, one would be lost. Cells without a name stand behind the last one."""
+    if repeated := [name for name, count in Counter(columns).items() if count > 1 and name]:
+        raise ValueError(
+            f"load_pairs needs columns of different names; got {', '.join(map(printable, repeated))} more than once. "
+            "Rename or remove one."
+        )
+
+
+def _lines(stream: Iterable[bytes]) -> Iterator[str]:
+    """Lines as a line feed ends them: U+2028 and its kind may stand inside a JSON text."""
+    for number, line in enumerate(stream):
+        yield (line if number else line.removeprefix(BOM_UTF8)).decode("utf-8", "surrogateescape")
 
 
 def _not_json(text: str, reason: str) -> BadRow:
@@ -114,11 +190,25 @@ def _not_json(text: str, reason: str) -> BadRow:
     return BadRow("not_json", f"a line needs JSON; got {short(text)} ({reason}).")
 
 
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(members)
+    if len(found) < len(members):
+        repeated = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
+        raise ValueError(f"the key {short(repeated)} stands twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _read_json_lines(stream: Iterable[bytes]) -> Iterator[Row]:
-    for number, text in _lines(stream):
+    """No JSON text holds a CR as it is, so a lone one ends a line, too. Files that were joined hold marks of order."""
+    lines = (part for line in _lines(stream) for part in line.removesuffix("\r\n").split("\r"))
+    for number, text in enumerate(lines, start=1):
+        text = text.removeprefix("\ufeff")
         if text.strip():
             try:
-                row = json.loads(text)
+                row = _DECODER.decode(text)
             except (ValueError, RecursionError) as error:
                 row = _not_json(text, str(error))
             yield number, row
@@ -133,7 +223,6 @@ def _read_json(stream: io.BufferedIOBase) -> Iterator[Row]:
         yield from _read_json_lines(io.BytesIO(content))
         return
     line = 1 + text.count("\n", 0, place)
-    decoder = json.JSONDecoder()
     separator = "["
     while text.startswith(separator, place):
         begin = _after_space(text, place + 1)
@@ -142,16 +231,26 @@ def _read_json(stream: io.BufferedIOBase) -> Iterator[Row]:
             place = begin
             break
         try:
-            row, end = decoder.raw_decode(text, begin)
+            row, end = _DECODER.raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
-            yield line, _not_json(text[begin : begin + 200], str(error))
-            return  # where the next object begins cannot be known
+            yield line, _unread(text, begin, str(error))
+            return
         yield line, row
         place = _after_space(text, end)
         line += text.count("\n", begin, place)
         separator = ","
     if text[place:].strip() != "]":
-        yield line, _not_json(text[place : place + 200], "the list needs a comma or its closing bracket")
+        yield line, _unread(text, place, "the list needs a comma or its closing bracket")
+
+
+def _unread(text: str, place: int, reason: str) -> BadRow:
+    """Where the next object of a list begins cannot be known."""
+    num_lines = 1 + text.count("\n", place, len(text.rstrip()))
+    return BadRow(
+        "unread",
+        f"the list cannot be read from here to its end, {num_lines} lines, {len(text) - place} characters: {reason}; "
+        f"got {short(text[place : place + 200])}.",
+    )
 
 
 def _after_space(text: str, place: int) -> int:
@@ -161,31 +260,79 @@ def _after_space(text: str, place: int) -> int:
     return place
 
 
+def delimiter_of(header: str) -> str:
+    """What divides the cells of a table: where a comma divides decimals, a spreadsheet writes semicolons, or tabs."""
+    return max(",;\t", key=header.count)
+
+
+def csv_lines(stream: Iterable[bytes]) -> Iterator[str]:
+    """Lines as the csv module needs them: what ends the first one ends all, so any other CR is content.
+
+    The module takes a CR for the end of a record. Where it is content, a letter that no text can hold stands for it.
+    """
+    lines = _lines(stream)
+    first = next(lines, "")
+    lines = chain([first], lines)
+    if "\r" in first.rstrip("\r\n"):
+        return (part for text in lines for part in re.split(r"(?<=\r)(?!\n)", text) if part)
+    return (_LONE_CR.sub(lambda found: _INSTEAD_OF_CR * len(found.group()), text) for text in lines)
+
+
 def _read_csv(stream: io.BufferedIOBase) -> Iterator[Row]:
     csv.field_size_limit(_MAX_CSV_FIELD)
-    reader = csv.reader((text for _, text in _lines(stream)), strict=True)
+    lines = csv_lines(stream)
+    first = next(lines, "")
+    reader = csv.reader(chain([first], lines), delimiter=delimiter_of(first), strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
         try:
             record = next(reader, None)
         except csv.Error as error:
-            yield line, BadRow("not_csv", f"a record needs to be CSV; got {error}.")
-            return  # where the next record begins cannot be known
+            num_lines = reader.line_num + sum(1 for _ in lines) - line + 1
+            yield line, _no_csv_from_here(num_lines, f"{error}, as where a quote is not closed or not doubled")
+            return
         if record is None:
             return
         if not record:
             continue
         if header is None:
             header = record
+            _refuse_repeated(header)
+        elif len(record) != len(header) and any(_INSTEAD_OF_CR in field for field in record):
+            num_lines = reader.line_num + sum(1 for _ in lines) - line + 1
+            yield line, _no_csv_from_here(num_lines, "some records end with a CR, those before with a line feed")
+            return
         elif len(record) != len(header):
             yield line, BadRow("not_csv", f"a record needs the header's {len(header)} fields; got {len(record)}.")
+        elif [record[0].removeprefix("\ufeff"), *record[1:]] == header:
+            yield (
+                line,
+                BadRow("not_csv", "a record needs values; got the header once more, as in files that were joined."),
+            )
         else:
-            yield line, dict(zip(header, record, strict=True))
+            if num_lines := _lines_like_rows(record, reader.dialect.delimiter):
+                yield line, BadRow("swallowed", f"one quoted field holds {num_lines} lines that look like rows.")
+            fields = (field.replace(_INSTEAD_OF_CR, "\r") for field in record)
+            yield line, dict(zip(header, fields, strict=True))
+
+
+def _lines_like_rows(record: Sequence[str], delimiter: str) -> int:
+    """How many whole lines inside a field are divided like a row, as where a quote too many has swallowed rows."""
+    lines = [line for field in record if "\n" in field for line in field.split("\n")[1:-1]]
+    alike = sum(line.count(delimiter) == len(record) - 1 for line in lines)
+    return alike if len(record) > 1 and alike >= max(_FEW_LINES, 0.8 * len(lines)) else 0
+
+
+def _no_csv_from_here(num_lines: int, reason: str) -> BadRow:
+    """Where the next record begins cannot be known."""
+    return BadRow("unread", f"the table cannot be read from here to its end, {num_lines} lines: {reason}.")
 
 
 def _read_parquet(stream: io.BufferedIOBase) -> Iterator[Row]:
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=_ROWS_PER_BATCH):
+    file = pq.ParquetFile(stream, page_checksum_verification=True)
+    _refuse_repeated(file.schema_arrow.names)
+    for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH):
         yield from ((None, row) for row in batch.to_pylist())
 
 
@@ -194,12 +341,72 @@ def _read_dataset(dataset: datasets.Dataset) -> Iterator[Row]:
         yield from ((None, row) for row in batch.to_pylist())
 
 
-def _open_folder(path: Path, split: str) -> datasets.Dataset:
+def _read_folder(path: Path, split: str) -> Iterator[Row]:
+    """What `save_to_disk` wrote, or shards: files of one kind, whose names may say which split they belong to."""
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return _read_dataset(_open_saved(path, split))
+    files = [file for file in sorted(path.iterdir()) if file.name.endswith(_SHARDS) and file.name[0] not in "._"]
+    if not files:
+        raise ValueError(
+            f"load_pairs needs a folder saved by datasets' save_to_disk, or one with {', '.join(_SHARDS)} files; "
+            f"{path} holds neither. Name the file, or the folder that holds the shards."
+        )
+    kinds = sorted({next(kind for kind in _SHARDS if file.name.endswith(kind)) for file in files})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"A folder of shards needs files of one kind; {path} holds {' and '.join(kinds)}. Name one file, or move "
+            "the others."
+        )
+    files = _of_split(files, split, path)
+    logger.info("%d files of %s, in this order: %s.", len(files), path, ", ".join(file.name for file in files))
+    return _read_shards(files)
+
+
+def _read_shards(files: Sequence[Path]) -> Iterator[Row]:
+    """Lines are those of a file, so they are told with its name and not as the line of the row."""
+    for file in files:
+        for line, row in _read_file(file):
+            if isinstance(row, BadRow):
+                row = BadRow(row.kind, f"{file.name}{'' if line is None else f', line {line}'}: {row}")
+            yield None, row
+
+
+def _of_split(files: Sequence[Path], split: str, folder: Path) -> list[Path]:
+    """The shards of one split, all of them; every shard where the names tell no splits apart.
+
+    Raises:
+        ValueError: If there is no such split, some names tell none, or the names say that a shard is missing.
+    """
+    stems = [file.name.split(".")[0] for file in files]
+    numbered = [_NUMBERED.fullmatch(stem) for stem in stems]
+    names = [
+        match["split"] if match else by[1] if (by := _SPLIT.match(stem)) else ""
+        for match, stem in zip(numbered, stems, strict=True)
+    ]
+    if len(set(names)) == 1 and not _SPLIT.match(names[0]):
+        _refuse_split(split, folder.name)
+        split = names[0]
+    elif split not in names or "" in names:
+        here = ", ".join(sorted({name or "files of no split" for name in names}))
+        raise ValueError(
+            f"split needs a part that the names of the files tell; got {split!r} for {folder} with {here}. Choose one "
+            "(--dataset_split), or name the file."
+        )
+    chosen = [i for i, name in enumerate(names) if name == split]
+    totals = {int(match["total"]) for i in chosen if (match := numbered[i])}
+    if totals and totals != {len(chosen)}:
+        raise ValueError(
+            f"A folder of shards needs all of them; got {len(chosen)} of {max(totals)} in {folder}. Fetch the others."
+        )
+    return [files[i] for i in chosen]
+
+
+def _open_saved(path: Path, split: str) -> datasets.Dataset:
     try:
         found = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(
-            f"load_pairs needs a folder saved by datasets' save_to_disk; got {path}. To read a file, name the file."
+            f"load_pairs needs a whole folder as datasets' save_to_disk wrote it; got {path}: {error}. Save it again."
         ) from error
     if isinstance(found, datasets.Dataset):
         _refuse_split(split, path.name)
@@ -212,13 +419,17 @@ def _open_folder(path: Path, split: str) -> datasets.Dataset:
     return found[split]
 
 
-def _open_hub(name: str, split: str) -> datasets.Dataset:
+def _open_hub(source: HubDataset, split: str) -> datasets.Dataset:
+    options = {"name": source.config, "data_dir": source.data_dir}
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(
+            source.name, split=split, **{name: value for name, value in options.items() if value is not None}
+        )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             "load_pairs needs an existing file or folder, or a dataset on the hub; "
-            f"got {name!r}, split {split!r}: {error}. Check the name, the split (--dataset_split) and the connection."
+            f"got {source.name!r}, split {split!r}: {error}. Check the name, the split (--dataset_split), the "
+            "configuration (--dataset_config) and the connection."
         ) from error
 
 

@@ -8,15 +8,19 @@ pass with a dictionary finds all repetitions. A second id, of the normalised tex
 reader.
 """
 
+import logging
 import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ropo.data.load import Loaded, load_pairs
-from ropo.data.problems import PROBLEMS, Problem, render, rows_left_out, short
+from ropo.data.problems import Problem, printable, render, rows_left_out, short
 from ropo.pairs import Pair, Text, pair_id
 
+logger = logging.getLogger(__name__)
+
 _LONG_PROMPT = 20  # characters
+_MAX_CHARACTERS = 5_000_000  # of one text: a tokenizer may need time with the square of it
 
 
 def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
@@ -139,6 +143,12 @@ def _useless(pair: Pair) -> list[Problem]:
         if _is_empty(response):
             message = f"{name} needs text; got {short(getattr(pair, name))}."
             problems.append(Problem(kind="empty_response", row=pair.row, message=message))
+    for name in ("prompt", "chosen", "rejected"):
+        text = getattr(pair, name)
+        length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+        if length > _MAX_CHARACTERS:
+            message = f"{name} needs at most {_MAX_CHARACTERS:,} characters; got {length:,}."
+            problems.append(Problem(kind="text_too_long", row=pair.row, message=message))
     if chosen == rejected:
         message = f"chosen and rejected need to differ; got {short(pair.chosen)} twice."
         problems.append(Problem(kind="identical", row=pair.row, message=message))
@@ -176,7 +186,7 @@ def read_checked(
 
     Raises:
         ValueError: If two pairs share a row.
-        DataError: As described at `on_bad_rows`, or if no pair is left.
+        DataError: As described at `on_bad_rows`; or if rows are lost unread, or no pair is left.
     """
     loaded = load_pairs(dataset, split=split, columns=columns)
     if len({pair.row for pair in loaded.pairs}) < len(loaded.pairs):
@@ -184,14 +194,18 @@ def read_checked(
             "Pairs need a row of their own each; got some that share one. Number them anew before joining lists."
         )
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
-    errors = [problem for problem in problems if PROBLEMS[problem.kind].severity == "error"]
+    errors = [problem for problem in problems if problem.severity in ("fatal", "error")]
     if not loaded.num_rows:
         raise DataError(render(errors))
+    if lost := [problem for problem in errors if problem.severity == "fatal"]:
+        raise DataError(f"Only {len(loaded.pairs)} pairs could be read before the data broke off.\n{render(lost)}")
     if errors and on_bad_rows == "refuse":
         raise DataError(
             f"{len({problem.row for problem in errors})} of {loaded.num_rows} rows would corrupt training. "
             f"Fix them, or go on without them by on_bad_rows='skip'.\n{render(errors)}"
         )
+    if loaded.ignored_columns:
+        logger.warning("Columns that nothing reads: %s.", ", ".join(map(printable, loaded.ignored_columns)))
     out = rows_left_out(problems)
     pairs = [pair for pair in loaded.pairs if pair.row not in out]
     if not pairs:

@@ -14,6 +14,7 @@ from difflib import SequenceMatcher
 from itertools import groupby
 from typing import Any
 
+from ropo.data.problems import visible
 from ropo.pairs import Text
 
 MAX_CHARACTERS = 5000  # of one text; ten suspects of three texts then stay well below a megabyte of page
@@ -33,11 +34,13 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 def clean(text: str) -> str:
     r"""Make `text` safe to encode and visible: control characters become pictures, lone surrogates question marks.
 
+    So does what would hide or turn the order of letters round; see `ropo.data.problems.visible`.
+
     Examples:
-        >>> clean("a\x00b")
-        'a␀b'
+        >>> clean("a\x00b\u202e")
+        'a␀b⟨U+202E⟩'
     """
-    text = text.replace("\r\n", "\n").translate(_PICTURES)
+    text = visible(text.replace("\r\n", "\n").translate(_PICTURES))
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

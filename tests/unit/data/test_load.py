@@ -307,8 +307,8 @@ BAD_ROWS = {
     "strings in a list": ("wrong_type", row(chosen=["a"]), "message 0 of chosen needs role and content"),
     "foreign messages": (
         "wrong_type",
-        row(chosen=[{"from": "gpt", "value": "a"}]),
-        "message 0 of chosen needs role and",
+        row(chosen=[{"from": "robot", "value": "a"}]),
+        "message 0 of chosen needs from to be one of human, user, gpt, assistant, system; got str 'robot'",
     ),
     "list as text": ("wrong_type", row(chosen="[{'role': 'assistant', 'content': 'a'}]"), "a list written as text"),
     "text and messages": ("wrong_type", row(chosen=[assistant("a")]), "chosen: messages, rejected: text"),
@@ -447,7 +447,7 @@ def test_a_list_that_breaks_keeps_what_came_before(tmp_path, ending, line):
     path = tmp_path / "a.json"
     path.write_bytes(b"[" + json.dumps(row()).encode() + ending)
     loaded = load_pairs(path)
-    assert [(problem.kind, problem.row, problem.line) for problem in loaded.problems] == [("not_json", 1, line)]
+    assert [(problem.kind, problem.row, problem.line) for problem in loaded.problems] == [("unread", 1, line)]
     assert len(loaded.pairs) == 1
 
 
@@ -459,7 +459,7 @@ def test_lines_of_a_csv_file(tmp_path):
         ("not_csv", 1, 5),
         ("not_utf8", 2, 6),
         ("not_csv", 3, 7),
-        ("not_csv", 5, 9),
+        ("unread", 5, 9),
     ]
     assert [(pair.row, pair.prompt) for pair in loaded.pairs] == [(0, "two\nlines"), (4, "x")]
 

@@ -7,7 +7,7 @@ import pytest
 
 from ropo.data.load import FORMATS
 from ropo.data.problems import PROBLEMS, Problem, problems_table, render, summarise
-from ropo.data.validate import text_id, validate_pairs
+from ropo.data.validate import read_checked, text_id, validate_pairs
 from ropo.pairs import Pair
 
 FORMATS_PAGE = Path(__file__).parents[3] / "docs" / "formats.md"
@@ -57,6 +57,16 @@ def test_a_pair_that_teaches_nothing_is_left_out(texts, kinds):
     assert [problem.kind for problem in problems] == kinds
     assert {problem.row for problem in problems} == {1}
     assert {problem.severity for problem in problems} == {"left_out"}
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_a_text_that_no_tokenizer_comes_to_an_end_with_is_left_out(name):
+    """51 MB of one prompt: 400 s and no end."""
+    texts = {"prompt": "p", "chosen": "c", "rejected": "r"} | {name: "x " * 2_600_000}
+    for given in (texts, {key: [{"role": "assistant", "content": text}] for key, text in texts.items()}):
+        [problem] = validate_pairs([Pair(**given, row=3)])
+        assert (problem.kind, problem.row, problem.severity) == ("text_too_long", 3, "left_out")
+        assert problem.message == f"{name} needs at most 5,000,000 characters; got 5,200,000."
 
 
 def test_responses_that_repeat_the_prompt():
@@ -209,6 +219,16 @@ def test_planted_problems_are_found_again():
             "identical": (prompt, chosen, chosen),
         }[kind]
     assert found(pairs_of(*texts)) == [(planted[row], row) for row in sorted(planted)]
+
+
+def test_columns_that_nothing_reads_are_told(caplog):
+    """Whoever trains sees that `weights` is none of ours."""
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    read_checked([row | {"weights": 0.5, "x\u202e": 1}])
+    assert caplog.messages == [r"Columns that nothing reads: weights, x\u202e."]
+    caplog.clear()
+    read_checked([row])
+    assert not caplog.messages
 
 
 def test_an_unknown_kind_is_refused():

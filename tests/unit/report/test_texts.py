@@ -122,6 +122,27 @@ def test_invisible_and_broken_characters_become_visible():
     clean("\ud83d\ude00 \udc00").encode("utf-8")
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("is \u202eton\u202c good", "is ⟨U+202E⟩ton⟨U+202C⟩ good"),
+        ("\u2066a\u2069", "⟨U+2066⟩a⟨U+2069⟩"),
+        ("a\u200bb\u200ec\u00add\ufeff\u3164", "a⟨U+200B⟩b⟨U+200E⟩c⟨U+00AD⟩d⟨U+FEFF⟩⟨U+3164⟩"),
+        ("\U000e0041\x9b1m", "⟨U+E0041⟩⟨U+009B⟩1m"),
+        ("yes\u200d", "yes⟨U+200D⟩"),
+    ],
+)
+def test_what_hides_or_turns_letters_round_is_written_out(text, shown):
+    assert clean(text) == shown
+    assert plain([{"role": "user", "content": text}]) == shown
+    assert text_of(compare("so", text)["rejected"]) == shown
+
+
+@pytest.mark.parametrize("text", ["👩\u200d🔬", "می\u200cخواهم", "क्\u200dष", "עברית and العربية", "❤️ é 한국어"])
+def test_what_scripts_and_emoji_need_stays(text):
+    assert clean(text) == text
+
+
 def test_an_excerpt_is_the_end_in_one_line():
     assert excerpt("short\n\ntext") == "short text"
     assert excerpt("word " * 100 + "question?").endswith("question?")

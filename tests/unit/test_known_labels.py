@@ -1,0 +1,70 @@
+"""What is known of labels before anything is trained: verdicts of a person and trusted pairs, and that they agree."""
+
+import json
+
+import pytest
+
+from ropo.align import _known_labels, run_audit
+from ropo.config import ROPOConfig
+from ropo.data.load import load_pairs
+from ropo.pairs import pair_id
+
+ROWS = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
+
+
+def turned(row):
+    return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def write_table(path, *verdicts):
+    lines = [f"{row},{pair_id(f'p{row}', 'good', 'bad')},{verdict}\n" for row, verdict in verdicts]
+    path.write_text("row,pair_id,verdict\n" + "".join(lines))
+    return path
+
+
+def test_trusted_pairs_that_the_data_holds_settle_its_labels(caplog):
+    """They are not trained on twice, and a label that they contradict is known to be wrong."""
+    pairs = load_pairs(ROWS).pairs
+    trusted = [ROWS[3], turned(ROWS[5]), ROWS[3] | {"prompt": "another"}]
+    with caplog.at_level("INFO"):
+        verdicts, further, digest = _known_labels(pairs, None, trusted, None)
+    assert {row: verdict for row, (_, verdict) in verdicts.items()} == {3: "right", 5: "wrong"}
+    assert [(pair.prompt, pair.origin) for pair in further] == [("another", "trusted")]
+    assert digest == load_pairs(trusted).sha256
+    assert "Labels of the data that trusted pairs settle: 1 right, 1 wrong." in caplog.messages
+    assert _known_labels(pairs, None, None, None) == ({}, [], None)
+
+
+def test_two_sources_of_verdicts_must_agree(tmp_path):
+    pairs = load_pairs(ROWS).pairs
+    table = write_table(tmp_path / "review.csv", (3, "right"), (4, "drop"))
+    assert set(_known_labels(pairs, table, [ROWS[3], ROWS[5]], None)[0]) == {3, 4, 5}
+    with pytest.raises(ValueError, match="Row 3 needs one verdict; got right by --decisions and wrong by --trusted"):
+        _known_labels(pairs, table, [turned(ROWS[3])], None)
+
+
+@pytest.fixture
+def audit(tmp_path):
+    """An audit that is refused before the model is looked for."""
+
+    def run(**given):
+        args = ROPOConfig(output_dir=str(tmp_path / "O"), use_cpu=True, num_folds=2)
+        return run_audit(tmp_path / "no model", ROWS, args, **given)
+
+    return run
+
+
+def test_the_data_itself_is_not_trusted(audit, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.raises(ValueError, match="got all 20 pairs of the dataset itself, which leaves nothing to estimate"):
+        audit(trusted=path)
+    with pytest.raises(ValueError, match="rows 0 and 1 contradict each other"):
+        audit(trusted=[ROWS[0], turned(ROWS[0])])
+
+
+def test_a_verdict_on_a_row_that_is_not_there(audit, tmp_path):
+    table = write_table(tmp_path / "review.csv", (3, "right"), (20, "wrong"), (99, "drop"))
+    with pytest.raises(ValueError, match="row that the data holds; got 2 on others, the first on row 20"):
+        audit(decisions=table)
+    assert not (tmp_path / "O").exists()
