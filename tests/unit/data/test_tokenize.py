@@ -228,8 +228,8 @@ def test_a_prompt_that_the_template_refuses(tokenizer):
 
 @pytest.mark.parametrize("text", ["a", "the soup was good ", " "], ids=["one word", "words", "blanks"])
 def test_texts_without_end_take_no_time(text, tokenizer):
-    """51 MB among ordinary rows: as a prompt it is left out, as a response it is cut."""
-    endless = text * (51_000_000 // len(text))
+    """Megabytes among ordinary rows: as a prompt it is left out, as a response it is cut."""
+    endless = text * (8_000_000 // len(text))
     pairs = [
         Pair(prompt=endless, chosen="a", rejected="b", row=0),
         Pair(prompt="Human: hi", chosen=f" yes {endless}", rejected=" no", row=1),
@@ -239,7 +239,7 @@ def test_texts_without_end_take_no_time(text, tokenizer):
     ]
     start = time.process_time()
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=64)
-    assert time.process_time() - start < 15
+    assert time.process_time() - start < 5
     assert kinds(tokenized) == [
         ("prompt_too_long", 0), ("truncated", 1), ("prompt_too_long", 2), ("truncated", 3)
     ]  # fmt: skip
@@ -253,7 +253,7 @@ def test_text_of_few_tokens_is_read_to_its_end(tokenizer):
     raw = copy.deepcopy(tokenizer.backend_tokenizer)
     raw.normalizer = normalizers.Replace(" ", "")
     made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-    pair = Pair(prompt="Human:" + " " * 1_000_000 + "hi", chosen="yes", rejected="no", row=0)
+    pair = Pair(prompt="Human:" + " " * 200_000 + "hi", chosen="yes", rejected="no", row=0)
     (ids,) = tokenize_pairs([pair], made, max_length=64).tokens
     assert made.decode(ids.prompt) == "Human:hi"
 
