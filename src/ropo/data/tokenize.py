@@ -200,10 +200,10 @@ class _Reader:
     def about_all(self) -> Iterator[Problem]:
         """What the chat template does to every conversation."""
         if self.num_without_end:
-            message = f"this is so in {self.num_without_end} of {self.num_conversations} conversations."
+            message = f"{self.num_without_end} of {self.num_conversations} conversations"
             yield Problem(kind="template_without_end", row=None, message=message)
         if self.num_conversations and (date := date_of(self.tokenizer)):
-            yield Problem(kind="template_with_date", row=None, message=f"all texts are given the date {date}.")
+            yield Problem(kind="template_with_date", row=None, message=f"all conversations have the date {date}")
 
     def _texts(self, pairs: Sequence[Pair]) -> list[list[str | Rendered] | BadRow]:
         """The prompt alone and with either response, as the model reads them."""
