@@ -126,6 +126,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="The plain text begins with a control token, as if a chat template had been applied to it already.",
             remedy="Nothing if it is this model's template: no second token is put before it. Else give messages.",
         ),
+        "unknown_tokens": ProblemSpec(
+            severity="warning",
+            meaning="The tokenizer has no tokens for part of the text and puts the one for unknown text in its place.",
+            remedy="Use a model whose tokenizer knows the language and the signs of the data.",
+        ),
         "control_tokens": ProblemSpec(
             severity="warning",
             meaning="A text holds the name of a control token; the message says how the model reads it.",

@@ -218,7 +218,8 @@ def _left_out(messages: Messages, text: str) -> Iterator[str]:
 def _said(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
-    yield from (("content", part["text"]) for part in parts if isinstance(part.get("text"), str))
+    parts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    yield from (("content", text) for text in parts if isinstance(text, str))
     yield from ((name, message[name]) for name in _REASONING if isinstance(message.get(name), str))
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else []:

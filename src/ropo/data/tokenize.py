@@ -147,14 +147,20 @@ def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) 
         if not isinstance(prompt, str)
     }
     rendered = dict(zip(asked, render(list(asked.values()), tokenizer), strict=True))
-    if refused := {i: str(text) for i, text in rendered.items() if isinstance(text, BadRow)}:
-        first = next(iter(refused))
+    texts: list[str | Rendered] = []
+    refused: list[str] = []
+    for i, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else rendered[i]
+        if isinstance(text, BadRow):
+            refused.append(f"in prompt {i}, {text}")
+        else:
+            texts.append(text)
+    if refused:
         raise ValueError(
-            f"Prompts need to be such as the model's chat template takes; {len(refused)} of {len(prompts)} are not: in "
-            f"prompt {first}, {refused[first]}. Change the conversation, or the template."
+            f"Prompts need to be such as the model's chat template takes; {len(refused)} of {len(prompts)} are not: "
+            f"{refused[0]}. Change the conversation, or the template."
         )
-    texts = [rendered.get(i, prompt) for i, prompt in enumerate(prompts)]
-    return [one.ids.tolist() for one in encode(texts, tokenizer)]  # type: ignore[arg-type] - none is refused
+    return [one.ids.tolist() for one in encode(texts, tokenizer)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,9 +187,12 @@ class _Reader:
     num_conversations: int = 0
     num_without_end: int = 0
     _control: dict[int, str] = field(init=False)
+    _unknown: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._control = {number: name for name, number in control_tokens(self.tokenizer).items()}
+        unknown = self.tokenizer.unk_token_id
+        self._unknown = None if unknown in self._control else unknown  # many have one token for this and the end
 
     def read(self, pairs: Sequence[Pair], sampled: Sequence[SampledIds | None]) -> list[_ReadPair | BadRow]:
         """Tokens of each pair, or why its chat template refuses it."""
@@ -207,24 +216,19 @@ class _Reader:
 
     def _texts(self, pairs: Sequence[Pair]) -> list[list[str | Rendered] | BadRow]:
         """The prompt alone and with either response, as the model reads them."""
-        asked: list[Conversation] = []
-        for pair in pairs:
-            if not _is_plain(pair):
-                asked += [
-                    Conversation(messages=messages, is_open=is_open, place=f"row {pair.row}")
-                    for messages, is_open in (
-                        (pair.prompt, True), (pair.prompt + pair.chosen, False), (pair.prompt + pair.rejected, False)
-                    )
-                ]  # fmt: skip
-        rendered = iter(render(asked, self.tokenizer))
+        asked = [_conversations(pair) for pair in pairs]
+        rendered = iter(render([one for three in asked for one in three], self.tokenizer))
         found: list[list[str | Rendered] | BadRow] = []
-        for pair in pairs:
-            if _is_plain(pair):
-                found.append([str(pair.prompt), f"{pair.prompt}{pair.chosen}", f"{pair.prompt}{pair.rejected}"])
-                continue
-            three = [next(rendered) for _ in _NAMES]
-            refused = next((one for one in three if isinstance(one, BadRow)), None)
-            found.append(refused or [one for one in three if isinstance(one, Rendered)])
+        for pair, three in zip(pairs, asked, strict=True):
+            texts = [next(rendered) for _ in three]
+            refused = next((one for one in texts if isinstance(one, BadRow)), None)
+            known: list[str | Rendered] = [one for one in texts if isinstance(one, Rendered)]
+            plain: list[str | Rendered] = [
+                str(pair.prompt),
+                f"{pair.prompt}{pair.chosen}",
+                f"{pair.prompt}{pair.rejected}",
+            ]
+            found.append(refused or known or plain)
         return found
 
     def _read(self, texts: Sequence[str | Rendered], encoded: Sequence[Encoded], drawn: SampledIds | None) -> _ReadPair:
@@ -249,13 +253,18 @@ class _Reader:
             warnings = self._of_plain(ids, num_before=encoded[0].num_before)
         else:
             warnings = self._of_rendered([one for one in texts if isinstance(one, Rendered)], encoded)
-        return _ReadPair(ids=ids, is_more=is_more, warnings=warnings)
+        return _ReadPair(ids=ids, is_more=is_more, warnings=[*warnings, *self._unread(ids)])
 
     def _ended(self, ids: TokenIds, text: str) -> TokenIds:
         """Plain text with an end, unless it has one; white space may follow it, as templates write it."""
         eos = str(self.tokenizer.eos_token)
         has_end = len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
         return ids if has_end or text.rstrip().endswith(eos) else np.append(ids, np.int32(self.tokenizer.eos_token_id))
+
+    def _unread(self, ids: TokenizedPair) -> list[tuple[str, str]]:
+        counts = {name: int((getattr(ids, name) == self._unknown).sum()) for name in _NAMES}
+        where = ", ".join(f"{count} of {len(getattr(ids, name))} in {name}" for name, count in counts.items() if count)
+        return [("unknown_tokens", f"tokens for unknown text: {where}.")] if where else []
 
     def _of_plain(self, ids: TokenizedPair, *, num_before: int) -> list[tuple[str, str]]:
         """Control tokens in plain text; the one that ends a response is where it belongs."""
@@ -284,14 +293,23 @@ class _Reader:
         return warnings
 
 
-def _is_plain(pair: Pair) -> bool:
-    kinds = {isinstance(text, str) for text in (pair.prompt, pair.chosen, pair.rejected)}
-    if len(kinds) > 1:
+def _conversations(pair: Pair) -> list[Conversation]:
+    """The prompt alone and with either response; none for plain text."""
+    parts = [text for text in (pair.prompt, pair.chosen, pair.rejected) if not isinstance(text, str)]
+    if not parts:
+        return []
+    if len(parts) < len(_NAMES):
         raise ValueError(
             "A pair needs prompt and responses of one kind, all text or all message lists; got a mix. "
             "Write the prompt as [{'role': 'user', 'content': ...}]."
         )
-    return kinds.pop()
+    prompt, chosen, rejected = parts
+    place = f"row {pair.row}"
+    return [
+        Conversation(messages=prompt, is_open=True, place=place),
+        Conversation(messages=prompt + chosen, is_open=False, place=place),
+        Conversation(messages=prompt + rejected, is_open=False, place=place),
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -212,7 +212,7 @@ def test_what_a_template_does_to_all_is_told_once(tokenizer):
     assert kinds(tokenized) == [
         ("template_leaves_out", 1), ("template_without_end", None), ("template_with_date", None)
     ]  # fmt: skip
-    assert "in 2 of 2 conversations" in tokenized.problems[1].message
+    assert tokenized.problems[1].message == "2 of 2 conversations"
     plain = tokenize_pairs(pairs[2:], made, max_length=64)
     assert not plain.problems
 
@@ -282,6 +282,13 @@ def test_a_tokenizer_that_writes_a_space_before_the_first_word(pieces):
 def test_a_tokenizer_to_which_two_texts_are_one(pieces):
     tokenized = tokenize_pairs([Pair(prompt="hi", chosen=" yes", rejected=" YES", row=2)], pieces, max_length=64)
     assert kinds(tokenized) == [("identical", 2)]
+
+
+def test_text_that_a_tokenizer_does_not_know(pieces):
+    pair = Pair(prompt="hi", chosen=" yes 汉", rejected=" no", row=2)
+    tokenized = tokenize_pairs([pair], pieces, max_length=64)
+    assert kinds(tokenized) == [("unknown_tokens", 2)]
+    assert tokenized.problems[0].message == "tokens for unknown text: 1 of 4 in chosen."
 
 
 @pytest.mark.parametrize("name", ["chosen", "rejected"])
