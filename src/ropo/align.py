@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from ropo.crossfit import folds_of
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import VERDICTS, read_verdicts, verdicts_of, with_verdicts
+from ropo.data.template import date_of
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.evaluation import EvaluationSet, evaluate, read_evaluation
@@ -272,13 +274,14 @@ def _prepare(
     name = _name_of(model, processing_class, folder)
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
     tokenizer = processing_class or load_tokenizer(name, load_options)
+    date = _dated(tokenizer, [folder] if args.audit_from is None else [folder, Path(args.audit_from)])
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
     if not tokenized.pairs:
         raise DataError(f"No pair is left to train on.\n{render(problems)}")
     trusted_tokens = tokenize_pairs(known, tokenizer, max_length=args.max_length)
-    if trusted_tokens.problems:
-        logger.warning("Trusted pairs:\n%s", render(trusted_tokens.problems))
+    if found := [problem for problem in trusted_tokens.problems if problem.row is not None]:
+        logger.warning("Trusted pairs:\n%s", render(found))
     check_positions(source, tokenized)
     check_warmup(args, num_pairs=len(tokenized) + len(trusted_tokens))
     if peft_config is not None:
@@ -304,6 +307,7 @@ def _prepare(
         "trusted": trusted_sha256,
         "verdicts": hash_value(sorted(verdicts.items())) if verdicts else None,
         "adapter": None if peft_config is None else peft_config.to_dict(),
+        **({} if date is None else {"date": date}),
     }
     identity = json.loads(json.dumps(identity, sort_keys=True, default=_as_json))
     identity["audit_from"] = None if args.audit_from is None else _margins_of(Path(args.audit_from), identity)
@@ -330,6 +334,19 @@ def _prepare(
         lengths=tokenized.lengths,
         evaluation=evaluation,
     )
+
+
+def _dated(tokenizer: PreTrainedTokenizerBase, folders: Sequence[Path]) -> str | None:
+    """Give a chat template that writes the date that of the run in the first of the folders that holds one.
+
+    Else tokens would change at midnight: those of a resumed run, or of one that goes on from an audit.
+
+    Returns:
+        The date, the same in all processes; None for a template without one.
+    """
+    kept = [read_json(path).get("date") for folder in folders if (path := folder / "ropo_config.json").exists()]
+    [date] = broadcast_object_list([date_of(tokenizer, next(filter(None, kept), None))])
+    return date_of(tokenizer, date)
 
 
 def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
@@ -574,7 +591,9 @@ def _report_problems(folder: Path, problems: Sequence[Problem]) -> None:
             aside.write_text("".join(lines), encoding="utf-8")
         for kind, count in summarise(problems).items():
             spec = PROBLEMS[kind]
-            logger.warning("%d rows: %s (%s). %s", count, kind, spec.severity.replace("_", " "), spec.meaning)
+            about_all = next((one.message for one in problems if one.kind == kind and one.row is None), None)
+            where = about_all or f"{count} rows"
+            logger.warning("%s: %s (%s). %s", where, kind, spec.severity.replace("_", " "), spec.meaning)
 
 
 def _reference_of(

@@ -77,7 +77,8 @@ def read_evaluation(
     known = {text_id(pair) for pair in trained_on}
     unseen = [pair for pair in pairs if text_id(pair) not in known]
     tokenized = tokenize_pairs(unseen, tokenizer, max_length=max_length)
-    if found := [*problems, *tokenized.problems]:
+    # What a chat template does to all conversations is told of the training data.
+    if found := [*problems, *(problem for problem in tokenized.problems if problem.row is not None)]:
         logger.warning("Evaluation set:\n%s", render(found))
     num_shared = len(pairs) - len(unseen)
     if num_shared:

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
 from ropo.config import ROPOConfig
-from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
+from ropo.data.tokenize import SampledIds, TokenizedPair, TokenizedPairs, encode_prompts, tokenize_pairs
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
@@ -162,10 +162,21 @@ class Round:
 
     def new_pairs(self) -> list[Pair]:
         """Pairs that this round made; none before its resampling or in the last round."""
+        return [pair for pair, _ in self._resampled()]
+
+    def _resampled(self) -> list[tuple[Pair, SampledIds | None]]:
+        """New pairs with the tokens that were drawn, since their texts may give others."""
         path = self.folder / "resampled.jsonl"
-        return (
-            [Pair(**json.loads(line)) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
-        )
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
+        drawn = [row.pop("sampled", None) for row in rows]
+        return [
+            (Pair(**row), one and SampledIds(name=one["name"], ids=tuple(one["ids"])))
+            for row, one in zip(rows, drawn, strict=True)
+        ]
+
+    def _tokenize_new(self, new: Sequence[tuple[Pair, SampledIds | None]]) -> TokenizedPairs:
+        pairs, drawn = zip(*new, strict=True)
+        return tokenize_pairs(pairs, self.tokenizer, max_length=self.args.max_length, sampled=drawn)
 
     def next_datasets(self) -> tuple[PairDataset, PairDataset]:
         """What the next round scores and what it trains on.
@@ -181,8 +192,8 @@ class Round:
             if i >= self.num_read:  # of data pairs the weights are those that the data gives
                 scored.weights[place] = found["weights"][i]
         num_before = len(scored)
-        if new := self.new_pairs():
-            tokenized = tokenize_pairs(new, self.tokenizer, max_length=self.args.max_length)
+        if new := self._resampled():
+            tokenized = self._tokenize_new(new)
             reference = load_file(self.folder / "resampled_reference.safetensors")
             scored = scored.joined(tokenized, PairLogps(**reference) if reference else None)
         weights = [found["weights"][i] for i in stays] + scored.weights[num_before:]
@@ -275,14 +286,14 @@ class Round:
         lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
         won = self._win_back(lost, digest) if lost and self.args.num_candidates else NOTHING
         reference: dict[str, torch.Tensor] = {}
-        if won.pairs and self.data.reference is not None:
-            tokenized = tokenize_pairs(won.pairs, self.tokenizer, max_length=self.args.max_length)
-            reference = _tensors(self.reference_of(tokenized.tokens))
+        new = list(zip(won.pairs, won.sampled, strict=True))
+        if new and self.data.reference is not None:
+            reference = _tensors(self.reference_of(self._tokenize_new(new).tokens))
         self._write_tensors("resampled_reference.safetensors", reference)
         if PartialState().is_main_process:
             with write_aside(self.folder / "resampled.jsonl") as path:
-                rows = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in won.pairs]
-                path.write_text("".join(rows), encoding="utf-8")
+                rows = [{**asdict(pair), "sampled": drawn and asdict(drawn)} for pair, drawn in new]
+                path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
             told = {"num_prompts": len(lost), "num_judged": won.num_judged, "refused": won.refused}
             write_json(self.folder / "resampling.json", told)
 

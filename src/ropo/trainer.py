@@ -207,7 +207,7 @@ class ROPOTrainer(Trainer):
         _, pairs, problems = read_checked(source, on_bad_rows=args.on_bad_rows)
         tokenized = tokenize_pairs(pairs, self.tokenizer, max_length=args.max_length)
         if problems := [*problems, *tokenized.problems]:
-            logger.warning("Some rows are cut or left out:\n%s", render(problems))
+            logger.warning("Problems of the data:\n%s", render(problems))
         if not tokenized.pairs:
             raise ValueError(f"ROPOTrainer needs at least one pair; got none.\n{render(problems)}")
         reference = None

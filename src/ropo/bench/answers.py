@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ropo.bench.export import EXPORTS, Answer, Question, read_questions, write_answers
 from ropo.bench.options import LIKELIEST, ExportArguments
+from ropo.data.template import date_of
 from ropo.data.tokenize import encode_prompts
 from ropo.pairs import Text
 from ropo.policy import PolicySource, find_model, load_tokenizer, model_digest
@@ -69,6 +71,7 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
     folder = Path(str(args.output_dir)) / "export" / name
     temperatures = {question.id: spec.temperature_of(question, args.temperature) for question in questions}
     begun = _claim(folder, _identity(args, questions, digest, temperatures))
+    date_of(tokenizer, datetime.fromtimestamp(int(begun)).isoformat())  # also of a run that goes on tomorrow
     with open_engine(args.generation_engine, _reach(args, tokenizer)) as engine:
         samples = _converse(engine, tokenizer, questions, temperatures, args, folder=folder, digest=digest)
     answers = [

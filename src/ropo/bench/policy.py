@@ -112,9 +112,7 @@ def _as_pairs(
     return [
         TokenizedPair(
             prompt=np.array(prompt_ids[sample.prompt], dtype=np.int32),
-            chosen=np.append(
-                np.array(tokenizer(sample.text, add_special_tokens=False)["input_ids"], dtype=np.int32), end
-            ),
+            chosen=np.array(sample.ids, dtype=np.int32),
             rejected=end,
         )
         for sample in samples

@@ -130,6 +130,36 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="The model's chat template does not take this conversation; the message says why.",
             remedy="Bring the turns into the order it wants; put the words of a system message into the first turn.",
         ),
+        "template_leaves_out": ProblemSpec(
+            severity="warning",
+            meaning="The chat template leaves out what a message says, so the model never reads it.",
+            remedy="Use a template that knows such messages (system, tool calls), or write them into the user's turn.",
+        ),
+        "template_without_end": ProblemSpec(
+            severity="warning",
+            meaning="The chat template ends an answer without a control token, so the model never learns to stop.",
+            remedy="Let tokenizer.chat_template write the end-of-sequence token after an assistant's content.",
+        ),
+        "template_with_date": ProblemSpec(
+            severity="warning",
+            meaning="The chat template writes the date: all texts of a run get that of its start.",
+            remedy="Nothing; write a date into tokenizer.chat_template if runs of different days are to be equal.",
+        ),
+        "templated_text": ProblemSpec(
+            severity="warning",
+            meaning="The plain text begins with a control token, as if a chat template had been applied to it already.",
+            remedy="Nothing if it is this model's template: no second token is put before it. Else give messages.",
+        ),
+        "unknown_tokens": ProblemSpec(
+            severity="warning",
+            meaning="The tokenizer has no tokens for part of the text and puts the one for unknown text in its place.",
+            remedy="Use a model whose tokenizer knows the language and the signs of the data.",
+        ),
+        "control_tokens": ProblemSpec(
+            severity="warning",
+            meaning="A text holds the name of a control token; the message says how the model reads it.",
+            remedy="Remove it unless it is meant so: in plain text it is a token, in a message it stays text.",
+        ),
         "prompt_too_long": ProblemSpec(
             severity="left_out",
             meaning="The prompt alone has as many tokens as a sequence may have, or more.",

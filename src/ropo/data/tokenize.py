@@ -1,26 +1,25 @@
-"""Text to token ids, with one rule for what does not fit.
+"""Pairs to token ids, with one rule for what does not fit.
 
 In: `Pair`s and a tokenizer. Out: `TokenizedPair`s whose two responses follow exactly the same prompt tokens, and a
-`Problem` for every pair that was cut or left out.
+`Problem` for every pair that was cut or left out, or that a model reads otherwise than its author may have meant.
 
 The rule: a prompt is never cut. What `max_length` leaves after the prompt is the budget of either response; a longer
 response loses its end. A pair whose prompt leaves no room is left out and counted.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from jinja2 import TemplateError
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ropo.data.problems import Problem
+from ropo.data.encode import Encoded, TokenIds, encode
+from ropo.data.problems import BadRow, Problem
+from ropo.data.template import Conversation, Rendered, control_tokens, date_of, render
 from ropo.pairs import Pair, Text
 
-TokenIds = NDArray[np.int32]
-
 _PAIRS_PER_CALL = 1000  # fast tokenizers work in parallel inside one call; more than this only costs memory
+_NAMES = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +42,10 @@ class TokenizedPairs:
     Attributes:
         pairs: The pairs that can be trained on and scored.
         tokens: Their token ids, one for each of `pairs`.
-        problems: One entry for each pair that was cut or left out.
-        lengths: Tokens of prompt and longer response of every pair that was given, before anything was cut.
+        problems: One entry for each pair that was cut, left out or read in an unexpected way; those about all pairs,
+            whose `row` is None, come last.
+        lengths: Tokens of prompt and longer response of every pair that was given, before anything was cut; a lower
+            bound for texts of more than 131,072 characters that are far too long anyway.
     """
 
     pairs: list[Pair]
@@ -56,24 +57,47 @@ class TokenizedPairs:
         return len(self.pairs)
 
 
-def tokenize_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenizedPairs:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledIds:
+    """Token ids of a response as a model drew them: its text, tokenized, may give others.
+
+    Attributes:
+        name: Which response of the pair it is, "chosen" or "rejected".
+        ids: With the token that ended it.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+
+
+def tokenize_pairs(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    sampled: Sequence[SampledIds | None] | None = None,
+) -> TokenizedPairs:
     """Tokenize prompt and responses so that both responses share the prompt's tokens.
 
     Prompt and response are tokenized as one text, as they stand when the model reads them; the response begins where
-    that differs from the prompt alone. Plain text ends with the end-of-sequence token; a conversation ends as the
-    chat template says.
+    that differs from the prompt alone. Plain text begins as the tokenizer begins texts and ends with the
+    end-of-sequence token; a conversation begins and ends as the chat template says.
+
+    Control tokens that stand in plain text are read as tokens, since such text may have been templated already; in a
+    message they are read as the letters they are written with. Both are reported.
 
     Args:
         pairs: Text or message lists.
         tokenizer: With an end-of-sequence token; with a chat template if any pair holds message lists.
         max_length: Most tokens that prompt and one response may have together.
+        sampled: For each pair the token ids of a response that was drawn, or None; default none for all.
 
     Returns:
         The pairs that fit with their tokens, and the problems of the others.
 
     Raises:
         ValueError: If `max_length` is below 2, the tokenizer has no end-of-sequence token, or a conversation meets a
-            tokenizer without chat template.
+            tokenizer without chat template, or with one that does not end.
     """
     if max_length < 2:
         raise ValueError(f"tokenize_pairs needs max_length of 2 or more; got {max_length}. Usual is 512 to 4096.")
@@ -82,23 +106,26 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *,
             "tokenize_pairs needs a tokenizer with an end-of-sequence token; got none. Set tokenizer.eos_token, "
             "or the model never learns where a response ends."
         )
+    drawn = sampled or [None] * len(pairs)
+    reader = _Reader(tokenizer, max_length)
     kept: list[Pair] = []
     tokens: list[TokenizedPair] = []
     problems: list[Problem] = []
     lengths: list[int] = []
     for start in range(0, len(pairs), _PAIRS_PER_CALL):
-        part = pairs[start : start + _PAIRS_PER_CALL]
-        for pair, ids in zip(part, _tokenize(part, tokenizer), strict=True):
-            if isinstance(ids, Problem):
-                problems.append(ids)
+        where = slice(start, start + _PAIRS_PER_CALL)
+        for pair, read in zip(pairs[where], reader.read(pairs[where], drawn[where]), strict=True):
+            if isinstance(read, BadRow):
+                problems.append(Problem(kind=read.kind, row=pair.row, message=str(read)))
                 continue
+            ids = read.ids
             lengths.append(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)))
-            fitted, found = _fit(pair, ids, max_length=max_length)
-            problems.extend(found)
+            fitted, found = _fit(read, max_length=max_length)
+            problems += [Problem(kind=kind, row=pair.row, message=message) for kind, message in found]
             if fitted is not None:
                 kept.append(pair)
                 tokens.append(fitted)
-    return TokenizedPairs(pairs=kept, tokens=tokens, problems=problems, lengths=lengths)
+    return TokenizedPairs(pairs=kept, tokens=tokens, problems=[*problems, *reader.about_all()], lengths=lengths)
 
 
 def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -110,77 +137,189 @@ def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) 
 
     Returns:
         One list of ids per prompt.
+
+    Raises:
+        ValueError: If the chat template refuses a prompt, does not end, or is not there.
     """
-    texts = [_render(prompt, None, tokenizer) for prompt in prompts]
-    return _encode(texts, [isinstance(prompt, str) for prompt in prompts], tokenizer)
+    asked = {
+        i: Conversation(messages=prompt, is_open=True, place=f"prompt {i}")
+        for i, prompt in enumerate(prompts)
+        if not isinstance(prompt, str)
+    }
+    rendered = dict(zip(asked, render(list(asked.values()), tokenizer), strict=True))
+    texts: list[str | Rendered] = []
+    refused: list[str] = []
+    for i, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else rendered[i]
+        if isinstance(text, BadRow):
+            refused.append(f"in prompt {i}, {text}")
+        else:
+            texts.append(text)
+    if refused:
+        raise ValueError(
+            f"Prompts need to be such as the model's chat template takes; {len(refused)} of {len(prompts)} are not: "
+            f"{refused[0]}. Change the conversation, or the template."
+        )
+    return [one.ids.tolist() for one in encode(texts, tokenizer)]
 
 
-def _render(prompt: Text, response: Text | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text a model reads: the prompt alone when `response` is None, else prompt and response."""
-    if isinstance(prompt, str) and (response is None or isinstance(response, str)):
-        return prompt + (response or "")
-    if isinstance(prompt, str) or isinstance(response, str):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReadPair:
+    """A pair before anything is cut to `max_length`.
+
+    Attributes:
+        ids: Its tokens.
+        is_more: Names of the texts that are longer than their tokens say.
+        warnings: Kind and message of what there is to say about its texts.
+    """
+
+    ids: TokenizedPair
+    is_more: tuple[str, ...]
+    warnings: list[tuple[str, str]]
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Pairs to tokens before anything is cut to `max_length`, and what all their texts have in common."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    num_conversations: int = 0
+    num_without_end: int = 0
+    _control: dict[int, str] = field(init=False)
+    _unknown: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._control = {number: name for name, number in control_tokens(self.tokenizer).items()}
+        unknown = self.tokenizer.unk_token_id
+        self._unknown = None if unknown in self._control else unknown  # many have one token for this and the end
+
+    def read(self, pairs: Sequence[Pair], sampled: Sequence[SampledIds | None]) -> list[_ReadPair | BadRow]:
+        """Tokens of each pair, or why its chat template refuses it."""
+        texts = self._texts(pairs)
+        flat = [one for three in texts if not isinstance(three, BadRow) for one in three]
+        encoded = iter(encode(flat, self.tokenizer, max_tokens=self.max_length))
+        return [
+            three
+            if isinstance(three, BadRow)
+            else self._read(three, [next(encoded) for _ in three], drawn)
+            for three, drawn in zip(texts, sampled, strict=True)
+        ]  # fmt: skip
+
+    def about_all(self) -> Iterator[Problem]:
+        """What the chat template does to every conversation."""
+        if self.num_without_end:
+            message = f"{self.num_without_end} of {self.num_conversations} conversations"
+            yield Problem(kind="template_without_end", row=None, message=message)
+        if self.num_conversations and (date := date_of(self.tokenizer)):
+            yield Problem(kind="template_with_date", row=None, message=f"all conversations have the date {date}")
+
+    def _texts(self, pairs: Sequence[Pair]) -> list[list[str | Rendered] | BadRow]:
+        """The prompt alone and with either response, as the model reads them."""
+        asked = [_conversations(pair) for pair in pairs]
+        rendered = iter(render([one for three in asked for one in three], self.tokenizer))
+        found: list[list[str | Rendered] | BadRow] = []
+        for pair, three in zip(pairs, asked, strict=True):
+            texts = [next(rendered) for _ in three]
+            refused = next((one for one in texts if isinstance(one, BadRow)), None)
+            known: list[str | Rendered] = [one for one in texts if isinstance(one, Rendered)]
+            plain: list[str | Rendered] = [
+                str(pair.prompt),
+                f"{pair.prompt}{pair.chosen}",
+                f"{pair.prompt}{pair.rejected}",
+            ]
+            found.append(refused or known or plain)
+        return found
+
+    def _read(self, texts: Sequence[str | Rendered], encoded: Sequence[Encoded], drawn: SampledIds | None) -> _ReadPair:
+        alone, chosen, rejected = (one.ids for one in encoded)
+        is_plain = isinstance(texts[0], str)
+        if is_plain:
+            chosen, rejected = (
+                self._ended(ids, str(text)) for ids, text in zip((chosen, rejected), texts[1:], strict=True)
+            )
+        if drawn is not None:
+            whole = np.array([*alone, *drawn.ids], dtype=np.int32)
+            if drawn.name == "chosen":
+                chosen = np.append(whole, _after_end(rejected, drawn.ids[-1]))
+            else:
+                rejected = np.append(whole, _after_end(chosen, drawn.ids[-1]))
+        # Tokens may merge across the border of prompt and response, and some chat templates render a prompt
+        # differently when nothing follows: the response begins where the first of the two departs.
+        shared = min(_common_prefix(alone, chosen), _common_prefix(alone, rejected))
+        ids = TokenizedPair(prompt=chosen[:shared], chosen=chosen[shared:], rejected=rejected[shared:])
+        is_more = tuple(name for name, one in zip(_NAMES, encoded, strict=True) if one.is_cut)
+        if is_plain:
+            warnings = self._of_plain(ids, num_before=encoded[0].num_before)
+        else:
+            warnings = self._of_rendered([one for one in texts if isinstance(one, Rendered)], encoded)
+        return _ReadPair(ids=ids, is_more=is_more, warnings=[*warnings, *self._unread(ids)])
+
+    def _ended(self, ids: TokenIds, text: str) -> TokenIds:
+        """Plain text with an end, unless it has one; white space may follow it, as templates write it."""
+        eos = str(self.tokenizer.eos_token)
+        has_end = len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
+        return ids if has_end or text.rstrip().endswith(eos) else np.append(ids, np.int32(self.tokenizer.eos_token_id))
+
+    def _unread(self, ids: TokenizedPair) -> list[tuple[str, str]]:
+        counts = {name: int((getattr(ids, name) == self._unknown).sum()) for name in _NAMES}
+        where = ", ".join(f"{count} of {len(getattr(ids, name))} in {name}" for name, count in counts.items() if count)
+        return [("unknown_tokens", f"tokens for unknown text: {where}.")] if where else []
+
+    def _of_plain(self, ids: TokenizedPair, *, num_before: int) -> list[tuple[str, str]]:
+        """Control tokens in plain text; the one that ends a response is where it belongs."""
+        parts = {"prompt": ids.prompt[num_before:], "chosen": ids.chosen[:-1], "rejected": ids.rejected[:-1]}
+        held = {
+            name: [self._control[one] for one in part.tolist() if one in self._control] for name, part in parts.items()
+        }
+        if not any(held.values()):
+            return []
+        if len(parts["prompt"]) and int(parts["prompt"][0]) in self._control:
+            return [("templated_text", f"the prompt begins with {held['prompt'][0]!r}.")]
+        where = ", ".join(f"{name} holds {_listed(found)}" for name, found in held.items() if found)
+        return [("control_tokens", f"{where}: plain text, so the model reads the token.")]
+
+    def _of_rendered(self, texts: Sequence[Rendered], encoded: Sequence[Encoded]) -> list[tuple[str, str]]:
+        warnings = []
+        if held := [name for text in texts for name in text.control_tokens]:
+            becomes = "the token" if any(one.is_injected for one in encoded) else "its letters"
+            message = f"the messages hold {_listed(held)}: the model reads {becomes}."
+            warnings.append(("control_tokens", message))
+        if left_out := list(dict.fromkeys(what for text in texts for what in text.left_out)):
+            more = f", and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+            warnings.append(("template_leaves_out", f"{left_out[0]}{more}."))
+        self.num_conversations += 1
+        self.num_without_end += not all(text.is_ended for text in texts[1:])
+        return warnings
+
+
+def _conversations(pair: Pair) -> list[Conversation]:
+    """The prompt alone and with either response; none for plain text."""
+    parts = [text for text in (pair.prompt, pair.chosen, pair.rejected) if not isinstance(text, str)]
+    if not parts:
+        return []
+    if len(parts) < len(_NAMES):
         raise ValueError(
             "A pair needs prompt and responses of one kind, all text or all message lists; got a mix. "
             "Write the prompt as [{'role': 'user', 'content': ...}]."
         )
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "Message lists need a tokenizer with a chat template; got one without. Set tokenizer.chat_template, "
-            "use the instruction-tuned model's tokenizer, or turn the messages into text."
-        )
-    messages = prompt + (response or [])
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None))
+    prompt, chosen, rejected = parts
+    place = f"row {pair.row}"
+    return [
+        Conversation(messages=prompt, is_open=True, place=place),
+        Conversation(messages=prompt + chosen, is_open=False, place=place),
+        Conversation(messages=prompt + rejected, is_open=False, place=place),
+    ]
 
 
-def _encode(texts: list[str], is_plain: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text. A chat template writes its own special tokens, so none are added to its output."""
-    ids: list[list[int]] = [[] for _ in texts]
-    for plain in (True, False):
-        where = [i for i, is_this in enumerate(is_plain) if is_this is plain]
-        if where:
-            # verbose=False: the "longer than the model's maximum" warning is ours to give, with a count.
-            encoded = tokenizer([texts[i] for i in where], add_special_tokens=plain, verbose=False)["input_ids"]
-            for i, one in zip(where, encoded, strict=True):
-                ids[i] = one
-    return ids
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in dict.fromkeys(names))
 
 
-def _tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | Problem]:
-    """Tokens of each pair before anything is cut, or why its chat template refuses it."""
-    texts: list[str] = []
-    is_plain: list[bool] = []
-    refused: dict[int, Problem] = {}
-    for i, pair in enumerate(pairs):
-        try:
-            three = [_render(pair.prompt, response, tokenizer) for response in (None, pair.chosen, pair.rejected)]
-        except TemplateError as error:  # as templates raise for a system message, or roles that do not alternate
-            message = f"the template says {str(error)[:200]!r}"
-            refused[i] = Problem(kind="template_refuses", row=pair.row, message=message)
-            three = [""] * 3
-        texts += three
-        is_plain += [isinstance(pair.prompt, str)] * 3
-    encoded = [np.asarray(ids, dtype=np.int32) for ids in _encode(texts, is_plain, tokenizer)]
-    tokenized: list[TokenizedPair | Problem] = []
-    for i in range(0, len(encoded), 3):
-        if i // 3 in refused:
-            tokenized.append(refused[i // 3])
-            continue
-        alone, with_chosen, with_rejected = encoded[i : i + 3]
-        if is_plain[i]:
-            with_chosen = _end_with(with_chosen, tokenizer.eos_token_id)
-            with_rejected = _end_with(with_rejected, tokenizer.eos_token_id)
-        # Tokens may merge across the border of prompt and response, and some chat templates render a prompt
-        # differently when nothing follows: the response begins where the first of the two departs.
-        shared = min(_common_prefix(alone, with_chosen), _common_prefix(alone, with_rejected))
-        tokenized.append(
-            TokenizedPair(prompt=with_chosen[:shared], chosen=with_chosen[shared:], rejected=with_rejected[shared:])
-        )
-    return tokenized
-
-
-def _end_with(ids: TokenIds, eos_token_id: int) -> TokenIds:
-    return ids if len(ids) and ids[-1] == eos_token_id else np.append(ids, np.int32(eos_token_id))
+def _after_end(ids: TokenIds, end: int) -> TokenIds:
+    """What a template writes after the token that ends a turn: a sampled response is never followed by it."""
+    where = np.flatnonzero(ids == end)
+    return ids[where[-1] + 1 :] if len(where) else ids[:0]
 
 
 def _common_prefix(first: TokenIds, second: TokenIds) -> int:
@@ -190,28 +329,23 @@ def _common_prefix(first: TokenIds, second: TokenIds) -> int:
     return int(differs[0]) if len(differs) else length
 
 
-def _fit(pair: Pair, ids: TokenizedPair, *, max_length: int) -> tuple[TokenizedPair | None, list[Problem]]:
+def _fit(read: _ReadPair, *, max_length: int) -> tuple[TokenizedPair | None, list[tuple[str, str]]]:
     """Apply the budget to one pair: the tokens that remain, or None, and what there is to report."""
-    problems: list[Problem] = []
-
-    def report(kind: str, message: str) -> None:
-        problems.append(Problem(kind=kind, row=pair.row, line=None, message=message))
-
+    ids = read.ids
     budget = max_length - len(ids.prompt)
+
+    def count(name: str, kept: int = 0) -> str:
+        return f"{'more than ' if name in read.is_more else ''}{len(getattr(ids, name)) - kept}"
+
     if not len(ids.prompt):
-        report("empty_prompt", "the prompt has no tokens, so nothing predicts the first token of a response")
-        return None, problems
+        return None, [("empty_prompt", "the prompt has no tokens, so nothing predicts the first token of a response")]
     if budget < 1:
-        report("prompt_too_long", f"the prompt has {len(ids.prompt)} tokens and max_length is {max_length}")
-        return None, problems
+        return None, [("prompt_too_long", f"the prompt has {count('prompt')} tokens and max_length is {max_length}")]
     fitted = TokenizedPair(prompt=ids.prompt, chosen=ids.chosen[:budget], rejected=ids.rejected[:budget])
     if not len(fitted.chosen) or not len(fitted.rejected):
-        report("completion_emptied", "a response has no tokens")
-        return None, problems
+        return None, [("completion_emptied", "a response has no tokens")]
     if np.array_equal(fitted.chosen, fitted.rejected):
-        report("identical", f"chosen and rejected have the same tokens (of at most {budget})")
-        return None, problems
-    for name, whole in (("chosen", ids.chosen), ("rejected", ids.rejected)):
-        if len(whole) > budget:
-            report("truncated", f"{name} lost {len(whole) - budget} of {len(whole)} tokens")
-    return fitted, problems
+        return None, [("identical", f"chosen and rejected have the same tokens (of at most {budget})")]
+    cut = [name for name in ("chosen", "rejected") if len(getattr(ids, name)) > budget]
+    lost = [("truncated", f"{name} lost {count(name, budget)} of {count(name)} tokens") for name in cut]
+    return fitted, [*lost, *read.warnings]

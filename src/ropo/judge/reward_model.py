@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ropo.data.problems import rows_left_out
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.judge.answers import Answers
 from ropo.logps.batch import batches_by_length, plain_batch
@@ -65,7 +66,7 @@ class RewardModelJudge:
         max_length = _context_tokens(model, tokenizer)
         numbered = [replace(pair, row=i) for i, pair in enumerate(pairs)]
         tokenized = tokenize_pairs(numbered, tokenizer, max_length=max_length)
-        is_cut = {problem.row for problem in tokenized.problems}
+        is_cut = rows_left_out(tokenized.problems) | {one.row for one in tokenized.problems if one.kind == "truncated"}
         if is_cut:
             logger.warning(
                 "The reward model gives no verdict on %d of %d pairs: they do not fit into its %d tokens, or have "

@@ -11,7 +11,7 @@ Add an engine: write a class with the methods of `Engine` in a file beside this 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -68,11 +68,14 @@ class Response:
         text: Without special tokens.
         num_tokens: Its tokens, the one that ended it not counted.
         is_finished: Whether the model ended it by itself.
+        ids: Its tokens as they were drawn, with the one that ended it; None where an engine knows the text alone. The
+            text, tokenized, may give others.
     """
 
     text: str
     num_tokens: int
     is_finished: bool
+    ids: tuple[int, ...] | None = None
 
 
 @runtime_checkable
@@ -148,8 +151,26 @@ def response_of(ids: list[int], stop_ids: Sequence[int], tokenizer: PreTrainedTo
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
     kept = ids if end is None else ids[:end]
     return Response(
-        text=str(tokenizer.decode(kept, skip_special_tokens=True)), num_tokens=len(kept), is_finished=end is not None
+        text=str(tokenizer.decode(kept, skip_special_tokens=True)),
+        num_tokens=len(kept),
+        is_finished=end is not None,
+        ids=tuple(ids if end is None else ids[: end + 1]),
     )
+
+
+def told_finished(response: Response, *, is_finished: bool) -> Response:
+    """A response of which a server says whether the model ended it; where its tokens say otherwise, they are not kept.
+
+    Args:
+        response: As `response_of` makes it.
+        is_finished: What the server says.
+
+    Returns:
+        The response.
+    """
+    if response.is_finished == is_finished:
+        return response
+    return replace(response, is_finished=is_finished, ids=None)
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> tuple[int, ...]:

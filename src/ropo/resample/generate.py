@@ -38,12 +38,14 @@ class Sample:
         text: The response without special tokens.
         num_tokens: Its tokens, the end-of-sequence token not counted.
         is_finished: Whether the model ended it by itself.
+        ids: See `Response`.
     """
 
     prompt: int
     text: str
     num_tokens: int
     is_finished: bool
+    ids: tuple[int, ...] | None = None
 
 
 def sample_responses(
@@ -167,7 +169,8 @@ def _read(path: Path, num_prompts: int, sampling: Sampling) -> list[list[Respons
         # Not splitlines(): a text may hold characters that it takes for the end of a line.
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             row = json.loads(line)
-            found[row.pop("prompt")].append(Response(**{name: row[name] for name in Response.__slots__}))
+            ids = None if row["ids"] is None else tuple(row["ids"])
+            found[row["prompt"]].append(Response(**{**{name: row[name] for name in Response.__slots__}, "ids": ids}))
     except (ValueError, KeyError, IndexError, TypeError):
         found = []
     if [len(responses) for responses in found] != [sampling.num_candidates] * num_prompts:

@@ -12,7 +12,6 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
@@ -22,7 +21,7 @@ import torch
 from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ropo.resample.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens
+from ropo.resample.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
 
 _TOKENS_PER_SHARD = 2**21
 _MEMORY_SHARE = 0.9  # of the GPU memory that is free when it starts
@@ -107,7 +106,7 @@ class VllmEngine:
         )
         found = [
             [
-                replace(
+                told_finished(
                     response_of(list(one.token_ids), stop_ids, self._tokenizer), is_finished=one.finish_reason == "stop"
                 )
                 for one in sorted(output.outputs, key=lambda one: one.index)

@@ -10,12 +10,13 @@ the responses are not the policy's own.
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ropo.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
-from ropo.resample.engine import Advance, Prompt, Response, Sampling, stop_tokens
+from ropo.resample.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
 
 _TOKENS_PER_SHARD = 2**18
 _SEED_BITS = 31  # servers that are not vLLM take no more
@@ -127,6 +128,7 @@ class ServerEngine:
             "repetition_penalty": 1.0,
             "seed": prompt.seed % 2**_SEED_BITS,
             "stop_token_ids": list(stop_tokens(self._tokenizer, None)),
+            "return_token_ids": True,  # of vLLM; where it is not known, only the text comes back
         }
         try:
             answer = post_json(self._url, body, api_key_env=self._api_key_env, **self._limits)
@@ -142,8 +144,12 @@ class ServerEngine:
 
     def _response(self, choice: dict[str, Any]) -> Response:
         text = choice["text"].encode("utf-8", errors="replace").decode()  # JSON can hold half a character
+        is_finished, drawn = choice.get("finish_reason") == "stop", choice.get("token_ids")
+        if isinstance(drawn, list) and drawn and all(type(one) is int and one >= 0 for one in drawn):
+            found = response_of(drawn, stop_tokens(self._tokenizer, None), self._tokenizer)
+            return told_finished(replace(found, text=text), is_finished=is_finished)
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return Response(text=text, num_tokens=len(ids), is_finished=choice.get("finish_reason") == "stop")
+        return Response(text=text, num_tokens=len(ids), is_finished=is_finished)
 
     def _end_of(self, prompt: Prompt) -> str:
         return str(self._tokenizer.decode(list(prompt.ids[-_SHOWN:])))[-_SHOWN:]

@@ -38,6 +38,7 @@ class Candidate:
         original: One of the parent's two responses.
         num_sampled_tokens: Tokens of `sampled`.
         num_original_tokens: Tokens of `original`.
+        sampled_ids: Tokens of `sampled` as they were drawn, with the one that ended it; None where they are not known.
     """
 
     parent: Pair
@@ -45,6 +46,7 @@ class Candidate:
     original: Text
     num_sampled_tokens: int
     num_original_tokens: int
+    sampled_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +250,7 @@ def _refusal(candidate: Candidate, guards: Guards, *, num_copies: int) -> str | 
     text = _text(candidate.sampled)
     if not text.strip():
         return "empty response"
-    if candidate.sampled in (candidate.parent.chosen, candidate.parent.rejected):
+    if _bare(candidate.sampled) in (_bare(candidate.parent.chosen), _bare(candidate.parent.rejected)):
         return "same text as an original response"
     longer = max(candidate.num_sampled_tokens, candidate.num_original_tokens)
     if longer > guards.max_length_ratio * min(candidate.num_sampled_tokens, candidate.num_original_tokens):
@@ -276,6 +278,11 @@ def repetition(text: str) -> float:
     words = text.split()
     grams = [tuple(words[i : i + _WORDS_PER_GRAM]) for i in range(len(words) - _WORDS_PER_GRAM + 1)]
     return 1.0 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+
+
+def _bare(response: Text) -> list[str]:
+    """Without the white space around it, which some decoders take away."""
+    return [response.strip()] if isinstance(response, str) else [str(one["content"]).strip() for one in response]
 
 
 def _text(response: Text) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ropo.data.tokenize import TokenizedPair, tokenize_pairs
+from ropo.data.template import control_tokens
+from ropo.data.tokenize import SampledIds, TokenizedPair, tokenize_pairs
 from ropo.judge.verdicts import Judge, settle
 from ropo.pairs import Pair, PairLogps, Text
 from ropo.resample.generate import Sample
@@ -41,17 +42,19 @@ class WonBack:
     Attributes:
         pairs: New pairs, origin "resampled", row and id of their parent.
         margins: Margin of each new pair, shape (pairs,), nats; below 0 only where a judge contradicts the policy.
+        sampled: Token ids of the response of each new pair that was drawn; None where they are not known.
         num_judged: How many of the pairs, the last ones, were settled by the judge.
         refused: Number of candidates, or prompts, not used, by reason.
     """
 
     pairs: list[Pair]
     margins: NDArray[np.float64]
+    sampled: list[SampledIds | None]
     num_judged: int
     refused: dict[str, int]
 
 
-NOTHING = WonBack(pairs=[], margins=np.zeros(0), num_judged=0, refused={})
+NOTHING = WonBack(pairs=[], margins=np.zeros(0), sampled=[], num_judged=0, refused={})
 
 
 def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
@@ -98,15 +101,19 @@ def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
     Returns:
         The new pairs.
     """
-    finished = [sample for sample in samples if sample.is_finished]
-    refused = Counter({"response did not end within max_new_tokens": len(samples) - len(finished)})
+    ended = [sample for sample in samples if sample.is_finished]
+    refused = Counter({"response did not end within max_new_tokens": len(samples) - len(ended)})
+    control = set(control_tokens(tokenizer).values())  # its text would not show them
+    finished = [sample for sample in ended if control.isdisjoint((sample.ids or ())[:-1])]
+    refused["response holds a control token"] += len(ended) - len(finished)
     # `row` numbers the samples for a moment, to find them again after tokenizing has left some out.
     beside = [
         replace(parents[sample.prompt], chosen=_response(sample, parents[sample.prompt]),
                 rejected=parents[sample.prompt].chosen, row=j, id="")
         for j, sample in enumerate(finished)
     ]  # fmt: skip
-    tokenized = tokenize_pairs(beside, tokenizer, max_length=max_length)
+    drawn = [None if sample.ids is None else SampledIds(name="chosen", ids=sample.ids) for sample in finished]
+    tokenized = tokenize_pairs(beside, tokenizer, max_length=max_length, sampled=drawn)
     refused["no new text once tokenized"] += len(beside) - len(tokenized)
     where = [finished[pair.row].prompt for pair in tokenized.pairs]
     own = _against_both(policy, tokenized.tokens, where)
@@ -123,6 +130,7 @@ def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
             original=getattr(parents[i], name),
             num_sampled_tokens=num_sampled,
             num_original_tokens=num_original,
+            sampled_ids=finished[pair.row].ids,
         )
         for name, logps in zip(("chosen", "rejected"), own, strict=True)
         for pair, i, num_sampled, num_original in zip(tokenized.pairs, where, *_token_counts(logps), strict=True)
@@ -138,12 +146,15 @@ def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
         seed=seed,
     )
     pairs = [new_pair(candidates[i], is_sampled_better=bool(margins[i] > 0), weight=weight) for i in found.taken]
-    settled, settled_margins = _settled(judge, candidates, margins, found.unsettled, weight)
+    settled, settled_margins, from_judge = _settled(judge, candidates, margins, found.unsettled, weight)
+    pairs += settled
+    sources = [candidates[i] for i in [*found.taken, *from_judge]]
     refused.update(found.refused)
     refused["prompt without a candidate that the rule takes"] += len(found.unsettled) - len(settled)
     return WonBack(
-        pairs=[*pairs, *settled],
+        pairs=pairs,
         margins=np.concatenate([np.abs(margins[found.taken]), settled_margins]),
+        sampled=[_drawn(pair, source) for pair, source in zip(pairs, sources, strict=True)],
         num_judged=len(settled),
         refused=dict(+refused),
     )
@@ -151,15 +162,22 @@ def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
 
 def _settled(
     judge: Judge | None, candidates: Sequence[Candidate], margins: NDArray[np.float64], where: list[int], weight: float
-) -> tuple[list[Pair], NDArray[np.float64]]:
-    """Pairs that the judge has turned the right way round, with their margins; none without a judge."""
+) -> tuple[list[Pair], NDArray[np.float64], list[int]]:
+    """Pairs that the judge has turned the right way round, their margins and places; none without a judge."""
     if judge is None or not where:
-        return [], np.zeros(0)
+        return [], np.zeros(0), []
     asked = [new_pair(candidates[i], is_sampled_better=bool(margins[i] > 0), weight=weight) for i in where]
     answers = settle(judge, asked)
     known = [(pair, asked[j], where[j]) for j, pair in enumerate(answers) if pair is not None]
     signed = [abs(margins[i]) * (1.0 if pair.chosen == before.chosen else -1.0) for pair, before, i in known]
-    return [pair for pair, _, _ in known], np.array(signed, dtype=np.float64)
+    return [pair for pair, _, _ in known], np.array(signed, dtype=np.float64), [i for _, _, i in known]
+
+
+def _drawn(pair: Pair, source: Candidate) -> SampledIds | None:
+    """The drawn tokens of a new pair, on the side where its sampled response has come to stand."""
+    if source.sampled_ids is None:
+        return None
+    return SampledIds(name="chosen" if pair.chosen == source.sampled else "rejected", ids=source.sampled_ids)
 
 
 def _response(sample: Sample, parent: Pair) -> Text:

@@ -1,12 +1,16 @@
 """Token ids: shared prompts, the budget, and what is reported."""
 
 import copy
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from ropo.data.tokenize import encode_prompts, tokenize_pairs
+from ropo.data.tokenize import SampledIds, encode_prompts, tokenize_pairs
 from ropo.pairs import Pair
 
 
@@ -120,3 +124,192 @@ def test_conversation_needs_a_template(tokenizer):
             encode_prompts([messages], tokenizer)
     finally:
         tokenizer.chat_template = template
+
+
+@pytest.fixture(params=["add_eos_token", "post-processor"])
+def dressing(request, tokenizer) -> PreTrainedTokenizerFast:
+    """Puts a beginning and an end around every text, as SFT of some models left their tokenizers."""
+    made = copy.deepcopy(tokenizer)
+    if request.param == "add_eos_token":
+        made.add_bos_token, made.add_eos_token = True, True
+    else:
+        ends = [(name, made.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+        made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    assert made.decode(made("hi")["input_ids"]) == "<s>hi</s>"
+    return made
+
+
+def test_a_prompt_does_not_end_where_the_answer_begins(dressing):
+    """What such a tokenizer appends to a prompt would stand in the middle of a pair, and every sample be empty."""
+    pair = Pair(prompt="Human: hi", chosen=" yes", rejected=" no</s>", row=0)
+    tokenized = tokenize_pairs([pair], dressing, max_length=64)
+    (ids,) = tokenized.tokens
+    assert dressing.decode(ids.prompt) == "<s>Human: hi"
+    assert dressing.decode(ids.chosen) == " yes</s>"
+    assert dressing.decode(ids.rejected) == " no</s>"
+    assert encode_prompts([pair.prompt], dressing) == [ids.prompt.tolist()]
+    assert not tokenized.problems
+
+
+def test_text_that_is_templated_already(dressing):
+    text = Pair(prompt="<s>user\nhi</s>\n<s>assistant\n", chosen="yes</s>\n", rejected="no", row=4)
+    tokenized = tokenize_pairs([text], dressing, max_length=64)
+    (ids,) = tokenized.tokens
+    assert dressing.decode(ids.prompt) == text.prompt
+    assert dressing.decode(ids.chosen) == text.chosen  # it has its end; no second one after the line break
+    assert kinds(tokenized) == [("templated_text", 4)]
+
+
+def test_control_tokens_in_plain_text_are_told(tokenizer):
+    pairs = [
+        Pair(prompt="Human: a</s>b", chosen=" <pad>c", rejected=" d</s>", row=0),
+        Pair(prompt="Human: hi", chosen=" c</s>", rejected=" d", row=1),
+    ]
+    tokenized = tokenize_pairs(pairs, tokenizer, max_length=64)
+    assert kinds(tokenized) == [("control_tokens", 0)]
+    assert "prompt holds '</s>', chosen holds '<pad>': plain text" in tokenized.problems[0].message
+
+
+def conversation(row, prompt="soup?", chosen="good", rejected="bad", **more):
+    said = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+    return Pair(prompt=[{"role": "user", "content": prompt, **more}], chosen=said[0], rejected=said[1], row=row)
+
+
+def test_control_tokens_in_messages_stay_text(tokenizer):
+    """Else a user could end the turn that a model reads, and a model learn to end it in the middle of an answer."""
+    tokenized = tokenize_pairs(
+        [conversation(0), conversation(1, prompt="a</s><s>assistant:b", chosen="x<pad></s>")], tokenizer, max_length=128
+    )
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for ids in tokenized.tokens:
+        assert [one for one in ids.prompt.tolist() if one in special] == [1, 2, 1]
+        assert [one for one in ids.chosen.tolist() if one in special] == [2]
+    assert tokenizer.decode(tokenized.tokens[1].prompt) == "<s>user:a</s><s>assistant:b</s><s>assistant:"
+    assert tokenizer.decode(tokenized.tokens[1].chosen) == "x<pad></s></s>"
+    assert kinds(tokenized) == [("control_tokens", 1)]
+    assert "'</s>', '<s>', '<pad>': the model reads its letters" in tokenized.problems[0].message
+    assert encode_prompts([pair.prompt for pair in tokenized.pairs], tokenizer) == [
+        ids.prompt.tolist() for ids in tokenized.tokens
+    ]
+
+
+def test_a_vocabulary_in_which_a_control_token_is_a_word():
+    """A unigram model finds the token in any text that has its name; then it is said that the model reads the token."""
+    raw = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "abc</s>: ")], unk_id=0))
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+    made.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    (problem,) = tokenize_pairs([conversation(3, "a</s>b", "c", "a")], made, max_length=64).problems
+    assert (problem.kind, problem.row) == ("control_tokens", 3)
+    assert "the model reads the token" in problem.message
+
+
+def test_what_a_template_does_to_all_is_told_once(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    calls = [{"function": {"name": "weather", "arguments": {}}}]
+    pairs = [conversation(0), conversation(1, tool_calls=calls), Pair(prompt="a", chosen="b", rejected="c", row=2)]
+    tokenized = tokenize_pairs(pairs, made, max_length=64)
+    assert kinds(tokenized) == [
+        ("template_leaves_out", 1), ("template_without_end", None), ("template_with_date", None)
+    ]  # fmt: skip
+    assert tokenized.problems[1].message == "2 of 2 conversations"
+    plain = tokenize_pairs(pairs[2:], made, max_length=64)
+    assert not plain.problems
+
+
+def test_a_prompt_that_the_template_refuses(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ 1 // 0 if messages | length > 1 }}" + tokenizer.chat_template
+    prompts = [[{"role": "user", "content": "a"}], "plain", [{"role": "user", "content": "a"}] * 2]
+    with pytest.raises(ValueError, match=r"1 of 3 are not: in prompt 2, .*ZeroDivisionError"):
+        encode_prompts(prompts, strict)
+    assert len(encode_prompts(prompts[:2], strict)) == 2
+
+
+@pytest.mark.parametrize("text", ["a", "the soup was good ", " "], ids=["one word", "words", "blanks"])
+def test_texts_without_end_take_no_time(text, tokenizer):
+    """Megabytes among ordinary rows: as a prompt it is left out, as a response it is cut."""
+    endless = text * (8_000_000 // len(text))
+    pairs = [
+        Pair(prompt=endless, chosen="a", rejected="b", row=0),
+        Pair(prompt="Human: hi", chosen=f" yes {endless}", rejected=" no", row=1),
+        conversation(2, prompt=endless),
+        conversation(3, rejected=endless),
+        conversation(4),
+    ]
+    start = time.process_time()
+    tokenized = tokenize_pairs(pairs, tokenizer, max_length=64)
+    assert time.process_time() - start < 5
+    assert kinds(tokenized) == [
+        ("prompt_too_long", 0), ("truncated", 1), ("prompt_too_long", 2), ("truncated", 3)
+    ]  # fmt: skip
+    assert "the prompt has more than " in tokenized.problems[0].message
+    whole = tokenizer(f"Human: hi yes {endless[:10_000]}")["input_ids"]
+    assert [*tokenized.tokens[0].prompt, *tokenized.tokens[0].chosen] == whole[:64]
+
+
+def test_text_of_few_tokens_is_read_to_its_end(tokenizer):
+    """A tokenizer that drops white space makes nothing of most of it; how many characters fit cannot be said."""
+    raw = copy.deepcopy(tokenizer.backend_tokenizer)
+    raw.normalizer = normalizers.Replace(" ", "")
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    pair = Pair(prompt="Human:" + " " * 200_000 + "hi", chosen="yes", rejected="no", row=0)
+    (ids,) = tokenize_pairs([pair], made, max_length=64).tokens
+    assert made.decode(ids.prompt) == "Human:hi"
+
+
+@pytest.fixture
+def pieces() -> PreTrainedTokenizerFast:
+    """Like SentencePiece: a space before every word, also before the first, which decoding takes away again."""
+    words = ["<unk>", "</s>", "▁", "▁Human:", "▁hi", "▁yes", "▁no", "hi", "yes", *"abcdefghijklmnopqrstuvwxyz:"]
+    raw = Tokenizer(models.Unigram([(word, -float(len(words) > 0)) for word in words], unk_id=0))
+    raw.normalizer = normalizers.Lowercase()
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.decoder = decoders.Metaspace(prepend_scheme="first")
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+    made.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    return made
+
+
+def test_a_tokenizer_that_writes_a_space_before_the_first_word(pieces):
+    pair = Pair(prompt="hi", chosen=" yes", rejected="yes", row=0)
+    (ids,) = tokenize_pairs([pair], pieces, max_length=64).tokens
+    assert pieces.convert_ids_to_tokens(ids.prompt) == ["▁hi"]
+    assert pieces.convert_ids_to_tokens(ids.chosen) == ["▁yes", "</s>"]
+    assert pieces.convert_ids_to_tokens(ids.rejected) == ["yes", "</s>"]
+
+
+def test_a_tokenizer_to_which_two_texts_are_one(pieces):
+    tokenized = tokenize_pairs([Pair(prompt="hi", chosen=" yes", rejected=" YES", row=2)], pieces, max_length=64)
+    assert kinds(tokenized) == [("identical", 2)]
+
+
+def test_text_that_a_tokenizer_does_not_know(pieces):
+    pair = Pair(prompt="hi", chosen=" yes 汉", rejected=" no", row=2)
+    tokenized = tokenize_pairs([pair], pieces, max_length=64)
+    assert kinds(tokenized) == [("unknown_tokens", 2)]
+    assert tokenized.problems[0].message == "tokens for unknown text: 1 of 4 in chosen."
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_sampled_tokens_are_kept(name, pieces):
+    """Of what was drawn the text may lack a space, or spell other tokens; trained on are the tokens that were drawn."""
+    ids = [*pieces.convert_tokens_to_ids(["▁", "y", "e", "s"]), pieces.eos_token_id]
+    texts = {"chosen": " no", "rejected": " no", name: pieces.decode(ids[:-1])}
+    assert texts[name] == "yes"
+    pair = Pair(prompt="hi", row=0, **texts)
+    (kept,) = tokenize_pairs([pair], pieces, max_length=64, sampled=[SampledIds(name=name, ids=tuple(ids))]).tokens
+    assert getattr(kept, name).tolist() == ids
+    other = kept.rejected if name == "chosen" else kept.chosen
+    assert pieces.convert_ids_to_tokens(other) == ["▁no", "</s>"]
+
+
+def test_sampled_tokens_end_as_the_template_ends_a_turn(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = tokenizer.chat_template.replace("</s>{% endfor %}", "</s>\n{% endfor %}")
+    ids = (*made("good", add_special_tokens=False)["input_ids"], made.eos_token_id)
+    sampled = [SampledIds(name="chosen", ids=ids)]
+    (drawn,) = tokenize_pairs([conversation(0)], made, max_length=64, sampled=sampled).tokens
+    (written,) = tokenize_pairs([conversation(0)], made, max_length=64).tokens
+    assert drawn.chosen.tolist() == written.chosen.tolist()
+    assert made.decode(drawn.chosen) == "good</s>\n"

@@ -107,10 +107,10 @@ def test_response_of(tokenizer):
     ids = tokenizer("the soup was good", add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
     assert response_of([*ids, end, 77, 78], (end,), tokenizer) == Response(
-        text="the soup was good", num_tokens=len(ids), is_finished=True
+        text="the soup was good", num_tokens=len(ids), is_finished=True, ids=(*ids, end)
     )
     assert response_of(ids, (end,), tokenizer) == Response(
-        text="the soup was good", num_tokens=len(ids), is_finished=False
+        text="the soup was good", num_tokens=len(ids), is_finished=False, ids=tuple(ids)
     )
     assert response_of([end], (end,), tokenizer).text == ""
 

@@ -11,6 +11,7 @@ from ropo.align import run_rounds
 from ropo.config import ROPOConfig
 from ropo.provenance import hash_file
 from ropo.resample import generate, in_transformers
+from ropo.resample.engine import Response
 from ropo.rounds import Round
 
 
@@ -116,3 +117,26 @@ def test_where_the_model_is(is_adapter, run, model_folder, tmp_path, monkeypatch
     assert found.adapter == (trained if is_adapter else None)
     assert (trained / ("adapter_config.json" if is_adapter else "model.safetensors")).exists()
     assert found.load().training is False
+
+
+def test_the_tokens_that_were_drawn_are_trained_on(run, model_folder, pairs, tmp_path, tokenizer, monkeypatch):
+    """By a run that goes on in another process as well: they are on disk beside the texts."""
+    letters = (*tokenizer.convert_tokens_to_ids(["Ġ", *"verykind"]), tokenizer.eos_token_id)
+
+    def spelling(self, prompts, sampling, advance):
+        one = Response(text=" verykind", num_tokens=9, is_finished=True, ids=letters)
+        return [[one] * sampling.num_candidates for _ in prompts]
+
+    trained_on = []
+    next_datasets = Round.next_datasets
+    monkeypatch.setattr(
+        Round, "next_datasets", lambda self: trained_on.append(next_datasets(self)[1]) or next_datasets(self)
+    )
+    monkeypatch.setattr(in_transformers.TransformersEngine, "sample", spelling)
+    run(config(tmp_path / "O"))
+    run(config(tmp_path / "O"))
+    for dataset in trained_on:
+        new = [ids for pair, ids in zip(dataset.pairs, dataset.tokens, strict=True) if pair.origin == "resampled"]
+        assert new
+        assert all(list(letters) in (ids.chosen.tolist(), ids.rejected.tolist()) for ids in new)
+    assert len(trained_on) == 2

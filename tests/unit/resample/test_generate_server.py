@@ -113,9 +113,20 @@ def test_what_is_sent(server, engine, tokenizer):
             "repetition_penalty": 1.0,
             "seed": 0,  # 2^40 is beyond what all servers take
             "stop_token_ids": [2],
+            "return_token_ids": True,
         }
     ]
     assert "Authorization" not in server.headers[0]
+
+
+def test_tokens_that_a_server_tells_are_kept(server, engine, tokenizer):
+    """vLLM does; of others, and of an answer whose tokens do not end as it says, only the text is known."""
+    ids = tokenizer(" soup")["input_ids"]
+    for told, kept in (([*ids, 2], (*ids, 2)), (ids, None), (None, None), ([-1], None), ("x", None)):
+        choices = [{"index": k, "text": " soup", "finish_reason": "stop", "token_ids": told} for k in range(2)]
+        server.answers = [lambda _, choices=choices: (200, json.dumps({"choices": choices}))]
+        [[one, _]] = sample(engine(), tokenizer)
+        assert one == Response(text=" soup", num_tokens=len(ids), is_finished=True, ids=kept)
 
 
 def test_many_at_a_time_in_the_order_of_the_prompts(server, engine, tokenizer):

@@ -97,8 +97,8 @@ def test_what_is_told(vllm, tokenizer, model_folder):
     ]
     assert found == [
         [
-            Response(text=tokenizer.decode([token, 70]), num_tokens=2, is_finished=True),
-            Response(text=tokenizer.decode([token, 71]), num_tokens=2, is_finished=False),
+            Response(text=tokenizer.decode([token, 70]), num_tokens=2, is_finished=True, ids=(token, 70, 2)),
+            Response(text=tokenizer.decode([token, 71]), num_tokens=2, is_finished=False, ids=(token, 71)),
         ]
         for token in (80, 81)
     ]

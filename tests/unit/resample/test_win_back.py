@@ -172,3 +172,33 @@ def test_padding_does_not_reach_the_text(model, tokenizer, pairs):
     alone = [sample_responses(model, tokenizer, [prompt], **options)[0].text for prompt in prompts]
     together = [each.text for each in sample_responses(model, tokenizer, prompts, **options)]
     assert together == alone
+
+
+def test_drawn_tokens_are_what_is_scored(model, reference, tokenizer, parents):
+    """Letter by letter instead of in the tokens that the text would give; on whichever side the response ends up."""
+    letters = tokenizer.convert_tokens_to_ids(["Ġ", *"verykind"])
+    assert tokenizer.decode(letters) == " verykind"
+    assert tokenizer(" verykind", add_special_tokens=False)["input_ids"] != letters
+    samples = [replace(sample(i, " verykind"), ids=(*letters, tokenizer.eos_token_id)) for i in range(4)]
+    for judge, guards in ((None, Guards()), (Spy(0.1, 0.9), Guards(max_abs_margin=1e-9))):
+        won = run(model, reference, tokenizer, parents, samples, judge=judge, guards=guards)
+        assert len(won.pairs) == len(won.sampled) == 4
+        for pair, drawn in zip(won.pairs, won.sampled, strict=True):
+            assert getattr(pair, drawn.name) == " verykind"
+            assert drawn.ids == samples[0].ids
+        tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128, sampled=won.sampled).tokens
+        scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+        np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
+
+
+def test_a_response_with_a_control_token_is_refused(model, reference, tokenizer, parents):
+    """The text that a judge or a reader sees would not show it."""
+    ids = (*tokenizer(" kind")["input_ids"], tokenizer.pad_token_id, tokenizer.eos_token_id)
+    won = run(model, reference, tokenizer, parents, [replace(sample(0, " kind"), ids=ids)])
+    assert won.pairs == []
+    assert won.refused["response holds a control token"] == 1
+
+
+def test_white_space_makes_no_new_response(model, reference, tokenizer, parents):
+    samples = [sample(1, parents[1].rejected.strip())]
+    assert run(model, reference, tokenizer, parents, samples).refused["same text as an original response"] == 2
