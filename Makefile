@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO_OUTPUT ?= outputs/demo
 
-.PHONY: demo test slow lint clean
+KILLS ?= 30
+
+.PHONY: demo test slow kill-test lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +26,9 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+kill-test: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/kills.py --kills $(KILLS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

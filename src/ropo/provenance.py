@@ -169,6 +169,7 @@ def sync(path: Path) -> None:
 
 
 def sync_entry(path: Path) -> None:
+    """Have one file, or the names in one folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
