@@ -4,7 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO_OUTPUT ?= outputs/demo
 
-.PHONY: demo test slow fuzz lint clean
+KILLS ?= 30
+# 5,000 rows, the same ones each time; `make fuzz ROWS=100000 FUZZ_JSON=docs/reliability/fuzz.json` draws new ones.
+ROWS ?= 5000
+
+.PHONY: demo test slow fuzz kill-test lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,10 +29,11 @@ test: $(VENV)/.installed-dev
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
-# 5,000 rows, the same ones each time; `make fuzz ROWS=100000 FUZZ_JSON=docs/reliability/fuzz.json` draws new ones.
-ROWS ?= 5000
 fuzz: $(VENV)/.installed-dev
 	FUZZ_ROWS=$(ROWS) FUZZ_JSON=$(FUZZ_JSON) $(BIN)/python -m pytest -m slow --timeout 0 tests/fuzz
+
+kill-test: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/kills.py --kills $(KILLS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

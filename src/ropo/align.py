@@ -41,7 +41,16 @@ from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource, check_adapter, check_positions, find_model, load_tokenizer
 from ropo.preflight import check_training, check_warmup
-from ropo.provenance import hash_file, hash_tensors, hash_value, read_json, write_aside, write_json
+from ropo.provenance import (
+    hash_file,
+    hash_tensors,
+    hash_value,
+    is_leftover,
+    read_json,
+    remove_leftovers,
+    write_aside,
+    write_json,
+)
 from ropo.rounds import run_all
 from ropo.stages import Stages
 from ropo.trainer import batching
@@ -535,7 +544,7 @@ def _refuse_what_is_not_ours(folder: Path) -> None:
     """
     if not folder.exists() or (folder / "ropo_config.json").exists():
         return
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in _MADE_BEFORE)
+    others = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry))
     if others:
         raise ValueError(
             f"output_dir needs a new folder or one of our runs; {folder} holds other files, like {others[0]}. Use "
@@ -550,9 +559,10 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         ValueError: If another run, or something else, is there.
     """
     path = folder / "ropo_config.json"
-    if path.exists():
-        old = read_json(path)
-        if old != identity and _has_trained(folder):
+    if path.exists() and _has_trained(folder):
+        remedy = "It says which run this folder holds. Restore it from a copy, or use another output_dir."
+        old = read_json(path, remedy=remedy)
+        if old != identity:
             # A person may have filled in what stands there.
             has_audit = (folder / "review.csv").exists()
             remedy = f" and --audit_from {folder}" if has_audit else ", or remove this one to start anew"
@@ -565,7 +575,13 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         write_json(path, identity)
+        remove_leftovers(folder)
     PartialState().wait_for_everyone()
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether it may stand in a folder that no run has claimed: one was killed before it could."""
+    return entry.name in _MADE_BEFORE or is_leftover(entry)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ropo.checkpoints import complete, remove_older
 
 _STATE_FILE = "ropo_state.safetensors"
 
@@ -50,27 +53,46 @@ class AfterStep(TrainerCallback):
         self.call()
 
 
-class SaveWithCheckpoint(TrainerCallback):
-    """Saves what a trainer learns beside the weights with every checkpoint; `saved_with` reads it.
+class CompleteCheckpoint(TrainerCallback):
+    """Adds to every checkpoint what a trainer learns beside the weights, and then calls it complete.
+
+    `Trainer` calls it when everything else is written. A checkpoint of the model alone cannot be resumed from, so it is
+    never called complete.
 
     Args:
         collect: Gives the tensors to save; called on every process, of which one writes.
+        limit: Checkpoints that are kept; None for all.
     """
 
-    def __init__(self, collect: Callable[[], dict[str, Tensor]]) -> None:
-        self.collect = collect
+    def __init__(self, collect: Callable[[], dict[str, Tensor]], *, limit: int | None) -> None:
+        self.collect, self.limit = collect, limit
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        """Write them into the checkpoint's folder."""
+        """Write them into the checkpoint's folder, then its marker; then remove older checkpoints."""
         tensors = self.collect()
-        if state.is_world_process_zero:
-            save_file(tensors, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _STATE_FILE)
+        PartialState().wait_for_everyone()  # every process has written its part
+        if not state.is_world_process_zero:
+            return
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        save_file(tensors, checkpoint / _STATE_FILE)
+        if not args.save_only_model:
+            complete(checkpoint)
+        remove_older(checkpoint, limit=self.limit, best=state.best_model_checkpoint)
 
 
 def saved_with(checkpoint: Path) -> dict[str, Tensor]:
-    """What `SaveWithCheckpoint` wrote there; nothing if it was not at work."""
-    path = checkpoint / _STATE_FILE
-    return load_file(path) if path.exists() else {}
+    """What `CompleteCheckpoint` added to a complete checkpoint."""
+    return load_file(checkpoint / _STATE_FILE)
+
+
+class NoneAtTheEnd(TrainerCallback):
+    """No checkpoint is written at the end of a training: its model is saved anyway, and it would take as much room."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        """Withdraw what `Trainer` has decided about the last step."""
+        control.should_save = control.should_save and state.global_step < state.max_steps
+
+    on_epoch_end = on_step_end
 
 
 class Checks(TrainerCallback):

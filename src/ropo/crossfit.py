@@ -86,6 +86,7 @@ def crossfit_margins(
 
         def make(fold: int = fold, judged: NDArray[np.int64] = judged, name: str = name) -> None:
             if taken_from is not None and (taken_from / name).exists():
+                Stages(taken_from).check(f"fold {fold}", [name])
                 if PartialState().is_main_process:
                     with write_aside(folder / name) as path:
                         shutil.copyfile(taken_from / name, path)

@@ -8,8 +8,10 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,16 @@ from ropo.ledger import ledger_table, write_ledger
 from ropo.losses import LOSSES, bind_loss, gradient_weight
 from ropo.noise.reading import calls_some, reading_order
 from ropo.pairs import Pair
-from ropo.provenance import machine, read_json, versions, write_aside, write_json
+from ropo.provenance import (
+    machine,
+    read_json,
+    saying_if_full,
+    sync,
+    sync_entry,
+    versions,
+    write_aside,
+    write_json,
+)
 from ropo.report import write_report
 from ropo.rounds import Round
 from ropo.stages import Stages
@@ -71,23 +82,59 @@ def publish(
     ledger = pa.concat_tables([_ledger_of(this) for this in rounds])
     summary = {**_summary(rounds, folder=folder, read=read), "evaluation": evaluation}
     if PartialState().is_main_process:
-        write_ledger(folder / "ledger.parquet", ledger)
-        write_json(folder / "summary.json", summary)
         new = [pair for this in rounds for pair in this.new_pairs()]
         log = [
             {"round": this.number, **line} for this in rounds for line in read_json(this.folder / "training_log.json")
         ]
         checks = None if rounds[0].audit is None else _by_row(rounds[0].audit)
-        write_report(
-            folder, ledger=ledger, summary=summary, pairs=[*read.loaded.pairs, *new], training_log=log, checks=checks
-        )
-        # The trainer leaves a pickle of its arguments beside the weights; nobody should have to open one.
-        ignore = shutil.ignore_patterns("training_args.bin")
-        shutil.copytree(rounds[-1].model_folder, folder, dirs_exist_ok=True, ignore=ignore)
-        with write_aside(folder / "README.md") as aside:
-            aside.write_text(_model_card(summary), encoding="utf-8")
+        pairs = [*read.loaded.pairs, *new]
+        with _published(folder) as aside:
+            _copy_model(rounds[-1].model_folder, aside, published=folder)
+            (aside / "README.md").write_text(_model_card(summary), encoding="utf-8")
+            write_ledger(aside / "ledger.parquet", ledger)
+            write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=log, checks=checks)
+            write_json(aside / "summary.json", summary)
     PartialState().wait_for_everyone()
     return summary
+
+
+@contextmanager
+def _published(folder: Path) -> Iterator[Path]:
+    """Give a folder to write results to, and rename them into place when all are whole: report and summary last.
+
+    So whoever finds a summary finds the model, ledger and report that it is about.
+
+    Args:
+        folder: The output folder.
+
+    Raises:
+        DiskFullError: If there is no room; what was published before is untouched.
+    """
+    aside = folder / ".results.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with saying_if_full(folder):
+            aside.mkdir()
+            yield aside
+            sync(aside)
+            (folder / "summary.json").unlink(missing_ok=True)
+            files = (path for path in aside.rglob("*") if path.is_file())
+            for path in sorted(files, key=lambda path: (path.name == "summary.json", path.stem == "report", path)):
+                place = folder / path.relative_to(aside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(place)
+            sync_entry(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _copy_model(model: Path, aside: Path, *, published: Path) -> None:
+    """Copy every file that is not published already: weights need not be on the disk a third time for a moment."""
+    for path in sorted(model.rglob("*")):
+        name = path.relative_to(model)
+        if path.is_file() and not ((published / name).is_file() and cmp(path, published / name, shallow=False)):
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, aside / name)
 
 
 def _ledger_of(this: Round) -> pa.Table:
@@ -270,12 +317,12 @@ def publish_audit(audit: Audit, *, folder: Path, read: Read) -> dict[str, Any]:
         "weight_curve": None,
     }
     if PartialState().is_main_process:
-        write_ledger(folder / "ledger.parquet", ledger)
-        write_json(folder / "summary.json", summary)
         _write_tables(folder, audit, judged)
-        write_report(
-            folder, ledger=ledger, summary=summary, pairs=read.loaded.pairs, training_log=[], checks=_by_row(audit)
-        )
+        pairs = read.loaded.pairs
+        with _published(folder) as aside:
+            write_ledger(aside / "ledger.parquet", ledger)
+            write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=[], checks=_by_row(audit))
+            write_json(aside / "summary.json", summary)
     PartialState().wait_for_everyone()
     return summary
 

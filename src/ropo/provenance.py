@@ -3,10 +3,13 @@
 In: plain values, files, the tensors of a model. Out: hexadecimal digests and files on disk.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import uuid
@@ -18,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("ropo", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scipy", "pyarrow")
 
@@ -61,28 +66,143 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class DiskFullError(RuntimeError):
+    """A file could not be written whole, since there is no room for it."""
+
+
+class DamagedFileError(ValueError):
+    """A file that we have written is not what was written there."""
+
+
+@contextmanager
+def saying_if_full(path: Path) -> Iterator[None]:
+    """Where the disk is full, say so in a sentence, whichever library was writing.
+
+    Args:
+        path: The file or folder that is being written, for the message.
+
+    Raises:
+        DiskFullError: If what is raised within says that there is no room. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DiskFullError) or not _says_full(error):
+            raise
+        free = shutil.disk_usage(next(here for here in (path, *path.parents) if here.exists())).free
+        raise DiskFullError(
+            f"{path} needs more room than the disk or a quota leaves ({free / 2**20:,.0f} MiB are free). Make room, "
+            "then run the same command again: it continues from what is complete."
+        ) from error
+
+
+# What C++ and Rust leave of the error's number. `torch.save` says only that less was written than it had asked for.
+_FULL = re.compile(
+    r"os error (27|28|122)\b|No space left on device|File too large|Disk quota exceeded"
+    r"|PytorchStreamWriter failed writing|iostream error|inline_container\.cc.*unexpected pos",
+    re.DOTALL,
+)
+
+
+def _says_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return _FULL.search(str(error)) is not None
+
+
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, and put it in the place of `path` only when the block succeeds.
 
-    A reader, or a run that is killed, sees the old file, the new file, or none; never half a file.
-    Works for a folder as well: an existing folder at `path` is replaced.
+    A reader, a run that is killed, or a machine that loses power sees the old file, the new file, or none; never half
+    a file. Works for a folder as well: an existing folder at `path` is replaced.
 
     Args:
         path: Where the result is to stand.
+
+    Raises:
+        DiskFullError: If there is no room for it; nothing is left of it then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    aside = _aside(path)
     try:
-        yield aside
-        if aside.is_dir() and path.exists():
-            shutil.rmtree(path)
-        aside.replace(path)
+        with saying_if_full(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            put_in_place(aside, path)
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)
         else:
             aside.unlink(missing_ok=True)
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Rename a finished file or folder to `path`, after its content has reached the disk.
+
+    Args:
+        aside: Beside `path`.
+        path: Where it is to stand. A folder there is renamed, replaced and only then removed.
+    """
+    sync(aside)
+    if path.is_dir():
+        old = _aside(path)
+        path.rename(old)
+        aside.rename(path)
+        shutil.rmtree(old)
+    else:
+        aside.replace(path)
+    sync_entry(path.parent)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def sync(path: Path) -> None:
+    """Have a file, or every file in a folder, reach the disk before anything says that it is there."""
+    for here, _, names in os.walk(path):
+        for name in names:
+            sync_entry(Path(here) / name)
+        sync_entry(Path(here))
+    if not path.is_dir():
+        sync_entry(path)
+
+
+def sync_entry(path: Path) -> None:
+    """Have one file, or the names in one folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# Of `write_aside`, of a model that several processes write, and of safetensors, which writes aside as well.
+_LEFTOVER = re.compile(r"\..+\.(?:[0-9a-f]{8}|partial)|\.tmp[A-Za-z0-9]{6}")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether it is a temporary file or folder that a killed run has left."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs have left under a folder, which must be ours alone.
+
+    Args:
+        folder: Searched in all its depth, but for the reference cache; it need not exist.
+    """
+    for here, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(here) / name
+            if is_leftover(path):
+                logger.info("%s is left of a run that was killed; it is removed.", path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # What a shared cache holds may be another run's, which is writing it.
+        folders[:] = [name for name in folders if name != "reference_cache" and (Path(here) / name).exists()]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,9 +211,20 @@ def write_json(path: Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *, remedy: str = "Delete it and run the same command again: it is made anew.") -> Any:
+    """Read what `write_json` wrote.
+
+    Args:
+        path: The file.
+        remedy: What to do where it is damaged, for the message.
+
+    Raises:
+        DamagedFileError: If it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged and cannot be read as JSON ({error}). {remedy}") from error
 
 
 def versions() -> dict[str, str]:

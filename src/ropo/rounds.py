@@ -126,7 +126,7 @@ class Round:
         """
         inputs = [digest, self.args.loss]
         train = tracked(self.args, self.folder)(lambda: self._train(dataset, start, inputs))
-        digest = self.trained = self.stages.run("train", inputs, _TRAIN_FILES, train)
+        digest = self.trained = self.stages.run("train", inputs, self._train_files, train)
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
         digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
         if not is_last:
@@ -220,7 +220,9 @@ class Round:
         if PartialState().is_main_process:
             with write_aside(self.folder / "first_margins.safetensors") as path:
                 save_file({"margins": first_margins}, path)
-            write_json(self.folder / "training_log.json", trainer.state.log_history)
+            # Without its last line, which holds times: the same training leaves the same files.
+            log = [line for line in trainer.state.log_history if "train_runtime" not in line]
+            write_json(self.folder / "training_log.json", log)
             shutil.rmtree(args.output_dir, ignore_errors=True)
 
     def _clear_up(self) -> None:
@@ -228,6 +230,11 @@ class Round:
         if PartialState().is_main_process:
             shutil.rmtree(self.folder / _HALFWAY, ignore_errors=True)
         PartialState().wait_for_everyone()
+
+    @property
+    def _train_files(self) -> list[str]:
+        is_read = self._needs_halfway and "resample" not in self.stages.seconds
+        return [*_TRAIN_FILES, *([_HALFWAY] if is_read else [])]
 
     @property
     def _needs_halfway(self) -> bool:

@@ -1,21 +1,47 @@
 """A stage is done once: what it wrote is used again as long as what it was made from is the same.
 
 In: the name of a stage, the values it depends on, the files it writes, and a function that writes them. Out: those
-files, and `manifest.json` in the same folder, which says what made them and how long it took.
+files, and `manifest.json` in the same folder, which says what made them, what they hold and how long it took.
+
+Every file is hashed whole, a model's weights, too, when it is written and when a run finds it there: 1.4 GB/s on one
+core, less time than loading the model takes. So whatever reads a file of an earlier stage reads what was written.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 import ropo
-from ropo.provenance import hash_value, read_json, write_json
+from ropo.provenance import DamagedFileError, hash_file, hash_value, read_json, write_json
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """What the manifest says of a stage that is done.
+
+    Attributes:
+        inputs: Digest of what it was made from.
+        files: SHA-256 of every file by its name relative to the folder, those in folders, too.
+        seconds: How long it took.
+        versions: How often it was made again with another result from the same inputs.
+    """
+
+    inputs: str
+    files: dict[str, str]
+    seconds: float
+    versions: int = 0
+
+    @property
+    def digest(self) -> str:
+        return self.inputs if not self.versions else hash_value([self.inputs, self.versions])
 
 
 class Stages:
@@ -30,13 +56,14 @@ class Stages:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / "manifest.json"
-        self._manifest: dict[str, Any] = read_json(self._path) if self._path.exists() else {}
+        self._manifest = _read(self._path)
 
     def run(self, name: str, inputs: Any, files: Sequence[str], make: Callable[[], None]) -> str:
-        """Run `make` unless its files are there and were made from the same inputs.
+        """Run `make` unless its files are there, hold what was written, and were made from the same inputs.
 
         With several processes all call `make`; it must let only the main one write. A stage that is run again makes
-        every later stage run again, since their inputs hold this stage's digest.
+        every later stage run again, since their inputs hold this stage's digest; after a damaged file that is so only
+        if another content came of it.
 
         Args:
             name: What the stage is called in the manifest.
@@ -49,11 +76,15 @@ class Stages:
         """
         state = PartialState()
         digest = hash_value({"stage": name, "inputs": inputs, "version": ropo.__version__})
-        known = self._manifest.get(name, {})
-        if known.get("inputs") == digest and all((self.folder / file).exists() for file in files):
+        before = self._manifest.get(name)
+        before = before if before is not None and before.inputs == digest else None
+        damage = None if before is None else self._damage(before, files)
+        if damage:
+            logger.warning("%s. %s/%s is made again.", damage, self.folder.name, name)
+        elif before is not None:
             if (self.folder, name, digest) not in self._made_here:
                 logger.info("%s/%s: done before, read from disk.", self.folder.name, name)
-            return digest
+            return before.digest
         logger.info("%s/%s: begins.", self.folder.name, name)
         start = time.monotonic()
         try:
@@ -63,14 +94,68 @@ class Stages:
             raise
         state.wait_for_everyone()
         seconds = round(time.monotonic() - start, 2)
-        self._manifest[name] = {"inputs": digest, "files": list(files), "seconds": seconds}
+        found = _from_main(lambda: _hashes(self.folder, files))
+        versions = 0 if before is None else before.versions + (found != before.files)
+        made = self._manifest[name] = _Made(inputs=digest, files=found, seconds=seconds, versions=versions)
         self._made_here.add((self.folder, name, digest))
         if state.is_main_process:
-            write_json(self._path, self._manifest)
+            write_json(self._path, {known: asdict(one) for known, one in self._manifest.items()})
         state.wait_for_everyone()
-        return digest
+        return made.digest
+
+    def check(self, name: str, files: Sequence[str]) -> None:
+        """Refuse to read what a finished stage of this folder wrote if it is not there any more.
+
+        Args:
+            name: The stage; one that is not done is no one's promise.
+            files: Names of what is to be read.
+
+        Raises:
+            DamagedFileError: If a file is missing or holds other bytes.
+        """
+        if name in self._manifest and (damage := self._damage(self._manifest[name], files)):
+            raise DamagedFileError(f"{damage}. Run the command that made {self.folder} again: it is made anew.")
+
+    def _damage(self, made: _Made, files: Sequence[str]) -> str | None:
+        """The first of these files that does not hold what the stage wrote, in words; None where all do."""
+        found = _from_main(lambda: _hashes(self.folder, files))
+        written = {file: content for file, content in made.files.items() if _is_of(file, files)}
+        absent = [name for name in files if not any(_is_of(file, [name]) for file in written)]
+        for file in [*absent, *sorted(written)]:
+            if file not in found:
+                return f"{self.folder / file} is missing"
+            if found[file] != written.get(file):
+                return f"{self.folder / file} is damaged: it holds other bytes than were written"
+        return None
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage took when it was run."""
-        return {name: entry["seconds"] for name, entry in self._manifest.items()}
+        return {name: made.seconds for name, made in self._manifest.items()}
+
+
+def _from_main(look: Callable[[], Any]) -> Any:
+    """What the main process finds, in every process: one reads the files, and all go the same way."""
+    return broadcast_object_list([look() if PartialState().is_main_process else None])[0]
+
+
+def _is_of(file: str, names: Sequence[str]) -> bool:
+    """Whether it is one of these files, or in one of these folders."""
+    return any(file == name or file.startswith(f"{name}/") for name in names)
+
+
+def _hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
+    """Hash of each file that is there."""
+    paths = [path for name in files for path in (folder / name, *sorted((folder / name).rglob("*")))]
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths if path.is_file()}
+
+
+def _read(path: Path) -> dict[str, _Made]:
+    """The manifest; one that is damaged says nothing, so its stages are made again."""
+    if not path.exists():
+        return {}
+    try:
+        return {name: _Made(**made) for name, made in read_json(path).items()}
+    except (DamagedFileError, AttributeError, TypeError):
+        logger.warning("%s is damaged: the stages of %s are made again.", path, path.parent)
+        return {}

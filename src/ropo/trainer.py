@@ -36,10 +36,19 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
 
 import ropo
-from ropo.callbacks import AfterStep, Checks, Halfway, ProgressWithLoss, Replayable, SaveWithCheckpoint, saved_with
+from ropo.callbacks import (
+    AfterStep,
+    Checks,
+    CompleteCheckpoint,
+    Halfway,
+    NoneAtTheEnd,
+    ProgressWithLoss,
+    Replayable,
+    saved_with,
+)
+from ropo.checkpoints import find_checkpoint, newest_complete, remove_incomplete, remove_others
 from ropo.config import ROPOConfig, check_config, in_trl
 from ropo.data.problems import render
 from ropo.data.tokenize import tokenize_pairs
@@ -54,7 +63,7 @@ from ropo.pair_dataset import PairCollator, PairDataset
 from ropo.pairs import PairLogps, margin, margin_per_token
 from ropo.policy import check_adapter, find_model, load_tokenizer, saying_which
 from ropo.preflight import check_training
-from ropo.provenance import hash_value
+from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +74,6 @@ _CPU_TOKENS = 2048
 # below 1e-38, with which they take up to twenty times as long.
 _SMALLEST_GRADIENT = 1e-20
 
-_OWNER_FILE = "made_from"  # beside the checkpoints: the digest of what they depend on
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
 _MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597, the main recipe)
 
@@ -173,7 +181,7 @@ class ROPOTrainer(Trainer):
                 *(callbacks or []),
                 self._checks,
                 AfterStep(self.update_moments),
-                SaveWithCheckpoint(self._learned),
+                CompleteCheckpoint(self._learned, limit=args.save_total_limit),
                 *([Halfway(partial(self.save_whole, halfway_folder))] if halfway_folder is not None else []),
             ],
             optimizers=optimizers,
@@ -224,34 +232,51 @@ class ROPOTrainer(Trainer):
         return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]  # noqa: FBT001
-        """As in `Trainer`; a checkpoint also brings back reliability, moments, margins and the epoch's order."""
-        folder = (
-            get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
-        )
-        if folder and (kept := saved_with(Path(folder))):
-            self.reliability = kept["reliability"].to(self.args.device)
-            self.moments = kept["moments"].to(self.args.device)
-            self.first_margins = kept["first_margins"].to(self.args.device)
-            self._checks.found = list(kept["check_margins"])
-            self._order_to_replay = kept["order"] if len(kept["order"]) else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        """As in `Trainer`; a checkpoint also brings back reliability, moments, margins and the epoch's order.
+
+        Raises:
+            ValueError: If `resume_from_checkpoint` names a checkpoint that is not complete, or is True where there is
+                no complete one.
+            DiskFullError: If there is no room for a checkpoint. What is left of it is removed.
+        """
+        folder = Path(str(self.args.output_dir))
+        checkpoint = find_checkpoint(resume_from_checkpoint, folder)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        # `CompleteCheckpoint` removes older ones, when the new one is complete and not before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with saying_if_full(folder):
+                return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **options)
+        except DiskFullError:
+            if self.is_world_process_zero():
+                remove_incomplete(folder)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Bring back what `_learned` saved."""
+        kept = saved_with(checkpoint)
+        self.reliability = kept["reliability"].to(self.args.device)
+        self.moments = kept["moments"].to(self.args.device)
+        self.first_margins = kept["first_margins"].to(self.args.device)
+        self._checks.found = list(kept["check_margins"])
+        self._order_to_replay = kept["order"] if len(kept["order"]) else None
 
     def train_or_resume(self, made_from: Any) -> None:
-        """Train; go on from the last checkpoint in the output folder if one of this training is there.
+        """Train; go on from the last complete checkpoint in the output folder if one of this training is there.
+
+        The caller saves what it wants of the trained model, so no checkpoint is written at the end.
 
         Args:
             made_from: JSON-able value of everything that the training depends on; checkpoints of another are removed.
         """
         folder = Path(str(self.args.output_dir))
-        path, digest = folder / _OWNER_FILE, hash_value([made_from, asdict(Launch.of(self.options)), ropo.__version__])
-        if self.is_world_process_zero():
-            folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists() or path.read_text("utf-8") != digest:
-                for checkpoint in folder.glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
-                path.write_text(digest, encoding="utf-8")
-        self.accelerator.wait_for_everyone()
-        self.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        remove_others(folder, made_from=hash_value([made_from, asdict(Launch.of(self.options)), ropo.__version__]))
+        self.add_callback(NoneAtTheEnd)
+        found = newest_complete(folder)
+        self.train(resume_from_checkpoint=None if found is None else str(found))
 
     @property
     def check_margins(self) -> list[Tensor]:
@@ -275,13 +300,17 @@ class ROPOTrainer(Trainer):
         Several processes may write one model together, so the name that is put in place later is known to all.
         """
         aside = folder.with_name(f".{folder.name}.partial")
-        with self._in_one_piece():
-            self.save_model(str(aside))
-        (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to open
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+        try:
+            with saying_if_full(folder):
+                with self._in_one_piece():
+                    self.save_model(str(aside))
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to open
+                    put_in_place(aside, folder)
+        except DiskFullError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager

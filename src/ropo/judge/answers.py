@@ -13,6 +13,8 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ropo.provenance import saying_if_full
+
 Answer = str | float | None
 UNREADABLE = "unreadable"
 """What is kept of an answer that says nothing: later runs ask again."""
@@ -59,7 +61,7 @@ class Answers:
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Keep answers; they are in the file when this returns. Threads may call it at the same time."""
         lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
-        with self._lock:
+        with self._lock, saying_if_full(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(["\n" * self._needs_line_end, *lines]))

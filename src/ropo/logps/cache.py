@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ropo.data.tokenize import TokenizedPair
@@ -115,11 +116,28 @@ def _key(pair: TokenizedPair) -> bytes:
 def _load(folder: Path) -> dict[bytes, tuple[float, float]]:
     known: dict[bytes, tuple[float, float]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        shard = load_file(path)
+        shard = _read(path)
+        if shard is None:
+            continue
         keys = shard["keys"].numpy()
         for key, (chosen, rejected) in zip(keys, shard["logps"].tolist(), strict=True):
             known[key.tobytes()] = (chosen, rejected)
     return known
+
+
+def _read(path: Path) -> dict[str, torch.Tensor] | None:
+    """A shard; None if it is not what was written there. Its pairs are then scored again."""
+    try:
+        with safe_open(path, "pt") as file:
+            shard = {name: file.get_tensor(name) for name in ("keys", "logps")}
+            written = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, FileNotFoundError):  # or another process has just removed it
+        shard, written = {}, None
+    if shard and written in (None, hash_tensors(shard)):  # those of the first version say nothing of themselves
+        return shard
+    logger.warning("%s is damaged: it is removed, and its pairs are scored again.", path)
+    path.unlink(missing_ok=True)
+    return None
 
 
 class _ShardWriter:
@@ -143,5 +161,5 @@ class _ShardWriter:
                 "logps": torch.tensor([row[1:3] for row in self._rows], dtype=torch.float32),
             }
             with write_aside(self._folder / f"{uuid.uuid4().hex}.safetensors") as aside:
-                save_file(shard, aside)
+                save_file(shard, aside, metadata={"sha256": hash_tensors(shard)})
         self._rows, self._last = [], time.monotonic()

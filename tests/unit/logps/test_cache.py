@@ -100,6 +100,20 @@ def test_killed_pass_goes_on(model, tokens, tmp_path, monkeypatch, computed):
     torch.testing.assert_close(resumed.chosen, fresh.chosen, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_shard_is_scored_again(how, model, tokens, tmp_path, computed, caplog):
+    first = read(model, tokens, tmp_path)
+    [path] = tmp_path.rglob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content[:-9] if how == "cut" else content)
+    second = read(model, tokens, tmp_path)
+    assert computed == [20, 20]
+    assert torch.equal(first.rejected, second.rejected)
+    assert f"{path} is damaged: it is removed, and its pairs are scored again." in caplog.text
+    assert not path.exists()
+
+
 def test_options_do_not_matter_and_templates_do(model, tokenizer, pairs, tmp_path, computed, monkeypatch):
     """Another learning rate, batch or output folder costs no forward pass; another template or truncation does."""
     rows = [
