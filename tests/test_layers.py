@@ -9,8 +9,8 @@ import ropo
 
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
-    "pairs", "provenance", "endpoint", "data", "logps", "losses", "noise", "plan", "judge", "resample", "config",
-    "stages", "ledger", "policy", "pair_dataset", "weighing", "callbacks", "metrics", "trainer", "crossfit",
+    "pairs", "provenance", "endpoint", "data", "logps", "losses", "noise", "plan", "model_files", "judge", "resample",
+    "config", "stages", "ledger", "policy", "pair_dataset", "weighing", "callbacks", "metrics", "trainer", "crossfit",
     "audit", "rounds", "report", "evaluation", "outputs", "forecast", "align", "bench", "demo", "cli",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]

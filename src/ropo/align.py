@@ -32,6 +32,7 @@ from ropo.judge.make import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
+from ropo.model_files import check_ids, ids_of
 from ropo.outputs import Read, publish, publish_audit
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
@@ -262,6 +263,7 @@ def _prepare(
         folds_of([*pairs, *known], args.num_folds, seed=args.seed)  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
+    skeleton = source.skeleton()  # what its files lack is told now
     tokenizer = processing_class or load_tokenizer(name, load_options)
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
@@ -272,9 +274,7 @@ def _prepare(
         logger.warning("Trusted pairs:\n%s", render(trusted_tokens.problems))
     check_positions(source, tokenized)
     if peft_config is not None:
-        check_adapter(source.skeleton(), peft_config)
-    elif source.load_options.get("attn_implementation"):
-        source.skeleton()  # told now, not twice
+        check_adapter(skeleton, peft_config)
     evaluation = None
     if eval_dataset is not None:
         evaluation = read_evaluation(
@@ -286,6 +286,8 @@ def _prepare(
             columns=columns,
             on_bad_rows=args.on_bad_rows,
         )
+    for part in (tokenized, trusted_tokens, *([] if evaluation is None else [evaluation.tokenized])):
+        check_ids(skeleton, tokenizer, ids_of(part.pairs, part.tokens), name_or_path=name)
     identity = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
         "model": [source.fingerprint(), source.load_options],

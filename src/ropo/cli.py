@@ -38,6 +38,7 @@ from ropo.data.validate import DataError, validate_pairs
 from ropo.demo import run_demo
 from ropo.endpoint import EndpointError
 from ropo.losses import methods_table
+from ropo.model_files import check_ids, ids_of
 from ropo.noise.reading import WIDE_RANGE
 from ropo.policy import PolicySource, check_positions, find_model, load_tokenizer
 
@@ -401,6 +402,7 @@ def _validate(words: list[str]) -> int:
     source = tokenized = None
     if given.model_name_or_path:
         source = PolicySource(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
+        skeleton = source.skeleton()
         tokenizer = load_tokenizer(source.name_or_path, source.load_options)
     loaded = load_pairs(given.dataset_name, split=given.dataset_split, columns=_columns(given))
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
@@ -421,6 +423,7 @@ def _validate(words: list[str]) -> int:
         return NOT_ACCEPTABLE
     if source is not None and tokenized is not None:
         check_positions(source, tokenized)  # as the training does, which could not go on
+        check_ids(skeleton, tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=source.name_or_path)
     must_fix = any(PROBLEMS[problem.kind].severity == "error" for problem in problems)
     return NOT_ACCEPTABLE if must_fix else DONE
 
