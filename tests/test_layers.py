@@ -10,9 +10,9 @@ import ropo
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
     "pairs", "provenance", "lock", "interruption", "options", "endpoint", "data", "logps", "losses", "noise", "plan",
-    "judge", "resample", "config", "launch", "tracking", "stages", "ledger", "policy", "pair_dataset", "weighing",
-    "checkpoints", "callbacks", "metrics", "preflight", "trainer", "crossfit", "audit", "rounds", "report", "evaluation", "outputs",
-    "forecast", "align", "bench", "demo", "cli",
+    "model_files", "judge", "resample", "config", "launch", "tracking", "stages", "ledger", "policy", "pair_dataset",
+    "weighing", "checkpoints", "callbacks", "metrics", "preflight", "trainer", "crossfit", "audit", "rounds", "report",
+    "evaluation", "outputs", "forecast", "align", "bench", "demo", "cli",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]
 SOURCE = Path(ropo.__file__).parent

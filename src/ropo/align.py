@@ -36,6 +36,7 @@ from ropo.launch import Launch, tell_other_launch
 from ropo.lock import LOCK_FILE, owning
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
+from ropo.model_files import check_ids, ids_of
 from ropo.outputs import Read, publish, publish_audit
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
@@ -282,6 +283,7 @@ def _prepare(
         folds_of([*pairs, *known], args.num_folds, seed=args.seed)  # raises if there are too few pairs
     name = _name_of(model, processing_class, folder)
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
+    skeleton = source.skeleton()  # what its files lack is told now
     tokenizer = processing_class or load_tokenizer(name, load_options)
     date = _dated(tokenizer, [folder] if args.audit_from is None else [folder, Path(args.audit_from)])
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
@@ -294,9 +296,7 @@ def _prepare(
     check_positions(source, tokenized)
     check_warmup(args, num_pairs=len(tokenized) + len(trusted_tokens))
     if peft_config is not None:
-        check_adapter(source.skeleton(), peft_config)
-    elif source.load_options.get("attn_implementation"):
-        source.skeleton()  # told now, not twice
+        check_adapter(skeleton, peft_config)
     evaluation = None
     if eval_dataset is not None:
         evaluation = read_evaluation(
@@ -308,6 +308,8 @@ def _prepare(
             columns=columns,
             on_bad_rows=args.on_bad_rows,
         )
+    for part in (tokenized, trusted_tokens, *([] if evaluation is None else [evaluation.tokenized])):
+        check_ids(skeleton, tokenizer, ids_of(part.pairs, part.tokens), name_or_path=name)
     identity = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
         "model": [source.fingerprint(), source.load_options],

@@ -48,6 +48,7 @@ from ropo.endpoint import ASKING, EndpointError
 from ropo.interruption import raising_interrupted
 from ropo.lock import owning
 from ropo.losses import methods_table
+from ropo.model_files import check_ids, ids_of
 from ropo.noise.reading import WIDE_RANGE
 from ropo.options import (
     check_choice,
@@ -527,6 +528,7 @@ def _validate(words: list[str]) -> int:
     source = tokenized = None
     if given.model_name_or_path:
         source = PolicySource(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
+        skeleton = source.skeleton()
         tokenizer = load_tokenizer(source.name_or_path, source.load_options)
     dataset = _dataset(given, given.dataset_name)
     loaded = load_pairs(dataset, split=given.dataset_split, columns=_columns(given))
@@ -548,6 +550,7 @@ def _validate(words: list[str]) -> int:
         return NOT_ACCEPTABLE
     if source is not None and tokenized is not None:
         check_positions(source, tokenized)  # as the training does, which could not go on
+        check_ids(skeleton, tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=source.name_or_path)
     must_fix = any(problem.severity in ("fatal", "error") for problem in problems)
     return NOT_ACCEPTABLE if must_fix else DONE
 

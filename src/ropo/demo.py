@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ropo.align import run_rounds
 from ropo.bench.detection import detection
@@ -23,6 +23,7 @@ from ropo.data.inject import flip_labels
 from ropo.data.toy import gold_reward, make_pairs, save_toy
 from ropo.logps.score import progress_bar
 from ropo.pairs import Pair
+from ropo.policy import PolicySource, load_tokenizer
 from ropo.provenance import write_json
 
 NUM_HELD_OUT = 500
@@ -60,7 +61,7 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
     start = time.monotonic()
     base = folder / "toy_model"
     _make_model(base, seed=seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(str(base))
     pairs = make_pairs(num_pairs + NUM_HELD_OUT, seed=seed + 1, min_gap=MIN_GAP)
     held_out = pairs[num_pairs:]
     noisy, is_flipped = flip_labels(pairs[:num_pairs], rate=flip_rate, seed=seed + 2)
@@ -114,7 +115,7 @@ def score_toy_policy(
     Returns:
         Accuracy, gold reward and distance.
     """
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (path, base))
+    policy, reference = (PolicySource(str(folder)).load() for folder in (path, base))
     return score_policy(
         policy,
         reference,

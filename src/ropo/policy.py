@@ -8,43 +8,107 @@ import contextlib
 import copy
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import modeling_auto
 
 from ropo.data.read import looks_like_path
 from ropo.data.tokenize import TokenizedPairs
+from ropo.model_files import (
+    SETTINGS,
+    TOKENIZER_SETTINGS,
+    ModelKind,
+    check_json,
+    explained,
+    for_config,
+    load_adapter,
+    load_whole,
+    make_skeleton,
+    not_finite,
+    read_config,
+)
 from ropo.provenance import hash_file, hash_value
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = (".safetensors", ".bin", ".model", ".jinja")
-_SETTINGS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "adapter_config.json",
-)  # fmt: skip
+_WEIGHTS = (".safetensors", ".model", ".jinja")
+_NAMED = (*SETTINGS, *TOKENIZER_SETTINGS, "merges.txt")
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in every folder
 _LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")  # model types
 _NEEDS_MODEL = "model_name_or_path needs a folder with a model, or the id of one on the hub"
+_NEEDS_TOKENIZER = "model_name_or_path needs a model with its tokenizer"
+
+_OTHER_HEADS = {
+    name
+    for mapping in (
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
+    )
+    for name in mapping.values()
+} - set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+# Model types whose language model reads both ways unless its configuration says otherwise.
+_READS_BOTH_WAYS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"} - set(
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+)
 
 _IS_ADAPTER = (
     "A run needs a whole model to start from; {} is an adapter. Merge it into its model first: "
     "AutoPeftModelForCausalLM.from_pretrained(A).merge_and_unload().save_pretrained(M), and the tokenizer to M, too."
 )
+
+
+def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
+    """Refuse what `transformers` would turn into a causal language model with a new head, or without a causal mask.
+
+    Raises:
+        ValueError: If the model was trained with another head, or its tokens see the ones that follow.
+    """
+    made_as = (config.architectures or [""])[0]
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if made_as in _OTHER_HEADS:
+        why = f"a {made_as}"
+    elif config.model_type in _READS_BOTH_WAYS and not is_causal:
+        why = f"a {made_as or config.model_type} whose tokens see the ones that follow (is_decoder is not set)"
+    elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        why = f"a {made_as or config.model_type}"
+    else:
+        return
+    raise ValueError(
+        f"A run needs a causal language model; got {name_or_path!r}, {why}. Name one that was trained to predict the "
+        "next token."
+    )
+
+
+POLICY = ModelKind(
+    auto_class=AutoModelForCausalLM,
+    noun="A language model",
+    place=_NEEDS_MODEL,
+    check=_check_causal,
+    advice="Copy the model again, or correct its config.json (num_hidden_layers, tie_word_embeddings, ...).",
+)
+"""The model that is aligned, and the reference."""
 
 
 class PolicySource:
@@ -79,14 +143,30 @@ class PolicySource:
 
         Returns:
             The model on this process's device, in evaluation mode.
+
+        Raises:
+            ValueError: If files are damaged, or do not hold the whole model.
+            FloatingPointError: If a round left weights that are not finite.
         """
         release_memory()
         path = self.name_or_path if trained is None or self.is_adapter else str(trained)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, **self.load_options)
+        again = f"Delete {trained}, and give the same command again: it is then trained anew."
+        kind = POLICY if path == self.name_or_path else replace(POLICY, advice=again)
+        model: Any = load_whole(kind, path, self.load_options)
         if trained is None and getattr(model, "_hf_peft_config_loaded", False):  # one from the hub
             raise ValueError(_IS_ADAPTER.format(path))
         if trained is not None and self.is_adapter:
-            model = PeftModel.from_pretrained(model, str(trained), is_trainable=is_trainable)
+            model = load_adapter(model, trained, is_trainable=is_trainable, advice=again)
+        if names := not_finite(model):
+            if trained is None:
+                raise ValueError(
+                    f"A language model needs finite weights; {path} has NaN or infinity in {names}. Take another copy "
+                    f"of it, or another dtype (it is read as {self.load_options['dtype']})."
+                )
+            raise FloatingPointError(
+                f"The training of {trained} left NaN or infinity in {names}. Lower the learning rate, or use bf16 "
+                "instead of fp16."
+            )
         if "device_map" not in self.load_options and "quantization_config" not in self.load_options:
             model = model.to(PartialState().device)
         loaded: PreTrainedModel = model.eval()
@@ -94,24 +174,16 @@ class PolicySource:
 
     def config(self) -> PretrainedConfig:
         """The configuration of the initial model, as it will be loaded."""
-        with saying_which(self.name_or_path):
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.name_or_path, **_hub_options(self.load_options))
-        return config
+        return read_config(POLICY, self.name_or_path, self.load_options)
 
     def skeleton(self) -> PreTrainedModel:
-        """The initial model without its weights, which costs no memory.
+        """The initial model without its weights, which costs no memory; its files are checked on the way.
 
         Raises:
-            ValueError: If there is no such attention.
+            ValueError: If its files do not hold a whole causal language model, or there is no such attention.
             ImportError: If the attention needs a package that is not installed.
         """
-        config = self.config()
-        config._attn_implementation = self.load_options.get("attn_implementation")
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=self.load_options.get("trust_remote_code", False)
-            )
-        return model
+        return make_skeleton(POLICY, self.name_or_path, self.load_options)
 
     def fingerprint(self) -> str:
         """Name of the initial model's content; see `model_digest`."""
@@ -133,11 +205,7 @@ def model_digest(name_or_path: str, revision: str | None) -> str:
     folder = Path(name_or_path)
     if not folder.is_dir():
         return hash_value([name_or_path, revision])
-    files = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.name in _SETTINGS or (path.suffix in _WEIGHTS and path.name != "training_args.bin")
-    ]
+    files = [path for path in sorted(folder.iterdir()) if path.name in _NAMED or path.suffix in _WEIGHTS]
     return hash_value([(path.name, hash_file(path)) for path in files])
 
 
@@ -174,7 +242,7 @@ def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = N
         The tokenizer.
 
     Raises:
-        ValueError: If there is no such model, or its folder holds no tokenizer.
+        ValueError: If there is no such model, or its folder holds no tokenizer, or a damaged one.
     """
     folder = Path(name_or_path)
     kept = (*_TOKENIZER_FILES, "adapter_config.json")  # an adapter may have that of its model
@@ -183,30 +251,10 @@ def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = N
             f"A model needs its tokenizer beside it; {name_or_path} holds none. Save it there, too: "
             f"AutoTokenizer.from_pretrained(BASE).save_pretrained({name_or_path!r})."
         )
-    with saying_which(name_or_path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **_hub_options(load_options))
+    check_json(name_or_path, load_options, TOKENIZER_SETTINGS)
+    with explained(_NEEDS_TOKENIZER, name_or_path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **for_config(load_options))
     return tokenizer
-
-
-@contextlib.contextmanager
-def saying_which(name_or_path: str) -> Iterator[None]:
-    """What `transformers` says of a model that it does not find names neither the option nor the value.
-
-    Args:
-        name_or_path: Folder or hub id of the model.
-
-    Raises:
-        ValueError: In place of an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{_NEEDS_MODEL}; got {name_or_path!r}: {error}") from error
-
-
-def _hub_options(load_options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What loading a tokenizer or a configuration shares with loading the model."""
-    return {name: value for name, value in (load_options or {}).items() if name in ("revision", "trust_remote_code")}
 
 
 def check_positions(source: PolicySource, tokenized: TokenizedPairs) -> None:

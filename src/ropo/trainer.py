@@ -26,7 +26,6 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -59,9 +58,10 @@ from ropo.logps.cache import reference_logps
 from ropo.logps.shared_prefix import FORWARDS, choose_layout
 from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
 from ropo.metrics import RunningMeans, of_margins
+from ropo.model_files import check_ids, ids_of, not_finite
 from ropo.pair_dataset import PairCollator, PairDataset
 from ropo.pairs import PairLogps, margin, margin_per_token
-from ropo.policy import check_adapter, find_model, load_tokenizer, saying_which
+from ropo.policy import PolicySource, check_adapter, find_model, load_tokenizer
 from ropo.preflight import check_training
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
 
@@ -218,6 +218,8 @@ class ROPOTrainer(Trainer):
             logger.warning("Problems of the data:\n%s", render(problems))
         if not tokenized.pairs:
             raise ValueError(f"ROPOTrainer needs at least one pair; got none.\n{render(problems)}")
+        name = model.config.name_or_path or type(model).__name__
+        check_ids(model, self.tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=name)
         reference = None
         if LOSSES[args.loss].needs_reference:
             cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
@@ -403,7 +405,7 @@ class ROPOTrainer(Trainer):
         if h.requires_grad:
             h.register_hook(_without_the_smallest)
         loss = self._loss(h, inputs)
-        self._stop_if_not_finite(loss, inputs)
+        self._stop_if_not_finite(model, loss, inputs)
         self._remember(h, logps, inputs)
         total = (loss * inputs["weight"]).sum()
         if num_items_in_batch is None:
@@ -526,9 +528,17 @@ class ROPOTrainer(Trainer):
         moved = (1 - _RELIABILITY_RATE) * self.reliability + _RELIABILITY_RATE * total / count.clamp(min=1)
         self.reliability = torch.where(count > 0, moved, self.reliability)
 
-    def _stop_if_not_finite(self, loss: Tensor, inputs: Batch) -> None:
+    def _stop_if_not_finite(self, model: nn.Module, loss: Tensor, inputs: Batch) -> None:
         if bool(torch.isfinite(loss).all()):
             return
+        if names := not_finite(model):
+            has_learned = self.state.global_step > 0
+            remedy = (
+                "Lower the learning rate, or use bf16 instead of fp16" if has_learned else "Take another copy of it"
+            )
+            raise FloatingPointError(
+                f"The model has NaN or infinity in {names} at step {self.state.global_step}. {remedy}."
+            )
         where = inputs["position"][~torch.isfinite(loss)].tolist()
         pairs = self.pairs["train" if torch.is_grad_enabled() else "eval"]
         names = ", ".join(f"row {pairs[i].row} (pair {pairs[i].id})" for i in where[:10])
@@ -564,8 +574,7 @@ def _model_and_tokenizer(
     """Both, loaded where they are not given."""
     place: str = find_model(model) if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
-        with saying_which(place):
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        model = PolicySource(place).load()
     if tokenizer is None and not place:
         raise ValueError("ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer.")
     return model, tokenizer or load_tokenizer(place)

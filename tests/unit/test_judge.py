@@ -711,12 +711,12 @@ def test_what_is_no_reward_model_is_refused(reward_folder, model_folder, tmp_pat
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (model_folder / "config.json").write_text(json.dumps(config | labels))
     with pytest.raises(ValueError, match=r"trained weights for all its parts; got '.*' without score\.weight"):
-        RewardModelJudge(str(model_folder), tmp_path)(PAIRS)
+        RewardModelJudge(str(model_folder), tmp_path)
     folder = reward_folder()
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="safetensors weights, a tokenizer and no code of its own"):
-        RewardModelJudge(str(folder), tmp_path)(PAIRS)
+    with pytest.raises(ValueError, match=r"needs its weights as safetensors; .* holds pytorch_model.bin, a pickle"):
+        RewardModelJudge(str(folder), tmp_path)
 
 
 def test_code_of_a_model_is_not_run(reward_folder, tmp_path):

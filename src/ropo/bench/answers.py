@@ -27,6 +27,7 @@ from ropo.bench.export import EXPORTS, Answer, Question, read_questions, write_a
 from ropo.bench.options import LIKELIEST, ExportArguments
 from ropo.data.template import date_of
 from ropo.data.tokenize import encode_prompts
+from ropo.model_files import check_ids, check_json
 from ropo.pairs import Text
 from ropo.policy import PolicySource, find_model, load_tokenizer, model_digest
 from ropo.provenance import read_json, versions, write_json
@@ -49,8 +50,8 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If the questions are not there.
         DataError: If a row is no question of this benchmark.
-        ValueError: If the folder holds answers made otherwise, or the questions need a chat template that the tokenizer
-            does not have.
+        ValueError: If the folder holds answers made otherwise, the model's files do not hold the whole of it, or the
+            questions need a chat template that the tokenizer does not have.
     """
     spec, name = EXPORTS[str(args.benchmark)], str(args.name)
     questions = read_questions(Path(str(args.questions)), str(args.benchmark))
@@ -67,12 +68,15 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
             f"export needs a tokenizer with a chat template; got {model} without one. Use the instruction-tuned "
             "model's, or --plain_text for a model that was trained on plain text."
         )
+    reach = _reach(args, tokenizer)
+    if args.generation_engine == "transformers":  # the others read the model themselves
+        _check_model(reach, questions, args)
     digest = model_digest(model, args.model_revision)
     folder = Path(str(args.output_dir)) / "export" / name
     temperatures = {question.id: spec.temperature_of(question, args.temperature) for question in questions}
     begun = _claim(folder, _identity(args, questions, digest, temperatures))
     date_of(tokenizer, datetime.fromtimestamp(int(begun)).isoformat())  # also of a run that goes on tomorrow
-    with open_engine(args.generation_engine, _reach(args, tokenizer)) as engine:
+    with open_engine(args.generation_engine, reach) as engine:
         samples = _converse(engine, tokenizer, questions, temperatures, args, folder=folder, digest=digest)
     answers = [
         Answer(
@@ -153,10 +157,17 @@ def _kept(text: str, args: ExportArguments) -> str:
 
 def _reach(args: ExportArguments, tokenizer: PreTrainedTokenizerBase) -> Reach:
     """Where an engine finds the model; an adapter is loaded beside its base."""
-    folder = Path(str(args.model_name_or_path))
-    adapter = folder if (folder / "adapter_config.json").exists() else None
-    base = str(folder) if adapter is None else str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
-    base = str(args.model_name_or_path) if adapter is None else base
+    base, adapter = str(args.model_name_or_path), None
+    if (Path(base) / "adapter_config.json").exists():
+        check_json(base)
+        adapter = Path(base)
+        named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        if not named:
+            raise ValueError(
+                f"An adapter needs base_model_name_or_path in its adapter_config.json; {adapter} has none. Write there "
+                "which model it belongs to."
+            )
+        base = find_model(str(named))
     options = {"dtype": args.dtype, "revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     source = PolicySource(base, load_options=options, is_adapter=adapter is not None)
     return Reach(
@@ -170,6 +181,18 @@ def _reach(args: ExportArguments, tokenizer: PreTrainedTokenizerBase) -> Reach:
         name=args.generation_model,
         api_key_env=args.generation_api_key_env,
     )
+
+
+def _check_model(reach: Reach, questions: Sequence[Question], args: ExportArguments) -> None:
+    """Refuse a model whose files do not hold it, or that lacks a token, before anything is asked.
+
+    Raises:
+        ValueError: If it is so.
+    """
+    source = PolicySource(str(reach.folder), load_options=reach.load_options)
+    prompts = encode_prompts([_prompt(question, [], args) for question in questions], reach.tokenizer)
+    used = ((f"a token of question {number}", ids) for number, ids in enumerate(prompts, 1))
+    check_ids(source.skeleton(), reach.tokenizer, used, name_or_path=source.name_or_path)
 
 
 def _identity(

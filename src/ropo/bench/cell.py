@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropo
 from ropo.bench.detection import detection
@@ -28,6 +27,7 @@ from ropo.bench.tasks import TASKS
 from ropo.bench.word_reward import fit_on_pairs
 from ropo.data.inject import NOISE, flip_labels
 from ropo.pairs import Pair
+from ropo.policy import PolicySource, load_tokenizer
 from ropo.provenance import commit, read_json
 
 WORK = "work"  # where the trainings of cells write while they run
@@ -151,9 +151,9 @@ def measure(config: BenchConfig, cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _scores(config: BenchConfig, task: Task, trained: Path, seed: int) -> dict[str, float]:
     score = score_policy(
-        AutoModelForCausalLM.from_pretrained(trained),
-        AutoModelForCausalLM.from_pretrained(task.model),
-        AutoTokenizer.from_pretrained(task.model),
+        PolicySource(str(trained)).load(),
+        PolicySource(str(task.model)).load(),
+        load_tokenizer(str(task.model)),
         task.held_out,
         task.gold_rewards,
         num_samples=min(config.num_samples, len(task.held_out)),

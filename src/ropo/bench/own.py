@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import logit
-from transformers import AutoConfig
 
 from ropo.bench.task import Task
 from ropo.config import check_judge
@@ -24,6 +23,7 @@ from ropo.data.validate import read_checked
 from ropo.judge.make import JUDGES, judge_options
 from ropo.judge.verdicts import Judge, ask
 from ropo.pairs import Pair, Text
+from ropo.policy import PolicySource, find_model
 from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def make(
         EndpointError: If the judge's endpoint fails, unless `judge_on_failure` is "go_on".
     """
     asked = judge_of(judge, folder / "judge")
-    _check_model(model)
+    PolicySource(find_model(model)).skeleton()  # told before a judge is paid to read all pairs
     _, pairs, _ = read_checked(str(source), on_bad_rows="refuse")
     right = settled(asked, pairs)
     train, held_out = _deal(right, num_pairs, num_held_out, seed=seed, num_read=len(pairs))
@@ -124,18 +124,6 @@ def judge_args(options: Mapping[str, Any]) -> Any:
     if args.judge == "none":
         raise ValueError(f"The task own needs a judge; got none. Set judge to one of {', '.join(JUDGES)}.")
     return args
-
-
-def _check_model(name_or_path: str) -> None:
-    """Refuse what is no model before a judge is paid to read all pairs."""
-    try:
-        AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ValueError(
-            f"The task own needs model, a folder or hub id of a language model; got {name_or_path!r}, of which "
-            f"transformers says: {reason}. Check the name."
-        ) from error
 
 
 def settled(judge: Judge, pairs: Sequence[Pair]) -> list[Pair]:

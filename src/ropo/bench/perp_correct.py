@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 from scipy.stats import norm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropo.align import run_rounds
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.logps.score import score_pairs
 from ropo.pairs import Pair
+from ropo.policy import PolicySource, load_tokenizer
 from ropo.trainer import batching
 
 _NUM_ITERATIONS, _SHARE_PER_ITERATION = 6, 0.02  # as the authors' code has them
@@ -146,7 +146,7 @@ def perplexity_differences(folder: Path, pairs: Sequence[Pair], args: ROPOConfig
     Returns:
         One number per pair: large where the label is likely wrong.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder))
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     # The prompt counts too, so it is scored as if it belonged to the response; its first token has nothing before it.
     whole = [
@@ -157,7 +157,7 @@ def perplexity_differences(folder: Path, pairs: Sequence[Pair], args: ROPOConfig
         )
         for one in tokenized.tokens
     ]
-    logps = score_pairs(AutoModelForCausalLM.from_pretrained(folder), whole, **batching(args, tokenizer))
+    logps = score_pairs(PolicySource(str(folder)).load(), whole, **batching(args, tokenizer))
     assert logps.chosen_tokens is not None  # noqa: S101 - `score_pairs` counts
     assert logps.rejected_tokens is not None  # noqa: S101
     difference = logps.rejected / logps.rejected_tokens - logps.chosen / logps.chosen_tokens

@@ -3,9 +3,8 @@
 In: a sequence classifier with one label, pairs. Out: σ(r_chosen − r_rejected).
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,12 +25,43 @@ from ropo.judge.answers import Answers
 from ropo.logps.batch import batches_by_length, plain_batch
 from ropo.logps.cache import reference_hash
 from ropo.logps.score import progress_bar
+from ropo.model_files import (
+    TOKENIZER_SETTINGS,
+    ModelKind,
+    check_ids,
+    check_json,
+    explained,
+    ids_of,
+    load_whole,
+    make_skeleton,
+    not_finite,
+)
 from ropo.pairs import Pair
 from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
 
 _MAX_POSITIONS = {"cpu": 4096, "cuda": 32768}  # of a batch; small ones stay in a CPU's cache, a GPU wants to be filled
+
+
+_PLACE = "A reward model needs a folder or hub id with safetensors weights, a tokenizer and no code of its own"
+
+
+def _check_config(config: PretrainedConfig, name_or_path: str) -> None:
+    if config.num_labels != 1:
+        raise ValueError(
+            f"A reward model needs one label; got {name_or_path!r} with num_labels={config.num_labels}. Name a "
+            "sequence classifier trained on preferences."
+        )
+
+
+_REWARD_MODEL = ModelKind(
+    auto_class=AutoModelForSequenceClassification,
+    noun="A reward model",
+    place=_PLACE,
+    check=_check_config,
+    advice="Name a sequence classifier trained on preferences.",
+)
 
 
 class RewardModelJudge:
@@ -46,11 +76,11 @@ class RewardModelJudge:
         folder: Where answers are kept, under a hash of the weights and of the pair's token ids.
 
     Raises:
-        ValueError: If the configuration is not there or not that of a reward model.
+        ValueError: If there is no reward model: told before anything is trained for hours and its judge is needed.
     """
 
     def __init__(self, name_or_path: str, folder: Path) -> None:
-        _check_config(name_or_path)
+        make_skeleton(_REWARD_MODEL, name_or_path)
         self.name_or_path = name_or_path
         self._answers = Answers(folder, "reward_model")
 
@@ -58,7 +88,7 @@ class RewardModelJudge:
         """Judge pairs: load the model, score what was never scored, let the model go.
 
         Raises:
-            ValueError: If the model has no trained head, or its tokenizer cannot read the pairs.
+            ValueError: If the model cannot be loaded, or its tokenizer cannot read the pairs or has other tokens.
         """
         if not pairs:
             return []
@@ -75,6 +105,7 @@ class RewardModelJudge:
                 len(pairs),
                 max_length,
             )
+        check_ids(model, tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=self.name_or_path)
         name = reference_hash(model, use_bf16=False)
         whole = {
             pair.row: (_key(name, tokens), tokens)
@@ -121,44 +152,22 @@ def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTok
         The model on this process's device, in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: If there is no sequence classifier as safetensors, it needs code of its own, or weights are missing:
-            transformers would make them up at random.
+        ValueError: If there is no sequence classifier as safetensors, it needs code of its own, or weights are missing
+            or not finite.
     """
-    with _explained(name_or_path):
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"A reward model needs trained weights for all its parts; got {name_or_path!r} without "
-            f"{', '.join(sorted(loading['missing_keys'])[:3])}. Name a sequence classifier trained on preferences."
-        )
+    model = load_whole(_REWARD_MODEL, name_or_path)
+    tokenizer = _tokenizer(name_or_path)
+    if names := not_finite(model):
+        raise ValueError(f"A reward model needs finite weights; {name_or_path} has NaN or infinity in {names}.")
     model.config.use_cache = False  # keys and values of a batch would be kept for a text that nobody goes on with
     return model.to(PartialState().device).eval(), tokenizer
 
 
-def _check_config(name_or_path: str) -> None:
-    """Refuse what is no reward model before anything is trained for hours and its judge is needed."""
-    with _explained(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    if config.num_labels != 1:
-        raise ValueError(
-            f"A reward model needs one label; got {name_or_path!r} with num_labels={config.num_labels}. Name a "
-            "sequence classifier trained on preferences."
-        )
-
-
-@contextlib.contextmanager
-def _explained(name_or_path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ValueError(
-            "A reward model needs a folder or hub id with safetensors weights, a tokenizer and no code of its own; got "
-            f"{name_or_path!r}, of which transformers says: {reason}. Check the name, or convert the weights."
-        ) from error
+def _tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    check_json(name_or_path, files=TOKENIZER_SETTINGS)
+    with explained(_PLACE, name_or_path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    return tokenizer
 
 
 def _context_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
