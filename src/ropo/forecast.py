@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS
+from ropo.logps.choose import choose_layout
 from ropo.logps.last_layer import last_mlp
-from ropo.logps.shared_prefix import FORWARDS, choose_layout
+from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import LOSSES
 from ropo.plan import Machine, ModelSize, PairSize, Plan, RunSize, forward_operations, plan_run
 from ropo.policy import PolicySource
@@ -196,7 +197,6 @@ def reached_rate(
         model,
         tokens,
         pad_token_id=how["pad_token_id"],
-        max_length=args.max_length,
         use_bf16=args.bf16,
         is_trained=True,
     )

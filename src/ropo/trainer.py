@@ -55,7 +55,8 @@ from ropo.data.validate import read_checked
 from ropo.launch import Launch
 from ropo.logps.batch import Batch
 from ropo.logps.cache import reference_logps
-from ropo.logps.shared_prefix import FORWARDS, choose_layout
+from ropo.logps.choose import choose_layout
+from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
 from ropo.metrics import RunningMeans, of_margins
 from ropo.model_files import check_ids, ids_of, not_finite
@@ -148,7 +149,6 @@ class ROPOTrainer(Trainer):
             model,
             sample.tokens,
             pad_token_id=self.pad_token_id,
-            max_length=args.max_length,
             use_bf16=args.bf16,
             is_trained=train_dataset is not None,
         )

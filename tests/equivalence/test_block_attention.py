@@ -5,14 +5,14 @@ import torch
 
 from ropo.logps import block_attention as room
 from ropo.logps.block_attention import block_attention, blocks_of
-from ropo.logps.tree_attention import tree_mask
+from ropo.logps.tree_mask import tree_mask
 
 SIZES = [(9, 4, 6), (1, 0, 0), (1, 5, 0), (3, 0, 7), (4, 8, 12), (13, 1, 1), (300, 140, 129)]
 
 
 def by_the_square(query, key, value, sizes, scaling):
     branch = torch.arange(3).repeat_interleave(torch.tensor(sizes))[None]
-    scores = (query @ key.transpose(1, 2) * scaling).masked_fill(~tree_mask(branch)[0], -torch.inf)
+    scores = (query @ key.transpose(1, 2) * scaling).masked_fill(~tree_mask(branch, branch)[0], -torch.inf)
     return scores.softmax(dim=-1) @ value
 
 
@@ -41,7 +41,7 @@ def test_every_query_is_in_one_block_and_sees_what_the_tree_lets_it(sizes):
         assert keys[-len(queries) :].tolist() == queries.tolist()
         seen[queries[:, None], keys] += (keys <= queries[:, None]).long()
     branch = torch.arange(3).repeat_interleave(torch.tensor(sizes))[None]
-    assert torch.equal(seen, tree_mask(branch)[0, 0].long())
+    assert torch.equal(seen, tree_mask(branch, branch)[0, 0].long())
 
 
 def test_long_pairs_make_fewer_scores():

@@ -1,5 +1,7 @@
 """The fast forwards give the plain forward's numbers: log-probabilities and gradients, on many shapes and models."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,16 +10,30 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex_attention
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -31,11 +47,14 @@ from transformers import (
 from transformers.integrations import flex_attention as transformers_flex_attention
 
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
-from ropo.logps import response_head, shared_prefix, tree_attention
+from ropo.logps import choose, response_head, shared_prefix, tree_attention
 from ropo.logps.batch import LAYOUTS
-from ropo.logps.response_head import response_logps
-from ropo.logps.shared_prefix import FORWARDS, choose_layout, enable_response_logps
-from ropo.logps.tree_attention import NAME, block_mask, group_pairs, row_mask_mod
+from ropo.logps.choose import choose_layout
+from ropo.logps.reach import Reach
+from ropo.logps.response_head import LogitMap, response_logps
+from ropo.logps.shared_prefix import FORWARDS, enable_response_logps
+from ropo.logps.tree_attention import NAME, group_pairs
+from ropo.logps.tree_mask import block_mask, lengths_mask, row_mask_mod
 
 VOCABULARY = 100
 LLAMA = {
@@ -66,6 +85,30 @@ MODELS = {
         GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **GPT)
     ),
 }
+WINDOW = {**LLAMA, "head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+GPT_NEO = GPTNeoConfig(
+    hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=6, **GPT
+)
+WITH_WINDOWS = {
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=6)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**WINDOW)),
+    "gemma3, nested": lambda: AutoModelForCausalLM.from_config(NESTED),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**WINDOW, final_logit_softcapping=3.0)),
+    "gpt-oss, sinks": lambda: GptOssForCausalLM(GptOssConfig(**WINDOW, num_local_experts=4, num_experts_per_tok=2)),
+    "cohere2, scaled logits": lambda: Cohere2ForCausalLM(Cohere2Config(**WINDOW, logit_scale=0.5)),
+    "llama4, chunks": lambda: Llama4ForCausalLM(LLAMA4),
+}
+LLAMA4 = Llama4TextConfig(
+    **LLAMA, head_dim=8, attention_chunk_size=6, intermediate_size_mlp=64, num_local_experts=4,
+    layer_types=["chunked_attention", "full_attention"],
+)  # fmt: skip
+# As Gemma 3 is published from 4B on: a text model beside one for images.
+NESTED = Gemma3Config(
+    text_config=Gemma3TextConfig(**WINDOW),
+    vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                   "image_size": 28, "patch_size": 14},
+    mm_tokens_per_image=4, image_token_id=99, boi_token_id=98, eoi_token_id=97,
+)  # fmt: skip
 SHAPES = {
     "even": [(5, 4, 4), (5, 4, 4)],
     "uneven": [(3, 7, 2), (12, 1, 9), (1, 1, 1), (6, 20, 3)],
@@ -74,7 +117,7 @@ SHAPES = {
     "long prompt": [(60, 2, 3), (2, 2, 3)],
     "pairs taken by blocks": [(150, 40, 30), (3, 4, 5), (4, 3, 4), (20, 90, 99), (2, 120, 90), (205, 1, 9)],
 }
-FAST = ("shared_prefix", "packed", "padding_free")
+FAST = ("shared_prefix", "packed", "padding_free", "plain_rows")
 # Tracing looks at this attribute of every tensor.
 DYNAMO = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
@@ -123,9 +166,33 @@ def assert_equal(model, tokens, layout):
 def test_models(name):
     model = MODELS[name]().eval()
     tokens = make_tokens(SHAPES["uneven"])
-    layout, reason = choose_layout(model, tokens, pad_token_id=0, max_length=64)
+    layout, reason = choose_layout(model, tokens, pad_token_id=0)
     assert layout == ("shared_prefix" if model.config._attn_implementation == "eager" else "packed"), reason
     assert_equal(model, tokens, layout)
+
+
+@pytest.mark.parametrize("name", WITH_WINDOWS)
+def test_pairs_longer_than_the_window(name):
+    """Windows and chunks go on over the fork, in models of several kinds of layer, wherever their names are written."""
+    model, tokens = WITH_WINDOWS[name]().eval(), make_tokens(SHAPES["pairs taken by blocks"])
+    layout, reason = choose_layout(model, tokens, pad_token_id=0)
+    assert layout == ("shared_prefix" if model.config._attn_implementation == "eager" else "packed"), reason
+    assert_equal(model, tokens, layout)
+
+
+def test_a_nested_window_is_not_missed():
+    """Short pairs agree whatever the mask; the longest pair and a small copy's rows are longer than the window."""
+    config = copy.deepcopy(NESTED)
+    config.text_config.sliding_window = 40
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = make_tokens([(9, 9, 9), (8, 8, 8), (150, 20, 30)])
+    layout, _ = choose_layout(model, tokens, pad_token_id=0)
+    found = []
+    with torch.no_grad():
+        for name in ("plain", layout):
+            logps = FORWARDS[name](model, LAYOUTS[name](tokens, pad_token_id=0))
+            found.append(torch.stack([logps.chosen, logps.rejected]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", FAST)
@@ -165,7 +232,7 @@ def test_last_mlp_runs_where_it_is_read(layout):
     for name, batch in batches.items():
         FORWARDS[name](model, batch)
     num_plain, num_fast = (batch["input_ids"].numel() for batch in batches.values())
-    copies = 2 if layout == "padding_free" else 1  # of the prompt's last token, which predicts two first ones
+    copies = 2 if layout in ("padding_free", "plain_rows") else 1  # of the prompt's last token, which predicts two first ones
     assert seen == [num_plain, num_plain, num_fast, 2 * (copies + 1 + 2)]
 
 
@@ -201,7 +268,7 @@ def test_lora(layout, targets):
     model = get_peft_model(
         MODELS["llama, grouped queries"](), LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     ).eval()
-    assert choose_layout(model, make_tokens(SHAPES["even"]), pad_token_id=0, max_length=64)[0] == "packed"
+    assert choose_layout(model, make_tokens(SHAPES["even"]), pad_token_id=0)[0] == "packed"
     assert_equal(model, make_tokens(SHAPES["uneven"]), layout)
 
 
@@ -262,9 +329,9 @@ def head_of(kind):
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(cap=0.7), LogitMap(scale=0.3), LogitMap(3.0, 0.7)])
 @pytest.mark.parametrize("kind", ["plain", "bias", "hooks", "frozen"])
-def test_head(kind, cap, is_kept, monkeypatch):
+def test_head(kind, logit_map, is_kept, monkeypatch):
     """Value and gradients of the head are those of automatic differentiation, whether the softmax is kept or not."""
     if not is_kept:
         monkeypatch.setattr(response_head, "LOGITS_BUDGET_BYTES", {"cpu": 4 * VOCABULARY * 2})
@@ -274,39 +341,46 @@ def test_head(kind, cap, is_kept, monkeypatch):
     hidden = torch.randn(11, 16, requires_grad=True)
 
     def plain():
-        logits = head(hidden)
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        logits = logit_map.scale * head(hidden)
+        logits = logits if logit_map.cap is None else logit_map.cap * torch.tanh(logits / logit_map.cap)
         return torch.log_softmax(logits, dim=-1).gather(1, target[:, None]).squeeze(1)
 
     found = []
-    for logps in (plain(), response_logps(hidden, target, head, cap=cap)):
+    for logps in (plain(), response_logps(hidden, target, head, logit_map=logit_map)):
         wanted = [hidden, *(p for p in head.parameters() if p.requires_grad)]
         found.append([logps.detach(), *torch.autograd.grad((logps * weights).sum(), wanted)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+REACHES = [None, Reach(4), Reach(3, is_chunked=True), Reach(90), Reach(130, is_chunked=True)]
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # slow is right here
-def test_block_mask_is_the_same_rule():
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("shape", [[(7, 3, 2), (1, 0, 4), (5, 5, 5)], [(150, 70, 60), (2, 120, 90), (90, 30, 30)]])
+def test_block_mask_is_the_same_rule(shape, reach):
     """What FlexAttention would be told on a GPU: run uncompiled, its output is that of the packed row on the CPU."""
-    sizes, num_positions = torch.tensor([(7, 3, 2), (1, 0, 4), (5, 5, 5)], dtype=torch.int32), 40
+    sizes = torch.tensor(shape, dtype=torch.int32)
+    num_positions = int(sizes.sum()) + 13
     query, key, value = (torch.randn(1, 2, num_positions, 8) for _ in range(3))
-    flex = flex_attention(query, key, value, block_mask=block_mask(sizes, num_positions))
+    flex = flex_attention(query, key, value, block_mask=block_mask(sizes, num_positions, reach))
     length = int(sizes.sum())
     ours, _ = tree_attention.tree_attention(
-        torch.nn.Module(), query[:, :, :length], key[:, :, :length], value[:, :, :length], sizes[None, None]
+        torch.nn.Module(), query[:, :, :length], key[:, :, :length], value[:, :, :length], lengths_mask(sizes, reach)
     )
     torch.testing.assert_close(ours, flex[:, :, :length].transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_blocks_that_are_left_out_are_empty_and_those_not_tested_are_full(seed):
+@pytest.mark.parametrize("reach", [None, Reach(300), Reach(100), Reach(400, is_chunked=True)])
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_that_are_left_out_are_empty_and_those_not_tested_are_full(seed, reach):
     """The kernel takes the mask's word for both, so every cell is looked at here."""
     rng = np.random.default_rng(seed)
     sizes = torch.from_numpy(rng.integers(0, (900, 400, 300), size=(6, 3)).astype(np.int32))
     num_positions = -(-int(sizes.sum()) // 256) * 256
-    mask, at = block_mask(sizes, num_positions), torch.arange(num_positions)
-    sees = row_mask_mod(sizes, num_positions)(0, 0, at[:, None], at[None, :])
+    mask, at = block_mask(sizes, num_positions, reach), torch.arange(num_positions)
+    sees = row_mask_mod(sizes, num_positions, reach)(0, 0, at[:, None], at[None, :])
     sees_QaKb = sees.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
     found = []
     for numbers, places in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)):
@@ -318,7 +392,7 @@ def test_blocks_that_are_left_out_are_empty_and_those_not_tested_are_full(seed):
     assert not (tested & full).any()
     assert not (sees_QaKb.any(3).any(1) & ~(tested | full)).any()
     assert sees_QaKb.all(3).all(1)[full].all()
-    assert full.any()
+    assert full.any() or reach == Reach(100)  # which is shorter than a block
     assert (tested | full).sum() < len(full) ** 2 / 2.5  # most of the square is never looked at
 
 
@@ -374,7 +448,7 @@ def test_flex_attention(as_on_a_gpu, shape):
 def test_flex_attention_of_models(as_on_a_gpu, name):
     """Those whose code looks into the mask itself are found out, and get the shared prefix."""
     model, tokens = MODELS[name]().eval(), make_tokens(SHAPES["uneven"])
-    layout, reason = choose_layout(model, tokens, pad_token_id=0, max_length=64)
+    layout, reason = choose_layout(model, tokens, pad_token_id=0)
     is_fit = model.config._attn_implementation != "eager" and not name.startswith("gpt2")
     assert layout == ("packed" if is_fit else "shared_prefix"), reason
     assert_equal(model, tokens, layout)
@@ -438,18 +512,18 @@ def test_left_padding_changes_nothing(tokenizer, pairs):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (
-            lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **GPT)),
-            "does not take this layout",
-        ),
-        (lambda: MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=4)), "sliding window of 4"),
+        (lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **GPT)), "by up to"),
+        (lambda: MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **GPT)), "linear"),
+        (lambda: GPTNeoForCausalLM(GPT_NEO), "by up to"),
     ],
 )
 def test_falls_back(model, reason):
-    """Models whose attention depends on more than mask and position ids take the plain way, and say why."""
-    layout, said = choose_layout(model(), make_tokens(SHAPES["even"]), pad_token_id=0, max_length=64)
-    assert layout == "plain"
+    """Models whose attention depends on more than mask and position ids share nothing, and say why."""
+    model, tokens = model().eval(), make_tokens(SHAPES["uneven"])
+    layout, said = choose_layout(model, tokens, pad_token_id=0)
+    assert layout == "plain_rows", said
     assert reason in said
+    assert_equal(model, tokens, layout)
 
 
 @pytest.fixture
@@ -481,7 +555,7 @@ def test_flash_attention_takes_rows_without_padding(flash_attention):
     """Every response is a sequence of its own in one row; values and gradients are those of padded rows."""
     model, tokens = MODELS["llama, grouped queries"](), make_tokens(SHAPES["uneven"])
     model.config._attn_implementation = "flash_attention_2"
-    layout, reason = choose_layout(model, tokens, pad_token_id=0, max_length=64)
+    layout, reason = choose_layout(model, tokens, pad_token_id=0)
     assert layout == "padding_free", reason
     flash_attention.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -497,15 +571,16 @@ def test_flash_attention_takes_rows_without_padding(flash_attention):
 def test_a_wrong_mask_is_noticed(monkeypatch):
     """If the branches could see each other, the comparison with the plain forward would say so."""
 
-    def causal_only(branch):
+    def causal_only(branch, *_):
         rows, width = branch.shape
         return torch.ones(rows, 1, width, width, dtype=torch.bool).tril()
 
     monkeypatch.setattr(tree_attention, "tree_mask", causal_only)
     monkeypatch.setattr(shared_prefix, "tree_mask", causal_only)
+    monkeypatch.setattr(choose, "_ARCHITECTURES", {})
     model = MODELS["llama, grouped queries"]()
-    layout, said = choose_layout(model, make_tokens(SHAPES["even"]), pad_token_id=0, max_length=64)
-    assert layout == "plain"
+    layout, said = choose_layout(model, make_tokens(SHAPES["even"]), pad_token_id=0)
+    assert layout == "plain_rows"
     assert "changes this model's log-probabilities" in said
     assert model.config._attn_implementation == "sdpa"  # as it was
 
@@ -516,57 +591,56 @@ def test_memory_that_is_short_says_nothing_about_a_layout(monkeypatch):
     def short(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(shared_prefix, "FORWARDS", {**FORWARDS, "packed": short})
+    monkeypatch.setattr(choose, "FORWARDS", {**FORWARDS, "packed": short})
     with pytest.raises(torch.OutOfMemoryError):
-        choose_layout(MODELS["llama, grouped queries"](), make_tokens(SHAPES["even"]), pad_token_id=0, max_length=64)
+        choose_layout(MODELS["llama, grouped queries"](), make_tokens(SHAPES["even"]), pad_token_id=0)
 
 
 def test_layouts_are_tried_on_short_pairs_that_show_a_mistake():
     """Where a response has one token, nobody looks past the fork; where all are so short, the longest are taken."""
     shape = [(300, 90, 90), (1, 1, 1), (20, 9, 8), (8, 30, 30), (50, 50, 1)]
-    found = shared_prefix._two_of(make_tokens(shape))
+    found = choose._two_of(make_tokens(shape))
     assert [len(pair.prompt) for pair in found] == [20, 8]
-    found = shared_prefix._two_of(make_tokens([(1, 1, 1), (5, 4, 4), (9, 7, 7)]))
+    found = choose._two_of(make_tokens([(1, 1, 1), (5, 4, 4), (9, 7, 7)]))
     assert [len(pair.prompt) for pair in found] == [9, 5]
 
 
 def test_a_wrong_mask_is_noticed_in_half_precision():
     """Rounding goes either way and averages out over tokens, a mistake does not; other models round more than it."""
     model, tokens = MODELS["llama, grouped queries"]().to(torch.bfloat16), make_tokens(SHAPES["even"])
-    assert choose_layout(model, tokens, pad_token_id=0, max_length=64)[0] == "packed"
+    assert choose_layout(model, tokens, pad_token_id=0)[0] == "packed"
     model.config._attn_implementation = "sdpa"
-    trial = shared_prefix._Trial(model.eval(), tokens, 0, use_bf16=True, is_trained=True)
-    plain = trial.logps("plain")
-    assert trial.disagreement("shared_prefix", plain) is None
+    trial = choose._Trial(model.eval(), tokens, 0, use_bf16=True, is_trained=True)
+    assert trial.refusal("shared_prefix") is None
     num_tokens = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in tokens]).T
-    assert "by up to" in trial.disagreement("shared_prefix", plain + 0.3 * num_tokens)
+    trial.plain(trial.few).add_(0.3 * num_tokens)
+    assert "by up to" in trial.refusal("shared_prefix")
 
 
 def test_a_backward_pass_that_fails_rules_a_layout_out(monkeypatch):
     """A GPU has other kernels for it, and finding out in the first step of a training is too late."""
     model, tokens = MODELS["llama, grouped queries"](), make_tokens(SHAPES["even"])
     enable_response_logps(model)
-    trial = shared_prefix._Trial(model.eval(), tokens, 0, use_bf16=False, is_trained=True)
-    plain = trial.logps("plain")
+    trial = choose._Trial(model.eval(), tokens, 0, use_bf16=False, is_trained=True)
     trial.has_backward = True
-    assert trial.disagreement("packed", plain) is None
+    assert trial.refusal("packed") is None
 
     def refusing(*_, **__):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(shared_prefix.torch.autograd, "grad", refusing)
+    monkeypatch.setattr(choose.torch.autograd, "grad", refusing)
     model.config._attn_implementation = "sdpa"
-    assert "RuntimeError: no kernel" in trial.disagreement("packed", plain)
+    assert "RuntimeError: no kernel" in trial.refusal("packed")
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_whose_forward_was_wrapped_since_is_asked_again():
     """Mixed precision wraps the forward of a model that is trained; it may be scored or trained once more."""
     model, tokens = MODELS["llama, grouped queries"](), make_tokens(SHAPES["even"])
-    choose_layout(model, tokens, pad_token_id=0, max_length=64)
+    choose_layout(model, tokens, pad_token_id=0)
     inner = model.forward
     model.forward = lambda *args, **options: inner(*args, **options)
-    assert choose_layout(model, tokens, pad_token_id=0, max_length=64)[0] == "packed"
+    assert choose_layout(model, tokens, pad_token_id=0)[0] == "packed"
     assert model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, VOCABULARY)
 
 
@@ -574,7 +648,7 @@ def test_generation_is_untouched():
     model = MODELS["llama, grouped queries"]().eval()
     prompt = torch.tensor([[5, 6, 7]])
     before = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
-    choose_layout(model, make_tokens(SHAPES["even"]), pad_token_id=0, max_length=64)
+    choose_layout(model, make_tokens(SHAPES["even"]), pad_token_id=0)
     enable_response_logps(model)
     assert model.config._attn_implementation == NAME
     assert NAME not in model.config.to_json_string()

@@ -1,4 +1,4 @@
-"""Pairs to one batch of tensors, in one of four layouts.
+"""Pairs to one batch of tensors, in one of several layouts.
 
 In: `TokenizedPair`s. Out: a dict of tensors for the function of the same name in `shared_prefix.FORWARDS`.
 
@@ -225,6 +225,7 @@ def split_by_tokens(lengths: Sequence[int], *, max_tokens: int | None) -> list[l
 LAYOUTS: MappingProxyType[str, Callable[..., Batch]] = MappingProxyType(
     {
         "plain": plain_batch,
+        "plain_rows": plain_batch,
         "padding_free": padding_free_batch,
         "shared_prefix": shared_prefix_batch,
         "packed": packed_batch,

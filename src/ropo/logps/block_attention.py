@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ropo.logps.reach import Reach
+
 # More queries leave larger corners empty, fewer make products too small to be fast.
 _BLOCK = 128
 
@@ -28,18 +30,28 @@ class Block:
     Attributes:
         queries: Their places in the pair.
         keys: Places of the keys, one stretch or two, which end with the queries themselves.
+        too_early_QK: -inf where one of the first keys comes before what a query reaches, else 0; None without such.
     """
 
     queries: slice
     keys: tuple[slice, ...]
+    too_early_QK: Tensor | None = None
 
 
-def blocks_of(num_prompt: int, num_chosen: int, num_rejected: int) -> list[Block]:
+def blocks_of(num_prompt: int, num_chosen: int, num_rejected: int, reach: Reach | None = None) -> list[Block]:
     """The blocks of a pair, whose prompt, chosen and rejected tokens stand in this order.
+
+    Args:
+        num_prompt: Tokens of the prompt.
+        num_chosen: Tokens of `chosen`.
+        num_rejected: Tokens of `rejected`.
+        reach: How far back a query looks; None for everything.
 
     Examples:
         >>> [(b.queries.start, [(k.start, k.stop) for k in b.keys]) for b in blocks_of(130, 5, 6)]
         [(0, [(0, 128)]), (128, [(0, 130)]), (130, [(0, 135)]), (135, [(0, 130), (135, 141)])]
+        >>> [(b.queries.start, [(k.start, k.stop) for k in b.keys]) for b in blocks_of(130, 5, 6, Reach(10))]
+        [(0, [(0, 128)]), (128, [(119, 130)]), (130, [(121, 135)]), (135, [(121, 130), (135, 141)])]
     """
     prompt = slice(0, num_prompt)
     chosen = slice(num_prompt, num_prompt + num_chosen)
@@ -48,10 +60,31 @@ def blocks_of(num_prompt: int, num_chosen: int, num_rejected: int) -> list[Block
     for part in (prompt, chosen, rejected):
         for first in range(part.start, part.stop, _BLOCK):
             queries = slice(first, min(first + _BLOCK, part.stop))
+            # Positions of `rejected` go on where the prompt ends, its places where `chosen` does.
+            shift = num_chosen if part is rejected else 0
+            start = 0 if reach is None else max(reach.first(first - shift), 0)
             # `chosen` stands right behind the prompt, so that one stretch holds both.
-            keys = (prompt, slice(part.start, queries.stop)) if part is rejected else (slice(0, queries.stop),)
-            blocks.append(Block(queries, keys))
+            keys = (
+                (slice(start, num_prompt), slice(max(start + shift, part.start), queries.stop))
+                if part is rejected and start < num_prompt
+                else (slice(start + shift, queries.stop),)
+            )
+            blocks.append(Block(queries, keys, None if reach is None else _too_early(queries, keys, shift, reach)))
     return blocks
+
+
+def _too_early(queries: slice, keys: tuple[slice, ...], shift: int, reach: Reach) -> Tensor | None:
+    """-inf where a key comes before what a query reaches, over the first keys, as many as any query misses."""
+    query_Q1 = torch.arange(queries.start, queries.stop)[:, None] - shift
+    # The last stretch holds the branch; one before it is prompt.
+    shifts = (0, shift)[-len(keys) :]
+    stretches = zip(keys, shifts, strict=True)
+    key_1K = torch.cat([torch.arange(some.start, some.stop) - less for some, less in stretches])[None]
+    num_early = int((key_1K < reach.first(query_Q1[-1:])).sum())
+    if not num_early:
+        return None
+    is_early_QK = key_1K[:, :num_early] < reach.first(query_Q1)
+    return torch.zeros(is_early_QK.shape).masked_fill_(is_early_QK, -torch.inf)
 
 
 def block_attention(
@@ -80,7 +113,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, query_ATD: Tensor, key_ATD: Tensor, value_ATD: Tensor, blocks: list[Block]) -> Tensor:
         output_ATD = _empty_like(value_ATD)
         for block in blocks:
-            probs_AQK = _probs(query_ATD[:, block.queries], _take(key_ATD, block.keys))
+            probs_AQK = _probs(query_ATD[:, block.queries], _take(key_ATD, block.keys), block.too_early_QK)
             output_ATD[:, block.queries] = torch.bmm(probs_AQK, _take(value_ATD, block.keys))
         ctx.save_for_backward(query_ATD, key_ATD, value_ATD, output_ATD)
         ctx.blocks = blocks
@@ -98,7 +131,7 @@ class _BlockAttention(torch.autograd.Function):
         for block in ctx.blocks:
             query_AQD, d_AQD = query_ATD[:, block.queries], d_output_ATD[:, block.queries]
             key_AKD, value_AKD = _take(key_ATD, block.keys), _take(value_ATD, block.keys)
-            probs_AQK = _probs(query_AQD, key_AKD)
+            probs_AQK = _probs(query_AQD, key_AKD, block.too_early_QK)
             _add(d_value_ATD, block.keys, torch.bmm(probs_AQK.transpose(1, 2), d_AQD))
             d_scores_AQK = torch.bmm(d_AQD, value_AKD.transpose(1, 2))
             d_scores_AQK.sub_(sum_AT1[:, block.queries]).mul_(probs_AQK)
@@ -107,11 +140,13 @@ class _BlockAttention(torch.autograd.Function):
         return d_query_ATD, d_key_ATD, d_value_ATD, None
 
 
-def _probs(query_AQD: Tensor, key_AKD: Tensor) -> Tensor:
-    """Softmax of the scores of a block; the last keys are the queries' own, and only among these is anything hidden."""
+def _probs(query_AQD: Tensor, key_AKD: Tensor, too_early_QK: Tensor | None) -> Tensor:
+    """Softmax of the scores of a block; the last keys are the queries' own, of which later ones are hidden."""
     scores_AQK = torch.bmm(query_AQD, key_AKD.transpose(1, 2))
     size = query_AQD.shape[1]
     scores_AQK[..., -size:] += _later(size)
+    if too_early_QK is not None:
+        scores_AQK[..., : too_early_QK.shape[1]] += too_early_QK
     return scores_AQK.softmax(dim=-1)
 
 

@@ -38,7 +38,12 @@ def last_mlp_at(decoder: nn.Module, read_R: Tensor) -> Iterator[None]:
     def narrow(_mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal shape
         shape = args[0].shape
-        return (args[0].flatten(0, -2).index_select(0, read_R)[None], *args[1:])
+        # Beside its input it may get something else of every position, as a residual that it adds.
+        is_by_position = [isinstance(one, Tensor) and one.shape[:-1] == shape[:-1] for one in args]
+        return tuple(
+            one.flatten(0, -2).index_select(0, read_R)[None] if is_it else one
+            for one, is_it in zip(args, is_by_position, strict=True)
+        )
 
     def widen(_mlp: nn.Module, _args: tuple[Any, ...], found: Any) -> Any:
         # Layers of experts may put out how they were chosen, too.

@@ -10,6 +10,7 @@ automatic differentiation needs three of.
 Shapes: N response tokens, H hidden size, V vocabulary.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,12 +48,51 @@ def round_length(num_tokens: int, device: str, dtype: torch.dtype) -> int:
     return -(-num_tokens // step) * step
 
 
-def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap: float | None = None) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class LogitMap:
+    """What a model does to the output of its head: logits = scale·head(hidden), bounded as cap·tanh(logits/cap).
+
+    Attributes:
+        scale: Factor of the logits.
+        cap: Bound of the logits, None for none.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, raw_NV: Tensor) -> Tensor:
+        """Logits in float32 of what the head put out."""
+        logits_NV = raw_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        return logits_NV if self.cap is None else self.cap * torch.tanh(logits_NV / self.cap)
+
+    def overwrite(self, logits_NV: Tensor) -> Tensor:
+        """The same in the tensor given, which is in float32."""
+        if self.scale != 1.0:
+            logits_NV.mul_(self.scale)
+        return logits_NV if self.cap is None else logits_NV.div_(self.cap).tanh_().mul_(self.cap)
+
+    def backward(self, d_logits_NV: Tensor, logits_NV: Tensor | None) -> Tensor:
+        """The gradient by what the head put out; written over the one by the logits.
+
+        Args:
+            d_logits_NV: Gradient by the logits.
+            logits_NV: The logits; needed where they have a bound.
+        """
+        if self.cap is not None and logits_NV is not None:
+            d_logits_NV *= 1 - (logits_NV / self.cap).square_()
+        return d_logits_NV if self.scale == 1.0 else d_logits_NV.mul_(self.scale)
+
+
+def response_logps(
+    hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, logit_map: LogitMap = LogitMap()  # noqa: B008 - frozen
+) -> Tensor:
     """Log-probability of each target token.
 
     ::
 
-        log π = logits[target] − log Σ exp(logits),   logits = head(hidden), or cap·tanh(head(hidden)/cap)
+        log π = logits[target] − log Σ exp(logits),   logits = logit_map(head(hidden))
 
     Args:
         hidden_NH: Hidden states that predict the targets.
@@ -60,19 +100,19 @@ def response_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, cap:
         head: The language-model head. A plain linear layer, tied or not, takes the fast way; anything else (an
             adapter on the head, quantised or partitioned weights, hooks) is called as it is, in pieces that are made
             again in the backward pass.
-        cap: Bound that some models put on their logits.
+        logit_map: What the model does to the head's output.
 
     Returns:
         Shape (N,), float32.
     """
     if isinstance(head, nn.Linear) and hasattr(head, "unshard"):  # FSDP2, which makes a class of its own of each class
-        return _sharded(hidden_NH, target_N, head, cap)
+        return _sharded(hidden_NH, target_N, head, logit_map)
     if type(head) is not nn.Linear or not head.weight.numel() or _has_hooks(head):
-        return _by_calling(hidden_NH, target_N, head, cap)
-    return _fused(hidden_NH, target_N, head, cap)
+        return _by_calling(hidden_NH, target_N, head, logit_map)
+    return _fused(hidden_NH, target_N, head, logit_map)
 
 
-def _fused(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, cap: float | None) -> Tensor:
+def _fused(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, logit_map: LogitMap) -> Tensor:
     device = hidden_NH.device.type
     # Inside a function of our own autocast does not act, so its casts are made here, where they are differentiated.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
@@ -82,18 +122,18 @@ def _fused(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, cap: float | No
         hidden_NH = nn.functional.pad(hidden_NH, (0, 0, 0, missing))
         target_N = nn.functional.pad(target_N, (0, missing))
     logps_N: Tensor = _LinearLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_NH.to(dtype), head.weight.to(dtype), bias_V, target_N, cap
+        hidden_NH.to(dtype), head.weight.to(dtype), bias_V, target_N, logit_map
     )
     return logps_N[:num_tokens].clone() if missing else logps_N  # FSDP wants no views of what a module returns
 
 
-def _sharded(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, cap: float | None) -> Tensor:
+def _sharded(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, logit_map: LogitMap) -> Tensor:
     """The fast way through a head whose weights FSDP gathers for the time of a call.
 
     One call, however many tokens a process has: each call gathers, and processes that do not make the same number of
     calls wait for each other for ever.
     """
-    head.forward = partial(_fused, target_N=target_N, head=head, cap=cap)  # type: ignore[method-assign]
+    head.forward = partial(_fused, target_N=target_N, head=head, logit_map=logit_map)  # type: ignore[method-assign]
     try:
         logps_N: Tensor = head(hidden_NH)
     finally:
@@ -122,7 +162,7 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor, cap: float | None
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor, logit_map: LogitMap
     ) -> Tensor:
         num_tokens, vocabulary = len(hidden_NH), len(weight_VH)
         ctx.needs_softmax = any(ctx.needs_input_grad[:3])
@@ -130,7 +170,7 @@ class _LinearLogps(torch.autograd.Function):
         logps_N = torch.empty(num_tokens, dtype=torch.float32, device=hidden_NH.device)
         softmax_NV = hidden_NH.new_empty(num_tokens, vocabulary, dtype=torch.float32) if is_kept else None
         for piece in _pieces(num_tokens, vocabulary, hidden_NH.device.type):
-            logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, cap)
+            logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, logit_map)
             if softmax_NV is None:
                 logps_N[piece] = logits_NV.log_softmax(dim=-1).gather(1, target_N[piece, None]).squeeze(1)
             else:
@@ -138,27 +178,26 @@ class _LinearLogps(torch.autograd.Function):
                 # The largest softmax, 1/V at least, is exp of the largest logit less the sum's logarithm.
                 lse_N = logits_NV.amax(dim=-1) - softmax_NV[piece].amax(dim=-1).log_()
                 logps_N[piece] = logits_NV.gather(1, target_N[piece, None]).squeeze(1) - lse_N
-        ctx.cap = cap
+        ctx.logit_map = logit_map
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, softmax_NV)
         return logps_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """∂logp/∂logits = onehot(target) − softmax; the cap multiplies it by 1 − (logits/cap)²."""
+        """∂logp/∂logits = onehot(target) − softmax; a bound multiplies it by 1 − (logits/cap)², a factor by itself."""
         hidden_NH, weight_VH, bias_V, target_N, softmax_NV = ctx.saved_tensors
         (gradient_N,) = gradients
         d_hidden_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for piece in _pieces(len(hidden_NH), len(weight_VH), hidden_NH.device.type):
-            if softmax_NV is None or ctx.cap is not None:
-                logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, ctx.cap)
-            d_logits_NV = softmax_NV[piece] if softmax_NV is not None else logits_NV.softmax(dim=-1)
+            logits_NV = None
+            if softmax_NV is None or ctx.logit_map.cap is not None:
+                logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, ctx.logit_map)
+            d_logits_NV = softmax_NV[piece] if logits_NV is None or softmax_NV is not None else logits_NV.softmax(dim=-1)
             d_logits_NV = d_logits_NV * -gradient_N[piece, None]
             d_logits_NV.scatter_add_(1, target_N[piece, None], gradient_N[piece, None])
-            if ctx.cap is not None:
-                d_logits_NV *= 1 - (logits_NV / ctx.cap).square_()
-            d_logits_NV = d_logits_NV.to(weight_VH.dtype)
+            d_logits_NV = ctx.logit_map.backward(d_logits_NV, logits_NV).to(weight_VH.dtype)
             if d_hidden_NH is not None:
                 torch.mm(d_logits_NV, weight_VH, out=d_hidden_NH[piece])
             if d_weight_VH is not None:
@@ -177,25 +216,22 @@ class _LinearLogps(torch.autograd.Function):
         )
 
 
-def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, cap: float | None) -> Tensor:
-    logits_NV = nn.functional.linear(hidden_NH, weight_VH, bias_V).float()
-    return logits_NV if cap is None else logits_NV.div_(cap).tanh_().mul_(cap)
+def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, logit_map: LogitMap) -> Tensor:
+    return logit_map.overwrite(nn.functional.linear(hidden_NH, weight_VH, bias_V).float())
 
 
-def _by_calling(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
+def _by_calling(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, logit_map: LogitMap) -> Tensor:
     """The same through the head's own `forward`."""
     vocabulary = int(head.get_parameter("weight").shape[0])
     size = _num_at_once(vocabulary, hidden_NH.device.type)
     if len(target_N) <= size:
-        return _token_logps(hidden_NH, target_N, head, cap)
+        return _token_logps(hidden_NH, target_N, head, logit_map)
     pieces = zip(hidden_NH.split(size), target_N.split(size), strict=True)
     return torch.cat(
-        [checkpoint(_token_logps, hidden, target, head, cap, use_reentrant=False) for hidden, target in pieces]
+        [checkpoint(_token_logps, hidden, target, head, logit_map, use_reentrant=False) for hidden, target in pieces]
     )
 
 
-def _token_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, cap: float | None) -> Tensor:
-    logits_NV: Tensor = head(hidden_NH).float()
-    if cap is not None:  # Gemma 2 bounds its logits after the head
-        logits_NV = cap * torch.tanh(logits_NV / cap)
+def _token_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, logit_map: LogitMap) -> Tensor:
+    logits_NV = logit_map(head(hidden_NH))
     return logits_NV.gather(1, target_N[:, None]).squeeze(1) - logits_NV.logsumexp(dim=-1)

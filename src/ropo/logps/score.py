@@ -15,7 +15,8 @@ from torch import nn
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch, batches_by_length
-from ropo.logps.shared_prefix import FORWARDS, choose_layout, vocabulary_size
+from ropo.logps.choose import choose_layout
+from ropo.logps.shared_prefix import FORWARDS, vocabulary_size
 from ropo.pairs import PairLogps
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,6 @@ def score_pairs(
         model,
         tokens,
         pad_token_id=pad_token_id,
-        max_length=max_length,
         use_bf16=use_bf16,
     )
     limit = _MAX_TOKENS.get(device.type, _MAX_TOKENS["cuda"])

@@ -1,37 +1,34 @@
 """The fast forward: the prompt once, both responses after it, logits only where a response token is predicted.
 
-In: a causal language model and a `shared_prefix_batch`. Out: `PairLogps`, the same numbers as `forward.plain_logps`.
+In: a causal language model and a batch of `LAYOUTS`. Out: `PairLogps`, the same numbers as `forward.plain_logps`.
 
 The one idea: chosen and rejected are two branches that grow from the same prompt. One row holds all three, a mask
 keeps the branches from seeing each other, and positions restart at the fork. Which models allow this is found out
-by comparing with the plain forward (`choose_layout`), not by a list of names.
+by comparing with the plain forward (`choose.choose_layout`), not by a list of names.
 
 Shapes: B rows, T positions, V vocabulary, N response tokens, R positions that predict one, H hidden size.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable
+from functools import partial
 from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ropo.data.tokenize import TokenizedPair
-from ropo.logps.batch import LAYOUTS, Batch
+from ropo.logps.batch import Batch
 from ropo.logps.forward import plain_logps, sum_by_response
 from ropo.logps.last_layer import last_mlp_at
-from ropo.logps.response_head import response_logps, round_length
-from ropo.logps.tree_attention import NAME, row_mask, tree_mask
+from ropo.logps.reach import answered_masks
+from ropo.logps.response_head import LogitMap, response_logps, round_length
+from ropo.logps.tree_mask import row_mask, tree_mask
 from ropo.pairs import PairLogps
-
-logger = logging.getLogger(__name__)
 
 # Packed rows on a GPU are filled up to whole blocks of FlexAttention, and to two at least: one would be a shape of its
 # own, while a kernel that has met two lengths takes any.
 _GPU_BLOCK = 128
-# Prompt and responses of pairs that layouts are compared on have this many tokens, if there are such pairs.
-_SHORTEST_PART = 8
 
 
 def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
@@ -48,7 +45,8 @@ def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
     logps_N = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=tree_mask(batch["branch"]),
+        attention_mask=torch.ones_like(batch["input_ids"]),
+        response_branch=batch["branch"],
         response_source=batch["source"],
         response_read=batch["read"],
         response_target=batch["target"],
@@ -69,7 +67,7 @@ def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
     logps_N = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=None,
+        attention_mask=torch.ones_like(batch["input_ids"]),
         response_lengths=batch["lengths"],
         response_source=batch["source"],
         response_read=batch["read"],
@@ -102,10 +100,33 @@ def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]) // 2)
 
 
-def enable_response_logps(model: nn.Module) -> None:
+def plain_rows_logps(model: nn.Module, batch: Batch) -> PairLogps:
+    """Two rows per pair as in the plain forward, with logits only where a response token is predicted.
+
+    For models whose layers carry a state along the row, or whose attention takes no tree.
+
+    Args:
+        model: As for `shared_prefix_logps`.
+        batch: What `plain_batch` returns, on the model's device.
+
+    Returns:
+        As `shared_prefix_logps`.
+    """
+    logps_N = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        response_source=batch["source"],
+        response_read=batch["read"],
+        response_target=batch["target"],
+    )
+    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]) // 2)
+
+
+def enable_response_logps(model: nn.Module, logit_map: LogitMap | None = None) -> None:
     """Teach a causal language model to answer `response_source`, `_read` and `_target` with log-probabilities.
 
-    With `response_lengths` (pairs, 3) the row is a packed one, with `response_sequences` one of so many tokens each.
+    With `response_branch` (pairs, T) each row is a tree, with `response_lengths` (pairs, 3) it is a packed one, with
+    `response_sequences` one of so many tokens each.
 
     Calls without these arguments (generation, plain forward) behave as before. The method is bound on the
     instance that owns the language-model head, inside any PEFT wrapper, so that every outer wrapper's `forward`
@@ -113,8 +134,11 @@ def enable_response_logps(model: nn.Module) -> None:
 
     Args:
         model: A causal language model of `transformers`, with or without PEFT.
+        logit_map: What the model does to its head's output; None for nothing, or what was said before.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
+    if logit_map is not None or not hasattr(causal_lm, "_ropo_logit_map"):
+        causal_lm._ropo_logit_map = logit_map or LogitMap()
     # Not told by looking at `forward`: mixed precision wraps ours, and must not be wrapped by us again.
     if hasattr(causal_lm, "_ropo_wrapped_forward"):
         return
@@ -124,31 +148,29 @@ def enable_response_logps(model: nn.Module) -> None:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    names = ("lengths", "sequences", "source", "read", "target")
-    lengths_P3, sequences_S, source_N, read_R, target_N = (kwargs.pop(f"response_{name}", None) for name in names)
+    names = ("branch", "lengths", "sequences", "source", "read", "target")
+    branch_BT, lengths_P3, sequences_S, source_N, read_R, target_N = (
+        kwargs.pop(f"response_{name}", None) for name in names
+    )
     if source_N is None:
         wrapped = self._ropo_wrapped_forward
         return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
-    mask = kwargs["attention_mask"]
-    # Eager attention adds its mask to the scores instead of selecting by it.
-    if mask is not None and self.config._attn_implementation == "eager":
-        mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
-    input_ids, position_ids = kwargs["input_ids"], kwargs["position_ids"]
     if lengths_P3 is not None:
-        input_ids, position_ids, read_R = _filled_up(input_ids, position_ids, read_R, self.dtype)
-        mask = row_mask(lengths_P3, input_ids.shape[1])
+        kwargs, read_R = _filled_up(kwargs, read_R, self.dtype)
+    if sequences_S is not None:
+        kwargs |= _starts(sequences_S)
     decoder = self.get_decoder()
-    with last_mlp_at(decoder, read_R):
-        hidden_BTH = decoder(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            use_cache=False,
-            **({} if sequences_S is None else _starts(sequences_S)),
-        ).last_hidden_state
+    masks: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if lengths_P3 is not None:
+        answer = partial(row_mask, lengths_P3, kwargs["input_ids"].shape[1])
+        masks = answered_masks(decoder.config._attn_implementation, answer)
+    elif branch_BT is not None:
+        answer = partial(tree_mask, branch_BT, kwargs["position_ids"])
+        masks = answered_masks(decoder.config._attn_implementation, answer)
+    with masks, last_mlp_at(decoder, read_R):
+        hidden_BTH = decoder(**kwargs, use_cache=False).last_hidden_state
     hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
-    cap = getattr(self.config, "final_logit_softcapping", None)
-    return response_logps(hidden_NH, target_N, self.get_output_embeddings(), cap=cap)
+    return response_logps(hidden_NH, target_N, self.get_output_embeddings(), logit_map=self._ropo_logit_map)
 
 
 def _starts(sequences_S: Tensor) -> dict[str, Any]:
@@ -160,23 +182,20 @@ def _starts(sequences_S: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
-def _filled_up(
-    input_ids_1T: Tensor, position_ids_1T: Tensor, read_R: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _filled_up(inputs: dict[str, Any], read_R: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
     """A packed row of a round length, and as many positions to read, so that few shapes are compiled.
 
     Called where autocast acts, since a CPU needs it in half precision only.
 
     Args:
-        input_ids_1T: Tokens.
-        position_ids_1T: Their positions.
+        inputs: Tokens, their positions and a mask of ones, each of shape (1, T).
         read_R: Places in the row, each once.
         dtype: Of the model.
 
     Returns:
-        The three with what fills them up behind: nothing that is asked for depends on it.
+        Both with what fills them up behind: nothing that is asked for depends on it.
     """
-    num_tokens, device = input_ids_1T.shape[1], input_ids_1T.device.type
+    num_tokens, device = inputs["input_ids"].shape[1], inputs["input_ids"].device.type
     if device != "cpu":
         missing = max(-num_tokens % _GPU_BLOCK, 2 * _GPU_BLOCK - num_tokens)
     else:
@@ -186,142 +205,25 @@ def _filled_up(
             is_unread_T = torch.ones(num_tokens + missing, dtype=torch.bool).index_fill_(0, read_R, value=False)
             read_R = torch.cat([read_R, is_unread_T.nonzero().squeeze(1)[:num_unread]])
     if missing:
-        input_ids_1T, position_ids_1T = (
-            nn.functional.pad(row, (0, missing)) for row in (input_ids_1T, position_ids_1T)
-        )
-    return input_ids_1T, position_ids_1T, read_R
+        fills = {"attention_mask": 1}
+        inputs = {
+            name: nn.functional.pad(row_1T, (0, missing), value=fills.get(name, 0)) for name, row_1T in inputs.items()
+        }
+    return inputs, read_R
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    """The module that owns the language-model head: the model itself, or what PEFT wraps."""
+def causal_lm_of(model: nn.Module) -> Any:
+    """The module that owns the language-model head: the model itself, or what PEFT wraps.
+
+    Args:
+        model: A causal language model, with or without PEFT.
+    """
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def vocabulary_size(model: nn.Module) -> int:
     """How many logits a position has."""
-    return int(_causal_lm(model).config.get_text_config().vocab_size)
-
-
-def choose_layout(
-    model: nn.Module,
-    tokens: Sequence[TokenizedPair],
-    *,
-    pad_token_id: int,
-    max_length: int,
-    use_bf16: bool = False,
-    is_trained: bool = False,
-) -> tuple[str, str]:
-    """Find out which fast forward a model may use, by comparing with the plain one on real pairs.
-
-    A model that takes the packed layout keeps the attention `tree_attention.NAME`, which is `sdpa` for everything else.
-
-    Args:
-        model: A causal language model with its weights in place, not yet wrapped for distributed training.
-        tokens: Pairs that will be seen; two of them are tried, short ones, since a backward pass is tried without
-            activation checkpoints.
-        pad_token_id: For the batches.
-        max_length: Longest sequence that will be seen; a sliding window shorter than it rules the fast ways out.
-        use_bf16: Whether the model will be run under bfloat16 autocast. Kernels of a GPU differ by precision, so there
-            it is compared under it; a CPU compares in the precision of the weights, which shows smaller mistakes.
-        is_trained: Whether there will be a backward pass, which on a GPU is tried too: its kernels are others.
-
-    Returns:
-        The name of the layout, of `LAYOUTS`, and the reason in one sentence.
-    """
-    candidates, reason = _candidates(model, max_length=max_length)
-    if not candidates:
-        return "plain", reason
-    enable_response_logps(model)
-    was_training = model.training
-    model.eval()
-    try:
-        trial = _Trial(model, _two_of(tokens), pad_token_id, use_bf16=use_bf16, is_trained=is_trained)
-        plain = trial.logps("plain")
-        for layout in candidates:
-            found = trial.disagreement(layout, plain)
-            if found is None:
-                return layout, "it agrees with the plain forward"
-            reason = found
-    finally:
-        model.train(was_training)
-    return "plain", reason
-
-
-def _two_of(tokens: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """The two shortest pairs in which a wrong mask or position would show: one-token parts have nobody to look at."""
-
-    def order(pair: TokenizedPair) -> tuple[bool, int]:
-        is_tiny = min(len(pair.prompt), len(pair.chosen), len(pair.rejected)) < _SHORTEST_PART
-        return is_tiny, -len(pair) if is_tiny else len(pair)
-
-    return sorted(tokens, key=order)[:2]
-
-
-class _Trial:
-    """Layouts of a few pairs, run as they will be run in earnest.
-
-    Args:
-        model: In evaluation mode.
-        tokens: The pairs.
-        pad_token_id: For the batches.
-        use_bf16: As for `choose_layout`.
-        is_trained: As for `choose_layout`.
-    """
-
-    def __init__(
-        self, model: nn.Module, tokens: Sequence[TokenizedPair], pad_token_id: int, *, use_bf16: bool, is_trained: bool
-    ) -> None:
-        weight = next(model.parameters())
-        self.model, self.tokens, self.pad_token_id, self.device = model, tokens, pad_token_id, weight.device
-        is_cpu = self.device.type == "cpu"
-        # Flash-attention takes no float32; such a model is run under autocast anyway.
-        self.to_bf16 = _has_flash_attention(model) or (use_bf16 and not is_cpu)
-        self.is_exact = not self.to_bf16 and has_exact_products(model)
-        self.has_backward = is_trained and not is_cpu
-
-    def logps(self, layout: str, *, has_backward: bool = False) -> Tensor:
-        """Log-probabilities of both responses in one layout, shape (2, pairs)."""
-        batch = LAYOUTS[layout](self.tokens, pad_token_id=self.pad_token_id)
-        to_bf16 = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.to_bf16)
-        with torch.set_grad_enabled(has_backward), to_bf16:
-            found = FORWARDS[layout](self.model, {name: tensor.to(self.device) for name, tensor in batch.items()})
-        logps = torch.stack([found.chosen, found.rejected])
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if has_backward and trained:
-            torch.autograd.grad(logps.sum(), trained[0], allow_unused=True)
-        return logps.detach()
-
-    def disagreement(self, layout: str, plain: Tensor) -> str | None:
-        """Why a layout cannot be used, in one sentence, or None; only where it can does the model keep its attention.
-
-        Args:
-            layout: Of `LAYOUTS`.
-            plain: What `logps` gives for the plain one.
-        """
-        config = _causal_lm(self.model).config
-        before = config._attn_implementation
-        if layout == "packed":
-            if before not in ("sdpa", NAME):
-                return f"attention {before!r} takes no packed rows; attn_implementation='sdpa' does"
-            config._attn_implementation = NAME
-        try:
-            difference = (self.logps(layout, has_backward=self.has_backward) - plain).abs()
-        except torch.OutOfMemoryError:
-            raise  # which says nothing about the layout; the plain one needs more
-        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
-            config._attn_implementation = before
-            return f"the model does not take this layout ({type(error).__name__}: {str(error)[:120]})"
-        if bool((difference <= self._tolerance(plain)).all()):
-            return None
-        config._attn_implementation = before
-        return f"the layout {layout!r} changes this model's log-probabilities by up to {difference.max():.3g} nats"
-
-    def _tolerance(self, plain: Tensor) -> Tensor:
-        """A wrong mask or position shifts every token alike; rounding in half precision goes either way."""
-        if self.is_exact:
-            return 1e-3 + 1e-4 * plain.abs()
-        num_tokens = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in self.tokens]).T
-        return 0.25 * num_tokens.to(plain).sqrt()
+    return int(causal_lm_of(model).config.get_text_config().vocab_size)
 
 
 def has_exact_products(model: nn.Module) -> bool:
@@ -334,38 +236,14 @@ def has_exact_products(model: nn.Module) -> bool:
     # The newer name is that of torch 2.9.
     found = getattr(torch.backends.cuda.matmul, "fp32_precision", torch.get_float32_matmul_precision())
     has_tf32 = weight.device.type == "cuda" and found in ("tf32", "high", "medium")
-    is_quantized = getattr(_causal_lm(model), "is_quantized", False)
+    is_quantized = getattr(causal_lm_of(model), "is_quantized", False)
     return weight.dtype == torch.float32 and not has_tf32 and not is_quantized
-
-
-def _candidates(model: nn.Module, *, max_length: int) -> tuple[tuple[str, ...], str]:
-    """The fast layouts worth a try, the fastest first, or none and what rules them out, in one sentence."""
-    causal_lm = _causal_lm(model)
-    config = getattr(causal_lm, "config", None)
-    if config is None or getattr(causal_lm, "get_output_embeddings", lambda: None)() is None:
-        return (), "the model has no language-model head to read"
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return (), "prompt learning puts virtual tokens before the prompt"
-    attention = getattr(config, "_attn_implementation", None)
-    if _has_flash_attention(model):
-        return ("padding_free",), ""
-    if attention not in ("sdpa", "eager", NAME):
-        return (), f"attention {attention!r} takes no tree mask; attn_implementation='sdpa' does"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < max_length:
-        return (), f"the model's sliding window of {window} tokens is shorter than max_length={max_length}"
-    is_known = next(model.parameters()).device.type in ("cpu", "cuda")  # where packed rows have an attention
-    return ("packed", "shared_prefix") if is_known else ("shared_prefix",), ""
-
-
-def _has_flash_attention(model: nn.Module) -> bool:
-    """Whatever its version and whoever built its kernel: `flash_attention_2`, `kernels-community/flash-attn3`, ..."""
-    return "flash" in str(_causal_lm(model).config._attn_implementation)
 
 
 FORWARDS: MappingProxyType[str, Callable[[nn.Module, Batch], PairLogps]] = MappingProxyType(
     {
         "plain": plain_logps,
+        "plain_rows": plain_rows_logps,
         "padding_free": padding_free_logps,
         "shared_prefix": shared_prefix_logps,
         "packed": packed_logps,

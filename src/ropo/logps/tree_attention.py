@@ -12,7 +12,7 @@ which skips what is empty; on a CPU short pairs of similar length are attended t
 Shapes: P pairs of a group, L positions of its longest pair, T positions of the row, A heads, D size of a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from ropo.logps.block_attention import Block, block_attention, blocks_of
+from ropo.logps.reach import Reach
+from ropo.logps.tree_mask import read_lengths_mask, tree_mask
 
 NAME = "ropo_tree"
 
@@ -34,7 +36,8 @@ NAME = "ropo_tree"
 _CELLS_PER_CALL = 2400
 # A pair of more tokens is attended to by itself, block by block.
 _LONGEST_TOGETHER = 200
-_BLOCK = 128  # positions in a block of FlexAttention
+# What some models hand to their attention beside a mask: a bound on scores, sinks, a bias by distance.
+_NOT_IN_PACKED_ROWS = ("softcap", "s_aux", "position_bias")
 # Kernels that FlexAttention may compile in a process.
 _KERNELS = 64
 
@@ -88,26 +91,27 @@ def group_pairs(lengths: Sequence[int]) -> list[int]:
     return counts
 
 
-def _groups(lengths_P3: Tensor) -> list["_Together | _Alone"]:
+def _groups(sizes: list[list[int]], reach: Reach | None) -> list["_Together | _Alone"]:
     """The groups of a row whose pairs have these many tokens of prompt, chosen and rejected."""
-    sizes = lengths_P3.tolist()
     groups: list[_Together | _Alone] = []
     start = 0
     for count in group_pairs([sum(size) for size in sizes]):
         group = sizes[start : start + count]
         num_tokens = sum(group[0])
-        groups.append(_Alone(blocks_of(*group[0]), num_tokens) if num_tokens > _LONGEST_TOGETHER else _together(group))
+        is_alone = num_tokens > _LONGEST_TOGETHER
+        groups.append(_Alone(blocks_of(*group[0], reach), num_tokens) if is_alone else _together(group, reach))
         start += count
     return groups
 
 
-def _together(sizes: list[list[int]]) -> _Together:
+def _together(sizes: list[list[int]], reach: Reach | None) -> _Together:
     part = torch.tensor(sizes)
     total_P = part.sum(dim=1)
     width = int(total_P.max())
     place_L = torch.arange(width)
     is_token_PL = place_L < total_P[:, None]
     branch_PL = (place_L >= part[:, :1]).long() + (place_L >= part[:, :2].sum(dim=1, keepdim=True)).long()
+    position_PL = place_L - part[:, 1:2] * (branch_PL == 2)  # `rejected` goes on where the prompt ends
     branch_PL[~is_token_PL] = -1
     # Positions without a token see each other, so that no row is empty, and nothing else: `_Choose` relies on it.
     is_alike_P1LL = (is_token_PL[:, :, None] == is_token_PL[:, None, :])[:, None]
@@ -117,115 +121,9 @@ def _together(sizes: list[list[int]]) -> _Together:
         index_PL=(first_P[:, None] + place_L).clamp(max=int(total_P.sum()) - 1),
         places=is_token_PL.flatten().nonzero().squeeze(1),
         mask_P1LL=torch.zeros(len(sizes), 1, width, width).masked_fill_(
-            ~(tree_mask(branch_PL) & is_alike_P1LL), -torch.inf
+            ~(tree_mask(branch_PL, position_PL, reach) & is_alike_P1LL), -torch.inf
         ),
     )
-
-
-def tree_mask(branch_BT: Tensor) -> Tensor:
-    """Who may look at whom, shape (B, 1, T, T), True where row position q may see k.
-
-    Earlier positions of the prompt (0) or of one's own branch (1 chosen, 2 rejected). Padding (-1) forms a branch of
-    its own, so that no row of the mask is empty, which would make its softmax undefined.
-
-    Args:
-        branch_BT: Branch of every position.
-
-    Returns:
-        Booleans.
-    """
-    width = branch_BT.shape[1]
-    is_prompt_B1T = branch_BT[:, None, :] == 0
-    is_same_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
-    is_past_TT = torch.ones(width, width, dtype=torch.bool, device=branch_BT.device).tril()
-    return ((is_prompt_B1T | is_same_BTT) & is_past_TT)[:, None]
-
-
-def row_mask_mod(lengths_P3: Tensor, num_positions: int) -> Callable[..., Tensor]:
-    """The same rule for a whole packed row, as FlexAttention asks for it.
-
-    Args:
-        lengths_P3: Tokens of prompt, chosen and rejected of each pair.
-        num_positions: Of the row; those behind the last pair see each other only.
-
-    Returns:
-        A function of batch, head, query and key position that tells whether the one may see the other.
-    """
-    part_T = _parts(lengths_P3, num_positions)
-
-    # A lambda: FlexAttention counts the arguments, which a checked function (see tests) hides.
-    return lambda _b, _h, q, k: (
-        (q >= k) & ((part_T[q] == part_T[k]) | ((part_T[k] % 3 == 0) & (part_T[q] // 3 == part_T[k] // 3)))
-    )
-
-
-def _parts(lengths_P3: Tensor, num_positions: int) -> Tensor:
-    """Part of the row that each position stands in, shape (T,): 3·pair + 0, 1 or 2 for prompt, chosen, rejected.
-
-    What fills the row up is the prompt of a pair that does not exist.
-    """
-    sizes = torch.cat([lengths_P3.flatten(), (num_positions - lengths_P3.sum()).reshape(1)])
-    return torch.arange(len(sizes), device=lengths_P3.device).repeat_interleave(sizes, output_size=num_positions)
-
-
-def row_mask(lengths_P3: Tensor, num_positions: int) -> Tensor | BlockMask:
-    """What `tree_attention` takes as the mask of a packed row: lengths on a CPU, a block mask elsewhere.
-
-    Args:
-        lengths_P3: Tokens of prompt, chosen and rejected of each pair, on the model's device.
-        num_positions: Of the row.
-    """
-    if lengths_P3.device.type == "cpu":
-        return lengths_P3[None, None]  # four dimensions, which models hand on untouched
-    return block_mask(lengths_P3, num_positions)
-
-
-def block_mask(lengths_P3: Tensor, num_positions: int) -> BlockMask:
-    """The rule of `row_mask_mod` for FlexAttention, with the blocks that it may leave out and those it need not test.
-
-    `create_block_mask` may make every cell of the square first, 2^30 for a row of 32,768 positions. Here blocks are
-    told by the parts that they begin and end in. A few blocks of two branches side by side are tested although they
-    are empty.
-
-    Args:
-        lengths_P3: Tokens of prompt, chosen and rejected of each pair.
-        num_positions: Of the row.
-    """
-    part_T = _parts(lengths_P3, num_positions)
-    num_blocks = -(-num_positions // _BLOCK)
-    first_K = torch.arange(num_blocks, device=part_T.device) * _BLOCK
-    last_K = (first_K + _BLOCK - 1).clamp(max=num_positions - 1)
-    begin_K, end_K = part_T[first_K], part_T[last_K]
-    pair_begin_K, pair_end_K = begin_K // 3, end_K // 3
-    is_one_part_K = begin_K == end_K
-    is_past_QK = torch.ones(num_blocks, num_blocks, dtype=torch.bool, device=part_T.device).tril(-1)
-    is_here_QK = torch.eye(num_blocks, dtype=torch.bool, device=part_T.device)
-    shares_pair_QK = pair_end_K[None, :] >= pair_begin_K[:, None]
-    # All of a block sees all of an earlier one that lies in the same part, or in the prompt of the same pair.
-    same_part_QK = is_one_part_K[:, None] & (begin_K[:, None] == begin_K[None, :])
-    in_its_prompt_QK = (
-        (begin_K % 3 == 0)[None, :]
-        & (pair_begin_K == pair_end_K)[:, None]
-        & (pair_begin_K[:, None] == pair_begin_K[None, :])
-    )
-    is_full_QK = is_past_QK & is_one_part_K[None, :] & (same_part_QK | in_its_prompt_QK)
-    is_tested_QK = (is_past_QK & shares_pair_QK | is_here_QK) & ~is_full_QK
-    (num_tested, tested), (num_full, full) = _as_lists(is_tested_QK), _as_lists(is_full_QK)
-    return BlockMask.from_kv_blocks(
-        num_tested,
-        tested,
-        num_full,
-        full,
-        BLOCK_SIZE=_BLOCK,
-        mask_mod=row_mask_mod(lengths_P3, num_positions),
-        seq_lengths=(num_positions, num_positions),
-    )
-
-
-def _as_lists(is_block_QK: Tensor) -> tuple[Tensor, Tensor]:
-    """For each block of queries the number of its blocks of keys, and their places, first."""
-    order = is_block_QK.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return is_block_QK.sum(-1, dtype=torch.int32)[None, None], order[None, None].contiguous()
 
 
 def tree_attention(
@@ -238,7 +136,11 @@ def tree_attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as `transformers` calls it; a packed row where the mask is one of `row_mask`, else `sdpa`."""
+    """Attention as `transformers` calls it; a packed row where the mask is one of `row_mask`, else `sdpa`.
+
+    Raises:
+        ValueError: If the model wants something of its attention that packed rows do not have.
+    """
     if isinstance(attention_mask, BlockMask):
         _allow_kernels()
         # Under autocast rotary embeddings leave queries and keys in float32; not every torch takes both.
@@ -251,8 +153,10 @@ def tree_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    if options.get("softcap") is not None or dropout:
-        raise ValueError("tree_attention needs attention without softcap and dropout.")
+    if asked := [name for name in _NOT_IN_PACKED_ROWS if options.get(name) is not None]:
+        raise ValueError(f"packed rows have no {asked[0]} in their attention")
+    if dropout:
+        raise ValueError("packed rows have no dropout in their attention")
     dtype = query.dtype
     with torch.autocast("cpu", enabled=False):
         output_TAD = _attend(query.float(), key.float(), value.float(), attention_mask, scaling)
@@ -291,7 +195,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
 def _groups_of(mask: Tensor) -> list["_Together | _Alone"]:
     """The groups of a packed row, made once for all layers, which get the same mask."""
     if not hasattr(mask, "ropo_groups"):
-        mask.ropo_groups = _groups(mask[0, 0])  # type: ignore[attr-defined]
+        mask.ropo_groups = _groups(*read_lengths_mask(mask))  # type: ignore[attr-defined]
     groups: list[_Together | _Alone] = mask.ropo_groups  # type: ignore[attr-defined]
     return groups
 
