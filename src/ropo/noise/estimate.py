@@ -317,10 +317,8 @@ def _percent(share: float) -> str:
 
 def _copies(weights: PerPair) -> str:
     """A sentence about pairs that are copies of others; an empty string if there are none."""
-    num_pairs = round(weights.sum())
-    return (
-        f" Copies count once: {len(weights)} pairs are {num_pairs} different ones." if num_pairs < len(weights) else ""
-    )
+    worth = round(weights.sum())
+    return f" Copies count once: {len(weights)} pairs count as {worth}." if worth < len(weights) else ""
 
 
 def _obstacle(margins: PerPair, weights: PerPair, *, signal: float, low: float, high: float) -> str:

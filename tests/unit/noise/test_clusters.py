@@ -47,7 +47,7 @@ def test_the_estimate_of_copied_data_is_that_of_the_data(rows):
         assert numbers(one) == pytest.approx(numbers(other), abs=1e-3)  # they are looked up on a grid
     np.testing.assert_allclose(more.p_flip, once.p_flip[rows], atol=1e-5)
     assert more.num_pairs == len(rows)
-    assert more.reason.endswith(f"Copies count once: {len(rows)} pairs are 600 different ones.")
+    assert more.reason.endswith(f"Copies count once: {len(rows)} pairs count as 600.")
     blind = estimate_flips(MARGINS[rows], annotators=annotators)
     assert numbers(blind) != pytest.approx(numbers(once), abs=1e-3)
 
