@@ -132,9 +132,10 @@ def _question(row: Record) -> Layout | None:
 
     def with_system(one: Record) -> tuple[Any, Any, Any]:
         system, asked = one.get("system"), prompt(one)
-        turns = [{"role": "system", "content": system}] if system else []
-        turns += [{"role": "user", "content": asked}] if isinstance(asked, str) else asked or []
-        return turns or None, _answer(one.get("chosen")), _answer(one.get("rejected"))
+        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        if system and isinstance(asked, list):
+            asked = [{"role": "system", "content": system}, *asked]
+        return asked, _answer(one.get("chosen")), _answer(one.get("rejected"))
 
     return Layout(columns=("system", *columns, "chosen", "rejected"), texts=with_system)
 

@@ -239,7 +239,7 @@ def _message(value: object, what: str) -> dict[str, Any]:
     message: dict[str, Any] = {key: _given(one) for key, one in value.items() if _is_given(one)}
     if "from" in message and "value" in message and "role" not in message:
         speaker, content = message.pop("from"), message.pop("value")
-        if speaker not in _SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise BadRow("wrong_type", f"{what} needs from to be one of {', '.join(_SPEAKERS)}; got {short(speaker)}.")
         message = {"role": _SPEAKERS[speaker], "content": content, **message}
     if isinstance(message.get("content"), list):

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-# Controls of C1, soft hyphens, marks and overrides of direction, fillers and spaces without width, invisible operators,
-# tags; and joiners beside ASCII.
+# Controls, soft hyphens, marks and overrides of direction, fillers and spaces without width, invisible operators, tags;
+# and joiners beside ASCII.
 _HIDDEN = re.compile(
-    "[\x80-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
-    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+    "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
     "|(?:(?<![^\0-\x7f])[\u034f\u200c\u200d]|[\u034f\u200c\u200d](?![^\0-\x7f]))"
 )
 Severity = Literal["fatal", "error", "left_out", "warning"]
@@ -32,8 +32,8 @@ class ProblemSpec:
 
     Attributes:
         severity: "fatal" if no training takes the data, since rows are lost that nobody has seen; "error" if training
-            refuses the data until it is fixed or the row is skipped on request,
-            "left_out" if training goes on without the row, "warning" if the row is kept.
+            refuses the data until it is fixed or the row is skipped on request; "left_out" if training goes on without
+            the row; "warning" if the row is kept.
         meaning: What is the matter, in one sentence.
         remedy: What the user can do about it.
     """

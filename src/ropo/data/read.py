@@ -220,7 +220,12 @@ def _read_json(stream: io.BufferedIOBase) -> Iterator[Row]:
     text = content.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape")
     place = _after_space(text, 0)
     if not text.startswith("[", place):
-        yield from _read_json_lines(io.BytesIO(content))
+        try:
+            whole = _DECODER.decode(text)
+        except (ValueError, RecursionError):
+            yield from _read_json_lines(io.BytesIO(content))
+        else:  # one row, or an object of something else over many lines: one problem and not one for each line
+            yield 1 + text.count("\n", 0, place), whole
         return
     line = 1 + text.count("\n", 0, place)
     separator = "["
@@ -275,7 +280,12 @@ def csv_lines(stream: Iterable[bytes]) -> Iterator[str]:
     lines = chain([first], lines)
     if "\r" in first.rstrip("\r\n"):
         return (part for text in lines for part in re.split(r"(?<=\r)(?!\n)", text) if part)
-    return (_LONE_CR.sub(lambda found: _INSTEAD_OF_CR * len(found.group()), text) for text in lines)
+    return (
+        text
+        if text.count("\r") == text.endswith("\r\n")
+        else _LONE_CR.sub(lambda found: _INSTEAD_OF_CR * len(found.group()), text)
+        for text in lines
+    )
 
 
 def _read_csv(stream: io.BufferedIOBase) -> Iterator[Row]:
@@ -305,7 +315,7 @@ def _read_csv(stream: io.BufferedIOBase) -> Iterator[Row]:
             return
         elif len(record) != len(header):
             yield line, BadRow("not_csv", f"a record needs the header's {len(header)} fields; got {len(record)}.")
-        elif [record[0].removeprefix("\ufeff"), *record[1:]] == header:
+        elif record[-1] == header[-1] and [record[0].removeprefix("\ufeff"), *record[1:]] == header:
             yield (
                 line,
                 BadRow("not_csv", "a record needs values; got the header once more, as in files that were joined."),

@@ -231,6 +231,18 @@ def test_a_row_that_lacks_what_its_layout_needs():
     assert problem.message.startswith("messages needs a list that ends with the chosen response")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "s", "question": 1.5, "chosen": "a", "rejected": "b"},
+        {"conversations": [shared([], "p")], "chosen": shared("gpt", "a"), "rejected": shared("gpt", "b")},
+        {"conversations": 3, "chosen": shared("gpt", "a"), "rejected": shared("gpt", "b")},
+    ],
+)
+def test_values_of_another_type_are_problems(row):
+    assert [problem.kind for problem in load_pairs([row]).problems] == ["wrong_type"]
+
+
 def test_our_own_columns_come_first():
     """Whatever stands beside them, and whatever the user names."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}

@@ -191,6 +191,12 @@ def test_a_nan_beside_a_message_does_not_part_two_conversations():
     assert pair.prompt == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
 
 
+def test_an_object_of_something_else_is_one_problem(tmp_path):
+    loaded = read(tmp_path / "a.json", b"\n" + json.dumps({"train": [row()] * 20}, indent=1).encode())
+    assert [(problem.kind, problem.row, problem.line) for problem in loaded.problems] == [("missing_field", 0, 2)]
+    assert loaded.problems[0].message == "a row needs chosen and rejected; got train."
+
+
 def test_holes_in_json_lines_are_counted(tmp_path):
     """As a file system leaves them where the power failed."""
     loaded = read(tmp_path / "a.jsonl", line("1") + b"\n" + b"\0" * 100 + b"\n" + line("3"))

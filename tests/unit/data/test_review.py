@@ -89,11 +89,11 @@ def test_no_cell_begins_like_a_formula(tmp_path, text):
 
 
 def test_what_hides_in_a_text_is_written_out(tmp_path):
-    pair = Pair(prompt="\u200b=1", chosen="not \u202edoog\u202c", rejected="caf\u00e9", row=0, annotator="a\u2066b")
+    pair = Pair(prompt="\u200b\0=1", chosen="not \u202edoog\u202c", rejected="caf\u00e9", row=0, annotator="a\u2066b")
     write_review(tmp_path / "a.csv", [pair], p_flip={0: None}, margins={0: 0.5}, decisions={0: "keep"})
     row = rows_of(tmp_path / "a.csv")[0]
     assert [row[name] for name in ("prompt", "chosen", "rejected", "annotator")] == [
-        "⟨U+200B⟩=1", "not ⟨U+202E⟩doog⟨U+202C⟩", "café", "a⟨U+2066⟩b",
+        "⟨U+200B⟩⟨U+0000⟩=1", "not ⟨U+202E⟩doog⟨U+202C⟩", "café", "a⟨U+2066⟩b",
     ]  # fmt: skip
 
 
