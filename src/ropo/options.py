@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ropo.provenance import file_kind
+
 _SHOWN = 100  # characters of a value in a message
 
 
@@ -273,8 +275,7 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
         ValueError: If it is not there, or is no YAML file of options.
     """
     if not path.is_file():
-        what = "no regular file" if path.exists() else "not there"
-        raise ValueError(f"--config needs a YAML file; {path} is {what}.")
+        raise ValueError(f"--config needs a YAML file; {path} is {file_kind(path)}.")
     loader = None
     try:
         loader = _Loader(path.read_text("utf-8-sig"))

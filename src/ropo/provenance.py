@@ -25,6 +25,13 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("ropo", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scipy", "pyarrow")
+_NO_FILES = (
+    ("a folder", Path.is_dir),
+    ("a pipe (FIFO)", Path.is_fifo),
+    ("a socket", Path.is_socket),
+    ("a device", Path.is_char_device),
+    ("a device", Path.is_block_device),
+)
 
 
 def hash_value(value: Any) -> str:
@@ -41,6 +48,11 @@ def hash_value(value: Any) -> str:
         True
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_kind(path: Path) -> str:
+    """What stands at a path that is no regular file, for a sentence: "not there", "a folder", "a pipe (FIFO)", ..."""
+    return next((name for name, is_it in _NO_FILES if is_it(path)), "not there")
 
 
 def hash_file(path: Path) -> str:

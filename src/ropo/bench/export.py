@@ -17,9 +17,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ropo.data.problems import BadRow, short
-from ropo.data.read import file_kind, read_rows
+from ropo.data.read import read_rows
 from ropo.data.validate import DataError
-from ropo.provenance import hash_value, write_aside
+from ropo.provenance import file_kind, hash_value, write_aside
 
 _ID_DIGITS = 22  # as long as the ids that FastChat and Arena-Hard draw by lot
 

@@ -22,12 +22,11 @@ from ropo.bench.export import encodable, read_objects
 from ropo.bench.measures import Mean, share_of
 from ropo.bench.options import WinRateArguments
 from ropo.data.problems import short
-from ropo.data.read import file_kind
 from ropo.data.validate import DataError
 from ropo.judge.make import make_judge
 from ropo.judge.verdicts import Judge, ask
 from ropo.pairs import Pair
-from ropo.provenance import hash_file, versions, write_aside, write_json
+from ropo.provenance import file_kind, hash_file, versions, write_aside, write_json
 
 OUTCOMES = ("win", "loss", "tie", "undecided", "identical")
 LENGTHS = ("longer", "shorter", "as_long")

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from ropo.data.problems import BadRow, printable, short
+from ropo.provenance import file_kind
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +68,6 @@ _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 _LONE_CR = re.compile(r"\r++(?!\n|\Z)")
 _INSTEAD_OF_CR = "\ud800"
 _FEW_LINES = 3  # that are divided like rows by chance
-_KINDS = (
-    ("a folder", Path.is_dir),
-    ("a pipe (FIFO)", Path.is_fifo),
-    ("a socket", Path.is_socket),
-    ("a device", Path.is_char_device),
-    ("a device", Path.is_block_device),
-)
-
-
-def file_kind(path: Path) -> str:
-    """What stands at a path that is no regular file, for a sentence: "not there", "a folder", "a pipe (FIFO)", ..."""
-    return next((name for name, is_it in _KINDS if is_it(path)), "not there")
 
 
 def read_rows(source: Source, split: str = "train") -> Iterator[Row]:

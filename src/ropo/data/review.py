@@ -17,8 +17,9 @@ from pathlib import Path
 from unicodedata import normalize
 
 from ropo.data.problems import printable, short, visible
-from ropo.data.read import csv_lines, delimiter_of, file_kind
+from ropo.data.read import csv_lines, delimiter_of
 from ropo.pairs import Pair, Text
+from ropo.provenance import file_kind
 
 VERDICTS = ("right", "wrong", "drop")
 COLUMNS = ("verdict", "p_flip", "decision", "row", "pair_id", "margin", "annotator", "prompt", "chosen", "rejected")

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropo.data.load import load_pairs
-from ropo.data.read import READERS, HubDataset, file_kind
+from ropo.data.read import READERS, HubDataset
 from ropo.data.validate import DataError, read_checked
+from ropo.provenance import file_kind
 
 HEADER = b"prompt,chosen,rejected\n"
 
