@@ -11,7 +11,7 @@ Add a layout: one function, one line in `FORMATS`, a fixture of three rows.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import inf
@@ -128,10 +128,7 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
             continue
         form = found
         pairs.append(pair)
-    for name, column in (columns or {}).items():
-        if found_columns and column not in found_columns:
-            here = ", ".join(sorted(map(printable, found_columns)))
-            raise ValueError(f"{name} needs the name of a column that is there; got {column!r} for data with {here}.")
+    _refuse_absent(columns or {}, found_columns)
     if not num_rows:
         problems.append(Problem(kind="empty_file", row=None, message=f"no row found in {short(source)}."))
     return Loaded(
@@ -152,6 +149,14 @@ def _column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
     if unknown:
         raise ValueError(f"columns needs keys of {', '.join(_FIELDS)}; got {unknown[0]!r}. Its value is your name.")
     return {name: columns.get(name, name) for name in _FIELDS}
+
+
+def _refuse_absent(columns: Mapping[str, str], found: Collection[str]) -> None:
+    """Refuse a name that the user gave and no row has."""
+    for name, column in columns.items():
+        if found and column not in found:
+            here = ", ".join(sorted(map(printable, found)))
+            raise ValueError(f"{name} needs the name of a column that is there; got {column!r} for data with {here}.")
 
 
 def _fields(record: object, names: Mapping[str, str], layout: Layout | None) -> dict[str, Any]:
