@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -158,6 +160,7 @@ def test_a_stopped_grid_goes_on_and_a_finished_one_does_nothing(small_task, tmp_
 
     def measured(config, cell, folder):
         if len(done) == 3:
+            (folder / "work" / "dpo").mkdir(parents=True)
             raise KeyboardInterrupt
         done.append(cell)
         return {**named(config, cell), "accuracy": 0.9, "gold": 1.0, "kl": 1.0, "seconds": 1.0}
@@ -166,6 +169,7 @@ def test_a_stopped_grid_goes_on_and_a_finished_one_does_nothing(small_task, tmp_
     with pytest.raises(KeyboardInterrupt):
         run_bench(config(), tmp_path, num_processes=1)
     assert len(read_rows(tmp_path / "trials.csv")) == 3
+    assert not (tmp_path / "work").exists()
     first, told = list(done), []
     done.append("past the stop")
     results = run_bench(config(), tmp_path, num_processes=1, on_row=lambda *what: told.append(what))
@@ -174,6 +178,30 @@ def test_a_stopped_grid_goes_on_and_a_finished_one_does_nothing(small_task, tmp_
     assert len(read_rows(results)) == 6
     assert told[0][1:] == (1, 1)
     run_bench(config(), tmp_path, num_processes=1, on_row=lambda *_: pytest.fail("nothing was missing"))
+
+
+def test_an_interrupt_does_not_wait_for_cells(tmp_path):
+    """One may take hours, and a scheduler's signal reaches this process alone."""
+
+    def interrupted():
+        with grid._Workers(config(), tmp_path, 2, 0) as workers:
+            workers._pool.submit(time.sleep, 100)
+            raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - start < 20
+    assert not multiprocessing.active_children()
+
+
+def test_two_grids_in_one_folder(small_task, tmp_path, monkeypatch):
+    def measured(*_):
+        run_bench(config(), tmp_path, num_processes=1)
+
+    monkeypatch.setattr(grid, "measure", measured)
+    with pytest.raises(RuntimeError, match=r"is in use by process \d+ on "):
+        run_bench(config(), tmp_path, num_processes=1)
 
 
 def test_a_folder_of_another_grid_is_not_gone_on_with(small_task, tmp_path, monkeypatch):
