@@ -258,13 +258,13 @@ def make_skeleton(kind: ModelKind, name_or_path: str, load_options: Mapping[str,
     options = dict(load_options or {})
     config = read_config(kind, name_or_path, options)
     config._attn_implementation = options.get("attn_implementation")
-    with explained(kind.place, name_or_path), torch.device("meta"):
+    with explained(f"{kind.noun} needs settings that transformers knows", name_or_path), torch.device("meta"):
         skeleton: PreTrainedModel = kind.auto_class.from_config(
             config, trust_remote_code=options.get("trust_remote_code", False)
         )
     shapes = None if options.get("quantization_config") else _shapes_in(name_or_path, options, config)
     if shapes is not None:
-        with explained(kind.place, name_or_path, kind.advice), _quiet():
+        with explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice), _quiet():
             model_class: Any = type(skeleton)
             _, found = model_class.from_pretrained(
                 None,
@@ -310,7 +310,7 @@ def load_whole(kind: ModelKind, name_or_path: str, load_options: Mapping[str, An
     options = {**(load_options or {}), "use_safetensors": True}
     config = read_config(kind, name_or_path, options)
     try:
-        with explained(kind.place, name_or_path, kind.advice):
+        with explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice):
             model, found = kind.auto_class.from_pretrained(
                 name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )

@@ -88,15 +88,15 @@ def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if made_as in _OTHER_HEADS:
-        why = f"a {made_as}"
+        why = made_as
     elif config.model_type in _READS_BOTH_WAYS and not is_causal:
-        why = f"a {made_as or config.model_type} whose tokens see the ones that follow (is_decoder is not set)"
+        why = f"{made_as or config.model_type}, whose tokens see the ones that follow: is_decoder is not set"
     elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        why = f"a {made_as or config.model_type}"
+        why = made_as or config.model_type
     else:
         return
     raise ValueError(
-        f"A run needs a causal language model; got {name_or_path!r}, {why}. Name one that was trained to predict the "
+        f"A run needs a causal language model; got {name_or_path!r} ({why}). Name one that was trained to predict the "
         "next token."
     )
 

@@ -179,14 +179,18 @@ CASES = {
     "a reward model": (
         classifier,
         "A run needs a causal language model; got '",
-        "a LlamaForSequenceClassification. Name",
+        " (LlamaForSequenceClassification). Name",
     ),
-    "a masked LM": (other(lambda: BertForMaskedLM(BERT)), "needs a causal language model; got '", "a BertForMaskedLM."),
+    "a masked LM": (
+        other(lambda: BertForMaskedLM(BERT)),
+        "needs a causal language model; got '",
+        " (BertForMaskedLM). Name",
+    ),
     "an encoder as decoder": (
         other(lambda: BertLMHeadModel(BERT)),
-        "a BertLMHeadModel whose tokens see the ones that follow (is_decoder is not set). Name one",
+        "(BertLMHeadModel, whose tokens see the ones that follow: is_decoder is not set). Name one",
     ),
-    "encoder and decoder": (other(lambda: T5ForConditionalGeneration(T5)), "a T5ForConditionalGeneration. Name one"),
+    "encoder and decoder": (other(lambda: T5ForConditionalGeneration(T5)), " (T5ForConditionalGeneration). Name one"),
     "unknown type": (settings(model_type="llamma"), "needs a folder with a model", "has model type `llamma` but"),
     "quantized": (
         settings(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}),

@@ -68,7 +68,7 @@ def make(
         EndpointError: If the judge's endpoint fails, unless `judge_on_failure` is "go_on".
     """
     asked = judge_of(judge, folder / "judge")
-    PolicySource(find_model(model)).skeleton()  # told before a judge is paid to read all pairs
+    _check_model(model)
     _, pairs, _ = read_checked(str(source), on_bad_rows="refuse")
     right = settled(asked, pairs)
     train, held_out = _deal(right, num_pairs, num_held_out, seed=seed, num_read=len(pairs))
@@ -124,6 +124,14 @@ def judge_args(options: Mapping[str, Any]) -> Any:
     if args.judge == "none":
         raise ValueError(f"The task own needs a judge; got none. Set judge to one of {', '.join(JUDGES)}.")
     return args
+
+
+def _check_model(name_or_path: str) -> None:
+    """Refuse what is no model before a judge is paid to read all pairs."""
+    try:
+        PolicySource(find_model(name_or_path)).skeleton()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The task own needs model, the one to align. {error}") from error
 
 
 def settled(judge: Judge, pairs: Sequence[Pair]) -> list[Pair]:

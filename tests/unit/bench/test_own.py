@@ -138,7 +138,7 @@ def test_a_model_that_is_not_there_costs_no_judging(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(own, "judge_of", lambda *_: lambda _: pytest.fail("asked"))
     config = grid(source=str(tmp_path / "pairs.jsonl"), model=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"nowhere.: no such folder"):
+    with pytest.raises(ValueError, match=r"The task own needs model, .*; got '.*nowhere': no such folder"):
         run_bench(config, tmp_path / "out", num_processes=1)
     assert not (tmp_path / "out" / "bench.json").exists(), "what has measured nothing claims no folder"
 
