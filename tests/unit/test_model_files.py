@@ -126,7 +126,9 @@ def tokens(**added):
                 if name == "tokenizer.json":
                     content = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
                     size = len(found["model"]["vocab"])
-                    found["added_tokens"].append({"id": size + number, "content": token, "special": True, **content})
+                    found["added_tokens"].append(
+                        {"id": size + number, "content": token, "special": kind != "more", **content}
+                    )
                 elif kind != "more":
                     found[kind] = token
             path.write_text(json.dumps(found))
@@ -268,6 +270,17 @@ def test_what_is_no_whole_model_is_refused_before_anything_is_computed(
         error = capsys.readouterr().err
         assert all(part in error for part in said), error
         assert "Traceback" not in error
+
+
+def test_tokens_of_pairs_for_evaluation_count_too(model_folder, dataset, tmp_path, monkeypatch, capsys):
+    tokens(more="<tool>")(model_folder)
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text(dataset.read_text().replace(" <tool>", ""))
+    dataset.write_text(dataset.read_text().replace("Human:", "Human: please"))
+    monkeypatch.setattr(PolicySource, "load", lambda *_, **__: pytest.fail("weights were read"))
+    for option in ("--eval_dataset_name", "--trusted"):
+        assert main([*words("train", model_folder, plain, tmp_path), option, str(dataset)]) == 2
+        assert "a token of row 7 has the id 300 ('<tool>')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
