@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from enum import Enum
-from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -151,8 +150,9 @@ def check_types(options: Any, *, either: Collection[str] = ()) -> None:
     kind = type(options)
     given = {field.name: getattr(options, field.name) for field in fields(kind)}
     check_values(given, kind, either=either)
+    kinds = _kinds(kind)
     for field in fields(kind):
-        is_float = _kinds(kind)[field.name] - {NoneType} == {float} and field.name not in either
+        is_float = kinds[field.name] - {NoneType} == {float} and field.name not in either
         if is_float and given[field.name] not in (None, field.default):
             setattr(options, field.name, float(given[field.name]))  # 1 and 1.0 are one value, of one digest
 
@@ -171,18 +171,18 @@ def check_values(given: Mapping[str, Any], kind: type, *, either: Collection[str
         ValueError: As `check_types`.
     """
     own, defaults = kind.__annotations__, {field.name: field.default for field in fields(kind)}
+    hints = _kinds(kind)
     for name, value in given.items():
-        kinds = _kinds(kind)[name]
+        kinds = hints[name]
         if value is None and (NoneType in kinds or defaults[name] is None):
             continue
-        if name in either and is_finite(value):
-            continue
+        if name in either and _is_number(value):
+            kinds = frozenset({float})
         needs = _what_it_needs(value, kinds - {NoneType}, is_own=name in own)
         if needs:
             raise ValueError(f"{name} needs {needs}; got {str(value)[:_SHOWN] if _is_number(value) else short(value)}.")
 
 
-@cache
 def _kinds(options: type) -> dict[str, frozenset[Any]]:
     hints = typing.get_type_hints(options)
     unions = (typing.Union, UnionType)

@@ -127,6 +127,12 @@ def test_a_folder_to_write_to(tmp_path):
         ExportArguments(model_name_or_path="M", benchmark="mt_bench", questions="Q", output_dir=str(tmp_path / "file"))
 
 
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # to root everything is allowed
+    with pytest.raises(ValueError, match="output_dir needs a folder that may be written; got"):
+        config(tmp_path)
+
+
 # A YAML file.
 
 
