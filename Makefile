@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO_OUTPUT ?= outputs/demo
 
 KILLS ?= 30
-# 5,000 rows, the same ones each time; `make fuzz ROWS=100000 FUZZ_JSON=docs/reliability/fuzz.json` draws new ones.
+# 5,000 rows, the same ones each time; `make fuzz ROWS=100000 WRITE=1` draws new ones, for docs/reliability.md.
 ROWS ?= 5000
 
 .PHONY: demo test slow fuzz kill-test lint clean
@@ -30,7 +30,7 @@ slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/.installed-dev
-	FUZZ_ROWS=$(ROWS) FUZZ_JSON=$(FUZZ_JSON) $(BIN)/python -m pytest -m slow --timeout 0 tests/fuzz
+	FUZZ_ROWS=$(ROWS) FUZZ_WRITE=$(WRITE) $(BIN)/python -m pytest -m slow --timeout 0 tests/fuzz
 
 kill-test: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kills.py --kills $(KILLS)

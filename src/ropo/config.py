@@ -55,6 +55,7 @@ _IN_TRL = MappingProxyType(
         "tokenizer": "It is processing_class here.",
     }
 )
+TEXT_OR_NUMBER = ("alpha", "rho")  # or the text "auto"
 ROUND_STARTS = ("restart", "carry_on")
 SAMPLE_FROM = ("reference", "policy")
 ON_BAD_ROWS = ("refuse", "skip")
@@ -324,7 +325,7 @@ class ROPOConfig(TrainingArguments):
 
     def _check_values(self) -> None:
         """Each option for itself: its type, its range, its table; before `TrainingArguments` computes with them."""
-        check_types(self, either=("alpha", "rho"))
+        check_types(self, either=TEXT_OR_NUMBER)
         for name, choices in _CHOICES.items():
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), choices)
@@ -358,6 +359,8 @@ class ROPOConfig(TrainingArguments):
             raise ValueError(f"num_train_epochs needs a number above 0; got {self.num_train_epochs}.")
         if self.max_steps == 0:
             raise ValueError("max_steps needs 1 or more, or -1 for as many as the epochs have; got 0.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns needs false; got true. A row of training is a place, not columns.")
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise ValueError("dataloader_persistent_workers needs dataloader_num_workers of 1 or more; got 0.")
 

@@ -16,10 +16,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from enum import Enum
-from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any
 
 import numpy as np
@@ -62,6 +61,20 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     known = list(choices)
     if value not in known:
         raise ValueError(f"{name} needs one of {', '.join(known)}; got {value!r}.{did_you_mean(value, known)}")
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Refuse what holds no named values.
+
+    Args:
+        name: The option.
+        value: What was given.
+
+    Raises:
+        ValueError: If `value` is no mapping.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} needs named values; got {short(value)}.")
 
 
 def check_keys(name: str, value: Mapping[str, Any], known: Collection[str]) -> None:
@@ -127,8 +140,6 @@ def name_of_option(word: str) -> str:
 def check_types(options: Any, *, either: Collection[str] = ()) -> None:
     """Check every number, switch and text of a dataclass of options against its annotation.
 
-    Texts are checked of the class itself only: what libraries call a text may be more.
-
     Args:
         options: An instance.
         either: Options that are a text or a number.
@@ -136,24 +147,54 @@ def check_types(options: Any, *, either: Collection[str] = ()) -> None:
     Raises:
         ValueError: If an option has no value and needs one, is of another type, or is a number without end.
     """
-    hints, own = _kinds(options.__class__), type(options).__annotations__
-    for field in fields(options):
-        name, value, kinds = field.name, getattr(options, field.name), hints[field.name]
-        if value is None and (NoneType in kinds or field.default is None):
+    kind = type(options)
+    given = {field.name: getattr(options, field.name) for field in fields(kind)}
+    check_values(given, kind, either=either)
+    kinds = _kinds(kind)
+    for field in fields(kind):
+        is_float = kinds[field.name] - {NoneType} == {float} and field.name not in either
+        if is_float and given[field.name] not in (None, field.default):
+            setattr(options, field.name, float(given[field.name]))  # 1 and 1.0 are one value, of one digest
+
+
+def check_values(given: Mapping[str, Any], kind: type, *, either: Collection[str] = ()) -> None:
+    """Check values by the annotations of a dataclass of options.
+
+    Texts are checked of the class itself only: what libraries call a text may be more.
+
+    Args:
+        given: Values by the names of options.
+        kind: The dataclass.
+        either: Options that are a text or a number.
+
+    Raises:
+        ValueError: As `check_types`.
+    """
+    own, defaults = kind.__annotations__, {field.name: field.default for field in fields(kind)}
+    hints = _kinds(kind)
+    for name, value in given.items():
+        kinds = hints[name]
+        if value is None and (NoneType in kinds or defaults[name] is None):
             continue
-        if name in either and isinstance(value, Real) and not isinstance(value, bool):
+        if name in either and _is_number(value):
             kinds = frozenset({float})
         needs = _what_it_needs(value, kinds - {NoneType}, is_own=name in own)
         if needs:
             raise ValueError(f"{name} needs {needs}; got {str(value)[:_SHOWN] if _is_number(value) else short(value)}.")
-        if kinds - {NoneType} == {float} and name not in either and value != field.default:
-            setattr(options, name, float(value))  # 1 and 1.0 are one value, and have one digest
 
 
-@cache
 def _kinds(options: type) -> dict[str, frozenset[Any]]:
     hints = typing.get_type_hints(options)
-    return {name: frozenset(typing.get_args(hint) or (hint,)) for name, hint in hints.items()}
+    unions = (typing.Union, UnionType)
+    return {
+        name: frozenset(typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,))
+        for name, hint in hints.items()
+    }
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that has an end; a switch is none."""
+    return _is_number(value) and math.isfinite(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -169,7 +210,7 @@ def _what_it_needs(value: Any, kinds: frozenset[Any], *, is_own: bool) -> str:
     if kinds <= {int, float}:
         if not _is_number(value):
             return "a number"
-        return "" if math.isfinite(value) else "a finite number"
+        return "" if is_finite(value) else "a finite number"
     if kinds == {str} and is_own:
         return "" if isinstance(value, str | os.PathLike) else "one text"
     return ""

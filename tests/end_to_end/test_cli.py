@@ -224,6 +224,23 @@ def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, t
     assert not (tmp_path / "O").exists()
 
 
+def test_a_folder_of_something_else_is_refused_before_anything_is_read(
+    model_folder, dataset, recipe, capsys, monkeypatch
+):
+    monkeypatch.setattr("ropo.align.read_checked", lambda *_, **__: pytest.fail("the data was read"))
+    for folder in (model_folder, dataset.parent):
+        before = sorted(path.name for path in folder.iterdir())
+        assert train(model_folder, dataset, recipe, folder) == 2
+        assert f"{folder} holds other files, like " in capsys.readouterr().err
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_warm_up_without_end_costs_no_reference(model_folder, dataset, recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert train(model_folder, dataset, recipe, tmp_path / "O", "--warmup_steps", "1e9") == 2
+    assert "warmup_steps needs fewer than the 3 steps of the shortest training; got 1e+09" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "hidden", "said"),
     [

@@ -1,7 +1,7 @@
 """What the fuzz tests share: texts that break readers, how many rows each drives, and what was found.
 
-`make fuzz` drives 5,000 rows, the same ones each time; `make fuzz ROWS=100000` more, drawn anew. Their number, the
-failures and the seconds are written to the file that FUZZ_JSON names.
+`make fuzz` drives 5,000 rows, the same ones each time; `make fuzz ROWS=100000 WRITE=1` more, drawn anew, and writes
+their number, failures and seconds into docs/reliability.md and benchmarks/fuzz.json.
 """
 
 import json
@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 ROWS = int(os.environ.get("FUZZ_ROWS", "5000"))
 _SAME_EACH_TIME = 5000  # rows, as many as CI has
 _SHARE = {"loaders": 0.4, "conversations": 0.2, "validation": 0.2, "tokenization": 0.2}  # of the rows
+_ROOT = Path(__file__).parents[2]
+_BEGIN, _END = "<!-- fuzz: begin, made by tests/fuzz -->", "<!-- fuzz: end -->"
 _rows: Counter[str] = Counter()
 _failures: Counter[str] = Counter()
 _seconds: Counter[str] = Counter()
@@ -90,8 +92,33 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("fuzz")
     for part, found in [*parts.items(), ("all", total)]:
         terminalreporter.line(f"{part}: {found['rows']} rows, {found['failures']} failures, {found['seconds']} s")
-    if name := os.environ.get("FUZZ_JSON"):
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("FUZZ_WRITE"):
         found = {**total, "parts": parts, "date": time.strftime("%Y-%m-%d")}
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        (_ROOT / "benchmarks" / "fuzz.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        page = _ROOT / "docs" / "reliability.md"
+        before, _, rest = page.read_text("utf-8").partition(_BEGIN)
+        page.write_text(f"{before}{_BEGIN}\n\n{_table(found)}\n\n{_END}{rest.partition(_END)[2]}", encoding="utf-8")
+
+
+_WHAT = {
+    "loaders": "files of JSON lines, JSON, CSV and Parquet, packed and broken: each row is a pair or a problem",
+    "conversations": "prompts that two transcripts or conversations share: prompt and response are what stood there",
+    "validation": "findings about texts: of rows that are there, the same again, none of what is left",
+    "tokenization": "byte-level BPE, BPE and Unigram over `▁`: prompt and response are the ids of the whole text",
+}
+
+
+def _table(found):
+    rows = [
+        f"| {part} | {_WHAT[part]} | {one['rows']:,} | {one['failures']} | {one['seconds']:.0f} |"
+        for part, one in found["parts"].items()
+    ]
+    return "\n".join(
+        [
+            f"{found['rows']:,} rows, drawn by hypothesis on {found['date']}; {found['failures']} properties failed.",
+            "",
+            "| part | what is drawn, and what must hold | rows | failures | seconds |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )

@@ -45,6 +45,13 @@ def test_findings(labelled, fuzz):
         rest = [pair for pair in pairs if pair.row not in out]
         assert not rows_left_out(validate_pairs(rest))  # nothing more is left out
         assert validate_pairs(rest) == [problem for problem in found if problem.row not in out]
+        turned = {
+            pair.row
+            for place, pair in enumerate(rest)
+            for one in rest[:place]
+            if (one.prompt, one.chosen, one.rejected) == (pair.prompt, pair.rejected, pair.chosen)
+        }
+        assert {problem.row for problem in found if problem.kind == "contradictory"} == turned
 
     run()
 

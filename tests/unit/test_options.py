@@ -7,6 +7,7 @@ import typing
 
 import pytest
 
+from ropo.bench.grid_config import read_bench_config
 from ropo.bench.options import ExportArguments
 from ropo.cli import TrainArguments, main, parse_train
 from ropo.config import ROPOConfig
@@ -91,6 +92,7 @@ def test_every_switch_is_on_or_off(name, tmp_path):
         ({"data_seed": -1}, "data_seed needs a number from 0"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers needs 0 or more; got -1"),
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers needs dataloader_num_workers of 1"),
+        ({"remove_unused_columns": True}, "remove_unused_columns needs false; got true"),
         ({"loss": ["ropo"]}, r"loss needs one text; got \['ropo'\]"),
         ({"rounds": None}, "rounds needs a whole number; got None"),
         ({"fp16": True}, "fp16 needs a GPU; got a CPU"),
@@ -105,6 +107,7 @@ def test_values_that_are_meant(tmp_path):
     found = config(tmp_path, lr_scheduler_kwargs='{"num_cycles": 2}', alpha=14, rho=0.2, bf16=True, beta=1)
     assert found.lr_scheduler_kwargs == {"num_cycles": 2}
     assert (found.alpha, found.rho, repr(found.beta)) == ("14", "0.2", "1.0")
+    assert dataclasses.replace(found, seed=7).lr_scheduler_kwargs == {"num_cycles": 2}
     (tmp_path / "a.json").write_text('{"split_batches": true}')
     assert config(tmp_path, accelerator_config=str(tmp_path / "a.json")).accelerator_config.split_batches
 
@@ -122,6 +125,12 @@ def test_a_folder_to_write_to(tmp_path):
             ROPOConfig(output_dir=str(tmp_path / name), use_cpu=True)
     with pytest.raises(ValueError, match=r"output_dir needs a folder; got .* is a file"):
         ExportArguments(model_name_or_path="M", benchmark="mt_bench", questions="Q", output_dir=str(tmp_path / "file"))
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # to root everything is allowed
+    with pytest.raises(ValueError, match="output_dir needs a folder that may be written; got"):
+        config(tmp_path)
 
 
 # A YAML file.
@@ -284,6 +293,61 @@ def test_a_warm_up_ends(tmp_path):
     with pytest.raises(ValueError, match="the 10 steps of the shortest training"):  # a fold has four fifths
         check_warmup(config(tmp_path, warmup_steps=12), num_pairs=100)
     check_warmup(config(tmp_path, warmup_steps=0.5), num_pairs=1)
+
+
+# A grid of a benchmark.
+
+GRID = {"task": "reviews", "seeds": "[1]", "noise": "{symmetric: [0.2]}", "methods": "[dpo]"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("seeds", "[010]", "seeds needs whole numbers from 0"),
+        ("seeds", "[1.5]", "seeds needs whole numbers from 0"),
+        ("seeds", "[true]", "seeds needs whole numbers from 0"),
+        ("seeds", "[1, 1]", r"each once; got \[1, 1\]"),
+        ("seeds", "[]", "seeds needs"),
+        ("methods", "[]", "methods needs names of methods, each once"),
+        ("noise", "{symmetric: 0.2}", "for symmetric; got 0.2"),
+        ("noise", "{symmetric: [x]}", r"noise needs a list of rates in \[0, 0.5\) for symmetric; got \['x'\]"),
+        ("num_pairs", "1e3", "num_pairs needs a whole number; got 1000.0"),
+        ("num_trials", "true", "num_trials needs a whole number; got True"),
+        ("learning_rates", "[.inf]", "learning_rates needs finite numbers above 0"),
+        ("tuning_rate", "0.9", r"tuning_rate needs a number in \[0, 0.5\); got 0.9"),
+        ("tuned", "{dpo: 1}", "tuned dpo needs named values; got 1"),
+        ("options", "1", "options needs named values; got 1"),
+        ("options", "{beta: true}", "beta needs a number; got True"),
+        ("source", "3", "source needs one text; got 3"),
+    ],
+)
+def test_a_grid_that_means_nothing(key, value, said, tmp_path):
+    path = recipe(tmp_path, "".join(f"{name}: {text}\n" for name, text in {**GRID, key: value}.items()))
+    with pytest.raises(ValueError, match=said):
+        read_bench_config(path)
+
+
+def test_a_grid_that_is_meant(tmp_path):
+    more = {"learning_rates": "[2e-4]", "tuning_rate": 0, "options": "{alpha: 14, loss: ropo}"}
+    path = recipe(tmp_path, "".join(f"{name}: {text}\n" for name, text in {**GRID, **more}.items()))
+    assert read_bench_config(path).learning_rates == (2e-4,)  # a text for YAML 1.1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["demo", "--flip_rate", "nan"], "flip_rate needs a number in [0, 0.5); got nan"),
+        (["demo", "--num_pairs", "0"], "num_pairs needs a number from 10"),
+        (["demo", "--seed", "-1"], "seed needs a number from 0"),
+        (["export", "--seed", "-1"], "seed needs a number from 0"),
+        (["export", "--temperature", "nan"], "temperature needs a finite number; got nan"),
+    ],
+)
+def test_other_commands(words, said, tmp_path, capsys):
+    more = ["--model_name_or_path", "M", "--benchmark", "mt_bench", "--questions", "Q"] if words[0] == "export" else []
+    assert main([*words, *more, "--output_dir", str(tmp_path / "O")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "O").exists()
 
 
 # What nobody has foreseen.

@@ -11,9 +11,17 @@ from typing import Any
 from ropo.bench.methods import BETAS, LEARNING_RATES, METHODS
 from ropo.bench.own import LACKS, judge_args
 from ropo.bench.tasks import TASKS
-from ropo.config import ROPOConfig
+from ropo.config import TEXT_OR_NUMBER, ROPOConfig
 from ropo.data.inject import NOISE
-from ropo.options import check_choice, did_you_mean, read_yaml
+from ropo.options import (
+    check_choice,
+    check_mapping,
+    check_values,
+    did_you_mean,
+    is_finite,
+    read_yaml,
+    short,
+)
 
 _OWN = ("model", "judge", "max_length", "max_new_tokens")
 
@@ -75,10 +83,11 @@ class BenchConfig:
     def __post_init__(self) -> None:
         self._check_names()
         self._check_own()
-        for kind, rates in self.noise.items():
-            for rate in rates:
-                if not 0 <= rate < 0.5:
-                    raise ValueError(f"noise needs rates in [0, 0.5); got {rate} for {kind}.")
+        for kind, rate in [(kind, rate) for kind, rates in self.noise.items() for rate in rates]:
+            if not 0 <= rate < 0.5:
+                raise ValueError(f"noise needs rates in [0, 0.5); got {rate} for {kind}.")
+        if not 0 <= self.tuning_rate < 0.5:
+            raise ValueError(f"tuning_rate needs a number in [0, 0.5); got {self.tuning_rate}.")
         if self.tuning_seed in self.seeds:
             raise ValueError(
                 f"tuning_seed needs a seed that is not reported; got {self.tuning_seed}, which is in seeds. Change one."
@@ -88,11 +97,8 @@ class BenchConfig:
                 raise ValueError(f"{name} needs {least} or more; got {getattr(self, name)}.")
         for name in ("learning_rates", "betas"):
             values = getattr(self, name)
-            if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
-                raise ValueError(
-                    f"{name} needs one or more numbers above 0; got {list(values)}. In YAML 2e-4 is text, 2.0e-4 is "
-                    "a number."
-                )
+            if not values or not all(value > 0 for value in values):
+                raise ValueError(f"{name} needs one or more numbers above 0; got {list(values)}.")
 
     def _check_names(self) -> None:
         """Every name is in its table, and no setting is given that nothing would use."""
@@ -103,6 +109,7 @@ class BenchConfig:
         check_choice("tuning_kind", self.tuning_kind, NOISE)
         for options in (self.options, *self.tuned.values()):
             _check_keys("options", options, ROPOConfig)
+            check_values(options, ROPOConfig, either=TEXT_OR_NUMBER)
         tuned_ones = {METHODS[name].like or name for name in self.methods}
         if unused := sorted(set(self.tuned) - tuned_ones):
             raise ValueError(
@@ -151,10 +158,40 @@ def read_bench_config(path: Path) -> BenchConfig:
     ):
         if name in found and not isinstance(found[name], kind):
             raise ValueError(f"{path} needs {name} like {form}; got {found[name]!r}.")
+    check_values(found, BenchConfig)
+    _check_lists(found)
     for name in ("seeds", "methods", "learning_rates", "betas"):
         if name in found:
             found[name] = tuple(found[name])
+    if "tuning_rate" in found:
+        found["tuning_rate"] = float(found["tuning_rate"])
     return BenchConfig(**found)
+
+
+def _check_lists(found: Mapping[str, Any]) -> None:
+    """Lists are lists of the right things, each once, and named values are named values."""
+
+    def is_seed(one: Any) -> bool:
+        return isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**32
+
+    for name, is_one, what in (
+        ("seeds", is_seed, f"whole numbers from 0 to {2**32 - 1}"),
+        ("methods", lambda one: isinstance(one, str), "names of methods"),
+    ):
+        values = found[name]
+        if not values or not all(map(is_one, values)) or len(set(values)) < len(values):
+            raise ValueError(f"{name} needs {what}, each once; got {short(values)}.")
+    named = [(name, found[name]) for name in ("noise", "tuned", "options", "judge") if name in found]
+    for name, value in named:
+        check_mapping(name, value)
+    for name, value in found.get("tuned", {}).items():
+        check_mapping(f"tuned {name}", value)
+    for kind, rates in found["noise"].items():
+        if not isinstance(rates, list) or not all(map(is_finite, rates)):
+            raise ValueError(f"noise needs a list of rates in [0, 0.5) for {kind}; got {short(rates)}.")
+    for name in ("learning_rates", "betas"):
+        if not all(map(is_finite, found.get(name, ()))):
+            raise ValueError(f"{name} needs finite numbers above 0; got {short(found[name])}.")
 
 
 def _check_keys(where: str, found: Mapping[str, Any], kind: type) -> None:

@@ -75,6 +75,8 @@ class ExportArguments:
             self.max_new_tokens = EXPORTS[str(self.benchmark)].max_new_tokens
         if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"temperature needs 0 or more; got {self.temperature}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed needs a number from 0 to {2**32 - 1}; got {self.seed}.")
         Sampling(num_candidates=1, max_new_tokens=self.max_new_tokens, top_p=self.top_p)  # refuses what it could not do
         check_engine(self)
         if self.generation_engine == "server" and (self.dtype != "auto" or self.trust_remote_code):
