@@ -285,7 +285,7 @@ def _prepare(
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
     skeleton = source.skeleton()  # what its files lack is told now
     tokenizer = processing_class or load_tokenizer(name, load_options)
-    date = _dated(tokenizer, [folder] if args.audit_from is None else [folder, Path(args.audit_from)])
+    date = _dated(tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
     if not tokenized.pairs:

@@ -257,9 +257,9 @@ class _Reader:
 
     def _ended(self, ids: TokenIds, text: str) -> TokenIds:
         """Plain text with an end, unless it has one; white space may follow it, as templates write it."""
-        eos = str(self.tokenizer.eos_token)
-        has_end = len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
-        return ids if has_end or text.rstrip().endswith(eos) else np.append(ids, np.int32(self.tokenizer.eos_token_id))
+        end = self.tokenizer.eos_token_id
+        has_end = text.rstrip().endswith(str(self.tokenizer.eos_token)) and end in ids
+        return ids if has_end else np.append(ids, np.int32(end))
 
     def _unread(self, ids: TokenizedPair) -> list[tuple[str, str]]:
         counts = {name: int((getattr(ids, name) == self._unknown).sum()) for name in _NAMES}

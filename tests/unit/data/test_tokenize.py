@@ -313,3 +313,15 @@ def test_sampled_tokens_end_as_the_template_ends_a_turn(tokenizer):
     (written,) = tokenize_pairs([conversation(0)], made, max_length=64).tokens
     assert drawn.chosen.tolist() == written.chosen.tolist()
     assert made.decode(drawn.chosen) == "good</s>\n"
+
+
+def test_who_wants_control_tokens_in_plain_text_as_text_says_so(tokenizer):
+    """With the tokenizer's own option."""
+    made = copy.deepcopy(tokenizer)
+    made.split_special_tokens = True
+    pair = Pair(prompt="Human: a<pad>", chosen=" yes</s>", rejected=" no", row=0)
+    tokenized = tokenize_pairs([pair], made, max_length=64)
+    (ids,) = tokenized.tokens
+    assert made.decode(ids.chosen) == " yes</s></s>"
+    assert ids.chosen.tolist().count(made.eos_token_id) == 1
+    assert not tokenized.problems
