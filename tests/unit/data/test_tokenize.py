@@ -315,6 +315,13 @@ def test_sampled_tokens_end_as_the_template_ends_a_turn(tokenizer):
     assert made.decode(drawn.chosen) == "good</s>\n"
 
 
+def test_a_tokenizer_that_takes_not_every_text():
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "</s>": 1})), eos_token="</s>")
+    pair = Pair(prompt="a", chosen="b", rejected="a", row=0)
+    with pytest.raises(ValueError, match=r"needs to take any text; got one that says 'WordLevel error.*unk_token"):
+        tokenize_pairs([pair], made, max_length=64)
+
+
 def test_who_wants_control_tokens_in_plain_text_as_text_says_so(tokenizer):
     """With the tokenizer's own option."""
     made = copy.deepcopy(tokenizer)
