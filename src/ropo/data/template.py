@@ -79,9 +79,12 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     token for unknown text, unless it has another office as well.
     """
     offices = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    added: Any = tokenizer.added_tokens_decoder
+    if callable(added):  # MistralCommonBackend has none: it finds control tokens in no text
+        return {}
     return {
         token.content: number
-        for number, token in tokenizer.added_tokens_decoder.items()
+        for number, token in added.items()
         if token.special and token.content.strip() and (number != tokenizer.unk_token_id or number in offices)
     }
 

@@ -122,6 +122,16 @@ def test_control_tokens_in_messages_are_marked(with_template):
     assert set(control_tokens(added)) == {"<s>", "</s>", "<pad>"}
 
 
+def test_a_tokenizer_that_finds_control_tokens_in_no_text():
+    class Mistral:
+        bos_token_id = eos_token_id = pad_token_id = unk_token_id = 1
+
+        def added_tokens_decoder(self):
+            raise NotImplementedError
+
+    assert control_tokens(Mistral()) == {}
+
+
 def test_a_turn_without_end(with_template):
     tokenizer = with_template("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     assert not rendered(tokenizer, USER).is_ended
