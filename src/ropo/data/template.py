@@ -26,8 +26,8 @@ from ropo.pairs import Messages
 
 _BUDGET_SECONDS = 10.0  # of computing, for one conversation; a template takes less than a thousandth of one
 _POLL_SECONDS = 0.1
-_DATE = re.compile(r"\bstrftime_now\b(?!\s+is\b)")  # whether it `is defined` is no date
-_DATE_CALL = re.compile(r"""\bstrftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+_DATE = re.compile(r"\bstrftime_now\s*\(|=\s*strftime_now\b")  # called, or given another name
+_DATE_CALL = re.compile(r"""\bstrftime_now\s*\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that `transformers` takes for one thing
 
 # The date that each tokenizer's template is given: of the first use, or of the run that is resumed.
