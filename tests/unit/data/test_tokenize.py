@@ -315,6 +315,15 @@ def test_sampled_tokens_end_as_the_template_ends_a_turn(tokenizer):
     assert made.decode(drawn.chosen) == "good</s>\n"
 
 
+def test_another_token_may_end_what_is_sampled(tokenizer):
+    """As chat models name several; the prompt may hold it, which says nothing about the end of an answer."""
+    pair = conversation(0)
+    ids = (*tokenizer("kind", add_special_tokens=False)["input_ids"], tokenizer.bos_token_id)
+    sampled = [SampledIds(name="rejected", ids=ids)]
+    (drawn,) = tokenize_pairs([pair], tokenizer, max_length=64, sampled=sampled).tokens
+    assert drawn.rejected.tolist() == list(ids)
+
+
 def test_a_tokenizer_that_takes_not_every_text():
     made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "</s>": 1})), eos_token="</s>")
     pair = Pair(prompt="a", chosen="b", rejected="a", row=0)
