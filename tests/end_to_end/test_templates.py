@@ -115,6 +115,19 @@ def test_a_run_keeps_the_date_of_its_start(with_template, dataset, tmp_path, on_
     assert other != first
 
 
+def test_a_date_that_cannot_be_read(with_template, dataset, tmp_path, on_day, capsys):
+    """Where nothing is trained yet, the run begins anew; else its date is not made up."""
+    folder, output = with_template("{{ strftime_now('%d %b %Y') }}"), tmp_path / "O"
+    first = on_day(0, folder, dataset, output)
+    (output / "ropo_config.json").write_text('{"date": ')
+    assert on_day(1, folder, dataset, output) != first
+    (output / "rounds" / "00").mkdir(parents=True, exist_ok=True)
+    (output / "rounds" / "00" / "manifest.json").write_text("{}")
+    (output / "ropo_config.json").write_text('{"date": ')
+    assert train(folder, dataset, output) != 0
+    assert "ropo_config.json is damaged" in capsys.readouterr().err
+
+
 def test_a_template_without_date_keeps_none(model_folder, dataset, tmp_path, on_day):
     assert on_day(0, model_folder, dataset, tmp_path / "O") == on_day(1, model_folder, dataset, tmp_path / "P")
     assert "date" not in json.loads((tmp_path / "O" / "ropo_config.json").read_text())
