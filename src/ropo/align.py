@@ -25,7 +25,7 @@ from ropo.crossfit import folds_of
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import VERDICTS, read_verdicts, verdicts_of, with_verdicts
-from ropo.data.template import date_of
+from ropo.data.template import date_of, writes_date
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.evaluation import EvaluationSet, evaluate, read_evaluation
@@ -43,6 +43,7 @@ from ropo.pairs import Pair, PairLogps
 from ropo.policy import PolicySource, check_adapter, check_positions, find_model, load_tokenizer
 from ropo.preflight import check_training, check_warmup
 from ropo.provenance import (
+    DamagedFileError,
     hash_file,
     hash_tensors,
     hash_value,
@@ -82,6 +83,7 @@ _INITIAL_MODEL = "initial_model"
 # These may stand in a folder of nobody.
 _MADE_BEFORE = (LOCK_FILE, _INITIAL_MODEL, f"{_INITIAL_MODEL}.json", "reference_cache")
 
+_IDENTITY_REMEDY = "It says which run this folder holds. Restore it from a copy, or use another output_dir."
 _DEALT_BY = ("num_folds", "seed", "max_length")  # options that say which pairs there are and who judges which
 
 
@@ -285,7 +287,7 @@ def _prepare(
     source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
     skeleton = source.skeleton()  # what its files lack is told now
     tokenizer = processing_class or load_tokenizer(name, load_options)
-    date = _dated(tokenizer, [folder] if args.audit_from is None else [folder, Path(args.audit_from)])
+    date = _dated(tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     problems = [*problems, *tokenized.problems]
     if not tokenized.pairs:
@@ -355,9 +357,23 @@ def _dated(tokenizer: PreTrainedTokenizerBase, folders: Sequence[Path]) -> str |
     Returns:
         The date, the same in all processes; None for a template without one.
     """
-    kept = [read_json(path).get("date") for folder in folders if (path := folder / "ropo_config.json").exists()]
-    [date] = broadcast_object_list([date_of(tokenizer, next(filter(None, kept), None))])
+    if not writes_date(tokenizer):
+        return None
+    kept = next(filter(None, map(_kept_date, folders)), None)
+    [date] = broadcast_object_list([date_of(tokenizer, kept)])
     return date_of(tokenizer, date)
+
+
+def _kept_date(folder: Path) -> str | None:
+    """The date of the run in a folder; None if there is none."""
+    path = folder / "ropo_config.json"
+    try:
+        date: str | None = read_json(path, remedy=_IDENTITY_REMEDY).get("date") if path.exists() else None
+    except DamagedFileError:
+        if _has_trained(folder):
+            raise
+        return None
+    return date
 
 
 def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
@@ -562,8 +578,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """
     path = folder / "ropo_config.json"
     if path.exists() and _has_trained(folder):
-        remedy = "It says which run this folder holds. Restore it from a copy, or use another output_dir."
-        old = read_json(path, remedy=remedy)
+        old = read_json(path, remedy=_IDENTITY_REMEDY)
         if old != identity:
             # A person may have filled in what stands there.
             has_audit = (folder / "review.csv").exists()

@@ -80,10 +80,6 @@ def test_a_template_without_end_is_one_sentence(with_template, dataset, tmp_path
     assert not (tmp_path / "O").exists()
 
 
-class KilledError(Exception):
-    """Stands for a kill."""
-
-
 @pytest.fixture
 def on_day(monkeypatch):
     """Sets the calendar that templates see, and gives the tokens that the first training was to read."""
@@ -91,7 +87,7 @@ def on_day(monkeypatch):
 
     def train_never(self, dataset, *_):
         trained_on.append([ids.prompt.tolist() for ids in dataset.tokens])
-        raise KilledError
+        raise ValueError("This run ends here.")
 
     monkeypatch.setattr(Round, "_train", train_never)
 
@@ -102,8 +98,7 @@ def on_day(monkeypatch):
                 return cls(2026, 2, 1) + timedelta(days=day)
 
         monkeypatch.setattr(template, "datetime", Calendar)
-        with pytest.raises(KilledError):
-            train(*words)
+        assert train(*words) == 2
         return trained_on.pop()
 
     return begin
@@ -118,6 +113,19 @@ def test_a_run_keeps_the_date_of_its_start(with_template, dataset, tmp_path, on_
     other = on_day(1, folder, dataset, tmp_path / "P")
     assert len(other) == len(first)
     assert other != first
+
+
+def test_a_date_that_cannot_be_read(with_template, dataset, tmp_path, on_day, capsys):
+    """Where nothing is trained yet, the run begins anew; else its date is not made up."""
+    folder, output = with_template("{{ strftime_now('%d %b %Y') }}"), tmp_path / "O"
+    first = on_day(0, folder, dataset, output)
+    (output / "ropo_config.json").write_text('{"date": ')
+    assert on_day(1, folder, dataset, output) != first
+    (output / "rounds" / "00").mkdir(parents=True, exist_ok=True)
+    (output / "rounds" / "00" / "manifest.json").write_text("{}")
+    (output / "ropo_config.json").write_text('{"date": ')
+    assert train(folder, dataset, output) != 0
+    assert "ropo_config.json is damaged" in capsys.readouterr().err
 
 
 def test_a_template_without_date_keeps_none(model_folder, dataset, tmp_path, on_day):

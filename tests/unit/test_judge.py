@@ -702,6 +702,12 @@ def test_a_pair_that_is_too_long_for_a_reward_model(reward_folder, tmp_path, cap
     assert "gives no verdict on 1 of 3 pairs: they do not fit into its 200 tokens" in caplog.text
 
 
+def test_a_warning_about_a_text_costs_no_verdict(reward_folder, tmp_path, caplog):
+    held = Pair(prompt="p</s>", chosen=" word", rejected=" words", row=0)
+    assert None not in RewardModelJudge(str(reward_folder()), tmp_path / "kept")([held])
+    assert "no verdict" not in caplog.text
+
+
 def test_what_is_no_reward_model_is_refused(reward_folder, model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"needs one label; got '.*' with num_labels=2"):
         RewardModelJudge(str(model_folder), tmp_path)

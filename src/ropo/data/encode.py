@@ -58,6 +58,9 @@ def encode(
 
     Returns:
         One entry per text.
+
+    Raises:
+        ValueError: If the tokenizer does not take a text, or does something else than to put tokens around one.
     """
     limit = None if max_tokens is None else max(_CHARS_PER_TOKEN * max_tokens, _MIN_CHARS)
     found: dict[int, Encoded] = {}
@@ -97,13 +100,23 @@ class _Part:
 
 
 def _ids(parts: Sequence[_Part], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:
-    """Token ids of each part, and whether a control token of a message has become one."""
+    """Token ids of each part, and whether a control token of a message has become one.
+
+    Raises:
+        ValueError: If the tokenizer does not take a text.
+    """
 
     def ids_of(texts: list[str], **options: bool) -> list[list[int]]:
         # verbose=False: the "longer than the model's maximum" warning is ours to give, with a count.
         return list(tokenizer(texts, add_special_tokens=False, verbose=False, **options)["input_ids"])
 
-    found = [(ids, False) for ids in ids_of([part.text for part in parts])]
+    try:
+        found = [(ids, False) for ids in ids_of([part.text for part in parts])]
+    except Exception as error:  # what comes out of the tokenizers library has no type of its own
+        raise ValueError(
+            f"A tokenizer needs to take any text; got one that says {str(error)[:200]!r}. Give it a token for unknown "
+            "text (unk_token), or use another."
+        ) from error
     for i, part in enumerate(parts):
         if part.marked is not None:
             try:

@@ -26,8 +26,8 @@ from ropo.pairs import Messages
 
 _BUDGET_SECONDS = 10.0  # of computing, for one conversation; a template takes less than a thousandth of one
 _POLL_SECONDS = 0.1
-_DATE = re.compile(r"\bstrftime_now\b(?!\s+is\b)")  # whether it `is defined` is no date
-_DATE_CALL = re.compile(r"""\bstrftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+_DATE = re.compile(r"\bstrftime_now\s*\(|=\s*strftime_now\b")  # called, or given another name
+_DATE_CALL = re.compile(r"""\bstrftime_now\s*\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that `transformers` takes for one thing
 
 # The date that each tokenizer's template is given: of the first use, or of the run that is resumed.
@@ -79,9 +79,12 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     token for unknown text, unless it has another office as well.
     """
     offices = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    added: Any = tokenizer.added_tokens_decoder
+    if callable(added):  # MistralCommonBackend has none: it finds control tokens in no text
+        return {}
     return {
         token.content: number
-        for number, token in tokenizer.added_tokens_decoder.items()
+        for number, token in added.items()
         if token.special and token.content.strip() and (number != tokenizer.unk_token_id or number in offices)
     }
 

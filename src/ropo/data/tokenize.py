@@ -241,9 +241,9 @@ class _Reader:
         if drawn is not None:
             whole = np.array([*alone, *drawn.ids], dtype=np.int32)
             if drawn.name == "chosen":
-                chosen = np.append(whole, _after_end(rejected, drawn.ids[-1]))
+                chosen = np.append(whole, self._after_end(rejected, drawn.ids[-1]))
             else:
-                rejected = np.append(whole, _after_end(chosen, drawn.ids[-1]))
+                rejected = np.append(whole, self._after_end(chosen, drawn.ids[-1]))
         # Tokens may merge across the border of prompt and response, and some chat templates render a prompt
         # differently when nothing follows: the response begins where the first of the two departs.
         shared = min(_common_prefix(alone, chosen), _common_prefix(alone, rejected))
@@ -257,9 +257,15 @@ class _Reader:
 
     def _ended(self, ids: TokenIds, text: str) -> TokenIds:
         """Plain text with an end, unless it has one; white space may follow it, as templates write it."""
-        eos = str(self.tokenizer.eos_token)
-        has_end = len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
-        return ids if has_end or text.rstrip().endswith(eos) else np.append(ids, np.int32(self.tokenizer.eos_token_id))
+        end = self.tokenizer.eos_token_id
+        has_end = text.rstrip().endswith(str(self.tokenizer.eos_token)) and end in ids
+        return ids if has_end else np.append(ids, np.int32(end))
+
+    def _after_end(self, ids: TokenIds, end: int) -> TokenIds:
+        """The white space that a template writes after the token that ends an answer: nobody samples it."""
+        where = np.flatnonzero(ids == end)
+        rest = ids[where[-1] + 1 :] if len(where) else ids[:0]
+        return rest if not str(self.tokenizer.decode(rest)).strip() else ids[:0]
 
     def _unread(self, ids: TokenizedPair) -> list[tuple[str, str]]:
         counts = {name: int((getattr(ids, name) == self._unknown).sum()) for name in _NAMES}
@@ -314,12 +320,6 @@ def _conversations(pair: Pair) -> list[Conversation]:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in dict.fromkeys(names))
-
-
-def _after_end(ids: TokenIds, end: int) -> TokenIds:
-    """What a template writes after the token that ends a turn: a sampled response is never followed by it."""
-    where = np.flatnonzero(ids == end)
-    return ids[where[-1] + 1 :] if len(where) else ids[:0]
 
 
 def _common_prefix(first: TokenIds, second: TokenIds) -> int:

@@ -122,6 +122,16 @@ def test_control_tokens_in_messages_are_marked(with_template):
     assert set(control_tokens(added)) == {"<s>", "</s>", "<pad>"}
 
 
+def test_a_tokenizer_that_finds_control_tokens_in_no_text():
+    class Mistral:
+        bos_token_id = eos_token_id = pad_token_id = unk_token_id = 1
+
+        def added_tokens_decoder(self):
+            raise NotImplementedError
+
+    assert control_tokens(Mistral()) == {}
+
+
 def test_a_turn_without_end(with_template):
     tokenizer = with_template("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     assert not rendered(tokenizer, USER).is_ended
@@ -136,5 +146,19 @@ def test_the_date_stands_still(with_template):
     assert rendered(tokenizer, USER).text.startswith("29 Feb 2020 12:34 2020<s>user")
     assert date_of(tokenizer) == "2020-02-29T12:34:56"
     assert date_of(with_template(CHATML)) is None
+
+
+@pytest.mark.parametrize("text", ["{% set f = '%d' %}{{ strftime_now(f) }}", "{% set f = strftime_now %}{{ f('%d') }}"])
+def test_a_date_that_cannot_be_fixed_is_refused(text, with_template):
     with pytest.raises(ValueError, match="needs its format as a literal"):
-        rendered(with_template("{% set f = '%d' %}{{ strftime_now(f) }}"), USER)
+        rendered(with_template(text), USER)
+
+
+def test_a_template_that_can_do_without_the_date(with_template):
+    """As that of Llama 3 asks, and takes a date of its own where there is none."""
+    asks = with_template(
+        "{# strftime_now #}{% if strftime_now is defined %}{% set d = strftime_now ( '%Y' ) %}{% endif %}{{ d }}</s>"
+    )
+    assert date_of(asks, "2020-02-29T12:34:56")
+    assert rendered(asks, USER).text == "2020</s>"
+    assert date_of(with_template("{% if strftime_now is not defined %}{% endif %}" + CHATML)) is None

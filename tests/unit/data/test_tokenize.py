@@ -313,3 +313,31 @@ def test_sampled_tokens_end_as_the_template_ends_a_turn(tokenizer):
     (written,) = tokenize_pairs([conversation(0)], made, max_length=64).tokens
     assert drawn.chosen.tolist() == written.chosen.tolist()
     assert made.decode(drawn.chosen) == "good</s>\n"
+
+
+def test_another_token_may_end_what_is_sampled(tokenizer):
+    """As chat models name several; the prompt may hold it, which says nothing about the end of an answer."""
+    pair = conversation(0)
+    ids = (*tokenizer("kind", add_special_tokens=False)["input_ids"], tokenizer.bos_token_id)
+    sampled = [SampledIds(name="rejected", ids=ids)]
+    (drawn,) = tokenize_pairs([pair], tokenizer, max_length=64, sampled=sampled).tokens
+    assert drawn.rejected.tolist() == list(ids)
+
+
+def test_a_tokenizer_that_takes_not_every_text():
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "</s>": 1})), eos_token="</s>")
+    pair = Pair(prompt="a", chosen="b", rejected="a", row=0)
+    with pytest.raises(ValueError, match=r"needs to take any text; got one that says 'WordLevel error.*unk_token"):
+        tokenize_pairs([pair], made, max_length=64)
+
+
+def test_who_wants_control_tokens_in_plain_text_as_text_says_so(tokenizer):
+    """With the tokenizer's own option."""
+    made = copy.deepcopy(tokenizer)
+    made.split_special_tokens = True
+    pair = Pair(prompt="Human: a<pad>", chosen=" yes</s>", rejected=" no", row=0)
+    tokenized = tokenize_pairs([pair], made, max_length=64)
+    (ids,) = tokenized.tokens
+    assert made.decode(ids.chosen) == " yes</s></s>"
+    assert ids.chosen.tolist().count(made.eos_token_id) == 1
+    assert not tokenized.problems
