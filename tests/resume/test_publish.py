@@ -1,5 +1,6 @@
 """Results appear together: the model first, the summary last; a run without room leaves those of the run before."""
 
+import os
 import resource
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def test_the_summary_comes_last(model_folder, pairs, tmp_path, monkeypatch):
     order.clear()
     run_rounds(model_folder, pairs, config(folder))
     assert "model.safetensors" not in order  # it is there already, and need not take its room again
+
+
+def test_the_weights_are_on_the_disk_twice_at_most(model_folder, pairs, tmp_path, monkeypatch):
+    """In training two checkpoints for a moment; then one and the model; then the model and the published one."""
+    folder, fsync, seen = tmp_path / "run", os.fsync, []
+    one = (model_folder / "model.safetensors").stat().st_size
+
+    def watched(descriptor):
+        sizes = [path.stat().st_size for path in folder.rglob("model.safetensors")]
+        seen.append(sum(sizes) / one)
+        return fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    run_rounds(model_folder, pairs, config(folder, num_train_epochs=4, num_folds=2, rho="0.3"))
+    assert 1.9 < max(seen) < 2.1
 
 
 def test_no_room_for_the_results(model_folder, pairs, tmp_path):
