@@ -29,7 +29,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ OPTIONS = (
     "--max_length_ratio=30", "--rounds=2", "--num_folds=2", "--decision_rule=lowest_loss", "--max_repetition=1.0",
     "--max_resampled_share=1.0", "--selection_rule=uncertainty_aware", "--sample_from=policy",
 )  # fmt: skip
+SHARES = {"random time": 0.35, "file event": 0.45, "file size": 0.1, "small disk": 0.1}
+NOT_TRIED = "the system does not let us mount a tmpfs"
 LONGEST = 300.0  # seconds; no run of these takes a tenth of it
 
 
@@ -278,7 +281,7 @@ def fill_disk(case: Case, chance: random.Random) -> tuple[int, str]:
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
-        found: tuple[int, str] = (0, "could not be tried")
+        found: tuple[int, str] = (0, NOT_TRIED)
         try:
             if _mount(case.folder, f"size={size}"):
                 ended = start(case.words)
@@ -336,49 +339,73 @@ def make_inputs(made: Path) -> None:
         (made / name).write_text("".join(json.dumps(row) + "\n" for row in some))
 
 
-def measure(num_kills: int, *, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Figures:
+    """By kind: how often it was done, in how many runs, and how these ended; and what went wrong, in words."""
+
+    kinds: dict[str, Counter[str]]
+    failures: list[str]
+
+
+def measure(num_kills: int, commands: Sequence[tuple[str, str]], *, seed: int) -> Figures:
     """Kill so many times, evenly over the kinds and commands."""
-    counts = {kind: {"kills": 0, "runs": 0, "identical": 0, "stuck": 0} for kind in KINDS}
-    failures: list[dict[str, Any]] = []
-    commands = [(loss, how) for loss in LOSSES for how in CHECKPOINTS]
-    share = {"random time": 0.35, "file event": 0.45, "file size": 0.1, "small disk": 0.1}
-    chance, begin = random.Random(seed), time.monotonic()
+    found, chance = Figures({kind: Counter() for kind in KINDS}, []), random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         made = Path(name).resolve()
         make_inputs(made)
         for number, command in enumerate(commands):
-            case = make_case(made, *command)
-            for kind, part in share.items():
-                goal = round(num_kills * part * (number + 1) / len(commands))  # of this kind, after this command
-                tries = 0
-                while counts[kind]["kills"] < goal and tries < 20 + goal:
-                    tries += 1
-                    missing = goal - counts[kind]["kills"]
-                    if kind in ("random time", "file event"):
-                        num, difference = kill(case, chance, is_event=kind == "file event", most=missing)
-                    else:
-                        num, difference = (fill if kind == "file size" else fill_disk)(case, chance)
-                    if difference == "could not be tried":
-                        break
-                    counted = counts[kind]
-                    counted["kills"] += num
-                    counted["runs"] += bool(num)
-                    counted["identical"] += bool(num) and not difference
-                    counted["stuck"] += difference.startswith(("stuck", "no sentence"))
-                    if difference:
-                        failures.append({"command": command, "kind": kind, "difference": difference})
-                        print(f"FAILED {command} {kind}: {difference}", flush=True)
-            total = sum(counted["kills"] for counted in counts.values())
+            case, begin = make_case(made, *command), time.monotonic()
+            for kind, part in SHARES.items():
+                goal = math.ceil(num_kills * part * (number + 1) / len(commands))  # of this kind, after this command
+                _repeat(case, kind, goal, chance, found)
+            total = sum(counts["kills"] for counts in found.kinds.values())
             told = f"{command[0]}, checkpoints {command[1]}: {case.num_events} file events, {case.seconds:.1f} s a run"
-            print(f"[{total}/{num_kills}] {told}", flush=True)
-    return {
-        "kinds": counts,
-        "commands": [list(command) for command in commands],
-        "seed": seed,
-        "seconds": round(time.monotonic() - begin),
-        "versions": versions(),
-        "failures": failures,
-    }
+            print(f"[{total}/{num_kills}] {told}, all of it {time.monotonic() - begin:.0f} s", flush=True)
+    return found
+
+
+def _repeat(case: Case, kind: str, goal: int, chance: random.Random, found: Figures) -> None:
+    """Until so much of this kind was done, or it does not happen any more."""
+    counts = found.kinds[kind]
+    for _ in range(20 + goal):
+        missing = goal - counts["kills"]
+        if missing <= 0:
+            return
+        if kind in ("random time", "file event"):
+            num, difference = kill(case, chance, is_event=kind == "file event", most=missing)
+        else:
+            num, difference = (fill if kind == "file size" else fill_disk)(case, chance)
+        if difference == NOT_TRIED:
+            return
+        is_stuck = difference.startswith(("stuck", "no sentence"))
+        counts.update(kills=num, runs=bool(num), identical=bool(num) and not difference, stuck=is_stuck)
+        if difference:
+            found.failures.append(f"{kind}: {difference}")
+            print(f"FAILED {' '.join(case.words)}\n{kind}: {difference}", flush=True)
+
+
+def measure_side_by_side(num_kills: int, *, seed: int, num_jobs: int) -> Figures:
+    """The same by several processes, each with its share of the commands."""
+    commands = [(loss, how) for loss in LOSSES for how in CHECKPOINTS]
+    jobs = []
+    for job in range(num_jobs):
+        reader, writer = os.pipe()
+        if not os.fork():
+            try:
+                found = measure(-(-num_kills // num_jobs), commands[job::num_jobs], seed=seed + job)
+                os.write(writer, json.dumps(vars(found)).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        jobs.append(reader)
+    total = Figures({kind: Counter() for kind in KINDS}, [])
+    for reader in jobs:
+        with os.fdopen(reader) as file:
+            told = json.loads(file.read())
+        total.failures.extend(told["failures"])
+        for kind, counts in told["kinds"].items():
+            total.kinds[kind].update(counts)
+    return total
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -386,13 +413,12 @@ def table(figures: dict[str, Any]) -> str:
     lines = ["| what happens | times | runs | identical at the end | stuck |", "|---|---|---|---|---|"]
     rows = {text: figures["kinds"][kind] for kind, text in KINDS.items()}
     names = ("kills", "runs", "identical", "stuck")
-    rows["all"] = {name: sum(row[name] for row in rows.values()) for name in names}
-    lines += [f"| {text} | {' | '.join(str(row[name]) for name in names)} |" for text, row in rows.items()]
-    losses = ", ".join(dict.fromkeys(f"`{loss}`" for loss, _ in figures["commands"]))
-    found = figures["versions"]
+    rows["all"] = {name: sum(row.get(name, 0) for row in rows.values()) for name in names}
+    lines += [f"| {text} | {' | '.join(str(row.get(name, 0)) for name in names)} |" for text, row in rows.items()]
+    found, losses = figures["versions"], ", ".join(f"`{loss}`" for loss in figures["losses"])
     conditions = (
-        f"Losses {losses}; each with the default checkpoints and with one at every step. ropo {found['ropo']}, torch "
-        f"{found['torch']}, transformers {found['transformers']}; seed {figures['seed']}."
+        f"Losses {losses}, each with the default checkpoints and with one at every "
+        f"step. ropo {found['ropo']}, torch {found['torch']}, transformers {found['transformers']}."
     )
     return "\n".join([*lines, "", conditions])
 
@@ -402,19 +428,22 @@ def run() -> int:
     parser = argparse.ArgumentParser(description="Kill runs and compare.")
     parser.add_argument("--kills", type=int, default=30, help="How often.")
     parser.add_argument("--seed", type=int, default=0, help="Random seed.")
+    parser.add_argument("--jobs", type=int, default=min(len(os.sched_getaffinity(0)), 8), help="Processes.")
     parser.add_argument("--write", action="store_true", help="Write kills.json and the table in docs/reliability.md.")
     given = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # every load of a model collects garbage; what the imports have made need not be searched
-    figures = measure(given.kills, seed=given.seed)
+    begin = time.monotonic()
+    found = measure_side_by_side(given.kills, seed=given.seed, num_jobs=given.jobs)
+    figures = {**vars(found), "losses": LOSSES, "seed": given.seed, "jobs": given.jobs, "versions": versions()}
     print(table(figures))
     if given.write:
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n\n{table(figures)}\n\n{END}{rest.partition(END)[2]}")
-    killed = sum(counted["kills"] for counted in figures["kinds"].values())
-    print(f"{killed} kills in {figures['seconds']} s: {len(figures['failures'])} runs not identical.")
-    return 1 if figures["failures"] or not killed else 0
+    killed = sum(counts["kills"] for counts in found.kinds.values())
+    print(f"{killed} kills in {time.monotonic() - begin:.0f} s: {len(found.failures)} runs not identical.")
+    return 1 if found.failures or not killed else 0
 
 
 if __name__ == "__main__":

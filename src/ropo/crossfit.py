@@ -31,6 +31,7 @@ from ropo.tracking import tracked
 from ropo.trainer import ROPOTrainer
 
 NUM_CHECKS = 3
+_CHECKPOINTS = "fold_{}_checkpoints"
 
 
 def crossfit_margins(
@@ -92,7 +93,7 @@ def crossfit_margins(
                         shutil.copyfile(taken_from / name, path)
                 return
             own = copy.copy(args)
-            own.output_dir = str(folder / f"fold_{fold}_checkpoints")
+            own.output_dir = str(folder / _CHECKPOINTS.format(fold))
             own.per_device_eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
             trainer = ROPOTrainer(
                 source.load(),
@@ -108,10 +109,9 @@ def crossfit_margins(
             if PartialState().is_main_process:
                 with write_aside(folder / name) as path:
                     save_file({"margins": found}, path)
-                shutil.rmtree(own.output_dir, ignore_errors=True)
 
         log = tracked(args, folder / f"fold_{fold}")
-        stages.run(f"fold {fold}", digest, [name], log(make))
+        stages.run(f"fold {fold}", digest, [name], log(make), scratch=_CHECKPOINTS.format(fold))
         found = load_file(folder / name)["margins"].double().numpy()
         margins[:, judged] = found / (_median_size(found[-1]) or 1.0)
     return margins * _scale(folder, folds)

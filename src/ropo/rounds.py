@@ -56,6 +56,7 @@ from ropo.weighing import decide_all, known_labels, resolve_rho, training_set
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINTS = "checkpoints"
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
 _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
 _HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
@@ -126,7 +127,7 @@ class Round:
         """
         inputs = [digest, self.args.loss]
         train = tracked(self.args, self.folder)(lambda: self._train(dataset, start, inputs))
-        digest = self.trained = self.stages.run("train", inputs, self._train_files, train)
+        digest = self.trained = self.stages.run("train", inputs, self._train_files, train, scratch=_CHECKPOINTS)
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
         digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
         if not is_last:
@@ -202,7 +203,7 @@ class Round:
 
     def _train(self, dataset: PairDataset, start: Path | None, made_from: Sequence[str]) -> None:
         args = copy.copy(self.args)
-        args.output_dir = str(self.folder / "checkpoints")
+        args.output_dir = str(self.folder / _CHECKPOINTS)
         args.seed = self.args.seed + self.number
         # As many steps as on all pairs of the data: what a filter takes away must not shorten the training as well.
         args.num_train_epochs = self.args.num_train_epochs * max(1.0, self.num_read / len(dataset))
@@ -223,7 +224,6 @@ class Round:
             # Without its last line, which holds times: the same training leaves the same files.
             log = [line for line in trainer.state.log_history if "train_runtime" not in line]
             write_json(self.folder / "training_log.json", log)
-            shutil.rmtree(args.output_dir, ignore_errors=True)
 
     def _clear_up(self) -> None:
         """Remove what only resampling reads; it is finished, so nobody will ask for it again."""

@@ -8,6 +8,7 @@ core, less time than loading the model takes. So whatever reads a file of an ear
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -58,7 +59,9 @@ class Stages:
         self._path = folder / "manifest.json"
         self._manifest = _read(self._path)
 
-    def run(self, name: str, inputs: Any, files: Sequence[str], make: Callable[[], None]) -> str:
+    def run(
+        self, name: str, inputs: Any, files: Sequence[str], make: Callable[[], None], *, scratch: str | None = None
+    ) -> str:
         """Run `make` unless its files are there, hold what was written, and were made from the same inputs.
 
         With several processes all call `make`; it must let only the main one write. A stage that is run again makes
@@ -70,6 +73,7 @@ class Stages:
             inputs: JSON-able value of everything that changes what the stage writes.
             files: Names of what it writes, relative to the folder; folders are allowed.
             make: Writes them.
+            scratch: A folder in the folder from which `make` resumes; removed when the stage is done.
 
         Returns:
             Digest of the inputs: give it to the stages that read these files.
@@ -84,6 +88,7 @@ class Stages:
         elif before is not None:
             if (self.folder, name, digest) not in self._made_here:
                 logger.info("%s/%s: done before, read from disk.", self.folder.name, name)
+            self._remove(scratch)
             return before.digest
         logger.info("%s/%s: begins.", self.folder.name, name)
         start = time.monotonic()
@@ -101,7 +106,13 @@ class Stages:
         if state.is_main_process:
             write_json(self._path, {known: asdict(one) for known, one in self._manifest.items()})
         state.wait_for_everyone()
+        self._remove(scratch)
         return made.digest
+
+    def _remove(self, scratch: str | None) -> None:
+        """Not before the manifest says that nobody will ask for it again."""
+        if scratch is not None and PartialState().is_main_process:
+            shutil.rmtree(self.folder / scratch, ignore_errors=True)
 
     def check(self, name: str, files: Sequence[str]) -> None:
         """Refuse to read what a finished stage of this folder wrote if it is not there any more.

@@ -103,7 +103,7 @@ def test_a_killed_sharded_run_ends_at_the_same_model(command, tmp_path):
     unbroken = subprocess.run(command(whole, **options), **how)
     process = subprocess.Popen(command(killed, **options), env=env)
     checkpoints = killed / "rounds" / "00" / "checkpoints"
-    while not list(checkpoints.glob("checkpoint-*[0-9]/trainer_state.json")):
+    while not list(checkpoints.glob("checkpoint-*[0-9]/complete.json")):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.05)
     for one in [process, *psutil.Process(process.pid).children(recursive=True)]:  # workers have sessions of their own

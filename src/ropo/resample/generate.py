@@ -156,6 +156,7 @@ def _write(path: Path, found: Sequence[Sequence[Response]]) -> None:
         for i, responses in enumerate(found)
         for k, response in enumerate(responses)
     ]
+    rows.append(json.dumps({"sha256": hash_value(rows)}))
     with write_aside(path) as aside:
         aside.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
@@ -167,8 +168,8 @@ def _read(path: Path, num_prompts: int, sampling: Sampling) -> list[list[Respons
     found: list[list[Response]] = [[] for _ in range(num_prompts)]
     try:
         # Not splitlines(): a text may hold characters that it takes for the end of a line.
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            row = json.loads(line)
+        *rows, last = path.read_text(encoding="utf-8").split("\n")[:-1]
+        for row in map(json.loads, rows if json.loads(last) == {"sha256": hash_value(rows)} else []):
             ids = None if row["ids"] is None else tuple(row["ids"])
             found[row["prompt"]].append(Response(**{**{name: row[name] for name in Response.__slots__}, "ids": ids}))
     except (ValueError, KeyError, IndexError, TypeError):
