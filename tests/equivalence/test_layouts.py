@@ -24,13 +24,13 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
@@ -232,7 +232,8 @@ def test_last_mlp_runs_where_it_is_read(layout):
     for name, batch in batches.items():
         FORWARDS[name](model, batch)
     num_plain, num_fast = (batch["input_ids"].numel() for batch in batches.values())
-    copies = 2 if layout in ("padding_free", "plain_rows") else 1  # of the prompt's last token, which predicts two first ones
+    # Of the prompt's last token, which predicts two first ones.
+    copies = 2 if layout in ("padding_free", "plain_rows") else 1
     assert seen == [num_plain, num_plain, num_fast, 2 * (copies + 1 + 2)]
 
 
@@ -444,13 +445,23 @@ def test_flex_attention(as_on_a_gpu, shape):
 
 
 @DYNAMO
+@pytest.mark.parametrize("name", ["mistral", "gemma3, nested", "llama4, chunks"])
+def test_flex_attention_within_windows(as_on_a_gpu, name):
+    """Block masks with windows and chunks, several kinds of them in one model."""
+    model, tokens = WITH_WINDOWS[name]().eval(), make_tokens(SHAPES["pairs taken by blocks"])
+    layout, reason = choose_layout(model, tokens, pad_token_id=0)
+    assert layout == "packed", reason
+    assert_equal(model, tokens, layout)
+    assert as_on_a_gpu["stats"]["unique_graphs"] > 0
+
+
+@DYNAMO
 @pytest.mark.parametrize("name", MODELS)
 def test_flex_attention_of_models(as_on_a_gpu, name):
-    """Those whose code looks into the mask itself are found out, and get the shared prefix."""
+    """Whatever their attention, where it takes a block mask at all."""
     model, tokens = MODELS[name]().eval(), make_tokens(SHAPES["uneven"])
     layout, reason = choose_layout(model, tokens, pad_token_id=0)
-    is_fit = model.config._attn_implementation != "eager" and not name.startswith("gpt2")
-    assert layout == ("packed" if is_fit else "shared_prefix"), reason
+    assert layout == ("shared_prefix" if model.config._attn_implementation == "eager" else "packed"), reason
     assert_equal(model, tokens, layout)
 
 

@@ -86,7 +86,9 @@ def answered_masks(attention: str, answer: Callable[[Reach | None], Tensor | Blo
 
     Args:
         attention: Name of the attention, as in `config._attn_implementation`.
-        answer: The mask of one reach, in booleans where it is a tensor; eager attention gets it as numbers.
+        answer: The mask of one reach, in booleans where it is a tensor; eager attention gets it as numbers. A request
+            that is for something else is answered with NaN, since models ask for masks that no layer uses: what uses it
+            puts out NaN.
     """
 
     def interface(
@@ -98,9 +100,13 @@ def answered_masks(attention: str, answer: Callable[[Reach | None], Tensor | Blo
         dtype: torch.dtype = torch.float32,
         **_: Any,
     ) -> Tensor | BlockMask:
-        if use_vmap:
-            raise ValueError("the model adds a mask of its own to the causal one")
-        mask = answer(reach_of(mask_function, local_size, torch.device(device)))
+        try:
+            if use_vmap:
+                raise ValueError("the model adds a mask of its own to the causal one")
+            reach = reach_of(mask_function, local_size, torch.device(device))
+        except ValueError:
+            return torch.full((1, 1, 1, 1), torch.nan, dtype=dtype, device=device)
+        mask = answer(reach)
         # Eager attention adds its mask to the scores instead of selecting by it.
         if attention == "eager" and isinstance(mask, Tensor):
             return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
