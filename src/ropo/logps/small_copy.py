@@ -40,11 +40,10 @@ _MOST = (
     (re.compile(r"(experts?_per_tok(en)?|^moe_(topk|top_k|k)|^top_k(_experts)?|experts_top_k)$"), 2),
     (re.compile(r"^(n_group|topk_group|num_expert_group)$"), 1),
     (
-        re.compile(
-            r"^(?!use_|max_window|vision)(?!.*(pattern|layers)).*(window|attention_chunk|local_att|_topk$|block_size|span)"
-        ),
+        re.compile(r"^(?!use_|max_|.*pattern|.*layers).*(window|attention_chunk|local_att|_topk$|block_size|span)"),
         WINDOW,
     ),
+    (re.compile(r"(chunk_size|state_size|d_state)$"), 16),  # of recurrent layers
 )
 _SIZE = re.compile(
     r"hidden_size|_dim$|_dims$|^dim$|^d_|_d_(head|ssm|inner)$|lora_rank|_rank$|intermediate|^n_(embd|inner|hidden)$"
@@ -101,10 +100,10 @@ def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     width, most_heads = numbers.get("hidden_size", 0), max(heads, default=1)
     if not sizes and width > most_heads and width % most_heads == 0:
         sizes = [width // most_heads]
-    by_size = min(_largest_divisor(sizes, _SMALLEST_HEAD), _largest_divisor(widths, _SMALLEST_WIDTH))
+    by_size = min(_largest_divisor([*sizes, *widths], _SMALLEST_HEAD), _largest_divisor([width], _SMALLEST_WIDTH))
     by_heads = _largest_divisor(heads, 2)
-    while by_heads > 1 and any(
-        value % (by_size * by_heads * _STEP) or value < by_size * by_heads * _SMALLEST_WIDTH for value in widths
+    while by_heads > 1 and (
+        any(value % (by_size * by_heads * _STEP) for value in widths) or width < by_size * by_heads * _SMALLEST_WIDTH
     ):
         by_heads //= 2
     for divisors in dict.fromkeys(((by_size, by_heads), (by_size, 1), (max(by_size // 4, 1), 1), (1, 1))):
