@@ -624,7 +624,7 @@ def test_a_wrong_mask_is_noticed_in_half_precision():
     trial = choose._Trial(model.eval(), tokens, 0, use_bf16=True, is_trained=True)
     assert trial.refusal("shared_prefix") is None
     num_tokens = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in tokens]).T
-    trial.plain(trial.few).add_(0.3 * num_tokens)
+    trial.plain().add_(0.3 * num_tokens)
     assert "by up to" in trial.refusal("shared_prefix")
 
 

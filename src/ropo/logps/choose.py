@@ -75,10 +75,8 @@ def choose_layout(
         The name of the layout, of `LAYOUTS`, and the reason in one sentence.
     """
     causal_lm = causal_lm_of(model)
-    if (
-        getattr(causal_lm, "config", None) is None
-        or getattr(causal_lm, "get_output_embeddings", lambda: None)() is None
-    ):
+    head = getattr(causal_lm, "get_output_embeddings", lambda: None)()
+    if getattr(causal_lm, "config", None) is None or head is None:
         return "plain", "the model has no language-model head to read"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "plain", "prompt learning puts virtual tokens before the prompt"
@@ -87,7 +85,7 @@ def choose_layout(
     was_training = model.training
     model.eval()
     try:
-        logit_map = architecture.logit_map if architecture.is_known else trial.logit_map()
+        logit_map = architecture.logit_map if architecture.is_known else trial.logit_map(causal_lm.config)
         if logit_map is None:
             return "plain", "its logits are not its head's output times a number of its configuration"
         enable_response_logps(model, logit_map)
@@ -156,7 +154,7 @@ class _Architecture:
             copy.config._attn_implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
             trial = _Trial(copy, _made_up_pairs(copy, _SMALL_PAIRS), 0, use_bf16=False, is_trained=False)
             if trial.shows_mistakes():
-                self._trial, self.logit_map = trial, trial.logit_map()
+                self._trial, self.logit_map = trial, trial.logit_map(config)
                 break
         if self.logit_map is not None:
             enable_response_logps(copy, self.logit_map)
@@ -266,7 +264,7 @@ class _Trial:
         self.is_exact = not self.to_bf16 and has_exact_products(model)
         self.has_backward = is_trained and not is_cpu
         self.kind = (type(model), self.device.type, weight.dtype, self.to_bf16)
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._plain: Tensor | None = None
 
     def logps(self, layout: str, tokens: Sequence[TokenizedPair], *, has_backward: bool = False) -> Tensor:
         """Log-probabilities of both responses in one layout, shape (2, pairs)."""
@@ -280,12 +278,11 @@ class _Trial:
             torch.autograd.grad(logps.sum(), trained[0], allow_unused=True)
         return logps.detach()
 
-    def plain(self, tokens: Sequence[TokenizedPair]) -> Tensor:
-        """The same in the plain layout, computed once."""
-        key = tuple(map(id, tokens))
-        if key not in self._known:
-            self._known[key] = self.logps("plain", tokens)
-        return self._known[key]
+    def plain(self) -> Tensor:
+        """Those of the short pairs in the plain layout, computed once."""
+        if self._plain is None:
+            self._plain = self.logps("plain", self.few)
+        return self._plain
 
     def shows_mistakes(self) -> bool:
         """Whether the model, a small copy, runs at all, and its responses depend on their prompt.
@@ -300,7 +297,7 @@ class _Trial:
                 head = causal_lm_of(self.model).get_output_embeddings()
                 # Not in place: embeddings that are tied to it stay as they are.
                 head.weight = nn.Parameter(head.weight.detach() * (2 * _LEAST_EFFECT / max(effect, 0.01)))
-                self._known.clear()
+                self._plain = None
         except _FAILURES:
             pass
         return False
@@ -311,10 +308,14 @@ class _Trial:
         prompt = pair.prompt.copy()
         prompt[-2] = pair.chosen[0]
         other = TokenizedPair(prompt=prompt, chosen=pair.chosen, rejected=pair.rejected)
-        return float((self.logps("plain", [other])[:, 0] - self.plain(self.few)[:, 0]).abs().max())
+        return float((self.logps("plain", [other])[:, 0] - self.plain()[:, 0]).abs().max())
 
-    def logit_map(self) -> LogitMap | None:
-        """What the model does to its head's output, with numbers of its configuration, or None if it is not that."""
+    def logit_map(self, config: PreTrainedConfig) -> LogitMap | None:
+        """What the model does to its head's output, with numbers of a configuration, or None if it is not that.
+
+        Args:
+            config: Of the model that it is for, whose numbers a small copy may not share.
+        """
         causal_lm = causal_lm_of(self.model)
         batch = {k: v.to(self.device) for k, v in LAYOUTS["plain"](self.few, pad_token_id=self.pad_token_id).items()}
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -328,7 +329,7 @@ class _Trial:
         if said_BTV.shape != raw_BTV.shape:
             return None
         said_NV, raw_NV = (x.flatten(0, 1)[batch["source"]].float() for x in (said_BTV, raw_BTV))
-        numbers = _numbers_of(causal_lm.config)
+        numbers = _numbers_of(config)
         scales = dict.fromkeys((1.0, *numbers, *(1 / number for number in numbers)))
         maps = [LogitMap(scale, cap) for cap in (None, *numbers) for scale in scales]
         errors = {one: float((one(raw_NV[:4]) - said_NV[:4]).abs().max()) for one in maps}
@@ -362,11 +363,11 @@ class _Trial:
 
     def _disagreement(self, layout: str, more: Sequence[TokenizedPair]) -> str | None:
         found = self.logps(layout, self.few, has_backward=self.has_backward)
-        if reason := self._difference(layout, found, self.plain(self.few), self.few):
+        if reason := self._difference(layout, found, self.plain(), self.few):
             return reason
         for pair in more:
             # Not the plain layout, which has the logits of all positions: it may not fit where others do.
-            judge = self.plain([pair]) if layout == "plain_rows" else self.logps("plain_rows", [pair])
+            judge = self.logps("plain" if layout == "plain_rows" else "plain_rows", [pair])
             if reason := self._difference(layout, self.logps(layout, [pair]), judge, [pair]):
                 return reason
         return None
