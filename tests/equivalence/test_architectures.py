@@ -33,7 +33,7 @@ FEW = {
     "gemma2": "shared prefix",
     "gpt_oss": "shared prefix",
     "cohere2": "packed",
-    "llama4_text": "packed",
+    "llama4_text": "plain rows",
     "deepseek_v3": "packed",
     "gpt2": "packed",
     "bloom": "plain rows",

@@ -96,12 +96,17 @@ WITH_WINDOWS = {
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**WINDOW, final_logit_softcapping=3.0)),
     "gpt-oss, sinks": lambda: GptOssForCausalLM(GptOssConfig(**WINDOW, num_local_experts=4, num_experts_per_tok=2)),
     "cohere2, scaled logits": lambda: Cohere2ForCausalLM(Cohere2Config(**WINDOW, logit_scale=0.5)),
-    "llama4, chunks": lambda: Llama4ForCausalLM(LLAMA4),
+    "llama4, chunks": lambda: Llama4ForCausalLM(Llama4TextConfig(**LLAMA4, attn_temperature_tuning=False)),
 }
-LLAMA4 = Llama4TextConfig(
-    **LLAMA, head_dim=8, attention_chunk_size=6, intermediate_size_mlp=64, num_local_experts=4,
-    layer_types=["chunked_attention", "full_attention"],
-)  # fmt: skip
+LLAMA4 = {
+    **LLAMA,
+    "head_dim": 8,
+    "attention_chunk_size": 6,
+    "intermediate_size_mlp": 64,
+    "num_local_experts": 4,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 0],
+}
 # As Gemma 3 is published from 4B on: a text model beside one for images.
 NESTED = Gemma3Config(
     text_config=Gemma3TextConfig(**WINDOW),
@@ -526,6 +531,8 @@ def test_left_padding_changes_nothing(tokenizer, pairs):
         (lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **GPT)), "by up to"),
         (lambda: MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **GPT)), "linear"),
         (lambda: GPTNeoForCausalLM(GPT_NEO), "by up to"),
+        # From its 8,192nd place in a row on, scores are scaled; a packed row is longer than its pairs.
+        (lambda: Llama4ForCausalLM(Llama4TextConfig(**LLAMA4)), "by up to"),
     ],
 )
 def test_falls_back(model, reason):

@@ -43,6 +43,7 @@ _MOST = (
         re.compile(r"^(?!use_|max_|.*pattern|.*layers).*(window|attention_chunk|local_att|_topk$|block_size|span)"),
         WINDOW,
     ),
+    (re.compile(r"^(floor_scale|original_max_position_embeddings)$"), WINDOW),  # from where positions scale scores
     (re.compile(r"(chunk_size|state_size|d_state)$"), 16),  # of recurrent layers
 )
 _SIZE = re.compile(
