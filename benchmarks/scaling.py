@@ -36,7 +36,8 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.data.toy import make_pairs, save_toy
 from ropo.forecast import model_size
 from ropo.logps.batch import packed_batch
-from ropo.logps.shared_prefix import choose_layout, packed_logps
+from ropo.logps.choose import choose_layout
+from ropo.logps.shared_prefix import packed_logps
 from ropo.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_run
 from ropo.report import svg
 
@@ -110,7 +111,7 @@ def measure() -> None:
             )
             for _ in range(num_pairs)
         ]
-        choose_layout(model, tokens[:2], pad_token_id=0, max_length=4096)
+        choose_layout(model, tokens[:2], pad_token_id=0)
         measured = min(_milliseconds(model, tokens) for _ in range(4)) / num_pairs
         pairs = PairSize(num_pairs=1, prompt_tokens=prompt, chosen_tokens=response, rejected_tokens=response + 1)
         operations = 3 * forward_operations(size, pairs)

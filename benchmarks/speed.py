@@ -60,8 +60,9 @@ from ropo.bench.rows import read_rows
 from ropo.data import toy
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps.batch import LAYOUTS, batches_by_length
+from ropo.logps.choose import choose_layout
 from ropo.logps.score import score_pairs
-from ropo.logps.shared_prefix import FORWARDS, choose_layout
+from ropo.logps.shared_prefix import FORWARDS
 from ropo.provenance import commit, machine, versions
 
 HERE = Path(__file__).parent
@@ -481,7 +482,7 @@ def profile_steps(layout: str, source: str | None, threads: int) -> str:
     is_gpu = torch.cuda.is_available()
     task = make_task("large" if is_gpu else "hh", source, 112, "by length")
     to_bf16 = torch.autocast(task.model.device.type, dtype=torch.bfloat16, enabled=is_gpu)
-    choose_layout(task.model, task.tokens[:2], pad_token_id=0, max_length=512)
+    choose_layout(task.model, task.tokens[:2], pad_token_id=0)
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-4, fused=True)
 
     def step(number: int) -> None:

@@ -24,13 +24,13 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
@@ -96,12 +96,17 @@ WITH_WINDOWS = {
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**WINDOW, final_logit_softcapping=3.0)),
     "gpt-oss, sinks": lambda: GptOssForCausalLM(GptOssConfig(**WINDOW, num_local_experts=4, num_experts_per_tok=2)),
     "cohere2, scaled logits": lambda: Cohere2ForCausalLM(Cohere2Config(**WINDOW, logit_scale=0.5)),
-    "llama4, chunks": lambda: Llama4ForCausalLM(LLAMA4),
+    "llama4, chunks": lambda: Llama4ForCausalLM(Llama4TextConfig(**LLAMA4, attn_temperature_tuning=False)),
 }
-LLAMA4 = Llama4TextConfig(
-    **LLAMA, head_dim=8, attention_chunk_size=6, intermediate_size_mlp=64, num_local_experts=4,
-    layer_types=["chunked_attention", "full_attention"],
-)  # fmt: skip
+LLAMA4 = {
+    **LLAMA,
+    "head_dim": 8,
+    "attention_chunk_size": 6,
+    "intermediate_size_mlp": 64,
+    "num_local_experts": 4,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 0],
+}
 # As Gemma 3 is published from 4B on: a text model beside one for images.
 NESTED = Gemma3Config(
     text_config=Gemma3TextConfig(**WINDOW),
@@ -232,7 +237,8 @@ def test_last_mlp_runs_where_it_is_read(layout):
     for name, batch in batches.items():
         FORWARDS[name](model, batch)
     num_plain, num_fast = (batch["input_ids"].numel() for batch in batches.values())
-    copies = 2 if layout in ("padding_free", "plain_rows") else 1  # of the prompt's last token, which predicts two first ones
+    # Of the prompt's last token, which predicts two first ones.
+    copies = 2 if layout in ("padding_free", "plain_rows") else 1
     assert seen == [num_plain, num_plain, num_fast, 2 * (copies + 1 + 2)]
 
 
@@ -444,13 +450,23 @@ def test_flex_attention(as_on_a_gpu, shape):
 
 
 @DYNAMO
+@pytest.mark.parametrize("name", ["mistral", "gemma3, nested", "llama4, chunks"])
+def test_flex_attention_within_windows(as_on_a_gpu, name):
+    """Block masks with windows and chunks, several kinds of them in one model."""
+    model, tokens = WITH_WINDOWS[name]().eval(), make_tokens(SHAPES["pairs taken by blocks"])
+    layout, reason = choose_layout(model, tokens, pad_token_id=0)
+    assert layout == "packed", reason
+    assert_equal(model, tokens, layout)
+    assert as_on_a_gpu["stats"]["unique_graphs"] > 0
+
+
+@DYNAMO
 @pytest.mark.parametrize("name", MODELS)
 def test_flex_attention_of_models(as_on_a_gpu, name):
-    """Those whose code looks into the mask itself are found out, and get the shared prefix."""
+    """Whatever their attention, where it takes a block mask at all."""
     model, tokens = MODELS[name]().eval(), make_tokens(SHAPES["uneven"])
     layout, reason = choose_layout(model, tokens, pad_token_id=0)
-    is_fit = model.config._attn_implementation != "eager" and not name.startswith("gpt2")
-    assert layout == ("packed" if is_fit else "shared_prefix"), reason
+    assert layout == ("shared_prefix" if model.config._attn_implementation == "eager" else "packed"), reason
     assert_equal(model, tokens, layout)
 
 
@@ -515,6 +531,8 @@ def test_left_padding_changes_nothing(tokenizer, pairs):
         (lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **GPT)), "by up to"),
         (lambda: MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **GPT)), "linear"),
         (lambda: GPTNeoForCausalLM(GPT_NEO), "by up to"),
+        # From its 8,192nd place in a row on, scores are scaled; a packed row is longer than its pairs.
+        (lambda: Llama4ForCausalLM(Llama4TextConfig(**LLAMA4)), "by up to"),
     ],
 )
 def test_falls_back(model, reason):
@@ -613,7 +631,7 @@ def test_a_wrong_mask_is_noticed_in_half_precision():
     trial = choose._Trial(model.eval(), tokens, 0, use_bf16=True, is_trained=True)
     assert trial.refusal("shared_prefix") is None
     num_tokens = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in tokens]).T
-    trial.plain(trial.few).add_(0.3 * num_tokens)
+    trial.plain().add_(0.3 * num_tokens)
     assert "by up to" in trial.refusal("shared_prefix")
 
 

@@ -21,7 +21,14 @@ from transformers import PreTrainedConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS
 from ropo.logps.response_head import LogitMap
-from ropo.logps.shared_prefix import FORWARDS, causal_lm_of, enable_response_logps, has_exact_products
+from ropo.logps.shared_prefix import (
+    FORWARDS,
+    causal_lm_of,
+    decoder_of,
+    enable_response_logps,
+    has_exact_products,
+    vocabulary_size,
+)
 from ropo.logps.small_copy import small_copies
 from ropo.logps.tree_attention import NAME
 
@@ -33,8 +40,12 @@ _SHORTEST_PART = 8
 # rows one so long that its attention is taken by blocks.
 _SMALL_PAIRS = ((19, 11, 14), (7, 17, 9))
 _LONG_PAIR = (190, 9, 14)
+# By how many nats one token of the prompt must change a response of a small copy, so that mistakes show.
+_LEAST_EFFECT = 0.5
 # Layers whose attention is causal, within a window or a chunk where they say so; others keep a state or look up blocks.
 _TREE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+# Rows that share nothing are compared on the longest pair where the plain layout has at most so many logits, 1 GiB.
+_MOST_LOGITS = 2**28
 _SHARED = ("packed", "shared_prefix")
 _FAILURES = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, AssertionError)
 
@@ -64,7 +75,8 @@ def choose_layout(
         The name of the layout, of `LAYOUTS`, and the reason in one sentence.
     """
     causal_lm = causal_lm_of(model)
-    if getattr(causal_lm, "config", None) is None or getattr(causal_lm, "get_output_embeddings", lambda: None)() is None:
+    head = getattr(causal_lm, "get_output_embeddings", lambda: None)()
+    if getattr(causal_lm, "config", None) is None or head is None:
         return "plain", "the model has no language-model head to read"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "plain", "prompt learning puts virtual tokens before the prompt"
@@ -73,18 +85,19 @@ def choose_layout(
     was_training = model.training
     model.eval()
     try:
-        if not architecture.is_known and not trial.is_exact:
-            return "plain", "no small copy of this architecture can be made to check other layouts in float32"
-        logit_map = architecture.logit_map if architecture.is_known else trial.logit_map()
+        logit_map = architecture.logit_map if architecture.is_known else trial.logit_map(causal_lm.config)
         if logit_map is None:
             return "plain", "its logits are not its head's output times a number of its configuration"
         enable_response_logps(model, logit_map)
-        reasons = []
+        reasons: list[str] = []
         for layout in _candidates(causal_lm):
-            reason = architecture.refusal(layout) or trial.refusal(layout)
+            longest = architecture.untried(layout, trial, tokens)
+            reason = architecture.refusal(layout) or trial.refusal(layout, longest)
             if reason is None:
-                why = "it agrees with the plain forward"
-                return layout, f"{why}; prompts are not shared, since {reasons[-1]}" if reasons and layout == "plain_rows" else why
+                architecture.remember(layout, trial, longest)
+                is_unshared = layout == "plain_rows" and reasons
+                why = f"; prompts are not shared, since {reasons[-1]}" if is_unshared else ""
+                return layout, "it agrees with the plain forward" + why
             reasons.append(reason)
     finally:
         model.train(was_training)
@@ -107,13 +120,13 @@ def _has_flash_attention(causal_lm: Any) -> bool:
     return "flash" in str(causal_lm.config._attn_implementation)
 
 
-def why_not_shared(causal_lm: nn.Module) -> str | None:
+def why_not_shared(causal_lm: Any) -> str | None:
     """Why prompts of an architecture cannot be shared, as far as it says so itself, in one sentence, or None.
 
     Args:
         causal_lm: The model.
     """
-    text = causal_lm.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    text = causal_lm.config.get_text_config(decoder=True)
     kinds = {str(kind) for name in ("layer_types", "layers_block_type") for kind in getattr(text, name, None) or ()}
     if unknown := sorted(kinds - _TREE_LAYERS):
         return f"it has layers of the kind {unknown[0]!r}"
@@ -132,14 +145,16 @@ class _Architecture:
     def __init__(self, causal_lm: Any) -> None:
         self.not_shared = why_not_shared(causal_lm)
         self._refusals: dict[str, str | None] = {}
+        self._tried: dict[tuple[Any, ...], int] = {}  # tokens of the longest pair, by layout and `_Trial.kind`
         self.logit_map: LogitMap | None = None
         self._trial: _Trial | None = None
         config = causal_lm.config
+        copy: Any
         for copy in small_copies(type(causal_lm), config):
             copy.config._attn_implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
             trial = _Trial(copy, _made_up_pairs(copy, _SMALL_PAIRS), 0, use_bf16=False, is_trained=False)
             if trial.shows_mistakes():
-                self._trial, self.logit_map = trial, trial.logit_map()
+                self._trial, self.logit_map = trial, trial.logit_map(config)
                 break
         if self.logit_map is not None:
             enable_response_logps(copy, self.logit_map)
@@ -158,11 +173,37 @@ class _Architecture:
         if layout in _SHARED and self.not_shared is not None:
             return self.not_shared
         if self._trial is None:
-            return None
+            # A model's own weights may be too flat to show a wrong mask, and training makes them less so.
+            return "no small copy of it can be made to compare on" if layout != "plain_rows" else None
         if layout not in self._refusals:
             more = _made_up_pairs(self._trial.model, [_LONG_PAIR]) if layout == "packed" else []
             self._refusals[layout] = self._trial.refusal(layout, more)
         return self._refusals[layout]
+
+    def untried(self, layout: str, trial: "_Trial", tokens: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+        """The longest pair, unless one as long was tried in this process already in the same way; or none.
+
+        Args:
+            layout: Of `LAYOUTS`.
+            trial: Of the model itself.
+            tokens: Pairs that will be seen.
+        """
+        length, longest = max(((_length(pair), pair) for pair in tokens), key=lambda one: one[0])
+        # The judge of rows that share nothing is the plain layout, with the logits of all positions.
+        if layout == "plain_rows" and 2 * length * vocabulary_size(trial.model) > _MOST_LOGITS:
+            return []
+        return [longest] if length > self._tried.get((layout, *trial.kind), 0) else []
+
+    def remember(self, layout: str, trial: "_Trial", agreed: Sequence[TokenizedPair]) -> None:
+        """Note the pairs on which a layout agreed.
+
+        Args:
+            layout: Of `LAYOUTS`.
+            trial: Of the model itself.
+            agreed: What `untried` returned.
+        """
+        for pair in agreed:
+            self._tried[layout, *trial.kind] = _length(pair)
 
 
 _ARCHITECTURES: dict[Any, _Architecture] = {}
@@ -195,8 +236,9 @@ def _two_of(tokens: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     return sorted(tokens, key=order)[:2]
 
 
-def _longest_of(tokens: Sequence[TokenizedPair]) -> TokenizedPair:
-    return max(tokens, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+def _length(pair: TokenizedPair) -> int:
+    """Tokens of the longer of a pair's two sequences."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
 class _Trial:
@@ -215,13 +257,14 @@ class _Trial:
     ) -> None:
         weight = next(model.parameters())
         self.model, self.pad_token_id, self.device = model, pad_token_id, weight.device
-        self.few, self.longest = _two_of(tokens), _longest_of(tokens)
+        self.few = _two_of(tokens)
         is_cpu = self.device.type == "cpu"
         # Flash-attention takes no float32; such a model is run under autocast anyway.
         self.to_bf16 = _has_flash_attention(causal_lm_of(model)) or (use_bf16 and not is_cpu)
         self.is_exact = not self.to_bf16 and has_exact_products(model)
         self.has_backward = is_trained and not is_cpu
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        self.kind = (type(model), self.device.type, weight.dtype, self.to_bf16)
+        self._plain: Tensor | None = None
 
     def logps(self, layout: str, tokens: Sequence[TokenizedPair], *, has_backward: bool = False) -> Tensor:
         """Log-probabilities of both responses in one layout, shape (2, pairs)."""
@@ -235,42 +278,58 @@ class _Trial:
             torch.autograd.grad(logps.sum(), trained[0], allow_unused=True)
         return logps.detach()
 
-    def plain(self, tokens: Sequence[TokenizedPair]) -> Tensor:
-        """The same in the plain layout, computed once."""
-        key = tuple(map(id, tokens))
-        if key not in self._known:
-            self._known[key] = self.logps("plain", tokens)
-        return self._known[key]
+    def plain(self) -> Tensor:
+        """Those of the short pairs in the plain layout, computed once."""
+        if self._plain is None:
+            self._plain = self.logps("plain", self.few)
+        return self._plain
 
     def shows_mistakes(self) -> bool:
-        """Whether the model runs at all, and its responses depend on the last token of their prompt."""
-        try:
-            found = self.plain(self.few)
-            for pair in self.few:
-                prompt = pair.prompt.copy()
-                prompt[-2] = pair.chosen[0]
-                other = TokenizedPair(prompt=prompt, chosen=pair.chosen, rejected=pair.rejected)
-                changed = self.logps("plain", [other])
-        except _FAILURES:
-            return False
-        return bool(found.isfinite().all() and (changed[:, 0] - found[:, -1]).abs().max() > 0.1)
+        """Whether the model, a small copy, runs at all, and its responses depend on their prompt.
 
-    def logit_map(self) -> LogitMap | None:
-        """What the model does to its head's output, with numbers of its configuration, or None if it is not that."""
+        Where they depend too little (Cohere divides its logits by 16), the weights of the head are made larger.
+        """
+        try:
+            for _ in range(4):
+                effect = self._effect_of_a_token()
+                if not np.isfinite(effect) or effect >= _LEAST_EFFECT:
+                    return effect >= _LEAST_EFFECT
+                head = causal_lm_of(self.model).get_output_embeddings()
+                # Not in place: embeddings that are tied to it stay as they are.
+                head.weight = nn.Parameter(head.weight.detach() * (2 * _LEAST_EFFECT / max(effect, 0.01)))
+                self._plain = None
+        except _FAILURES:
+            pass
+        return False
+
+    def _effect_of_a_token(self) -> float:
+        """Change of a response's log-probability by the last token but one of its prompt, in nats."""
+        pair = self.few[0]
+        prompt = pair.prompt.copy()
+        prompt[-2] = pair.chosen[0]
+        other = TokenizedPair(prompt=prompt, chosen=pair.chosen, rejected=pair.rejected)
+        return float((self.logps("plain", [other])[:, 0] - self.plain()[:, 0]).abs().max())
+
+    def logit_map(self, config: PreTrainedConfig) -> LogitMap | None:
+        """What the model does to its head's output, with numbers of a configuration, or None if it is not that.
+
+        Args:
+            config: Of the model that it is for, whose numbers a small copy may not share.
+        """
         causal_lm = causal_lm_of(self.model)
         batch = {k: v.to(self.device) for k, v in LAYOUTS["plain"](self.few, pad_token_id=self.pad_token_id).items()}
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         try:
             with torch.no_grad():
                 said_BTV = self.model(**inputs, use_cache=False).logits
-                hidden_BTH = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
+                hidden_BTH = decoder_of(causal_lm)(**inputs, use_cache=False).last_hidden_state
                 raw_BTV = causal_lm.get_output_embeddings()(hidden_BTH)
         except _FAILURES:
             return None
         if said_BTV.shape != raw_BTV.shape:
             return None
         said_NV, raw_NV = (x.flatten(0, 1)[batch["source"]].float() for x in (said_BTV, raw_BTV))
-        numbers = _numbers_of(causal_lm.config)
+        numbers = _numbers_of(config)
         scales = dict.fromkeys((1.0, *numbers, *(1 / number for number in numbers)))
         maps = [LogitMap(scale, cap) for cap in (None, *numbers) for scale in scales]
         errors = {one: float((one(raw_NV[:4]) - said_NV[:4]).abs().max()) for one in maps}
@@ -282,9 +341,10 @@ class _Trial:
 
         Args:
             layout: Of `LAYOUTS`.
-            more: A pair to try beside those of the trial.
+            more: Pairs to try beside the short ones, each by itself and without a backward pass, for which a long
+                one may leave no memory.
         """
-        config = causal_lm_of(self.model).get_decoder().config
+        config = decoder_of(causal_lm_of(self.model)).config
         before = config._attn_implementation
         if layout == "packed":
             if before not in ("sdpa", NAME):
@@ -303,13 +363,11 @@ class _Trial:
 
     def _disagreement(self, layout: str, more: Sequence[TokenizedPair]) -> str | None:
         found = self.logps(layout, self.few, has_backward=self.has_backward)
-        if reason := self._difference(layout, found, self.plain(self.few), self.few):
+        if reason := self._difference(layout, found, self.plain(), self.few):
             return reason
-        for pair in (self.longest, *more):
-            if any(pair is one for one in self.few):
-                continue
+        for pair in more:
             # Not the plain layout, which has the logits of all positions: it may not fit where others do.
-            judge = self.plain([pair]) if layout == "plain_rows" else self.logps("plain_rows", [pair])
+            judge = self.logps("plain" if layout == "plain_rows" else "plain_rows", [pair])
             if reason := self._difference(layout, self.logps(layout, [pair]), judge, [pair]):
                 return reason
         return None
@@ -318,6 +376,8 @@ class _Trial:
         difference = (found - wanted).abs()
         if bool((difference <= self._tolerance(wanted, tokens)).all()):
             return None
+        if not found.isfinite().all():
+            return "its attention is neither causal nor within a window or a chunk"
         return f"the layout {layout!r} changes this model's log-probabilities by up to {difference.max():.3g} nats"
 
     def _tolerance(self, wanted: Tensor, tokens: Sequence[TokenizedPair]) -> Tensor:

@@ -63,11 +63,11 @@ def reach_of(mask_function: Callable[..., Any], size: int | None, device: torch.
         return None
     step = size or 100
     asked = sorted({max(multiple * step + more, 0) for multiple in range(4) for more in (-1, 0, 1)})
-    position = torch.tensor(asked, device=device)
-    query_Q1, key_1K = position[:, None], position[None, :]
-    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    said_QK = torch.as_tensor(mask_function(zero, zero, query_Q1[None, None], key_1K[None, None]), device=device)
-    said_QK = said_QK.expand(1, 1, len(asked), len(asked))[0, 0]
+    query_Q1, key_1K = torch.tensor(asked)[:, None], torch.tensor(asked)[None, :]
+    try:  # without waiting for the device
+        said_QK = _answers(mask_function, query_Q1, key_1K)
+    except RuntimeError:
+        said_QK = _answers(mask_function, query_Q1.to(device), key_1K.to(device)).cpu()
     for reach in (None, *([Reach(size), Reach(size, is_chunked=True)] if size else [])):
         sees_QK = key_1K <= query_Q1
         if reach is not None:
@@ -75,6 +75,13 @@ def reach_of(mask_function: Callable[..., Any], size: int | None, device: torch.
         if torch.equal(said_QK, sees_QK):
             return reach
     raise ValueError("a layer's attention is neither causal nor a window nor a chunk")
+
+
+def _answers(mask_function: Callable[..., Any], query_Q1: Tensor, key_1K: Tensor) -> Tensor:
+    """What a mask function says of some queries and keys, shape (Q, K)."""
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=key_1K.device)
+    said: Tensor = mask_function(zero, zero, query_Q1[None, None], key_1K[None, None])
+    return said.expand(1, 1, len(query_Q1), key_1K.shape[1])[0, 0]
 
 
 @contextlib.contextmanager
@@ -86,7 +93,9 @@ def answered_masks(attention: str, answer: Callable[[Reach | None], Tensor | Blo
 
     Args:
         attention: Name of the attention, as in `config._attn_implementation`.
-        answer: The mask of one reach, in booleans where it is a tensor; eager attention gets it as numbers.
+        answer: The mask of one reach, in booleans where it is a tensor; eager attention gets it as numbers. A request
+            that is for something else is answered with NaN, since models ask for masks that no layer uses: what uses it
+            puts out NaN.
     """
 
     def interface(
@@ -98,9 +107,13 @@ def answered_masks(attention: str, answer: Callable[[Reach | None], Tensor | Blo
         dtype: torch.dtype = torch.float32,
         **_: Any,
     ) -> Tensor | BlockMask:
-        if use_vmap:
-            raise ValueError("the model adds a mask of its own to the causal one")
-        mask = answer(reach_of(mask_function, local_size, torch.device(device)))
+        try:
+            if use_vmap:
+                raise ValueError("the model adds a mask of its own to the causal one")
+            reach = reach_of(mask_function, local_size, torch.device(device))
+        except ValueError:
+            return torch.full((1, 1, 1, 1), torch.nan, dtype=dtype, device=device)
+        mask = answer(reach)
         # Eager attention adds its mask to the scores instead of selecting by it.
         if attention == "eager" and isinstance(mask, Tensor):
             return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)

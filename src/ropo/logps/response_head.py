@@ -86,7 +86,11 @@ class LogitMap:
 
 
 def response_logps(
-    hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, logit_map: LogitMap = LogitMap()  # noqa: B008 - frozen
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    head: nn.Module,
+    *,
+    logit_map: LogitMap = LogitMap(),
 ) -> Tensor:
     """Log-probability of each target token.
 
@@ -194,7 +198,9 @@ class _LinearLogps(torch.autograd.Function):
             logits_NV = None
             if softmax_NV is None or ctx.logit_map.cap is not None:
                 logits_NV = _logits(hidden_NH[piece], weight_VH, bias_V, ctx.logit_map)
-            d_logits_NV = softmax_NV[piece] if logits_NV is None or softmax_NV is not None else logits_NV.softmax(dim=-1)
+            d_logits_NV = (
+                softmax_NV[piece] if logits_NV is None or softmax_NV is not None else logits_NV.softmax(dim=-1)
+            )
             d_logits_NV = d_logits_NV * -gradient_N[piece, None]
             d_logits_NV.scatter_add_(1, target_N[piece, None], gradient_N[piece, None])
             d_logits_NV = ctx.logit_map.backward(d_logits_NV, logits_NV).to(weight_VH.dtype)

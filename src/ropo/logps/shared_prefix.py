@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from ropo.logps.batch import Batch
 from ropo.logps.forward import plain_logps, sum_by_response
 from ropo.logps.last_layer import last_mlp_at
-from ropo.logps.reach import answered_masks
+from ropo.logps.reach import Reach, answered_masks
 from ropo.logps.response_head import LogitMap, response_logps, round_length
 from ropo.logps.tree_mask import row_mask, tree_mask
 from ropo.pairs import PairLogps
@@ -159,8 +160,9 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs, read_R = _filled_up(kwargs, read_R, self.dtype)
     if sequences_S is not None:
         kwargs |= _starts(sequences_S)
-    decoder = self.get_decoder()
+    decoder = decoder_of(self)
     masks: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    answer: Callable[[Reach | None], Tensor | BlockMask]
     if lengths_P3 is not None:
         answer = partial(row_mask, lengths_P3, kwargs["input_ids"].shape[1])
         masks = answered_masks(decoder.config._attn_implementation, answer)
@@ -219,6 +221,17 @@ def causal_lm_of(model: nn.Module) -> Any:
         model: A causal language model, with or without PEFT.
     """
     return getattr(model, "get_base_model", lambda: model)()
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """The module between the tokens and the last hidden states.
+
+    Args:
+        causal_lm: The module that owns the language-model head.
+    """
+    decoder = causal_lm.get_decoder()
+    # Some classes (Llama 4) name it after a larger model that they may be a part of, and are not found out.
+    return getattr(causal_lm, "model", decoder) if decoder is causal_lm else decoder
 
 
 def vocabulary_size(model: nn.Module) -> int:

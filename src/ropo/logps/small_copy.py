@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 VOCABULARY = 96
 WINDOW = 6  # tokens; every window and chunk of a copy is at most this long
-_SMALLEST_SIZE = 8  # of what is divided, as far as it was larger
+_SMALLEST_HEAD, _SMALLEST_WIDTH = 8, 32  # of what is divided, as far as it was larger
 _STEP = 4  # widths are multiples of it, which products of experts ask for
 _MOST_LAYERS = 12
-_MOST_WEIGHTS = 3 * 10**7
+_MOST_WEIGHTS = 6 * 10**7
 
 _LAYERS = re.compile(r"^(num_hidden_layers|n_layers?|num_layers|num_blocks|(en|de)coder_layers|depth)$")
 # The most that is left of a number by this name; the first that fits.
@@ -39,15 +39,22 @@ _MOST = (
     (re.compile(r"^(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|zero_expert_num)$"), 4),
     (re.compile(r"(experts?_per_tok(en)?|^moe_(topk|top_k|k)|^top_k(_experts)?|experts_top_k)$"), 2),
     (re.compile(r"^(n_group|topk_group|num_expert_group)$"), 1),
-    (re.compile(r"^(?!use_|max_window|vision)(?!.*(pattern|layers)).*(window|chunk|local_att|_topk$|block_size|span)"), WINDOW),
+    (
+        re.compile(r"^(?!use_|max_|.*pattern|.*layers).*(window|attention_chunk|local_att|_topk$|block_size|span)"),
+        WINDOW,
+    ),
+    (re.compile(r"^(floor_scale|original_max_position_embeddings)$"), WINDOW),  # from where positions scale scores
+    (re.compile(r"(chunk_size|state_size|d_state)$"), 16),  # of recurrent layers
 )
 _SIZE = re.compile(
-    r"hidden_size|_dim$|_dims$|^dim$|^d_|_d_(state|head|ssm|inner)$|lora_rank|_rank$|intermediate|^n_(embd|inner|hidden)$"
-    r"|ffn|embed_size|embedding_size|lru_width|state_size|kv_channels|_size_per_head|head_size|hidden_sizes|embed_dim"
+    r"hidden_size|_dim$|_dims$|^dim$|^d_|_d_(head|ssm|inner)$|lora_rank|_rank$|intermediate|^n_(embd|inner|hidden)$"
+    r"|ffn|embed_size|embedding_size|lru_width|kv_channels|_size_per_head|head_size|hidden_sizes|embed_dim"
 )
-_NOT_A_SIZE = re.compile(r"^(use_|num_|n_heads)|d_conv|conv_kernel|_factor|_multiplier|_layers?$|vocab|batch|window|chunk")
+_NOT_A_SIZE = re.compile(
+    r"^(use_|num_|n_heads)|state|d_conv|conv_kernel|_factor|_multiplier|_layers?$|vocab|batch|window|chunk"
+)
 # Sizes within one head; the others of `_SIZE` are as wide as all heads together.
-_OF_ONE_HEAD = re.compile(r"head_dim|head_size|_size_per_head|kv_channels|state_size|d_state|_d_head|rope|rotary")
+_OF_ONE_HEAD = re.compile(r"head_dim|head_size|_size_per_head|kv_channels|_d_head|rope|rotary")
 _HEADS = re.compile(r"(num|n)_.*heads?$|^n_head$|^num_key_value_heads$|_n_heads?$|(en|de)coder_attention_heads$")
 _PERIOD = re.compile(r"(period|interval|pattern|freq|_every|_step|offset|first_k_dense|dense_layers?)")
 
@@ -74,7 +81,7 @@ def small_copies(model_class: type[nn.Module], config: PreTrainedConfig) -> Iter
                 torch.manual_seed(0)
                 model = model_class(small).float().eval()
                 _draw(model)
-        except Exception as error:  # noqa: BLE001 - a class may refuse a size in any way; another size is tried
+        except Exception as error:
             logger.debug("No small copy of %s: %s", model_class.__name__, error)
             continue
         yield model
@@ -89,14 +96,16 @@ def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     text = config.get_text_config(decoder=True)
     numbers = {name: value for name, value in vars(text).items() if type(value) is int and value > 1}
     heads = [value for name, value in numbers.items() if _HEADS.search(name)]
-    sizes = [value for name, value in numbers.items() if _is_size(name)]
+    sizes = [value for name, value in numbers.items() if _is_size(name) and _OF_ONE_HEAD.search(name)]
+    widths = [value for name, value in numbers.items() if _is_size(name) and not _OF_ONE_HEAD.search(name)]
     width, most_heads = numbers.get("hidden_size", 0), max(heads, default=1)
-    has_head_size = any(_OF_ONE_HEAD.search(name) for name in numbers)
-    sizes += [width // most_heads] if not has_head_size and width > most_heads and width % most_heads == 0 else []
-    by_size = _largest_divisor(sizes, _SMALLEST_SIZE)
+    if not sizes and width > most_heads and width % most_heads == 0:
+        sizes = [width // most_heads]
+    by_size = min(_largest_divisor([*sizes, *widths], _SMALLEST_HEAD), _largest_divisor([width], _SMALLEST_WIDTH))
     by_heads = _largest_divisor(heads, 2)
-    wide = [value for name, value in numbers.items() if _is_size(name) and not _OF_ONE_HEAD.search(name)]
-    while by_heads > 1 and any(value % (by_size * by_heads * _STEP) for value in wide):
+    while by_heads > 1 and (
+        any(value % (by_size * by_heads * _STEP) for value in widths) or width < by_size * by_heads * _SMALLEST_WIDTH
+    ):
         by_heads //= 2
     for divisors in dict.fromkeys(((by_size, by_heads), (by_size, 1), (max(by_size // 4, 1), 1), (1, 1))):
         for keeps_layers in (False, True):
@@ -164,8 +173,9 @@ class _Shrinking:
                 return min(value, most)
         if _HEADS.search(name):
             return max(value // self.by_heads, 1)
-        if _is_size(name) and value > _SMALLEST_SIZE:
-            return max(value // (self.by_size if _OF_ONE_HEAD.search(name) else self.by_size * self.by_heads), 1)
+        if _is_size(name) and value > _SMALLEST_HEAD:
+            divisor = self.by_size if _OF_ONE_HEAD.search(name) else self.by_size * self.by_heads
+            return max(value // divisor, _STEP)
         return value
 
 

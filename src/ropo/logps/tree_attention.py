@@ -98,8 +98,11 @@ def _groups(sizes: list[list[int]], reach: Reach | None) -> list["_Together | _A
     for count in group_pairs([sum(size) for size in sizes]):
         group = sizes[start : start + count]
         num_tokens = sum(group[0])
-        is_alone = num_tokens > _LONGEST_TOGETHER
-        groups.append(_Alone(blocks_of(*group[0], reach), num_tokens) if is_alone else _together(group, reach))
+        if num_tokens > _LONGEST_TOGETHER:
+            num_prompt, num_chosen, num_rejected = group[0]
+            groups.append(_Alone(blocks_of(num_prompt, num_chosen, num_rejected, reach), num_tokens))
+        else:
+            groups.append(_together(group, reach))
         start += count
     return groups
 

@@ -57,7 +57,7 @@ def row_mask(lengths_P3: Tensor, num_positions: int, reach: Reach | None = None)
 
 
 def lengths_mask(lengths_P3: Tensor, reach: Reach | None = None) -> Tensor:
-    """The lengths of a packed row's pairs and the reach, in a tensor of four dimensions, which models hand on untouched.
+    """The lengths of a packed row's pairs and the reach, in a tensor of four dimensions, which models hand on.
 
     Args:
         lengths_P3: Tokens of prompt, chosen and rejected of each pair.

@@ -5,7 +5,7 @@ import torch
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import batches_by_length, plain_batch, shared_prefix_batch
-from ropo.logps.tree_attention import tree_mask
+from ropo.logps.tree_mask import tree_mask
 
 
 def pair(prompt, chosen, rejected):
@@ -41,7 +41,7 @@ def test_shared_prefix():
 
 
 def testtree_mask():
-    mask = tree_mask(torch.tensor([[0, 1, 1, 2, -1]]))
+    mask = tree_mask(torch.tensor([[0, 1, 1, 2, -1]]), torch.tensor([[0, 1, 2, 1, 0]]))
     assert mask.shape == (1, 1, 5, 5)
     assert mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
