@@ -97,7 +97,7 @@ def test_killed_inside_a_trial(model_folder, pairs, tmp_path, monkeypatch, dying
     helps = Trial(tried=0.7, as_is=0.6, gain=0.1, low=0.05, num_pairs=20)
     for name, value in {"MIN_PAIRS": 1, "MIN_CONTRADICTED": 0.0, "MAX_CONTRADICTED": 1.0}.items():
         monkeypatch.setattr(f"ropo.audit.{name}", value)
-    monkeypatch.setattr("ropo.audit.compare", lambda *_: helps)
+    monkeypatch.setattr("ropo.audit.compare", lambda *_, **__: helps)
     options, (made, live) = {"rho": "auto", "decision_rule": None}, dying_stages
     expected = ["reference", "fold 0", "fold 1", "judge", "fold 0", "fold 0", "fold 1", "fold 1", "filter", "judge"]
     for _ in expected:
@@ -118,7 +118,7 @@ def test_killed_inside_a_trial_of_the_loss(model_folder, pairs, tmp_path, monkey
     monkeypatch.setattr("ropo.audit.MOST_LOST", 0.2)
     for name, value in {"MIN_PAIRS": 1, "MIN_CONTRADICTED": 0.0, "MAX_CONTRADICTED": 1.0, "MIN_ASKED": 1}.items():
         monkeypatch.setattr(f"ropo.audit.{name}", value)
-    monkeypatch.setattr("ropo.audit.compare", lambda *_: same)
+    monkeypatch.setattr("ropo.audit.compare", lambda *_, **__: same)
     options, (made, live) = (
         {"rho": "auto", "alpha": "auto", "decision_rule": None, "rounds": 1, "num_candidates": 0},
         dying_stages,
