@@ -121,6 +121,14 @@ def test_docs_show_the_measured_noise():
     assert margins.table() in page
 
 
+def test_docs_show_the_kills():
+    """The table is that of benchmarks/kills.json, in which every run ended as if it had not been killed."""
+    module = benchmark("kills")
+    figures = json.loads(module.FIGURES.read_text())
+    assert module.table(figures) in module.PAGE.read_text()
+    assert figures["failures"] == []
+
+
 @pytest.mark.parametrize("name", ["toy", "sentiment"])
 def test_the_benchmark_is_published_as_its_rows_say(name, tmp_path):
     """Tables and pictures in benchmarks/ are those of results.csv."""
