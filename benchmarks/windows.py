@@ -20,7 +20,7 @@ from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS, enable_response_logps
 from ropo.logps.tree_attention import NAME
 
-_VOCABULARY, _NUM_PAIRS, _TURNS = 32_768, 8, 7
+_VOCABULARY, _NUM_PAIRS, _TURNS = 32_768, 8, 5
 _WAYS = ("plain", "plain_rows", "shared_prefix", "packed")
 
 

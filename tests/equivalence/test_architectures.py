@@ -41,8 +41,8 @@ FEW = {
     "mamba": "plain rows",
     "qwen3_next": "plain rows",
 }
-# Not text in, text out, or no language model by themselves.
-LEFT_OUT = {"musicgen", "musicgen_melody", "trocr", "git", "whisper"}
+# Not text in, text out; no language model by themselves; or random (Reformer draws its buckets).
+LEFT_OUT = {"musicgen", "musicgen_melody", "trocr", "git", "whisper", "reformer"}
 
 
 @dataclass(frozen=True)
