@@ -158,13 +158,14 @@ def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None, 
     if peft_config is not None:
         adapted = get_peft_model(model, copy.deepcopy(peft_config))
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    text = config.get_text_config()  # of a model that could take images, too, the numbers stand one level down
     return ModelSize(
         layer_weights=total - outside,
         last_mlp_weights=0 if mlp is None else sum(p.numel() for p in mlp.parameters()),
         head_weights=head.numel(),
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         trained_weights=trained,
         total_weights=total,
     )

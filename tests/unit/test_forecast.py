@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config, LlamaConfig
 
 from ropo import ROPOConfig, forecast
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
@@ -50,6 +50,13 @@ def test_sizes_are_those_of_the_model(config):
     layers = model.transformer.h if config is GPT2 else model.model.layers
     assert size.last_mlp_weights == sum(p.numel() for p in layers[-1].mlp.parameters())
     assert forecast.model_size(config, layout="plain").last_mlp_weights == 0
+
+
+def test_sizes_of_a_model_whose_text_stands_one_level_down():
+    text = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 300}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = forecast.model_size(Gemma3Config(text_config=text, vision_config=vision))
+    assert (size.num_layers, size.hidden_size, size.intermediate_size) == (3, 32, 80)
 
 
 def test_operations_of_a_pass_are_counted_as_they_are_done():
