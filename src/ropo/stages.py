@@ -127,6 +127,10 @@ class Stages:
         if name in self._manifest and (damage := self._damage(self._manifest[name], files)):
             raise DamagedFileError(f"{damage}. Run the command that made {self.folder} again: it is made anew.")
 
+    def holds(self, name: str, files: Sequence[str]) -> bool:
+        """Whether these files of a finished stage are there and hold what it wrote."""
+        return name in self._manifest and self._damage(self._manifest[name], files) is None
+
     def _damage(self, made: _Made, files: Sequence[str]) -> str | None:
         """The first of these files that does not hold what the stage wrote, in words; None where all do."""
         found = _from_main(lambda: _hashes(self.folder, files))
