@@ -100,7 +100,9 @@ class TrainArguments:
         None,
         "File of pairs whose labels are known to be right; 50 to 200 help. Those of the data may be among them.",
     )
-    decisions: str | None = _option(None, "A review.csv with verdicts (right, wrong, drop) of a person: obeyed.")
+    decisions: str | None = _option(
+        None, "A review.csv whose column verdict holds review decisions (right, wrong, drop)."
+    )
     dtype: str = _option(
         "float32",
         "Of the weights: float32 trains best (--bf16 computes fast); auto, bfloat16, float16. With --use_peft and "
@@ -181,7 +183,9 @@ def _run(words: list[str]) -> int:
     _log_to_console()
     try:
         check_words(words[1:])
-        return commands[words[0]](words[1:])
+        code = commands[words[0]](words[1:])
+        sys.stdout.flush()
+        return code
     except (DataError, EndpointError) as error:
         print(f"ropo {words[0]}: {error}", file=sys.stderr)
         return NOT_ACCEPTABLE
@@ -422,8 +426,8 @@ def _train(words: list[str]) -> int:
     if found := summary["evaluation"]:
         last = found["rounds"][-1]
         print(
-            f"Of {found['num_pairs']} pairs that nothing was trained on {last['accuracy']:.1%} are told right "
-            f"({last['low']:.1%} to {last['high']:.1%})."
+            f"Evaluation accuracy: {last['accuracy']:.1%}, 90 % interval {last['low']:.1%} to {last['high']:.1%}, on "
+            f"{found['num_pairs']} pairs that nothing was trained on."
         )
     print(
         f"Model:  {folder}\nLedger: {folder / 'ledger.parquet'}\nReport: {folder / 'report.html'}   <- look here next"

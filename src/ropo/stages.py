@@ -87,10 +87,10 @@ class Stages:
             logger.warning("%s. %s/%s is made again.", damage, self.folder.name, name)
         elif before is not None:
             if (self.folder, name, digest) not in self._made_here:
-                logger.info("%s/%s: done before, read from disk.", self.folder.name, name)
+                logger.info("%s/%s: already done, read from disk.", self.folder.name, name)
             self._remove(scratch)
             return before.digest
-        logger.info("%s/%s: begins.", self.folder.name, name)
+        logger.info("%s/%s: started.", self.folder.name, name)
         start = time.monotonic()
         try:
             make()
