@@ -389,7 +389,7 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
             "model": one["model"][0],
             **{name: one["options"][name] for name in _DEALT_BY},
         }
-        for one in (read_json(path), identity)
+        for one in (read_json(path, remedy="Restore it from a copy, or leave out audit_from."), identity)
     )
     if there != here:
         raise ValueError(
@@ -588,7 +588,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         write_json(path, identity)
-        remove_leftovers(folder)
+        remove_leftovers(folder, lock_file=LOCK_FILE)
     PartialState().wait_for_everyone()
 
 

@@ -124,6 +124,9 @@ def test_a_damaged_audit_is_not_taken_from(tiny, pairs, finished, tmp_path):
     flip(source / "audit" / "pass_0" / "fold_0.safetensors")
     with pytest.raises(DamagedFileError, match=r"fold_0\.safetensors is damaged: .* Run the command that made"):
         run_audit(tiny, pairs, config(tmp_path / "run", audit_from=str(source)))
+    cut(source / "ropo_config.json")
+    with pytest.raises(DamagedFileError, match=r"audit/ropo_config\.json is damaged .* or leave out audit_from"):
+        run_audit(tiny, pairs, config(tmp_path / "another", audit_from=str(source)))
 
 
 def test_what_is_made_again_otherwise_is_made_from_again(tmp_path):
