@@ -35,7 +35,6 @@ from ropo.judge.verdicts import Judge
 from ropo.launch import Launch, tell_other_launch
 from ropo.lock import LOCK_FILE, owning
 from ropo.logps.cache import reference_logps
-from ropo.losses import LOSSES
 from ropo.model_files import check_ids, ids_of
 from ropo.outputs import Read, publish, publish_audit
 from ropo.pair_dataset import PairDataset
@@ -332,13 +331,12 @@ def _prepare(
         tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
     reference_of = _reference_of(source, tokenizer, args)
     digest = hash_value(identity)
-    needs_reference = LOSSES[args.loss].needs_reference
     return _Prepared(
         folder=folder,
         loaded=loaded,
         problems=problems,
         data=_with_reference(
-            tokenized, trusted_tokens, folder / "reference", reference_of if needs_reference else None, digest
+            tokenized, trusted_tokens, folder / "reference", reference_of if args.reads_reference else None, digest
         ),
         source=source,
         tokenizer=tokenizer,
@@ -391,7 +389,7 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
             "model": one["model"][0],
             **{name: one["options"][name] for name in _DEALT_BY},
         }
-        for one in (read_json(path), identity)
+        for one in (read_json(path, remedy="Restore it from a copy, or leave out audit_from."), identity)
     )
     if there != here:
         raise ValueError(
@@ -549,7 +547,7 @@ def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel) -> None:
     if PartialState().is_main_process:
         name = model if isinstance(model, str | Path) else "the model given"
         cache = args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache"
-        is_read = LOSSES[args.loss].needs_reference
+        is_read = args.reads_reference
         reference = f"Reference: {name}, scored once into {cache}." if is_read else f"{args.loss} reads no reference."
         logger.info("%s. %s", Launch.of(args), reference)
 
@@ -574,7 +572,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Make the output folder this run's, or make sure that it already is.
 
     Raises:
-        ValueError: If another run, or something else, is there.
+        ValueError: If another run is there.
     """
     path = folder / "ropo_config.json"
     if path.exists() and _has_trained(folder):
@@ -587,12 +585,10 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."
             )
-    else:
-        _refuse_what_is_not_ours(folder)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         write_json(path, identity)
-        remove_leftovers(folder)
+        remove_leftovers(folder, lock_file=LOCK_FILE)
     PartialState().wait_for_everyone()
 
 

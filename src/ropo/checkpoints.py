@@ -74,7 +74,7 @@ def _newest_complete(folder: Path) -> Path | None:
     return None
 
 
-def find_checkpoint(asked: str | bool | None, folder: Path) -> Path | None:  # noqa: FBT001 - as `Trainer` takes it
+def find_checkpoint(asked: str | Path | bool | None, folder: Path) -> Path | None:  # noqa: FBT001 - as `Trainer` takes it
     """The checkpoint that a `resume_from_checkpoint` means.
 
     Args:
@@ -86,7 +86,7 @@ def find_checkpoint(asked: str | bool | None, folder: Path) -> Path | None:  # n
     """
     if not asked:
         return None
-    if isinstance(asked, str):
+    if asked is not True:
         if reason := why_incomplete(Path(asked)):
             raise ValueError(f"resume_from_checkpoint needs a complete checkpoint; got {asked}, but {reason}.")
         return Path(asked)

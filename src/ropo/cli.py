@@ -1,7 +1,8 @@
 """`ropo demo | audit | train | bench | export | win_rate | validate | losses`.
 
 In: the command line. Out: an exit code: 0 done, 1 the data, an endpoint or the result is not acceptable, 2 misuse,
-70 a fault of ours, whose traceback is in a file, 130 or 143 interrupted by Ctrl-C or SIGTERM.
+70 a fault of ours, whose traceback is in a file, 130 or 143 interrupted by Ctrl-C or SIGTERM, 141 nobody reads the
+output any more.
 """
 
 import argparse
@@ -63,7 +64,7 @@ from ropo.options import (
 from ropo.policy import PolicySource, check_positions, find_model, load_tokenizer
 
 DONE, NOT_ACCEPTABLE, MISUSE, OUR_FAULT = 0, 1, 2, 70
-INTERRUPTED = 128  # and the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
+INTERRUPTED = 128  # and the number of the signal, as shells have it: 130 for Ctrl-C, 141 for SIGPIPE, 143 for SIGTERM
 Options = TypeVar("Options")
 COLUMNS = ("prompt", "chosen", "rejected", "annotator")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -99,7 +100,9 @@ class TrainArguments:
         None,
         "File of pairs whose labels are known to be right; 50 to 200 help. Those of the data may be among them.",
     )
-    decisions: str | None = _option(None, "A review.csv with verdicts (right, wrong, drop) of a person: obeyed.")
+    decisions: str | None = _option(
+        None, "A review.csv whose column verdict holds review decisions (right, wrong, drop)."
+    )
     dtype: str = _option(
         "float32",
         "Of the weights: float32 trains best (--bf16 computes fast); auto, bfloat16, float16. With --use_peft and "
@@ -180,13 +183,15 @@ def _run(words: list[str]) -> int:
     _log_to_console()
     try:
         check_words(words[1:])
-        return commands[words[0]](words[1:])
+        code = commands[words[0]](words[1:])
+        sys.stdout.flush()
+        return code
     except (DataError, EndpointError) as error:
         print(f"ropo {words[0]}: {error}", file=sys.stderr)
         return NOT_ACCEPTABLE
     except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return INTERRUPTED + signal.SIGPIPE
     except (RuntimeError, FloatingPointError, MemoryError) as error:
         if os.environ.get("ROPO_DEBUG"):
             raise
@@ -285,7 +290,7 @@ def _demo(words: list[str]) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where everything is written.")
     parser.add_argument("--flip_rate", type=float, default=0.3, help="Share of labels to flip, [0, 0.5).")
     parser.add_argument("--num_pairs", type=int, default=4000, help="Training pairs.")
-    parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed.")
     given = parser.parse_args(words)
     if not 0 <= given.flip_rate < 0.5:
         raise ValueError(f"flip_rate needs a number in [0, 0.5); got {given.flip_rate}.")
@@ -421,8 +426,8 @@ def _train(words: list[str]) -> int:
     if found := summary["evaluation"]:
         last = found["rounds"][-1]
         print(
-            f"Of {found['num_pairs']} pairs that nothing was trained on {last['accuracy']:.1%} are told right "
-            f"({last['low']:.1%} to {last['high']:.1%})."
+            f"Evaluation accuracy: {last['accuracy']:.1%}, 90 % interval {last['low']:.1%} to {last['high']:.1%}, on "
+            f"{found['num_pairs']} pairs that nothing was trained on."
         )
     print(
         f"Model:  {folder}\nLedger: {folder / 'ledger.parquet'}\nReport: {folder / 'report.html'}   <- look here next"

@@ -230,7 +230,7 @@ class ROPOConfig(TrainingArguments):
     )
 
     # Resampling.
-    num_candidates: int = _option(0, "Responses sampled for each prompt to win back, for example 4; 0: no resampling.")
+    num_candidates: int = _option(0, "Responses sampled for each dropped prompt, for example 4; 0: no resampling.")
     max_new_tokens: int = _option(256, "Longest sampled response.")
     temperature: float = _option(1.0, "Sampling temperature.")
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this much probability.")
@@ -249,7 +249,7 @@ class ROPOConfig(TrainingArguments):
         "server: environment variable that holds the key; default OPENAI_API_KEY. No key is sent if it is not set.",
     )
     sample_from: str = _option(
-        "reference", "Who is sampled: the reference, whose samples the policy judges best, or the policy itself."
+        "reference", "Model to sample from: the reference, whose samples the policy judges best, or the policy itself."
     )
     selection_rule: str = _option("min_loss", "How new pairs are chosen: " + ", ".join(SELECTION_RULES) + ".")
     max_abs_margin: float | None = _option(
@@ -420,9 +420,7 @@ class ROPOConfig(TrainingArguments):
                 f"{self.loss} needs the whole batch at once; got max_tokens_per_batch={self.max_tokens_per_batch}. "
                 "Leave it out and lower per_device_train_batch_size."
             )
-        names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what `accelerate launch` sets
-        is_launched = any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
-        if self.fsdp or self.deepspeed or is_launched:
+        if self.sharding != "none":
             raise ValueError(
                 "max_tokens_per_batch needs processes that hold the whole model; got fsdp or deepspeed, where all must "
                 "make the same number of forward passes. Lower per_device_train_batch_size and raise "
@@ -528,6 +526,14 @@ class ROPOConfig(TrainingArguments):
     def reads_reference(self) -> bool:
         """Whether the loss compares with the reference."""
         return LOSSES[self.loss].needs_reference
+
+    @property
+    def sharding(self) -> str:
+        """Who shards the weights, by these options or by `accelerate launch`: none, fsdp or deepspeed."""
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true"):
+                return name
+        return "none"
 
     @property
     def fixed_rho(self) -> float | None:

@@ -11,15 +11,7 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that asks the process to end.
-
-    Args:
-        number: Of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    """A signal that asks the process to end."""
 
 
 @contextmanager
@@ -45,7 +37,7 @@ def raising_interrupted() -> Iterator[list[int]]:
         received.append(number)
         for known in before:
             signal.signal(known, signal.SIG_IGN if known == signal.SIGTERM else signal.SIG_DFL)
-        raise Interrupted(number)
+        raise Interrupted(signal.Signals(number).name)
 
     for number in before:
         signal.signal(number, stop)

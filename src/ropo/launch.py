@@ -15,8 +15,6 @@ from ropo.provenance import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-_SHARDED_BY = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}  # set by `accelerate launch`
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
@@ -45,7 +43,7 @@ class Launch:
             num_processes=args.world_size,
             device=args.device.type,
             mixed_precision=_mixed_precision(args),
-            sharding=next((name for name in _SHARDED_BY if getattr(args, name) or _is_set(_SHARDED_BY[name])), "none"),
+            sharding=args.sharding,
             batch_size=args.per_device_train_batch_size,
             num_accumulated=args.gradient_accumulation_steps,
         )
@@ -116,7 +114,3 @@ def tell_other_launch(folder: Path, launch: Launch) -> None:
 
 def _mixed_precision(args: ROPOConfig) -> str:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true")

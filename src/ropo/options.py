@@ -151,10 +151,10 @@ def check_types(options: Any, *, either: Collection[str] = ()) -> None:
     given = {field.name: getattr(options, field.name) for field in fields(kind)}
     check_values(given, kind, either=either)
     kinds = _kinds(kind)
-    for field in fields(kind):
-        is_float = kinds[field.name] - {NoneType} == {float} and field.name not in either
-        if is_float and given[field.name] not in (None, field.default):
-            setattr(options, field.name, float(given[field.name]))  # 1 and 1.0 are one value, of one digest
+    for name, value in given.items():
+        is_float = kinds[name] - {NoneType} == {float} and name not in either
+        if is_float and value is not None:
+            setattr(options, name, float(value))  # 1 and 1.0 are one value, of one digest
 
 
 def check_values(given: Mapping[str, Any], kind: type, *, either: Collection[str] = ()) -> None:

@@ -201,11 +201,12 @@ def is_leftover(path: Path) -> bool:
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, *, lock_file: str) -> None:
     """Remove what killed runs have left under a folder, which must be ours alone.
 
     Args:
-        folder: Searched in all its depth, but for the reference cache; it need not exist.
+        folder: Searched in all its depth, but for the reference cache and folders of other runs; it need not exist.
+        lock_file: Name of the file by which another run holds a folder in it.
     """
     for here, folders, files in os.walk(folder):
         for name in [*folders, *files]:
@@ -214,7 +215,8 @@ def remove_leftovers(folder: Path) -> None:
                 logger.info("%s is left of a run that was killed; it is removed.", path)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         # What a shared cache holds may be another run's, which is writing it.
-        folders[:] = [name for name in folders if name != "reference_cache" and (Path(here) / name).exists()]
+        inside = {name: Path(here) / name for name in folders if name != "reference_cache"}
+        folders[:] = [name for name, path in inside.items() if path.exists() and not (path / lock_file).exists()]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -233,7 +233,7 @@ class Round:
 
     @property
     def _train_files(self) -> list[str]:
-        is_read = self._needs_halfway and "resample" not in self.stages.seconds
+        is_read = self._needs_halfway and not self.stages.holds("resample", _RESAMPLE_FILES)
         return [*_TRAIN_FILES, *([_HALFWAY] if is_read else [])]
 
     @property

@@ -87,10 +87,10 @@ class Stages:
             logger.warning("%s. %s/%s is made again.", damage, self.folder.name, name)
         elif before is not None:
             if (self.folder, name, digest) not in self._made_here:
-                logger.info("%s/%s: done before, read from disk.", self.folder.name, name)
+                logger.info("%s/%s: already done, read from disk.", self.folder.name, name)
             self._remove(scratch)
             return before.digest
-        logger.info("%s/%s: begins.", self.folder.name, name)
+        logger.info("%s/%s: started.", self.folder.name, name)
         start = time.monotonic()
         try:
             make()
@@ -126,6 +126,10 @@ class Stages:
         """
         if name in self._manifest and (damage := self._damage(self._manifest[name], files)):
             raise DamagedFileError(f"{damage}. Run the command that made {self.folder} again: it is made anew.")
+
+    def holds(self, name: str, files: Sequence[str]) -> bool:
+        """Whether these files of a finished stage are there and hold what it wrote."""
+        return name in self._manifest and self._damage(self._manifest[name], files) is None
 
     def _damage(self, made: _Made, files: Sequence[str]) -> str | None:
         """The first of these files that does not hold what the stage wrote, in words; None where all do."""

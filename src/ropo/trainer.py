@@ -223,17 +223,10 @@ class ROPOTrainer(Trainer):
         reference = None
         if LOSSES[args.loss].needs_reference:
             cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
-            reference = reference_logps(
-                model,
-                tokenized.tokens,
-                cache_dir=cache_dir,
-                pad_token_id=self.pad_token_id,
-                max_length=args.max_length,
-                use_bf16=args.bf16,
-            )
+            reference = reference_logps(model, tokenized.tokens, cache_dir=cache_dir, **batching(args, self.tokenizer))
         return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]  # noqa: FBT001
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:  # type: ignore[override]  # noqa: FBT001
         """As in `Trainer`; a checkpoint also brings back reliability, moments, margins and the epoch's order.
 
         Raises:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import datasets
 import pyarrow.parquet as pq
@@ -121,7 +123,7 @@ def test_an_evaluation_set(model_folder, dataset, recipe, tmp_path, capsys):
     made = (output / "rounds" / "01" / "model" / "model.safetensors").stat().st_mtime_ns
     words = ("--eval_dataset_name", tmp_path / "E", "--eval_dataset_split", "test")
     assert train(model_folder, dataset, recipe, output, *PLAIN, *words) == 0
-    assert "Of 4 pairs that nothing was trained on " in capsys.readouterr().out
+    assert "on 4 pairs that nothing was trained on." in capsys.readouterr().out
     assert (output / "rounds" / "01" / "model" / "model.safetensors").stat().st_mtime_ns == made
     summary = json.loads((output / "summary.json").read_text())
     assert [entry["round"] for entry in summary["evaluation"]["rounds"]] == [0, 1]
@@ -583,6 +585,13 @@ def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"ropo {__version__}\n"
+
+
+def test_a_reader_that_goes_away_is_no_success():
+    """As for other commands, so that `set -o pipefail` notices what was not said to the end."""
+    command = f"set -o pipefail; {sys.executable} -m ropo.cli losses | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def test_losses(capsys):

@@ -165,6 +165,8 @@ def test_resuming_by_name_needs_a_complete_checkpoint(made, tmp_path):
         ValueError, match=r"needs a complete checkpoint; got .*checkpoint-10, but it has no complete.js"
     ):
         made("run").train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match=r"got .*checkpoint-10, but"):  # a path is a name
+        made("run").train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match=r"needs a complete checkpoint; .*run has none. Leave it out to start anew"):
         made("run").train(resume_from_checkpoint=True)
 

@@ -88,6 +88,21 @@ def test_a_damaged_file_is_made_again(name, tiny, pairs, finished, caplog):
     assert f"{finished / name} is damaged" in caplog.text
 
 
+def test_a_damaged_sample_is_made_again_with_the_model_half_way(tiny, pairs, tmp_path, caplog):
+    """That model was removed when the samples were finished, so its training is repeated."""
+    folder = tmp_path / "run"
+
+    def run():
+        run_rounds(tiny, pairs[:16], config(folder, selection_rule="uncertainty_aware"))
+
+    run()
+    before = contents(folder)
+    flip(folder / "rounds" / "00" / "resampling.json")
+    run()
+    assert contents(folder) == before
+    assert "is missing. 00/train is made again" in caplog.text
+
+
 def test_every_file_of_a_run_is_watched(finished):
     """What stands beside these is shards under names that are digests, and what is written anew at every start."""
     sums = [set(made["files"]) for made in read_json(finished / "rounds" / "00" / "manifest.json").values()]
@@ -109,6 +124,9 @@ def test_a_damaged_audit_is_not_taken_from(tiny, pairs, finished, tmp_path):
     flip(source / "audit" / "pass_0" / "fold_0.safetensors")
     with pytest.raises(DamagedFileError, match=r"fold_0\.safetensors is damaged: .* Run the command that made"):
         run_audit(tiny, pairs, config(tmp_path / "run", audit_from=str(source)))
+    cut(source / "ropo_config.json")
+    with pytest.raises(DamagedFileError, match=r"audit/ropo_config\.json is damaged .* or leave out audit_from"):
+        run_audit(tiny, pairs, config(tmp_path / "another", audit_from=str(source)))
 
 
 def test_what_is_made_again_otherwise_is_made_from_again(tmp_path):

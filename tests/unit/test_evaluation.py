@@ -86,8 +86,8 @@ def test_a_finished_run_takes_it_and_nothing_else_changes(model_folder, pairs, u
     assert again == first
     assert "begins" not in caplog.text
     fewer = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen[2:])["evaluation"]
-    assert "evaluation/round 1: begins" in caplog.text
-    assert "00/train: begins" not in caplog.text
+    assert "evaluation/round 1: started" in caplog.text
+    assert "00/train: started" not in caplog.text
     assert fewer["num_pairs"] == 4
     margins = load_file(folder / "evaluation" / "round_01.safetensors")["margins"]
     assert fewer["rounds"][1]["margin"] == pytest.approx(margins.mean().item())

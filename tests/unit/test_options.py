@@ -112,6 +112,14 @@ def test_values_that_are_meant(tmp_path):
     assert config(tmp_path, accelerator_config=str(tmp_path / "a.json")).accelerator_config.split_batches
 
 
+@pytest.mark.parametrize("option", ["num_train_epochs", "temperature", "top_p", "eval_delay"])
+def test_a_default_that_is_written_out_is_the_same_value(option, tmp_path):
+    """Its digest, too: or a finished run would be made again."""
+    default = getattr(config(tmp_path), option)
+    for written in (int(default), float(default)):
+        assert repr(getattr(config(tmp_path, **{option: written}), option)) == repr(default)
+
+
 def test_a_file_of_named_values_holds_them(tmp_path):
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"holds named values; got a list in .*a\.json"):

@@ -479,6 +479,15 @@ def test_an_epoch_goes_on_in_its_order(order, step, model_folder, tokenizer, pai
     torch.testing.assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
 
 
+def test_the_reference_is_scored_in_batches_of_the_given_size(model, tokenizer, pairs, tmp_path, monkeypatch):
+    sizes, score = [], ours.reference_logps
+    monkeypatch.setattr(
+        ours, "reference_logps", lambda *some, **how: sizes.append(how["max_tokens"]) or score(*some, **how)
+    )
+    ROPOTrainer(model, config(tmp_path, max_tokens_per_batch=100), train_dataset=pairs, processing_class=tokenizer)
+    assert sizes == [100]
+
+
 def test_evaluation_logs_the_same_metrics(model, tokenizer, pairs, tmp_path):
     trainer = ROPOTrainer(
         model, config(tmp_path), train_dataset=pairs[:8], eval_dataset=pairs[8:], processing_class=tokenizer

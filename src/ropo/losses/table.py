@@ -4,7 +4,6 @@ Add a loss: one function in `margin_losses` or `batch_losses`, whose formula blo
 line in `LOSSES`, which everything else reads; in the tests its golden rows and a test of the paper's claim.
 """
 
-import difflib
 import functools
 import inspect
 import re
@@ -35,6 +34,7 @@ from ropo.losses.margin_losses import (
     simpo,
 )
 from ropo.losses.ranges import check_positive
+from ropo.options import did_you_mean
 
 Loss = Callable[..., Tensor]
 
@@ -156,19 +156,17 @@ _IN_TRL = {"sigmoid": "dpo", "robust": "rdpo"}  # what users of TRL type, and ou
 
 def _find(name: str) -> LossSpec:
     if name not in LOSSES:
-        close = "".join(f"Did you mean {known}? " for known in difflib.get_close_matches(name, LOSSES, n=1))
-        if name in _IN_TRL:
-            close = f"It is {_IN_TRL[name]} here. "
-        raise ValueError(f"loss needs a known name; got {name!r}. {close}Choose one of: {', '.join(LOSSES)}.")
+        close = f" It is {_IN_TRL[name]} here." if name in _IN_TRL else did_you_mean(name, LOSSES)
+        raise ValueError(f"loss needs a known name; got {name!r}.{close} Choose one of: {', '.join(LOSSES)}.")
     return LOSSES[name]
 
 
 def _explain_unknown_option(name: str, option: str) -> str:
     params = LOSSES[name].params
     rule = f"options among {', '.join(params)}" if params else "no options"
-    close = "".join(f"Did you mean {param}? " for param in difflib.get_close_matches(option, params, n=1))
     takers = ", ".join(other for other, spec in LOSSES.items() if option in spec.params) or "none"
-    return f"{name} needs {rule}; got {option}. {close}Leave it out, or choose a loss that takes it: {takers}."
+    close = did_you_mean(option, params)
+    return f"{name} needs {rule}; got {option}.{close} Leave it out, or choose a loss that takes it: {takers}."
 
 
 def gradient_weight(

@@ -11,7 +11,6 @@ Add a rule: one function, one line in `RULES`, one recovery test.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from types import MappingProxyType
 
 import numpy as np
@@ -20,6 +19,7 @@ from scipy.special import entr, expit
 
 from ropo.noise.clusters import PerPair
 from ropo.noise.estimate import check_margins
+from ropo.options import did_you_mean
 
 Rule = Callable[..., "Decisions"]
 Checks = Float[np.ndarray, "checks pairs"]
@@ -121,9 +121,8 @@ def decide(
         (['keep', 'keep', 'keep', 'drop'], [1.0, 1.0, 1.0, 0.0])
     """
     if rule not in RULES:
-        close = get_close_matches(rule, RULES, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"decide needs a rule of RULES; got {rule!r}. {hint}There are: {', '.join(RULES)}.")
+        close = did_you_mean(rule, RULES)
+        raise ValueError(f"decide needs a rule of RULES; got {rule!r}.{close} There are: {', '.join(RULES)}.")
     spec = RULES[rule]
     for name, value in options.items():
         if name not in spec.options:

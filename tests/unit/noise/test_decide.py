@@ -153,7 +153,7 @@ def test_the_table_names_every_option_of_its_rule(rule):
     [
         ({"rho": 0.6}, r"needs rho in \[0, 0\.5\]; got 0\.6\. Above one half"),
         ({"rho": float("nan")}, "needs rho in"),
-        ({"rho": 0.1, "rule": "lowest_los"}, "Did you mean 'lowest_loss'"),
+        ({"rho": 0.1, "rule": "lowest_los"}, "Did you mean lowest_loss"),
         ({"rho": 0.1, "rule": "oracle"}, "There are: lowest_loss, posterior, threshold, relabel"),
         ({"rho": 0.1, "drop_above": 0.5}, "needs no drop_above for rule 'lowest_loss'; got 0.5.*use 'threshold'"),
         ({"rho": 0.1, "rule": "threshold", "flip_above": 0.5}, "Leave it out, or use 'relabel'"),
