@@ -410,6 +410,19 @@ def test_a_reward_model_is_checked_like_a_policy(model_folder, pairs, tmp_path):
         RewardModelJudge(str(model_folder), tmp_path / "kept")
 
 
+def test_nobody_is_asked_whether_to_run_the_code_of_a_model(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a run asks at the terminal"))
+    settings(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(model_folder)
+    (model_folder / "own.py").write_text("raise SystemExit")
+    for read in (
+        PolicySource(str(model_folder)).config,
+        PolicySource(str(model_folder)).load,
+        lambda: RewardModelJudge(str(model_folder), tmp_path / "judge"),
+    ):
+        with pytest.raises(ValueError, match="custom code"):
+            read()
+
+
 def test_what_a_round_left_damaged_is_named_with_what_to_delete(model_folder, tmp_path):
     source, trained = PolicySource(str(model_folder)), tmp_path / "rounds" / "00" / "model"
     LlamaForCausalLM.from_pretrained(model_folder).save_pretrained(trained)

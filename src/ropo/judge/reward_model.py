@@ -31,6 +31,7 @@ from ropo.model_files import (
     check_ids,
     check_json,
     explained,
+    for_config,
     ids_of,
     load_whole,
     make_skeleton,
@@ -166,7 +167,7 @@ def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTok
 def _tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     check_json(name_or_path, files=TOKENIZER_SETTINGS)
     with explained(_PLACE, name_or_path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **for_config(None))
     return tokenizer
 
 
