@@ -260,9 +260,7 @@ def make_skeleton(kind: ModelKind, name_or_path: str, load_options: Mapping[str,
     config = read_config(kind, name_or_path, options)
     config._attn_implementation = options.get("attn_implementation")
     with explained(f"{kind.noun} needs settings that transformers knows", name_or_path), torch.device("meta"):
-        skeleton: PreTrainedModel = kind.auto_class.from_config(
-            config, trust_remote_code=options["trust_remote_code"]
-        )
+        skeleton: PreTrainedModel = kind.auto_class.from_config(config, trust_remote_code=options["trust_remote_code"])
     shapes = None if options.get("quantization_config") else _shapes_in(name_or_path, options, config)
     if shapes is not None:
         with explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice), _quiet():

@@ -116,10 +116,10 @@ class RewardModelJudge:
         missing = {key: tokens for key, tokens in whole.values() if self._answers.get(key) is None}
         self._answers.share(missing, lambda mine: self._score(model, mine))
         found = [self._answers.get(whole[i][0]) if i in whole else None for i in range(len(pairs))]
-        if not_finite := sum(not isinstance(found[i], float) for i in whole):
+        if num_not_finite := sum(not isinstance(found[i], float) for i in whole):
             logger.warning(
                 "The reward model gives no verdict on %d of %d pairs: its rewards are not finite.",
-                not_finite,
+                num_not_finite,
                 len(pairs),
             )
         return [p if isinstance(p, float) else None for p in found]
