@@ -258,19 +258,19 @@ def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = N
     return tokenizer
 
 
-def check_positions(source: PolicySource, tokenized: TokenizedPairs) -> None:
+def check_positions(source: PolicySource, *parts: TokenizedPairs) -> None:
     """A model with a table of positions has none for longer texts; others go on, less well.
 
     Args:
         source: Of the initial model.
-        tokenized: The pairs, cut to `max_length`.
+        parts: The pairs, cut to `max_length`.
 
     Raises:
         ValueError: If a pair is longer than the table of the model's positions.
     """
     config = source.config()
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for ids in tokenized.tokens)
+    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for part in parts for ids in part.tokens)
     if not isinstance(limit, int) or longest <= limit:
         return
     if config.model_type in _HAVE_TABLE:

@@ -283,6 +283,17 @@ def test_tokens_of_pairs_for_evaluation_count_too(model_folder, dataset, tmp_pat
         assert "a token of row 7 has the id 300 ('<tool>')" in capsys.readouterr().err
 
 
+def test_pairs_for_evaluation_need_positions_too(model_folder, dataset, tmp_path, monkeypatch, capsys):
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=128)
+    other(lambda: AutoModelForCausalLM.from_config(config))(model_folder)
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text(json.dumps({"prompt": "p" * 200, "chosen": "yes", "rejected": "no"}) + "\n")
+    monkeypatch.setattr(PolicySource, "load", lambda *_, **__: pytest.fail("weights were read"))
+    for option in ("--eval_dataset_name", "--trusted"):
+        assert main([*words("train", model_folder, dataset, tmp_path), option, str(longer)]) == 2
+        assert "128 positions; got a pair of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_named_and_not_the_data(value, model_folder, dataset, tmp_path, capsys):
     filled(value)(model_folder)
