@@ -294,7 +294,6 @@ def _prepare(
     trusted_tokens = tokenize_pairs(known, tokenizer, max_length=args.max_length)
     if found := [problem for problem in trusted_tokens.problems if problem.row is not None]:
         logger.warning("Trusted pairs:\n%s", render(found))
-    check_positions(source, tokenized)
     check_warmup(args, num_pairs=len(tokenized) + len(trusted_tokens))
     if peft_config is not None:
         check_adapter(skeleton, peft_config)
@@ -309,7 +308,9 @@ def _prepare(
             columns=columns,
             on_bad_rows=args.on_bad_rows,
         )
-    for part in (tokenized, trusted_tokens, *([] if evaluation is None else [evaluation.tokenized])):
+    parts = [tokenized, trusted_tokens, *([] if evaluation is None else [evaluation.tokenized])]
+    check_positions(source, *parts)
+    for part in parts:
         check_ids(skeleton, tokenizer, ids_of(part.pairs, part.tokens), name_or_path=name)
     identity = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},

@@ -40,6 +40,7 @@ TOKENIZER_SETTINGS = (
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IN_OTHER_FILES = ("variant", "subfolder", "gguf_file", "key_mapping")  # options that say which weights are read
 _FOR_CONFIG = ("revision", "trust_remote_code")
+_NO_CODE = {"trust_remote_code": False}  # left out, `transformers` asks at the terminal whether to run it
 _NUM_NAMES = 3  # in a message
 
 
@@ -64,7 +65,7 @@ class ModelKind:
 
 def for_config(load_options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of the options for a model, those that its configuration and its tokenizer take, too."""
-    return {name: value for name, value in (load_options or {}).items() if name in _FOR_CONFIG}
+    return {**_NO_CODE, **{name: value for name, value in (load_options or {}).items() if name in _FOR_CONFIG}}
 
 
 @contextlib.contextmanager
@@ -255,13 +256,11 @@ def make_skeleton(kind: ModelKind, name_or_path: str, load_options: Mapping[str,
         ValueError: If it is no model of this kind, or its files do not hold the whole of it.
         ImportError: If it needs a package that is not installed.
     """
-    options = dict(load_options or {})
+    options = {**_NO_CODE, **(load_options or {})}
     config = read_config(kind, name_or_path, options)
     config._attn_implementation = options.get("attn_implementation")
     with explained(f"{kind.noun} needs settings that transformers knows", name_or_path), torch.device("meta"):
-        skeleton: PreTrainedModel = kind.auto_class.from_config(
-            config, trust_remote_code=options.get("trust_remote_code", False)
-        )
+        skeleton: PreTrainedModel = kind.auto_class.from_config(config, trust_remote_code=options["trust_remote_code"])
     shapes = None if options.get("quantization_config") else _shapes_in(name_or_path, options, config)
     if shapes is not None:
         with explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice), _quiet():
@@ -307,7 +306,7 @@ def load_whole(kind: ModelKind, name_or_path: str, load_options: Mapping[str, An
         ValueError: If it is no model of this kind, a file is missing or damaged, or tensors are missing or of another
             shape.
     """
-    options = {**(load_options or {}), "use_safetensors": True}
+    options = {**_NO_CODE, **(load_options or {}), "use_safetensors": True}
     config = read_config(kind, name_or_path, options)
     try:
         with explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice):

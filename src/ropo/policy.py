@@ -50,7 +50,8 @@ _WEIGHTS = (".safetensors", ".model", ".jinja")
 _NAMED = (*SETTINGS, *TOKENIZER_SETTINGS, "merges.txt")
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in every folder
-_LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")  # model types
+# Model types with a table of positions, learned or computed.
+_HAVE_TABLE = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
 _NEEDS_MODEL = "model_name_or_path needs a folder with a model, or the id of one on the hub"
 _NEEDS_TOKENIZER = "model_name_or_path needs a model with its tokenizer"
 
@@ -257,22 +258,22 @@ def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = N
     return tokenizer
 
 
-def check_positions(source: PolicySource, tokenized: TokenizedPairs) -> None:
-    """A model that has learned its positions one by one has none for longer texts; others go on, less well.
+def check_positions(source: PolicySource, *parts: TokenizedPairs) -> None:
+    """A model with a table of positions has none for longer texts; others go on, less well.
 
     Args:
         source: Of the initial model.
-        tokenized: The pairs, cut to `max_length`.
+        parts: The pairs, cut to `max_length`.
 
     Raises:
-        ValueError: If a pair is longer than the model's learned positions.
+        ValueError: If a pair is longer than the table of the model's positions.
     """
     config = source.config()
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for ids in tokenized.tokens)
+    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for part in parts for ids in part.tokens)
     if not isinstance(limit, int) or longest <= limit:
         return
-    if config.model_type in _LEARNED_POSITIONS:
+    if config.model_type in _HAVE_TABLE:
         raise ValueError(
             f"{source.name_or_path} has {limit} positions; got a pair of {longest} tokens. Set max_length to {limit}."
         )

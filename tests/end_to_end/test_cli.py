@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTJConfig, LlamaConfig
 
 from ropo import __version__
 from ropo.cli import _dataset, _say_rate, _without_secrets, main, parse_train
@@ -427,18 +427,19 @@ def test_a_name_without_a_model(make, name, said, dataset, tmp_path, monkeypatch
 
 
 def test_validate_says_what_training_would_refuse(dataset, tokenizer, tmp_path, capsys):
-    """A model with learned positions has none for longer pairs; one with rotary ones goes on."""
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=24)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    """A model with a table of positions has none for longer pairs, learned or not; others go on."""
+    learned = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    for name, config in (("gpt2", GPT2Config(**learned)), ("gptj", GPTJConfig(**learned, rotary_dim=4))):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     rotary = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=24, **shape)
     AutoModelForCausalLM.from_config(rotary).save_pretrained(tmp_path / "llama")
     words = ["validate", str(dataset), "--max_length", "64", "--model_name_or_path"]
-    for name, code in (("gpt2", 2), ("llama", 0)):
+    for name, code in (("gpt2", 2), ("gptj", 2), ("llama", 0)):
         tokenizer.save_pretrained(tmp_path / name)
         assert main([*words, str(tmp_path / name)]) == code
         out, error = capsys.readouterr()
-        assert ("gpt2 has 24 positions; got a pair of 64 tokens. Set max_length to 24" in error) == (name == "gpt2")
+        assert (f"{name} has 24 positions; got a pair of 64 tokens. Set max_length to 24" in error) == (code == 2)
         assert ("was made for 24 positions (max_position_embeddings)" in " ".join(out.split())) == (name == "llama")
         assert main([*words[:3], "24", *words[4:], str(tmp_path / name)]) == 0
         assert "positions" not in "".join(capsys.readouterr())

@@ -252,5 +252,7 @@ def test_heavy_tails_widen_the_interval_to_the_truth():
     found = estimate_flips(margins)
     assert found.tail == 3.0
     assert found.low == 0.0
-    logistic = _ProfileLikelihood(margins, margins[:0], unit=1.0, tail=np.inf)
+    logistic = _ProfileLikelihood(
+        margins, margins[:0], unit=1.0, tail=np.inf, weights=np.ones(len(margins)), trusted_weights=np.ones(0)
+    )
     assert logistic.profile(0.0)[0] < logistic.maximise()[2] - 1.35  # alone it would leave 0 out

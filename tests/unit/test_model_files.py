@@ -283,6 +283,17 @@ def test_tokens_of_pairs_for_evaluation_count_too(model_folder, dataset, tmp_pat
         assert "a token of row 7 has the id 300 ('<tool>')" in capsys.readouterr().err
 
 
+def test_pairs_for_evaluation_need_positions_too(model_folder, dataset, tmp_path, monkeypatch, capsys):
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=128)
+    other(lambda: AutoModelForCausalLM.from_config(config))(model_folder)
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text(json.dumps({"prompt": "p" * 200, "chosen": "yes", "rejected": "no"}) + "\n")
+    monkeypatch.setattr(PolicySource, "load", lambda *_, **__: pytest.fail("weights were read"))
+    for option in ("--eval_dataset_name", "--trusted"):
+        assert main([*words("train", model_folder, dataset, tmp_path), option, str(longer)]) == 2
+        assert "128 positions; got a pair of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_named_and_not_the_data(value, model_folder, dataset, tmp_path, capsys):
     filled(value)(model_folder)
@@ -408,6 +419,19 @@ def test_a_reward_model_is_checked_like_a_policy(model_folder, pairs, tmp_path):
     file("model.safetensors", half)(model_folder)
     with pytest.raises(ValueError, match="needs whole safetensors files"):
         RewardModelJudge(str(model_folder), tmp_path / "kept")
+
+
+def test_nobody_is_asked_whether_to_run_the_code_of_a_model(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a run asks at the terminal"))
+    settings(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(model_folder)
+    (model_folder / "own.py").write_text("raise SystemExit")
+    for read in (
+        PolicySource(str(model_folder)).config,
+        PolicySource(str(model_folder)).load,
+        lambda: RewardModelJudge(str(model_folder), tmp_path / "judge"),
+    ):
+        with pytest.raises(ValueError, match="custom code"):
+            read()
 
 
 def test_what_a_round_left_damaged_is_named_with_what_to_delete(model_folder, tmp_path):

@@ -143,6 +143,7 @@ def _question(row: Record) -> Layout | None:
 def _paired(row: Record) -> Layout | None:
     """Two outputs, and a column that says which is better."""
     outputs = [match for name in row if isinstance(name, str) and (match := _OUTPUT.fullmatch(name))]
+    outputs.sort(key=lambda match: match[2].lower())  # columns stand in any order
     if len(outputs) < 2 or {"chosen", "rejected"} & set(row):
         return None
     names = " and ".join(printable(match.group()) for match in outputs)

@@ -3,10 +3,11 @@
 In: a path, a folder that `datasets` saved, a hub id, a `datasets.Dataset`, a list of dicts or of `Pair`s.
 Out: `Loaded`: the pairs, a `Problem` for each row that could not be read, and a hash of the content.
 
-The one idea: a layout turns a row into prompt, chosen and rejected. A row that fails is reported with its place and
-does not stop the others; only a source that cannot be opened raises.
+The one idea: a layout (`ropo.data.layouts`) says where prompt, chosen and rejected stand in a row, a format what they
+hold. A row that fails is reported with its place and does not stop the others; only a source that cannot be opened
+raises.
 
-Add a layout: one function, one line in `FORMATS`, a fixture of three rows.
+Add a format: one function, one line in `FORMATS`, a fixture of three rows.
 """
 
 import json
@@ -35,7 +36,7 @@ _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]\s*:")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatSpec:
-    """A layout of columns.
+    """What prompt, chosen and rejected hold.
 
     Attributes:
         fn: From prompt, chosen and rejected as the row has them to the three texts of a pair.
@@ -121,7 +122,7 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
                     layout, place = layout_of(record, names, is_conversation=_is_conversation)
             fields = _fields(record, names, place)
             origin, verdict = getattr(record, "origin", "data"), getattr(record, "verdict", None)
-            pair, found = _pair(fields, row=row, layout=form, origin=origin, verdict=verdict)
+            pair, found = _pair(fields, row=row, form=form, origin=origin, verdict=verdict)
             digest.update(_canonical(pair))
         except BadRow as bad:
             problems.append(Problem(kind=bad.kind, row=row, line=line, message=str(bad)))
@@ -178,15 +179,15 @@ def _fields(record: object, names: Mapping[str, str], layout: Layout | None) -> 
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **others}
 
 
-def _pair(fields: Mapping[str, Any], *, row: int, layout: str, origin: str, verdict: str | None) -> tuple[Pair, str]:
-    """Make the pair and say which layout it had; `layout` is that of the rows before, "" at first."""
+def _pair(fields: Mapping[str, Any], *, row: int, form: str, origin: str, verdict: str | None) -> tuple[Pair, str]:
+    """Make the pair and say which format it had; `form` is that of the rows before, "" at first."""
     values = {name: _checked(fields[name], name) for name in ("prompt", "chosen", "rejected")}
     shape = {name: _shape(value) for name, value in values.items()}
-    if shape["prompt"] == "nothing" and layout and FORMATS[layout].prompt != "nothing":
+    if shape["prompt"] == "nothing" and form and FORMATS[form].prompt != "nothing":
         raise BadRow("missing_field", "a row needs prompt, as the rows before have it; got none.")
     found = _find_format(shape)
-    if layout and found != layout:
-        raise BadRow("mixed_formats", f"a row needs the layout {layout} of the rows before; got {found}.")
+    if form and found != form:
+        raise BadRow("mixed_formats", f"a row needs the layout {form} of the rows before; got {found}.")
     prompt, chosen, rejected = FORMATS[found].fn(values["prompt"], values["chosen"], values["rejected"])
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(response, list) and response and response[0]["role"] != "assistant":

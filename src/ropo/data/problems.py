@@ -262,14 +262,15 @@ def printable(name: object) -> str:
     r"""A name from the data, as any terminal and file can show it: what cannot be printed is written as `\x..`.
 
     Examples:
-        >>> print(printable("prompt"), printable("a\x1bb"))
-        prompt a\x1bb
+        >>> print(printable("prompt"), printable("a\x1bb"), printable(""))
+        prompt a\x1bb ""
     """
-    return str(name).encode("unicode_escape").decode() if not str(name).isprintable() else str(name)
+    text = str(name)
+    return (text if text.isprintable() else text.encode("unicode_escape").decode()) or '""'
 
 
 def visible(text: str) -> str:
-    r"""A text for a reader: what would hide in it or turn the order of its letters round is written as ⟨U+...⟩.
+    r"""A text for a reader: what would hide in it or reverse the order of its letters is written as ⟨U+...⟩.
 
     Joiners stay between letters of scripts that need them, and in emoji.
 

@@ -39,7 +39,7 @@ def write_review(
     """Write the table for a person, in the order given; the column `verdict` is empty where nobody has judged.
 
     A spreadsheet would run a cell that begins like a formula, and write an id of digits as 1.2E+15, so these get an
-    apostrophe in front. Characters that hide or turn the order of letters round are written out.
+    apostrophe in front. Characters that hide or reverse the order of letters are written out.
 
     Args:
         path: Where to write.

@@ -220,15 +220,12 @@ class _Reader:
         rendered = iter(render([one for three in asked for one in three], self.tokenizer))
         found: list[list[str | Rendered] | BadRow] = []
         for pair, three in zip(pairs, asked, strict=True):
+            if not three:
+                found.append([str(pair.prompt), f"{pair.prompt}{pair.chosen}", f"{pair.prompt}{pair.rejected}"])
+                continue
             texts = [next(rendered) for _ in three]
             refused = next((one for one in texts if isinstance(one, BadRow)), None)
-            known: list[str | Rendered] = [one for one in texts if isinstance(one, Rendered)]
-            plain: list[str | Rendered] = [
-                str(pair.prompt),
-                f"{pair.prompt}{pair.chosen}",
-                f"{pair.prompt}{pair.rejected}",
-            ]
-            found.append(refused or known or plain)
+            found.append(refused or [one for one in texts if isinstance(one, Rendered)])
         return found
 
     def _read(self, texts: Sequence[str | Rendered], encoded: Sequence[Encoded], drawn: SampledIds | None) -> _ReadPair:

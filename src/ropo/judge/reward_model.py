@@ -31,6 +31,7 @@ from ropo.model_files import (
     check_ids,
     check_json,
     explained,
+    for_config,
     ids_of,
     load_whole,
     make_skeleton,
@@ -115,10 +116,10 @@ class RewardModelJudge:
         missing = {key: tokens for key, tokens in whole.values() if self._answers.get(key) is None}
         self._answers.share(missing, lambda mine: self._score(model, mine))
         found = [self._answers.get(whole[i][0]) if i in whole else None for i in range(len(pairs))]
-        if not_finite := sum(not isinstance(found[i], float) for i in whole):
+        if num_not_finite := sum(not isinstance(found[i], float) for i in whole):
             logger.warning(
                 "The reward model gives no verdict on %d of %d pairs: its rewards are not finite.",
-                not_finite,
+                num_not_finite,
                 len(pairs),
             )
         return [p if isinstance(p, float) else None for p in found]
@@ -166,7 +167,7 @@ def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTok
 def _tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     check_json(name_or_path, files=TOKENIZER_SETTINGS)
     with explained(_PLACE, name_or_path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **for_config(None))
     return tokenizer
 
 

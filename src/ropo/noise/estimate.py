@@ -370,8 +370,8 @@ class _ProfileLikelihood:
         *,
         unit: float,
         tail: float,
-        weights: PerPair | None = None,
-        trusted_weights: Float[np.ndarray, " trusted"] | None = None,
+        weights: PerPair,
+        trusted_weights: Float[np.ndarray, " trusted"],
     ) -> None:
         self.unit, self.tail = unit, tail
         self.points, self.counts = _counted(margins / unit, weights)
@@ -433,9 +433,8 @@ class _ProfileLikelihood:
         return float(doubtful + self.trusted_counts @ np.log(_p_right(scale * self.trusted_points, self.tail)))
 
 
-def _counted(relative: PerPair, weights: PerPair | None) -> tuple[np.ndarray, np.ndarray]:
+def _counted(relative: PerPair, weights: PerPair) -> tuple[np.ndarray, np.ndarray]:
     """Cells of about equal values with their means and counts, which are sums of weights."""
-    weights = np.ones(len(relative)) if weights is None else weights
     size = np.minimum(np.abs(relative), 1e9)
     # 10,000 keeps the signs apart: the logarithm times 300 is above -6,300. Exact zeros stay alone.
     cell = np.sign(relative) * (10_000 + np.rint(300 * np.log(np.maximum(size, 1e-9))))

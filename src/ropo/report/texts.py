@@ -34,7 +34,7 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 def clean(text: str) -> str:
     r"""Make `text` safe to encode and visible: control characters become pictures, lone surrogates question marks.
 
-    So does what would hide or turn the order of letters round; see `ropo.data.problems.visible`.
+    So does what would hide or reverse the order of letters; see `ropo.data.problems.visible`.
 
     Examples:
         >>> clean("a\x00b\u202e")

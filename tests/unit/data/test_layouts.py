@@ -149,6 +149,12 @@ def test_layout(case):
     assert set(loaded.ignored_columns) <= {"id", "qid"}
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_columns_stand_in_any_order(case):
+    rows = CASES[case][2]
+    assert load_pairs([dict(reversed(row.items())) for row in rows]).pairs == load_pairs(rows).pairs
+
+
 def test_every_layout_has_a_case():
     assert {layout for layout, *_ in CASES.values()} == set(LAYOUTS)
 
