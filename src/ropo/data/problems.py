@@ -17,11 +17,11 @@ from types import MappingProxyType
 from typing import Literal
 
 # Controls, soft hyphens, marks and overrides of direction, fillers and spaces without width, invisible operators, tags;
-# and joiners beside ASCII.
+# and joiners beside ASCII. Each branch begins with a set, which long texts are searched for at once.
 _HIDDEN = re.compile(
     "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
-    "|(?:(?<![^\0-\x7f])[\u034f\u200c\u200d]|[\u034f\u200c\u200d](?![^\0-\x7f]))"
+    "|[\u034f\u200c\u200d](?:(?<![^\0-\x7f][\u034f\u200c\u200d])|(?![^\0-\x7f]))"
 )
 Severity = Literal["fatal", "error", "left_out", "warning"]
 
