@@ -64,13 +64,13 @@ def dying_stages(monkeypatch):
     """Every stage kills its run when it is done; the names of those that were made, and how to end this."""
     made, run = [], stages.Stages.run
 
-    def dying(self, name, inputs, files, make):
+    def dying(self, name, inputs, files, make, **how):
         def make_then_die():
             make()
             made.append(name)
 
         before = len(made)
-        digest = run(self, name, inputs, files, make_then_die)
+        digest = run(self, name, inputs, files, make_then_die, **how)
         if len(made) > before:
             raise KeyboardInterrupt
         return digest
