@@ -79,7 +79,7 @@ _NOT_RESUMED = {
 }
 
 _INITIAL_MODEL = "initial_model"
-# These may stand in a folder of nobody.
+# What a run writes before it claims its folder.
 _MADE_BEFORE = (LOCK_FILE, _INITIAL_MODEL, f"{_INITIAL_MODEL}.json", "reference_cache")
 
 _IDENTITY_REMEDY = "It says which run this folder holds. Restore it from a copy, or use another output_dir."
@@ -376,7 +376,7 @@ def _kept_date(folder: Path) -> str | None:
 
 
 def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
-    """Digest of the held-out margins of another run, after a look whether they are of this run's pairs.
+    """Digest of the held-out margins of another run, which must be of this run's pairs.
 
     Raises:
         ValueError: If there is no finished pass, or it was made of other pairs, by another model, or in other folds.
@@ -445,7 +445,7 @@ def _tell_idle(verdicts: Verdicts, pairs: Sequence[Pair]) -> None:
 
 
 def _verdicts_in(path: Path) -> Verdicts:
-    """What a person said of each row, told so that it is seen to be obeyed.
+    """The review decision on each row, counted in the log.
 
     Raises:
         ValueError: If there is no verdict.
@@ -544,7 +544,7 @@ def _has_trained(folder: Path) -> bool:
 
 
 def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel) -> None:
-    """What this run computes on, and where the reference comes from; the trainer tells the layout when it is chosen."""
+    """Log what this run computes on, and where the reference comes from; the trainer logs the layout."""
     if PartialState().is_main_process:
         name = model if isinstance(model, str | Path) else "the model given"
         cache = args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache"
@@ -579,7 +579,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     if path.exists() and _has_trained(folder):
         old = read_json(path, remedy=_IDENTITY_REMEDY)
         if old != identity:
-            # A person may have filled in what stands there.
+            # The user may have filled in review.csv there.
             has_audit = (folder / "review.csv").exists()
             remedy = f" and --audit_from {folder}" if has_audit else ", or remove this one to start anew"
             raise ValueError(
@@ -594,7 +594,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Whether it may stand in a folder that no run has claimed: one was killed before it could."""
+    """Whether a run writes it before it claims its folder, so one that was killed early may have left it."""
     return entry.name in _MADE_BEFORE or is_leftover(entry)
 
 

@@ -456,7 +456,7 @@ class ROPOConfig(TrainingArguments):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without tokens: `Trainer` pickles its options beside every model and checkpoint."""
+        """Without access tokens: `Trainer` pickles its options beside every model and checkpoint."""
         return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
 
     def __copy__(self) -> "ROPOConfig":

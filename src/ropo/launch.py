@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How the pairs of a training step are shared out. With another one a training takes other steps.
+    """How the pairs of a training step are distributed; another launch makes other steps of the same pairs.
 
     Attributes:
         num_processes: Of the whole launch, over all machines.
@@ -90,9 +90,9 @@ def refuse_other_launch(args: ROPOConfig) -> None:
 
 
 def tell_other_launch(folder: Path, launch: Launch) -> None:
-    """Say so where a folder was last written to with another launch, and note this one.
+    """Warn if a folder was last written to with another launch, and record this one.
 
-    That is no other run, but none of a single launch either: what is finished stays.
+    It is the same run: finished stages are used as they are.
 
     Args:
         folder: The output folder, claimed by this run.

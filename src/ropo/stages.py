@@ -52,7 +52,7 @@ class Stages:
         folder: Where the stages write; made when it is missing.
     """
 
-    _made_here: ClassVar[set[tuple[Path, str, str]]] = set()  # by this process, which need not be told so
+    _made_here: ClassVar[set[tuple[Path, str, str]]] = set()  # by this process, which does not log them again
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,7 +110,7 @@ class Stages:
         return made.digest
 
     def _remove(self, scratch: str | None) -> None:
-        """Not before the manifest says that nobody will ask for it again."""
+        """Remove what `make` resumes from; only when the manifest says that the stage is done."""
         if scratch is not None and PartialState().is_main_process:
             shutil.rmtree(self.folder / scratch, ignore_errors=True)
 
@@ -118,7 +118,7 @@ class Stages:
         """Refuse to read what a finished stage of this folder wrote if it is not there any more.
 
         Args:
-            name: The stage; one that is not done is no one's promise.
+            name: The stage; one that is not finished is not checked.
             files: Names of what is to be read.
 
         Raises:
