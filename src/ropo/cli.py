@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from accelerate import PartialState
 from peft import LoraConfig
 from rich.console import Console
@@ -62,6 +63,7 @@ from ropo.options import (
     short,
 )
 from ropo.policy import PolicySource, check_positions, find_model, load_tokenizer
+from ropo.provenance import RunError
 
 DONE, NOT_ACCEPTABLE, MISUSE, OUR_FAULT = 0, 1, 2, 70
 INTERRUPTED = 128  # and the number of the signal, as shells have it: 130 for Ctrl-C, 141 for SIGPIPE, 143 for SIGTERM
@@ -192,7 +194,7 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED + signal.SIGPIPE
-    except (RuntimeError, FloatingPointError, MemoryError) as error:
+    except (RunError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         if os.environ.get("ROPO_DEBUG"):
             raise
         print(f"ropo {words[0]}: {str(error) or 'the memory of this machine is not enough.'}", file=sys.stderr)

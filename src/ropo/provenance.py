@@ -78,7 +78,11 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class DiskFullError(RuntimeError):
+class RunError(RuntimeError):
+    """A run cannot continue, for a reason outside its own code, which the message tells."""
+
+
+class DiskFullError(RunError):
     """A file could not be written whole, since there is no room for it."""
 
 

@@ -385,7 +385,8 @@ def test_an_unexpected_exception_is_one_sentence(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", [TypeError, AttributeError, IndexError, AssertionError, LookupError, json.JSONDecodeError]
+    "kind",
+    [TypeError, AttributeError, IndexError, AssertionError, LookupError, RuntimeError, json.JSONDecodeError],
 )
 def test_no_exception_is_a_traceback(kind, tmp_path, capsys, monkeypatch):
     error = kind("x", "", 0) if kind is json.JSONDecodeError else kind("x")

@@ -28,7 +28,7 @@ from ropo.bench.grid_config import BenchConfig
 from ropo.bench.methods import METHODS, trials_of
 from ropo.bench.rows import KEY, TRIAL_KEY, append_row, key_of, read_rows
 from ropo.lock import owning
-from ropo.provenance import hash_file, hash_value, read_json, write_json
+from ropo.provenance import RunError, hash_file, hash_value, read_json, write_json
 
 NEARLY_BEST = {"accuracy": 0.01, "gold": 0.1}  # scores that close are a tie when a setting is chosen
 
@@ -53,7 +53,7 @@ def run_bench(
 
     Raises:
         ValueError: If the folder holds a grid that was measured otherwise.
-        RuntimeError: If a worker was killed, for example for want of memory. What was finished is kept.
+        RunError: If a worker was killed, for example for want of memory. What was finished is kept.
     """
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"num_processes needs 1 or more; got {num_processes}.")
@@ -182,7 +182,7 @@ def best_setting(config: BenchConfig, method: str, trials: Path) -> dict[str, An
         Learning rate, beta and own parameters.
 
     Raises:
-        RuntimeError: If every trial diverged.
+        RunError: If every trial diverged.
     """
     method = METHODS[method].like or method
     if method in config.tuned:
@@ -199,7 +199,7 @@ def best_setting(config: BenchConfig, method: str, trials: Path) -> dict[str, An
     )
     rows = [row for row in read_rows(trials) if key_of(row, KEY) == key_of(wanted, KEY) and row["accuracy"]]
     if not rows:
-        raise RuntimeError(f"{method} diverged with every setting that was tried; see {trials}. Leave it out.")
+        raise RunError(f"{method} diverged with every setting that was tried; see {trials}. Leave it out.")
     for key, tie in NEARLY_BEST.items():
         best = max(float(row[key]) for row in rows)
         rows = [row for row in rows if float(row[key]) >= best - tie]
@@ -237,14 +237,14 @@ class _Workers:
         """Measure cells and append a row for each as it is finished.
 
         Raises:
-            RuntimeError: If a worker was killed; or at the end, if some cells failed.
+            RunError: If a worker was killed; or at the end, if some cells failed.
         """
         failed: list[str] = []
         for number, (cell, finished) in enumerate(self._finished(cells), 1):
             try:
                 row = finished()
             except BrokenProcessPool:
-                raise RuntimeError(
+                raise RunError(
                     "A worker was killed, perhaps for want of memory. What was finished is kept; the same command goes "
                     "on from there, with --num_processes 1 in less memory."
                 ) from None
@@ -254,7 +254,7 @@ class _Workers:
             append_row(path, row)
             told(describe(cell, row), number, len(cells))
         if failed:
-            raise RuntimeError(
+            raise RunError(
                 f"{len(failed)} of {len(cells)} cells failed; the others are kept, and the same command tries these "
                 "again:\n" + "\n".join(failed)
             )

@@ -13,7 +13,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ropo.provenance import saying_if_full
+from ropo.provenance import RunError, saying_if_full
 
 Answer = str | float | None
 UNREADABLE = "unreadable"
@@ -77,7 +77,7 @@ class Answers:
             work: Asks a part of it and calls `add`.
 
         Raises:
-            Exception: What `work` raises, in its own process; in the others a RuntimeError with its text.
+            Exception: What `work` raises, in its own process; in the others a RunError with its text.
         """
         state = PartialState()
         mine = dict(list(missing.items())[state.process_index :: state.num_processes])
@@ -91,7 +91,7 @@ class Answers:
             for new, message in gather_object([(self._new, None if error is None else str(error))]):
                 self._known.update(new)
                 if message is not None and error is None:
-                    error = RuntimeError(message)
+                    error = RunError(message)
         self._new = {}
         if error is not None:
             raise error

@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ropo.provenance import RunError
 from ropo.resample.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
 
 _TOKENS_PER_SHARD = 2**21
@@ -82,7 +83,7 @@ class VllmEngine:
             `sampling.num_candidates` responses for each prompt.
 
         Raises:
-            RuntimeError: If vLLM gives another number of responses.
+            RunError: If vLLM gives another number of responses.
         """
         vllm: Any = importlib.import_module("vllm")
         self._start(vllm, max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens)
@@ -115,7 +116,7 @@ class VllmEngine:
         ]
         counts = {len(responses) for responses in found}
         if len(found) != len(prompts) or counts != {sampling.num_candidates}:
-            raise RuntimeError(
+            raise RunError(
                 f"Sampling needs {sampling.num_candidates} responses to each of {len(prompts)} prompts; got "
                 f"{len(found)} answers of {sorted(counts)} from vLLM. Use another version of vLLM, or another engine."
             )
