@@ -84,10 +84,10 @@ def read_evaluation(
     if num_shared:
         logger.warning("Left out of the evaluation set, since they are trained on, too: %d pairs.", num_shared)
     if not tokenized.pairs:
+        why = f"\n{render(tokenized.problems)}" if tokenized.problems else ""
         raise DataError(
             f"An evaluation set needs pairs that nothing is trained on; got {len(pairs)}, of which {num_shared} are "
-            f"trained on. Name another file, or another part of it (eval_dataset_split).\n"
-            f"{render(tokenized.problems)}"
+            f"trained on. Name another file, or another part of it (eval_dataset_split).{why}"
         )
     return EvaluationSet(tokenized=tokenized, num_shared=num_shared)
 

@@ -68,6 +68,9 @@ def for_config(load_options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**_NO_CODE, **{name: value for name, value in (load_options or {}).items() if name in _FOR_CONFIG}}
 
 
+_CHECK = "Check the path or id, and the network; a new architecture needs a newer transformers."
+
+
 @contextlib.contextmanager
 def explained(place: str, name_or_path: str, advice: str = "") -> Iterator[None]:
     """What libraries say of a model that they cannot read names neither the option nor the value.
@@ -87,7 +90,7 @@ def explained(place: str, name_or_path: str, advice: str = "") -> Iterator[None]
     except Exception as error:
         first, *rest = [line.strip() for line in str(error).strip().split("\n")]
         reason = f"{first} {rest[0]}" if first.endswith(":") and rest else first or type(error).__name__
-        raise ValueError(f"{place}; got {name_or_path!r}: {' '.join([reason.rstrip('.:') + '.', advice])}") from error
+        raise ValueError(f"{place}; got {name_or_path!r}: {reason.rstrip('.:,')}. {advice}".rstrip()) from error
 
 
 # Files.
@@ -227,7 +230,7 @@ def read_config(kind: ModelKind, name_or_path: str, load_options: Mapping[str, A
         ValueError: If there is none, it is of another kind of model, or says that the weights are quantized.
     """
     check_json(name_or_path, load_options)
-    with explained(kind.place, name_or_path):
+    with explained(kind.place, name_or_path, _CHECK):
         config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, **for_config(load_options))
     kind.check(config, name_or_path)
     quantized = getattr(config, "quantization_config", None)

@@ -253,7 +253,7 @@ def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = N
             f"AutoTokenizer.from_pretrained(BASE).save_pretrained({name_or_path!r})."
         )
     check_json(name_or_path, load_options, TOKENIZER_SETTINGS)
-    with explained(_NEEDS_TOKENIZER, name_or_path):
+    with explained(_NEEDS_TOKENIZER, name_or_path, "Copy or save the tokenizer there again."):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **for_config(load_options))
     return tokenizer
 

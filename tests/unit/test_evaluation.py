@@ -101,7 +101,7 @@ def test_pairs_that_are_trained_on_do_not_count(model_folder, pairs, unseen, tmp
     assert (found["num_pairs"], found["num_shared"]) == (6, 1)
     assert "since they are trained on, too: 1 pairs" in caplog.text
     assert "1 more left out" in (tmp_path / "O" / "report.html").read_text()
-    with pytest.raises(DataError, match="got 20, of which 20 are trained on"):
+    with pytest.raises(DataError, match=r"got 20, of which 20 are trained on\. .*\(eval_dataset_split\)\.$"):
         run_rounds(model_folder, pairs, config(tmp_path / "P"), eval_dataset=pairs)
     assert not (tmp_path / "P").exists()
 

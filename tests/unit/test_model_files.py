@@ -249,7 +249,16 @@ CASES = {
         "config.json: Expecting value: line 1 column 1 (char 0). Copy",
     ),
     "a list as config": (file("config.json", lambda _: b"[]"), "as a JSON object; got ", "config.json with []."),
-    "another tokenizer file": (file("tokenizer.json", lambda _: b"{}"), "needs a model with its tokenizer; got '"),
+    "another tokenizer file": (
+        file("tokenizer.json", lambda _: b"{}"),
+        "needs a model with its tokenizer; got '",
+        ". Copy or save the tokenizer there again.",
+    ),
+    "no such architecture": (
+        file("config.json", lambda _: b'{"model_type": "fooformer"}'),
+        "needs a folder with a model",
+        "a new architecture needs a newer transformers.",
+    ),
 }
 
 
