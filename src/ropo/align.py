@@ -83,6 +83,10 @@ _INITIAL_MODEL = "initial_model"
 _MADE_BEFORE = (LOCK_FILE, _INITIAL_MODEL, f"{_INITIAL_MODEL}.json", "reference_cache")
 
 _IDENTITY_REMEDY = "It says which run this folder holds. Restore it from a copy, or use another output_dir."
+# What stands in a run's identity by a digest, in words.
+_DIGESTS = {
+    "data": "pairs", "tokenizer": "tokenizer", "trusted": "trusted pairs", "verdicts": "verdicts (decisions, trusted)",
+}  # fmt: skip
 _DEALT_BY = ("num_folds", "seed", "max_length")  # options that say which pairs there are and who judges which
 
 
@@ -609,7 +613,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
                 if before.get(key) != after.get(key)
             ]
         elif before != after:
-            lines.append(f"  {part}: {before!r} there, {after!r} now")
+            is_digest = part in _DIGESTS
+            shown = [f"content {one[:8]}" if is_digest and one else f"{one!r}" for one in (before, after)]
+            lines.append(f"  {_DIGESTS.get(part, part)}: {shown[0]} there, {shown[1]} now")
     return "\n".join(lines)
 
 

@@ -400,8 +400,8 @@ def _audit(words: list[str]) -> int:
         f"Training would keep {summary['num_kept']} pairs, drop {summary['num_dropped']} and flip "
         f"{summary['num_flipped']}.\n"
         f"To train on: {folder / 'cleaned.jsonl'}\n"
-        f"To correct:  {folder / 'review.csv'}   (fill in `verdict`, then ropo train --decisions that file "
-        f"--audit_from {folder} --output_dir another)\n"
+        f"To correct:  {folder / 'review.csv'}   (fill in `verdict`: right, wrong or drop; then ropo train --decisions "
+        f"that file --audit_from {folder} --output_dir another)\n"
         f"Report:      {folder / 'report.html'}   <- look here next"
     )
     return DONE

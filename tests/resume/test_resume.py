@@ -342,7 +342,7 @@ def test_other_settings_are_refused(model_folder, pairs, tmp_path):
     run_rounds(model_folder, pairs, config(folder, num_candidates=0, rounds=1))
     with pytest.raises(ValueError, match=r"learning_rate: 0\.003 there, 0.001 now"):
         run_rounds(model_folder, pairs, config(folder, num_candidates=0, rounds=1, learning_rate=1e-3))
-    with pytest.raises(ValueError, match="data: "):
+    with pytest.raises(ValueError, match=r"pairs: content \w{8} there, content \w{8} now"):
         run_rounds(model_folder, pairs[:-1], config(folder, num_candidates=0, rounds=1))
     run_rounds(
         model_folder, pairs, config(folder, num_candidates=0, rounds=1, logging_steps=5)
