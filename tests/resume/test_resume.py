@@ -280,7 +280,7 @@ def test_the_tokenizer_is_of_the_revision_of_the_model(model_folder, pairs, tmp_
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: seen.append(options) or load(name))
     options = {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
     run_rounds(model_folder, pairs, config(tmp_path / "run", **options), load_options={"revision": "v2"})
-    assert seen[0] == {"revision": "v2"}
+    assert seen[0] == {"revision": "v2", "trust_remote_code": False}
 
 
 def test_half_precision_files_are_trained_in_single_precision(model_folder, tmp_path):
