@@ -107,7 +107,7 @@ class Cell:
 
     def _scored(self, model: PreTrainedModel, pairs: Sequence[Pair]) -> PairLogps:
         tokens = tokenize_pairs(pairs, self.tokenizer, max_length=128).tokens
-        return score_pairs(model, tokens, pad_token_id=self.tokenizer.pad_token_id, max_length=128)
+        return score_pairs(model, tokens, pad_token_id=self.tokenizer.pad_token_id)
 
     def _margins(self, pairs: Sequence[Pair]) -> np.ndarray:
         return margins_of(self._scored(self.first, pairs), self._scored(self.reference, pairs), self.args)
@@ -145,7 +145,7 @@ class Cell:
             samples = self.refined(samples, seed=self.seed + 100 * number + 100)
 
         def scored(model: PreTrainedModel) -> Scored:
-            options = {"pad_token_id": self.tokenizer.pad_token_id, "max_length": 128}
+            options = {"pad_token_id": self.tokenizer.pad_token_id}
             return Scored(
                 parents=self._scored(model, self.dropped), score=lambda tokens: score_pairs(model, tokens, **options)
             )

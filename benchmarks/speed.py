@@ -344,7 +344,6 @@ def score(way: Way, task: Task, tokens: list[Any]) -> Any:
         task.model,
         tokens,
         pad_token_id=task.tokenizer.pad_token_id,
-        max_length=task.max_length,
         use_bf16=way.has_bf16,
     )
 

@@ -627,7 +627,6 @@ def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {
         "pad_token_id": pad,
-        "max_length": args.max_length,
         "use_bf16": args.bf16,
         "max_tokens": args.max_tokens_per_batch,
     }

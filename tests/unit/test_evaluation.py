@@ -49,7 +49,7 @@ def test_what_each_round_makes_of_it(model_folder, tokenizer, pairs, unseen, tmp
     assert [entry["round"] for entry in found["rounds"]] == [0, 1]
     tokens = tokenize_pairs(unseen, tokenizer, max_length=64).tokens
     models = [model_folder, *(tmp_path / "O" / "rounds" / f"{number:02d}" / "model" for number in (0, 1))]
-    how = {"pad_token_id": 0, "max_length": 64}
+    how = {"pad_token_id": 0}
     reference, *trained = [
         reference_logps(_load(path), tokens, cache_dir=tmp_path / "cache" / str(i), **how)
         for i, path in enumerate(models)

@@ -64,7 +64,7 @@ def test_every_loss_trains(loss, model, tokenizer, pairs, tmp_path):
 def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
     """With given weights and a reference that is not the start, the logged loss is the weighted mean of the formula."""
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
-    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "cache", pad_token_id=0, max_length=128)
+    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "cache", pad_token_id=0)
     shifted = type(reference)(chosen=reference.chosen - 3.0, rejected=reference.rejected + 2.0)
     weights = [1.0, 0.5, 0.0, 0.25]
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=shifted, weights=weights)
@@ -286,7 +286,7 @@ def test_an_adapter_begins_where_the_seed_says(model_folder, tokenizer, pairs, t
 
 def test_non_finite_loss_names_the_pairs(model, tokenizer, pairs, tmp_path):
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=128)
-    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
+    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0)
     reference.chosen[3] = float("nan")
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
     trainer = ROPOTrainer(model, config(tmp_path), train_dataset=dataset, processing_class=tokenizer)
@@ -321,7 +321,7 @@ def test_a_gradient_too_small_to_matter_is_none(model, tokenizer, pairs, tmp_pat
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
     gradients = []
     for h in ([1.0, 85.0, 30.0, -85.0], [1.0, 1e9, 30.0, -85.0]):
-        reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
+        reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0)
         reference = PairLogps(chosen=reference.chosen - torch.tensor(h) / 0.2, rejected=reference.rejected)
         dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
         trainer = ROPOTrainer(
@@ -349,7 +349,7 @@ def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
     who = ["good", "bad"] * 10
     labelled = [Pair(**{**pair_fields(pair), "annotator": name}) for pair, name in zip(pairs, who, strict=True)]
     tokenized = tokenize_pairs(labelled, tokenizer, max_length=128)
-    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
+    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0)
     sign = torch.tensor([1.0, -1.0] * 10)
     biased = type(reference)(chosen=reference.chosen - 40.0 * sign, rejected=reference.rejected)
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=biased)
@@ -395,7 +395,7 @@ def test_a_loss_of_the_batch_sees_all_processes(loss, model, tokenizer, pairs, t
 def test_rappo_drops_what_the_reference_contradicts(model, tokenizer, pairs, tmp_path):
     """Of four pairs the two worst are the reference's own choice; the worse of the other two is left out."""
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
-    policy = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0, max_length=128)
+    policy = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0)
     ratio = torch.tensor([600.0, -10.0, -20.0, 400.0])
     trainer = ROPOTrainer(
         model,

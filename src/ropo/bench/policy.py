@@ -76,9 +76,8 @@ def score_policy(
     """
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=max_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batching = {"pad_token_id": pad, "max_length": max_length}
-    own = score_pairs(policy, tokenized.tokens, title="Held-out pairs", **batching)
-    base = score_pairs(reference, tokenized.tokens, title="Held-out pairs", **batching)
+    own = score_pairs(policy, tokenized.tokens, title="Held-out pairs", pad_token_id=pad)
+    base = score_pairs(reference, tokenized.tokens, title="Held-out pairs", pad_token_id=pad)
     h = margin(own, base, beta=1.0).numpy()
     prompts = [pair.prompt for pair in pairs[:num_samples]]
     prompt_ids = encode_prompts(prompts, tokenizer)
@@ -93,7 +92,9 @@ def score_policy(
     )
     rewards = gold_rewards([prompts[sample.prompt] for sample in samples], [sample.text for sample in samples])
     drawn = _as_pairs(prompt_ids, samples, tokenizer)
-    drawn_own, drawn_base = (score_pairs(model, drawn, title="Distance", **batching) for model in (policy, reference))
+    drawn_own, drawn_base = (
+        score_pairs(model, drawn, title="Distance", pad_token_id=pad) for model in (policy, reference)
+    )
     return PolicyScore(
         accuracy=share_of((h > 0) + 0.5 * (h == 0)),
         gold=mean_of([reward for reward in rewards if np.isfinite(reward)]),

@@ -56,7 +56,6 @@ def reference_logps(
     *,
     cache_dir: Path,
     pad_token_id: int,
-    max_length: int,
     use_bf16: bool = False,
     max_tokens: int | None = None,
 ) -> PairLogps:
@@ -67,7 +66,6 @@ def reference_logps(
         tokens: The pairs.
         cache_dir: Folder of the cache; made when it is missing.
         pad_token_id: For the batches.
-        max_length: Longest sequence allowed.
         use_bf16: Compute in bfloat16 by autocast.
         max_tokens: As for `score_pairs`.
 
@@ -87,7 +85,6 @@ def reference_logps(
             model,
             [tokens[i] for i in missing],
             pad_token_id=pad_token_id,
-            max_length=max_length,
             title="Reference log-probs",
             use_bf16=use_bf16,
             max_tokens=max_tokens,

@@ -34,7 +34,6 @@ def score_pairs(
     tokens: Sequence[TokenizedPair],
     *,
     pad_token_id: int,
-    max_length: int,  # noqa: ARG001 - part of what every caller hands on
     title: str = "Scoring pairs",
     use_bf16: bool = False,
     max_tokens: int | None = None,
@@ -49,7 +48,6 @@ def score_pairs(
         model: A causal language model on its device.
         tokens: The pairs.
         pad_token_id: For the batches.
-        max_length: Longest sequence allowed; nothing here depends on it.
         title: What the progress bar says.
         use_bf16: Compute in bfloat16 by autocast, as training with `bf16` does.
         max_tokens: Most unique tokens in a forward pass; default by device. One pair may have more.

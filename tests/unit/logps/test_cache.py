@@ -29,7 +29,7 @@ def computed(monkeypatch):
 
 
 def read(model, tokens, folder, **options):
-    return reference_logps(model, tokens, cache_dir=folder, pad_token_id=0, max_length=128, **options)
+    return reference_logps(model, tokens, cache_dir=folder, pad_token_id=0, **options)
 
 
 def test_second_time_costs_nothing(model, tokens, tmp_path, computed):

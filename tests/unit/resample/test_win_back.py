@@ -14,7 +14,7 @@ from ropo.resample.generate import Sample, sample_responses
 from ropo.resample.select import Guards
 from ropo.resample.win_back import Scored, win_back
 
-BATCHING = {"pad_token_id": 0, "max_length": 128}
+BATCHING = {"pad_token_id": 0}
 
 
 def sample(prompt, text, *, is_finished=True):
