@@ -1,4 +1,4 @@
-"""What is known of labels before anything is trained: verdicts of a person and trusted pairs, and that they agree."""
+"""What is known of labels before anything is trained: review decisions and trusted pairs, and that they agree."""
 
 import json
 

@@ -42,8 +42,8 @@ class Calibration:
     """What became of labels that were turned round on purpose.
 
     Attributes:
-        num_injected: Labels turned round at a time; copies of a pair count once.
-        num_turned: Labels turned round in all rounds: each once, copies likewise.
+        num_injected: Labels flipped on purpose at a time; copies of a pair count once.
+        num_turned: Labels flipped on purpose in all rounds: each once, copies likewise.
         share_found: Of these, called flipped (P > ½); some were wrong before, so 1 is neither possible nor meant.
         share_others: Of the others, called flipped.
         recall: Share of truly wrong labels that is called flipped, from these two shares and the rate; in [0, 1].
