@@ -482,7 +482,7 @@ def test_what_margins_are_not_taken_from(model_folder, pairs, tmp_path):
     for options, rows, said in (
         ({"num_folds": 5}, pairs, "another one:\n  num_folds: 4 there, 5 now"),
         ({"seed": 7}, pairs, "another one:\n  seed: 42 there, 7 now"),
-        ({}, pairs[1:], "another one:\n  data: "),
+        ({}, pairs[1:], "another one:\n  pairs: content "),
         ({"audit_from": str(tmp_path)}, pairs, "needs the output folder of an audit"),
     ):
         with pytest.raises(ValueError, match=said):
