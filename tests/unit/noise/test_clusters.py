@@ -1,4 +1,4 @@
-"""Copies of a pair are one piece of evidence: data given twice gives the estimate and the interval of data given once."""
+"""Copies of a pair are one piece of evidence: data given twice has the estimate and interval of data given once."""
 
 import numpy as np
 import pytest
