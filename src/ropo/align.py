@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
+from ropo.audit.folds import folds_of
+from ropo.audit.run import SCORED_FILES
 from ropo.config import ROPOConfig, check_config
-from ropo.crossfit import folds_of
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import VERDICTS, read_verdicts, verdicts_of, with_verdicts
@@ -61,7 +62,7 @@ logger = logging.getLogger(__name__)
 # Options that do not change what is computed: they may differ when a run is taken up again. `max_tokens_per_batch` may
 # change the last digits: who lowers it for want of memory goes on from the last checkpoint.
 _NOT_IDENTITY = (
-    "output_dir", "reference_cache_dir", "rounds", "num_passes", "resume_from_checkpoint",
+    "output_dir", "reference_cache_dir", "rounds", "resume_from_checkpoint",
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_steps",
     "logging_strategy", "logging_first_step", "save_strategy", "save_steps", "save_total_limit",
     "dataloader_num_workers", "max_tokens_per_batch", "hub_token", "push_to_hub", "local_rank",
@@ -87,7 +88,12 @@ _IDENTITY_REMEDY = "It says which run this folder holds. Restore it from a copy,
 _DIGESTS = {
     "data": "pairs", "tokenizer": "tokenizer", "trusted": "trusted pairs", "verdicts": "verdicts (decisions, trusted)",
 }  # fmt: skip
-_DEALT_BY = ("num_folds", "seed", "max_length")  # options that say which pairs there are and who judges which
+_SCORED_BY = (
+    "scorer",
+    "num_folds",
+    "seed",
+    "max_length",
+)  # options that say which pairs there are and what judges which
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,8 +215,8 @@ def run_audit(
 ) -> dict[str, Any]:
     """Find out how many labels are wrong and which, without aligning a model.
 
-    Trains `args.num_folds` models for each pass and keeps none of them. The same call with the same output folder goes
-    on after the last finished fold; `run_rounds` with the same folder and options goes on from the finished audit.
+    Trains `args.num_folds` models and keeps none of them. The same call with the same output folder goes on after the
+    last finished fold; `run_rounds` with the same folder and options goes on from the finished audit.
 
     Args:
         model: As for `run_rounds`.
@@ -383,16 +389,17 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
     """Digest of the held-out margins of another run, which must be of this run's pairs.
 
     Raises:
-        ValueError: If there is no finished pass, or it was made of other pairs, by another model, or in other folds.
+        ValueError: If there is no finished audit, or it is of other pairs, by another model or scorer, or in other
+            folds.
     """
-    path, passes = folder / "ropo_config.json", folder / "audit"
-    if not path.exists() or not passes.exists():
+    path = folder / "ropo_config.json"
+    if not path.exists() or not (folder / "audit").exists():
         raise ValueError(f"audit_from needs the output folder of an audit; {folder} holds none.")
     there, here = (
         {
             **{name: one[name] for name in ("tokenizer", "data", "trusted")},
             "model": one["model"][0],
-            **{name: one["options"][name] for name in _DEALT_BY},
+            **{name: one["options"].get(name) for name in _SCORED_BY},
         }
         for one in (read_json(path, remedy="Restore it from a copy, or leave out audit_from."), identity)
     )
@@ -401,11 +408,10 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
             f"audit_from needs an audit of the same pairs by the same model; {folder} has another one:\n"
             f"{_differences(there, here)}"
         )
-    first = [passes / "pass_0" / f"fold_{fold}.safetensors" for fold in range(here["num_folds"])]
-    if not all(file.exists() for file in first):
+    files = [folder / "audit" / name for name in SCORED_FILES]
+    if not all(file.exists() for file in files):
         raise ValueError(f"audit_from needs a finished audit; that in {folder} was broken off. Finish it first.")
-    files = sorted([*passes.rglob("fold_*.safetensors"), *passes.rglob("loss.json")])
-    return hash_value([(file.relative_to(passes).as_posix(), hash_file(file)) for file in files])[:16]
+    return hash_value([hash_file(file) for file in files])[:16]
 
 
 Verdicts = dict[int, tuple[str, str]]  # by row: id of the pair, and what was said of its label

@@ -359,9 +359,7 @@ def _say_rate(summary: dict[str, Any]) -> None:
         _say_contradicted(summary)
         return
     print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
-    if rate["is_raised"]:
-        print(f"  {summary['reason']}")
-    elif rate["high"] - rate["low"] > WIDE_RANGE:
+    if rate["high"] - rate["low"] > WIDE_RANGE:
         _say_contradicted(summary)
     for one in summary["annotators"][:5]:
         own = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"

@@ -59,12 +59,14 @@ TEXT_OR_NUMBER = ("alpha", "rho")  # or the text "auto"
 ROUND_STARTS = ("restart", "carry_on")
 SAMPLE_FROM = ("reference", "policy")
 ON_BAD_ROWS = ("refuse", "skip")
+SCORERS: Mapping[str, str] = MappingProxyType({"models": "models trained on the other folds"})
 
 # What `transformers` takes of the options that are its own, or finds wrong only when the training begins.
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "round_start": ROUND_STARTS,
         "on_bad_rows": ON_BAD_ROWS,
+        "scorer": tuple(SCORERS),
         "selection_rule": tuple(SELECTION_RULES),
         "sample_from": SAMPLE_FROM,
         "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
@@ -100,7 +102,6 @@ _BOUNDS: Mapping[str, tuple[float, float | None]] = MappingProxyType(
         "max_length": (2, None),
         "num_candidates": (0, None),
         "num_folds": (0, None),
-        "num_passes": (1, None),
         "max_new_tokens": (1, None),
         "max_copies": (1, None),
         "max_repetition": (0, 1),
@@ -173,7 +174,7 @@ class ROPOConfig(TrainingArguments):
     beta: float = _option(0.1, "Strength of the pull to the reference, per nat. Usual 0.01-0.5.")
     alpha: str | None = _option(
         None,
-        "ropo, ropo_v1: weight of the noise-tolerant part, or auto (ropo's default): by the noise left, or by trial.",
+        "ropo, ropo_v1: weight of the noise-tolerant part, or auto (ropo's default): 0, DPO on what is kept.",
     )
     gamma: float | None = _option(None, "ropo_v1: weight of the DPO part.")
     flip_rate: float | None = _option(None, "cdpo, rdpo, forward_corrected: share of labels assumed wrong, [0, 0.5).")
@@ -216,9 +217,16 @@ class ROPOConfig(TrainingArguments):
     round_start: str = _option("restart", "Each round's model: restart from the given one, or carry_on with the last.")
     rho: str = _option("auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says.")
     num_folds: int = _option(
-        5, "Models that judge pairs they were not trained on; 0: each round filters by the trained model's own margins."
+        5,
+        "Parts of the data, each judged by what was learned from the others; 0: no audit, each round filters by the "
+        "trained model's own margins.",
     )
-    num_passes: int = _option(2, "Passes of judging: the first gives the flip rate, each further one judges better.")
+    scorer: str = _option(
+        "models",
+        "What gives the margins that an audit judges labels by: "
+        + ", ".join(f"{name} ({meaning})" for name, meaning in SCORERS.items())
+        + ".",
+    )
     audit_from: str | None = _option(
         None,
         "Output folder of an audit of the same pairs by the same model: its margins are read instead of training.",

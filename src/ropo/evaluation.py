@@ -26,9 +26,9 @@ from ropo.logps.score import score_pairs
 from ropo.losses import LOSSES
 from ropo.metrics import of_margins
 from ropo.noise.clusters import cluster_weights, mean_of
+from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import hash_value, write_aside
-from ropo.report.statistics import wilson_interval
 from ropo.rounds import Round
 from ropo.stages import Stages
 from ropo.trainer import batching, margins_of

@@ -70,9 +70,7 @@ def tell_forecast(
     except (ValueError, AttributeError, RuntimeError, OSError) as error:
         logger.info("What this run will cost cannot be told: %s", error)
         return
-    has_trials = args.num_folds and args.num_passes > 1 and args.fixed_rho is None
-    more = " A filter or a loss that has to be tried is not counted; the audit then takes up to as long again."
-    logger.info("This run, if nothing of it is done yet: %s%s", plan.sentence(), more if has_trials else "")
+    logger.info("This run, if nothing of it is done yet: %s", plan.sentence())
 
 
 def _dtype(asked: str | torch.dtype | None) -> torch.dtype:
@@ -91,9 +89,7 @@ def forecast(
 ) -> Plan:
     """Count a run, and time a step of it.
 
-    The number of suspects is not known before the audit: without `rho` the plan has none, so it counts two passes of
-    judging, of which the second falls away on clean labels, and no sampling. A filter and a loss that are tried cost
-    up to two passes more, mostly nothing.
+    The number of suspects is not known before the audit: without `rho` the plan has none, so it counts no sampling.
 
     Args:
         config: Of the model.
@@ -113,7 +109,6 @@ def forecast(
         max_steps=args.max_steps,
         pairs_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * num_devices,
         num_folds=args.num_folds if args.needs_audit or is_audit else 0,
-        num_passes=args.num_passes,
         rho=args.fixed_rho or 0.0,
         num_candidates=args.num_candidates,
         new_tokens=args.max_new_tokens / 2,  # responses end before the limit; half of it is a guess

@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 
 from ropo.audit import Audit
+from ropo.audit.weights import Choice
 from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
 from ropo.data.problems import Problem, rows_left_out, summarise
@@ -160,10 +161,7 @@ def _round_summary(this: Round) -> dict[str, Any]:
         "flip_rate": _flip_rate(estimate),
         "is_informative": estimate["is_informative"],
         "reason": estimate["reason"],
-        "rho": found["rho"],
-        "rho_reason": found["reason"],
-        "alpha": found["alpha"],
-        "alpha_reason": found["alpha_reason"],
+        **_chosen({name: Choice(**found[name]) for name in ("rho", "alpha")}),
         "num_pairs": this.num_data,
         "num_kept": counts["keep"],
         "num_dropped": counts["drop"] + counts["resample"],
@@ -174,8 +172,13 @@ def _round_summary(this: Round) -> dict[str, Any]:
     }
 
 
+def _chosen(choices: Mapping[str, Choice]) -> dict[str, Any]:
+    """Each value, and under `..._why` why it is so."""
+    return {key: value for name, one in choices.items() for key, value in ((name, one.value), (f"{name}_why", one.why))}
+
+
 def _flip_rate(estimate: Mapping[str, Any]) -> dict[str, Any]:
-    """The rate with its interval, and whether it is that of two judges.
+    """The rate with its interval.
 
     No rate where it cannot be told, and no interval where the margins are those of a model that has seen the labels:
     nobody should read 0 % there.
@@ -185,7 +188,6 @@ def _flip_rate(estimate: Mapping[str, Any]) -> dict[str, Any]:
         "estimate": estimate["rate"] if estimate["is_informative"] else None,
         "low": estimate["low"] if is_held_out else None,
         "high": estimate["high"] if is_held_out else None,
-        "is_raised": estimate["is_raised"],
     }
 
 
@@ -199,7 +201,7 @@ def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, 
     seconds = _audit_seconds(folder, audit)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}
-    names = ("flip_rate", "is_informative", "reason", "rho", "rho_reason", "alpha", "alpha_reason")
+    names = ("flip_rate", "is_informative", "reason", "rho", "rho_why", "alpha", "alpha_why")
     return {
         "task": "train",
         **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
@@ -258,17 +260,16 @@ def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) 
 def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> dict[str, Any]:
     """What only an audit knows; empty values without one."""
     if audit is None:
-        nothing = dict.fromkeys(("num_contradicted", "calibration", "trial", "loss_trial", "noise_left"))
-        return {"annotators": [], "num_trusted": num_trusted, **nothing}
-    estimate, calibration = audit.estimate(), audit.calibration()
+        nothing = dict.fromkeys(("num_contradicted", "calibration", "noise_left"))
+        return {"annotators": [], "scorers": [], "num_trusted": num_trusted, **nothing}
+    estimate, calibration = audit.judgement.estimate, audit.calibration()
     return {
         "annotators": estimate["annotators"],
+        "scorers": [asdict(row) for row in audit.scores.rows],
         "num_trusted": estimate["num_trusted"],
         "num_contradicted": audit.num_contradicted,
         "calibration": None if calibration is None else calibration.to_dict(),
-        "trial": audit.trial,
-        "loss_trial": audit.loss_trial,
-        "noise_left": audit.judgement()["noise_left"],
+        "noise_left": audit.judgement.noise_left,
     }
 
 
@@ -283,27 +284,26 @@ def publish_audit(audit: Audit, *, folder: Path, read: Read) -> dict[str, Any]:
     Returns:
         The summary.
     """
-    judged, pairs, margins = audit.judgement(), audit.data.pairs, audit.margins()
-    estimate, p_flip = judged["estimate"], audit.p_flip()
+    judged, pairs, margins = audit.judgement, audit.data.pairs, audit.margins()
+    estimate, p_flip = judged.estimate, audit.p_flip()
     ledger = ledger_table(
         pairs,
         round_number=0,
         margins=margins,
         losses=np.logaddexp(0.0, -margins),
-        weights=np.array(judged["weights"], dtype=np.float64),
+        weights=np.array(judged.weights, dtype=np.float64),
         p_flip=p_flip,
-        decisions=judged["decisions"],
+        decisions=judged.decisions,
         held_out_margins=margins,
     )
     is_data = [pair.origin == "data" for pair in pairs]
-    counts = Counter(what for what, own in zip(judged["decisions"], is_data, strict=True) if own)
-    names = ("rho", "rho_reason", "alpha", "alpha_reason")
+    counts = Counter(what for what, own in zip(judged.decisions, is_data, strict=True) if own)
     summary = {
         "task": "audit",
         "flip_rate": _flip_rate(estimate),
         "is_informative": estimate["is_informative"],
         "reason": estimate["reason"],
-        **{name: judged[name] for name in names},
+        **_chosen({"rho": judged.rho, "alpha": judged.alpha}),
         "num_pairs": sum(is_data),
         "num_kept": counts["keep"],
         "num_dropped": counts["drop"],
@@ -317,7 +317,7 @@ def publish_audit(audit: Audit, *, folder: Path, read: Read) -> dict[str, Any]:
         "weight_curve": None,
     }
     if PartialState().is_main_process:
-        _write_tables(folder, audit, judged)
+        _write_tables(folder, audit)
         pairs = read.loaded.pairs
         with _published(folder) as aside:
             write_ledger(aside / "ledger.parquet", ledger)
@@ -328,18 +328,18 @@ def publish_audit(audit: Audit, *, folder: Path, read: Read) -> dict[str, Any]:
 
 
 def _by_row(audit: Audit) -> dict[int, list[float]]:
-    """Held-out margins at the checks, by row of the data."""
-    columns = audit.checks().T.tolist()
+    """Views of the held-out margin, by row of the data."""
+    columns = audit.scores.views.T.tolist()
     return {pair.row: column for pair, column in zip(audit.data.pairs, columns, strict=True) if pair.origin == "data"}
 
 
-def _write_tables(folder: Path, audit: Audit, judged: dict[str, Any]) -> None:
+def _write_tables(folder: Path, audit: Audit) -> None:
     """`cleaned.jsonl` for any trainer, `dropped.jsonl` for the rest, `review.csv` for a person."""
-    p_flip, margins = audit.p_flip(), audit.margins()
-    rows = list(zip(audit.data.pairs, p_flip, judged["decisions"], judged["weights"], strict=True))
+    judged, p_flip, margins = audit.judgement, audit.p_flip(), audit.margins()
+    rows = list(zip(audit.data.pairs, p_flip, judged.decisions, judged.weights, strict=True))
     is_data = np.array([pair.origin == "data" for pair, *_ in rows])
     is_open = is_data & [pair.verdict is None for pair, *_ in rows]
-    is_informative = judged["estimate"]["is_informative"]
+    is_informative = judged.estimate["is_informative"]
     by_margin = not calls_some(p_flip, is_open, is_informative=is_informative)
     order = [int(i) for i in reading_order(p_flip, margins, by_margin=by_margin) if is_data[i]]
     in_order = [(rows[i][0], p_flip[i] if is_informative else None, margins[i], rows[i][2]) for i in order]

@@ -13,7 +13,7 @@ Add a stage: one line in `plan_run`, one row in its test.
 from dataclasses import dataclass
 
 _FORWARD, _TRAINING = 1, 3  # a backward pass costs two forward passes
-_NUM_CHECKS = 3  # how often held-out pairs are scored while a fold trains (`ropo.crossfit`)
+_NUM_CHECKS = 3  # how often held-out pairs are scored while a fold trains (`ropo.audit.models`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,6 @@ class RunSize:
     max_steps: int = -1
     pairs_per_step: int = 8
     num_folds: int = 5
-    num_passes: int = 2
     rho: float = 0.0
     num_candidates: int = 0
     new_tokens: float = 0.0
@@ -158,7 +157,7 @@ def plan_run(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, 
     ::
 
         reference    N forward
-        audit        passes · [(folds − 1) · N · epochs training + 3 · N forward]
+        audit        (folds − 1) · N · epochs training, 3 · N forward
         each round   (1 − ρ) · N · epochs training, from the second round on with ρ·N new pairs; N forward
         sampling     after each round but the last: ρ·N prompts, `num_candidates` responses of `new_tokens` to each
 
@@ -203,8 +202,7 @@ def plan_run(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, 
     stages = [stage("reference", scored=n)] if run.needs_reference else []
     if run.num_folds:
         in_a_fold = read_in_training((run.num_folds - 1) / run.num_folds * n)
-        trained = run.num_passes * run.num_folds * in_a_fold
-        stages.append(stage("audit", trained=trained, scored=run.num_passes * _NUM_CHECKS * n))
+        stages.append(stage("audit", trained=run.num_folds * in_a_fold, scored=_NUM_CHECKS * n))
     if run.rounds:
         stages.append(stage("rounds", trained=run.rounds * read_in_training(n), scored=run.rounds * n))
     if run.num_candidates and run.rho and run.rounds > 1:

@@ -35,6 +35,7 @@ from scipy.special import expit, logit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
+from ropo.audit.weights import Choice, decide_all, known_labels, resolve_alpha, resolve_rho, training_set
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import SampledIds, TokenizedPair, TokenizedPairs, encode_prompts, tokenize_pairs
 from ropo.data.validate import text_id
@@ -52,7 +53,6 @@ from ropo.resample.win_back import NOTHING, Scored, Scorer, WonBack, win_back
 from ropo.stages import Stages
 from ropo.tracking import tracked
 from ropo.trainer import ROPOTrainer, batching, losses_of, margins_of
-from ropo.weighing import decide_all, known_labels, resolve_rho, training_set
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,6 @@ _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
 _HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
-_ALPHA_OF_PAPER = 14.0
 _IN_SAMPLE = (
     "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "
     "With num_folds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
@@ -84,7 +83,7 @@ class Round:
         reference_of: Reference log-probabilities of tokenized pairs; loads the reference only for pairs never seen.
         peft_config: For adapters.
         judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
-        alpha_reason: Why α is what it is, where no audit says so.
+        alpha: Of the loss, and why.
     """
 
     def __init__(
@@ -100,9 +99,9 @@ class Round:
         reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
         peft_config: PeftConfig | None,
         judge: Judge | None = None,
-        alpha_reason: str = "it was given",
+        alpha: Choice,
     ) -> None:
-        self.alpha_reason = alpha_reason
+        self.alpha = alpha
         self.number, self.folder, self.args = number, folder, args
         self.source, self.tokenizer, self.data, self.peft_config = source, tokenizer, data, peft_config
         self.reference_of = reference_of
@@ -149,7 +148,7 @@ class Round:
         return load_file(self.folder / "flips.safetensors")["p_flip"].double().numpy()
 
     def decisions(self) -> dict[str, Any]:
-        """What `_decide` wrote: `rho`, `alpha`, why, and per pair `decisions` and `weights`.
+        """What `_decide` wrote: `rho` and `alpha` with why, and per pair `decisions` and `weights`.
 
         A dropped pair whose prompt was won back reads "resample".
         """
@@ -255,20 +254,17 @@ class Round:
         if self.audit is None:
             found = estimate_flips(margins[:read], clusters=[text_id(pair) for pair in self.data.pairs[:read]])
             # A model agrees with labels that it has learned, so these margins only rank.
-            estimate = {**found.to_dict(), "is_raised": False, "margins": "in-sample"}
-            estimate |= {"is_informative": False, "reason": _IN_SAMPLE}
+            estimate = found.to_dict() | {"margins": "in-sample", "is_informative": False, "reason": _IN_SAMPLE}
             p_flip = found.p_flip
-            rho, reason = resolve_rho(self.args.fixed_rho, estimate)
+            rho = resolve_rho(self.args.fixed_rho, estimate)
             found_all = decide_all(
-                self.data.select(range(read)), margins[:read], p_flip, rho=rho, rule=str(self.args.decision_rule)
+                self.data.select(range(read)), margins[:read], p_flip, rho=rho.value, rule=str(self.args.decision_rule)
             )
             decisions, weights = (values.tolist() for values in found_all)
-            alpha, alpha_reason = self.args.fixed_alpha, self.alpha_reason
         else:
-            judged, p_flip = self.audit.judgement(), self.audit.p_flip()
-            estimate = {**judged["estimate"], "margins": "held-out"}
-            rho, reason, decisions, weights = (judged[key] for key in ("rho", "rho_reason", "decisions", "weights"))
-            alpha, alpha_reason = judged["alpha"], judged["alpha_reason"]
+            judged, p_flip = self.audit.judgement, self.audit.p_flip()
+            estimate = {**judged.estimate, "margins": "held-out"}
+            rho, decisions, weights = judged.rho, judged.decisions, judged.weights
         # Resampled pairs carry the model's own labels: one goes on, with a little less weight each time, as long as the
         # policy sides with it.
         resampled = margins[read:]
@@ -276,10 +272,8 @@ class Round:
         p_resampled = expit(logit(estimate["rate"]) - estimate["scale"] * resampled)
         self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(np.concatenate([p_flip, p_resampled]))})
         told = {
-            "rho": rho,
-            "reason": reason,
-            "alpha": alpha,
-            "alpha_reason": alpha_reason,
+            "rho": asdict(rho),
+            "alpha": asdict(self.alpha),
             "decisions": [*decisions, *np.where(resampled > 0, "keep", "drop").tolist()],
             "weights": [*weights, *faded.tolist()],
         }
@@ -411,14 +405,13 @@ def run_all(
         The rounds, in order; the last one's model is the result.
     """
     rounds: list[Round] = []
-    alpha_reason = "it was given"
     if audit is None:
-        if args.fixed_alpha is None:
-            args, alpha_reason = args.with_alpha(_ALPHA_OF_PAPER), "nothing was estimated, and it is the paper's"
+        alpha = resolve_alpha(args.fixed_alpha, None)
+        args = args.with_alpha(alpha.value)
         sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
-        args, scored, trained_on = audit.options(), data, audit.training()
+        alpha, args, scored, trained_on = audit.judgement.alpha, audit.options(), data, audit.training()
     for number in range(args.rounds):
         if rounds:
             scored, trained_on = rounds[-1].next_datasets()
@@ -433,7 +426,7 @@ def run_all(
             reference_of=reference_of,
             peft_config=peft_config,
             judge=judge,
-            alpha_reason=alpha_reason,
+            alpha=alpha,
         )
         start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
         digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)

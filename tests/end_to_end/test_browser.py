@@ -49,7 +49,8 @@ def test_report_fits_and_runs_nothing_of_the_data(width, pairs, tmp_path):
     worst = {"name": HOSTILE, "num_pairs": 20, "rate": 0.6, "low": 0.5, "high": 0.7}
     summary = {
         "task": "audit", "flip_rate": rate, "is_informative": True, "reason": HOSTILE, "rho": 0.3, "alpha": 5.0,
-        "rho_reason": HOSTILE, "alpha_reason": HOSTILE, "annotators": [worst], "command": HOSTILE,
+        "annotators": [worst], "command": HOSTILE,
+        "scorers": [{"name": HOSTILE, "agreement": 0.6, "low": 0.5, "high": 0.7, "is_taken": True}],
     }  # fmt: skip
     checks = {row: [1.0, -1.0, float(margin)] for row, margin in enumerate(margins)}
     write_report(tmp_path / "O", ledger=ledger, summary=summary, pairs=hostile, training_log=[], checks=checks)

@@ -15,8 +15,9 @@ from ropo.provenance import DamagedFileError, hash_file, read_json, write_json
 from ropo.stages import Stages
 
 MADE_AGAIN = (
-    "reference/reference_logps.safetensors", "reference/manifest.json", "audit/pass_0/fold_1.safetensors",
-    "audit/pass_0/judgement.safetensors", "audit/pass_0/judgement.json", "audit/pass_0/manifest.json",
+    "reference/reference_logps.safetensors", "reference/manifest.json", "audit/models/fold_1.safetensors",
+    "audit/margins.safetensors", "audit/judgement.json", "audit/scorers.json", "audit/manifest.json",
+    "audit/models/manifest.json",
     "rounds/00/model/model.safetensors", "rounds/00/model/config.json", "rounds/00/first_margins.safetensors",
     "rounds/00/training_log.json", "rounds/00/scores.safetensors", "rounds/00/flips.safetensors",
     "rounds/00/decisions.json", "rounds/00/flip_estimate.json", "rounds/00/manifest.json",
@@ -121,8 +122,8 @@ def test_a_damaged_identity_stops_the_run(tiny, pairs, finished, tmp_path):
 def test_a_damaged_audit_is_not_taken_from(tiny, pairs, finished, tmp_path):
     source = tmp_path / "audit"
     run_audit(tiny, pairs, config(source))
-    flip(source / "audit" / "pass_0" / "fold_0.safetensors")
-    with pytest.raises(DamagedFileError, match=r"fold_0\.safetensors is damaged: .* Run the command that made"):
+    flip(source / "audit" / "margins.safetensors")
+    with pytest.raises(DamagedFileError, match=r"margins\.safetensors is damaged: .* Run the command that made"):
         run_audit(tiny, pairs, config(tmp_path / "run", audit_from=str(source)))
     cut(source / "ropo_config.json")
     with pytest.raises(DamagedFileError, match=r"audit/ropo_config\.json is damaged .* or leave out audit_from"):

@@ -13,16 +13,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ropo import stages
-from ropo.align import run_audit, run_rounds
+from ropo.align import run_rounds
+from ropo.audit.models import by_models
+from ropo.audit.scorers import Scores
 from ropo.config import ROPOConfig
-from ropo.noise.trial import Trial
 from ropo.policy import PolicySource
 from ropo.provenance import hash_file, hash_tensors, read_json
 from ropo.trainer import ROPOTrainer
 
 STAGES = [
     "reference",
-    "fold 0", "fold 1", "judge", "fold 0", "fold 1", "judge",
+    "fold 0", "fold 1", "judge",
     "train", "score", "decide", "resample",
     "train", "score", "decide",
 ]  # fmt: skip
@@ -92,51 +93,6 @@ def test_killed_after_every_stage(model_folder, pairs, tmp_path, whole, dying_st
     assert outputs(folder) == whole
 
 
-def test_killed_inside_a_trial(model_folder, pairs, tmp_path, monkeypatch, dying_stages):
-    """A filter that is tried goes on after its last fold, and its models are those of the second pass."""
-    helps = Trial(tried=0.7, as_is=0.6, gain=0.1, low=0.05, num_pairs=20)
-    for name, value in {"MIN_PAIRS": 1, "MIN_CONTRADICTED": 0.0, "MAX_CONTRADICTED": 1.0}.items():
-        monkeypatch.setattr(f"ropo.audit.{name}", value)
-    monkeypatch.setattr("ropo.audit.compare", lambda *_, **__: helps)
-    options, (made, live) = {"rho": "auto", "decision_rule": None}, dying_stages
-    expected = ["reference", "fold 0", "fold 1", "judge", "fold 0", "fold 0", "fold 1", "fold 1", "filter", "judge"]
-    for _ in expected:
-        with pytest.raises(KeyboardInterrupt):
-            run_audit(model_folder, pairs, config(tmp_path / "killed", **options))
-    live()
-    summary = run_audit(model_folder, pairs, config(tmp_path / "killed", **options))
-    assert made == expected
-    assert summary["trial"]["helps"]
-    assert {"pass 1 fold 1", "trial fold 1"} <= set(summary["seconds"])
-    run_audit(model_folder, pairs, config(tmp_path / "whole", **options))
-    assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
-
-
-def test_killed_inside_a_trial_of_the_loss(model_folder, pairs, tmp_path, monkeypatch, dying_stages):
-    """What the filter's trial has trained is not trained again, and the training that follows has the tried α."""
-    same = Trial(tried=0.6, as_is=0.6, gain=0.0, low=-0.1, num_pairs=20)
-    monkeypatch.setattr("ropo.audit.MOST_LOST", 0.2)
-    for name, value in {"MIN_PAIRS": 1, "MIN_CONTRADICTED": 0.0, "MAX_CONTRADICTED": 1.0, "MIN_ASKED": 1}.items():
-        monkeypatch.setattr(f"ropo.audit.{name}", value)
-    monkeypatch.setattr("ropo.audit.compare", lambda *_, **__: same)
-    options, (made, live) = (
-        {"rho": "auto", "alpha": "auto", "decision_rule": None, "rounds": 1, "num_candidates": 0},
-        dying_stages,
-    )
-    tried = ["fold 0", "fold 0", "filter", "fold 0", "loss"]
-    expected = ["reference", "fold 0", "fold 1", "judge", *tried, "train", "score", "decide"]
-    for _ in expected:
-        with pytest.raises(KeyboardInterrupt):
-            run_rounds(model_folder, pairs, config(tmp_path / "killed", **options))
-    live()
-    summary = run_rounds(model_folder, pairs, config(tmp_path / "killed", **options))
-    assert made == expected
-    assert summary["alpha"] >= 2
-    assert {"trial fold 0", "loss trial fold 0"} <= set(summary["seconds"])
-    run_rounds(model_folder, pairs, config(tmp_path / "whole", **options))
-    assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
-
-
 def dies_at_its_third_step(monkeypatch, place):
     """Kill the training whose checkpoints lie in a folder of that name, once; all its steps, as they come."""
     steps, step = [], ROPOTrainer.training_step
@@ -165,14 +121,20 @@ def test_killed_inside_training(place, model_folder, pairs, tmp_path, monkeypatc
 
 
 def test_checkpoints_of_other_pairs_are_not_gone_on_with(model_folder, pairs, tmp_path, monkeypatch):
-    """One more pass of judging changes what is trained on, and is no other run: training then begins anew."""
+    """Margins that come out otherwise change what is trained on, and are no other run: training then begins anew."""
     folder = tmp_path / "killed"
     steps = dies_at_its_third_step(monkeypatch, "checkpoints")
     with pytest.raises(KeyboardInterrupt):
-        run_rounds(model_folder, pairs, config(folder, num_passes=1))
-    run_rounds(model_folder, pairs, config(folder, num_passes=2))
+        run_rounds(model_folder, pairs, config(folder))
+
+    def reversed_models(question):
+        scores = by_models(question)
+        return Scores(margins=-scores.margins, views=-scores.views, rows=scores.rows)
+
+    monkeypatch.setattr("ropo.audit.run.SCORERS", {"models": reversed_models})
+    run_rounds(model_folder, pairs, config(folder))
     assert steps[:5] == [0, 1, 2, 0, 1]
-    run_rounds(model_folder, pairs, config(tmp_path / "whole", num_passes=2))
+    run_rounds(model_folder, pairs, config(tmp_path / "whole"))
     assert outputs(folder) == outputs(tmp_path / "whole")
 
 

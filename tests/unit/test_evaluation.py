@@ -13,9 +13,9 @@ from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
 from ropo.evaluation import read_evaluation
 from ropo.logps.cache import reference_logps
+from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair, margin
 from ropo.provenance import hash_file, read_json
-from ropo.report.statistics import wilson_interval
 
 
 def config(folder, **options):

@@ -88,9 +88,9 @@ def test_an_adapter_trains_few_weights():
     ("more", "is_audit", "stages", "steps"),
     [
         ({"loss": "dpo", "rho": "0", "num_folds": 0}, False, ["reference", "rounds"], 5),
-        ({"num_folds": 2}, False, ["reference", "audit", "rounds"], 10 + 5),
-        ({"num_folds": 2, "max_steps": 3}, False, ["reference", "audit", "rounds"], 12 + 3),
-        ({"num_folds": 2, "gradient_accumulation_steps": 2}, True, ["reference", "audit"], 5),
+        ({"num_folds": 2}, False, ["reference", "audit", "rounds"], 5 + 5),
+        ({"num_folds": 2, "max_steps": 3}, False, ["reference", "audit", "rounds"], 6 + 3),
+        ({"num_folds": 2, "gradient_accumulation_steps": 2}, True, ["reference", "audit"], 3),
         (
             {"num_folds": 0, "rho": "0.2", "rounds": 2, "num_candidates": 2},
             False,

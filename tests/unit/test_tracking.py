@@ -43,13 +43,13 @@ def _tensorboard(monkeypatch):
 def config(folder, **options):
     common = {
         "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 4, "logging_steps": 1,
-        "max_length": 64, "use_cpu": True, "disable_tqdm": True, "rho": "0.2", "num_folds": 2, "num_passes": 1,
+        "max_length": 64, "use_cpu": True, "disable_tqdm": True, "rho": "0.2", "num_folds": 2,
         "report_to": ["tensorboard"],
     }  # fmt: skip
     return ROPOConfig(**{**common, **options})
 
 
-STAGES = {"audit/pass_0/fold_0", "audit/pass_0/fold_1", "rounds/00"}
+STAGES = {"audit/models/fold_0", "audit/models/fold_1", "rounds/00"}
 
 
 @pytest.mark.usefixtures("_tensorboard")

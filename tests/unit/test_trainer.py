@@ -96,7 +96,7 @@ def test_a_training_alone_says_which_alpha_it_takes(model, tokenizer, pairs, tmp
         ROPOTrainer(model, config(tmp_path, **options), train_dataset=pairs, processing_class=tokenizer)
         assert ("alpha is 14, the paper's" in caplog.text) is is_told
     caplog.clear()
-    run_rounds(model, pairs, config(tmp_path / "O", num_folds=2, num_passes=1), processing_class=tokenizer)
+    run_rounds(model, pairs, config(tmp_path / "O", num_folds=2), processing_class=tokenizer)
     assert "alpha is 14" not in caplog.text
 
 

@@ -38,7 +38,7 @@ def easiest_first(
     """
     difficulty = np.zeros(len(pairs))
     for split in range(_NUM_SPLITS):
-        args = config(f"split_{split}", num_folds=2, num_passes=1, rho="auto")
+        args = config(f"split_{split}", num_folds=2, rho="auto")
         args.seed += 1000 * split
         run_audit(model, pairs, args)
         ledger = read_ledger(Path(str(args.output_dir)) / "ledger.parquet").to_pandas()

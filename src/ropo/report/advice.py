@@ -69,8 +69,6 @@ def _advise_clean(tables: Table) -> str | None:
         if estimate["high"] > SMALL_RATE:
             return "The interval reaches 0, so nothing is filtered out: training is exactly DPO."
         return "The interval reaches 0, so nothing has to be done about the labels: training is exactly DPO."
-    if loss["is_tried"]:
-        return None  # plain training is what the robust loss was tried against
     return "The interval reaches 0: plain training (`--loss dpo --rho 0`) is a fair choice."
 
 

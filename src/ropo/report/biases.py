@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair
-from ropo.report.statistics import Floats, mean, number, wilson_interval
+from ropo.report.statistics import Floats, mean, number
 from ropo.report.texts import plain
 
 Table = dict[str, Any]

@@ -6,12 +6,23 @@ In: the dict of `tables.build_tables`. Out: strings, with commands and options b
 from collections.abc import Mapping
 from typing import Any
 
+from ropo.audit.weights import Why
 from ropo.report.advice import ADVICE, FEW, SMALL_RATE, is_open
-from ropo.report.wording import NB_SPACE, count, counted, decimal, listed, percent, percent_range
+from ropo.report.wording import count, counted, decimal, listed, percent, percent_range
 
 NUM_DIFFERING = 0.03  # of the pairs: the two sums of flips differ by so much that a reader notices
 
 _CALLED = "This counts what P(flipped) calls, not how well the margins rank the labels."
+
+CLAUSES: Mapping[str, str] = {
+    Why.GIVEN: "it was given",
+    Why.ESTIMATED: "this is the estimated flip rate",
+    Why.MAY_BE_CLEAN: "the labels may all be right",
+    Why.CANNOT_TELL: "the margins cannot tell how many labels are flipped",
+    Why.AFTER_FILTER: "what looks wrong is left to the filter",
+    Why.NOT_ESTIMATED: "nothing was estimated, and it is the paper's",
+}
+"""Why ρ or α is what it is, as clauses that complete "since ..."."""
 
 Table = Mapping[str, Any]
 
@@ -28,6 +39,7 @@ def write_sentences(tables: Table) -> dict[str, Any]:
         "alpha": alpha(tables),
         "done": done(tables),
         "trust": trust(tables),
+        "knowledge": knowledge(tables),
         "tokens": tokens(tables),
         "hard": [why_hard(pair) for pair in tables["hard"]],
         "next": [advice for rule in ADVICE if (advice := rule(tables))],
@@ -54,18 +66,6 @@ def interval(tables: Table) -> str:
         return f"{reason[:1].upper()}{reason[1:]}" + ("" if reason.endswith(".") else ".")
     shown = percent_range(estimate["low"], estimate["high"])
     best = f"; best guess {percent(estimate['rate'])}" if estimate["may_be_clean"] else ""
-    if estimate["is_raised"]:
-        found = f"Two readings, {shown}, from {counted(estimate['num_pairs'], 'pair')}:"
-        if tables["trial"] is not None:
-            return (
-                f"{found} one judge alone cannot tell whether labels are wrong. But {_tried(tables['trial'])} So it "
-                "helps to leave them out, and the reading of both judges is acted on."
-            )
-        return (
-            f"{found} flips that fall at random explain only the lower part, but two judges of different training "
-            "contradict the same labels far more often. So the errors do not fall at random, and the higher reading is "
-            "acted on."
-        )
     return f"{percent(estimate['level'])} interval {shown}{best}, from {counted(estimate['num_pairs'], 'pair')}."
 
 
@@ -86,7 +86,7 @@ def look(tables: Table) -> str:
     if review is not None and review["num_likely"]:
         contradicted = tables["contradicted"]
         has_more = contradicted is not None and contradicted["num"] > review["num_likely"]
-        more = f" {doubt(tables)}" if has_more and estimate["is_vague"] and not estimate["is_raised"] else ""
+        more = f" {doubt(tables)}" if has_more and estimate["is_vague"] else ""
         return f"{_likely(tables)}{more}{known}"
     if _may_hide_flips(tables):
         return f"{doubt(tables)}{known}"
@@ -159,25 +159,13 @@ def budget(tables: Table) -> str:
     estimate = tables["estimate"]
     if estimate["rho"] is None:
         return ""
-    # What stands behind a colon is the evidence, which the first lines of the report tell already.
-    reason = estimate["rho_reason"].split(":")[0].strip()
-    if not reason:
-        reason = "it follows the estimate" if estimate["is_rho_auto"] else "it was set by `--rho`"
     what = "the share to filter out" if estimate["rho"] else "so nothing is filtered out"
-    text = f"ρ = {decimal(estimate['rho']) if estimate['rho'] else 0}, {what}, since {reason}."
-    trial = tables["trial"]
-    if trial is not None and not trial["helps"]:
-        tried = _tried(trial)
-        text += f" More was tried: {tried} That is no sure gain, so they stay."
-    return text
+    return f"ρ = {decimal(estimate['rho']) if estimate['rho'] else 0}, {what}{_since(estimate['rho_why'])}."
 
 
-def _tried(trial: Table) -> str:
-    return (
-        f"models trained without the {percent(trial['left_out'])} that the first judges contradict agree with "
-        f"{100 * trial['tried']:.1f}{NB_SPACE}% of the labels they have not seen, models trained on all pairs with "
-        f"{100 * trial['as_is']:.1f}{NB_SPACE}%."
-    )
+def _since(why: str) -> str:
+    """The reason of a choice as a clause, if there is one."""
+    return f", since {CLAUSES[why]}" if why in CLAUSES else ""
 
 
 def alpha(tables: Table) -> str:
@@ -185,7 +173,7 @@ def alpha(tables: Table) -> str:
     loss = tables["loss"]
     if loss["alpha"] is None or not loss["has_alpha"]:
         return ""
-    since = f", since {loss['alpha_reason']}" if loss["alpha_reason"] else ""
+    since = _since(loss["alpha_why"])
     would = "Training would use " if tables["task"] == "audit" else ""
     if loss["alpha"] == 0:
         counts = tables["counts"]
@@ -208,7 +196,7 @@ def done(tables: Table) -> str:
         pieces += [f"{count(counts['resample'])} dropped and won back by a new pair"] if counts["resample"] else []
         text = f"Of {pairs}, {listed(pieces)}."
     text = f"{text} {budget(tables)}".rstrip()
-    if loss["noise_left"] and loss["alpha_reason"] in ("", "it was given"):  # else the reason says it already
+    if loss["noise_left"]:
         text += f" About {percent(loss['noise_left'])} of the labels that are left should still be wrong."
     weight = counts["weight_kept_mean"]
     if weight is not None and weight < 0.999:
@@ -232,9 +220,8 @@ def trust(tables: Table) -> list[str]:
     return [
         *(_tested(tables["calibration"]) or _untested(tables)),
         *_width(tables["estimate"]),
-        ("" if tables["estimate"]["is_raised"] else "All this assumes flips that fall at random. ")
-        + "Errors with a pattern (one annotator, one topic, one style) can be taken for a preference, and a hard pair "
-        "with a right label can look wrong: read before you delete.",
+        "All this assumes flips that fall at random. Errors with a pattern (one annotator, one topic, one style) can "
+        "be taken for a preference, and a hard pair with a right label can look wrong: read before you delete.",
     ]
 
 
@@ -277,28 +264,31 @@ def _untested(tables: Table) -> list[str]:
             "We did not test the estimate with labels turned round on purpose: with so little signal there is none "
             "to test."
         ]
-    if estimate["is_raised"]:
-        why = (
-            "those would fall at random, and these errors do not."
-            if tables["trial"] is None
-            else "that takes a rate that one judge can tell."
-        )
-        return [
-            f"We did not test the estimate with labels turned round on purpose: {why} That two judges contradict a "
-            "label is evidence only as far as they do not err alike: with few pairs or on hard text they do, and the "
-            "higher reading is then too high."
-        ]
     if estimate["rate"] == 0:
         return ["We did not test the estimate with labels turned round on purpose: it says that none is flipped."]
     return ["We did not test the estimate with labels turned round on purpose: there are too few pairs for it."]
 
 
 def _width(estimate: Table) -> list[str]:
-    if estimate["is_raised"]:
-        return []
     half_width = (estimate["high"] - estimate["low"]) / 2
     width = "narrow" if half_width <= 0.03 else "wide" if half_width > 0.06 else "moderate"
     return [f"The interval is {width}: {100 * half_width:.1f} points either way."]
+
+
+def knowledge(tables: Table) -> str:
+    """Whether what judges the labels knows more than the surface of the texts; nothing where it was not asked."""
+    taken = next((row for row in tables["scorers"] if row["is_taken"]), None)
+    if taken is None:
+        return ""
+    others = [row for row in tables["scorers"] if not row["is_taken"]]
+    text = f"What judges the labels agrees with {percent(taken['agreement'])} of those it has not seen"
+    if not others:
+        return f"{text}."
+    best = max(others, key=lambda row: row["agreement"])
+    text += f"; {best['meaning'] or best['name']} alone with {percent(best['agreement'])}."
+    if taken["agreement"] > best["high"]:
+        return text
+    return f"{text} So it may know no more than that, and a suspect may only go against it."
 
 
 def tokens(tables: Table) -> str:

@@ -16,12 +16,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from ropo.config import SCORERS
 from ropo.data.problems import PROBLEMS
 from ropo.noise.reading import WIDE_RANGE, calls_some
+from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair
 from ropo.report import pair_tables, sentences
 from ropo.report.biases import file_parts, response_biases
-from ropo.report.statistics import Floats, mean, median, number, numbers, round_step, wilson_interval
+from ropo.report.statistics import Floats, mean, median, number, numbers, round_step
 from ropo.report.texts import clean
 
 NUM_ANNOTATORS = 30
@@ -41,6 +43,12 @@ DECISIONS: Mapping[str, tuple[str, str]] = {
 
 ALPHA_LOSSES = ("ropo", "dpo", "")  # the losses that α tells apart; an unknown one is ropo's default
 SURELY_FLIPPED = 0.005  # an interval that begins below this reaches 0 as far as anybody can tell
+
+# What knows nothing but the surface of the texts, to compare scorers with.
+BASELINES: Mapping[str, str] = {
+    "length": "the lengths of the two responses",
+    "words": "the words of the two responses, single and in pairs",
+}
 
 LENGTH_KEYS = ("max_length", "median", "p90", "p99", "longest", "num_truncated", "suggested")
 
@@ -114,7 +122,7 @@ def build_tables(
         "review": _review(scores["p_flip"][is_open], is_informative=is_informative),
         "contradicted": _contradicted(scores, is_open),
         "calibration": _calibration(summary),
-        "trial": summary.get("trial"),
+        "scorers": _scorers(summary),
         "suspects": suspects,
         "hard": pair_tables.hard(scores, originals, checks or {}, is_open=is_other, is_informative=is_informative),
         "margins": _margins(scores),
@@ -160,21 +168,18 @@ def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
 
 def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
     rate = summary.get("flip_rate") or {}
-    config = summary.get("config") or {}
     values = {key: number(rate.get(source)) for key, source in (("rate", "estimate"), ("low", "low"), ("high", "high"))}
-    is_raised, low, high = bool(rate.get("is_raised")), values["low"], values["high"]
+    low, high = values["low"], values["high"]
     is_informative = bool(summary.get("is_informative")) and None not in values.values()
     return {
         **values,
         "level": number(rate.get("level", 0.9)),
-        "is_raised": is_raised,
-        "may_be_clean": low is not None and low < SURELY_FLIPPED and not is_raised,
+        "may_be_clean": low is not None and low < SURELY_FLIPPED,
         "is_informative": is_informative,
         "is_vague": not is_informative or (low is not None and high is not None and high - low > WIDE_RANGE),
         "reason": clean(str(summary.get("reason") or "")),
         "rho": number(summary.get("rho")),
-        "rho_reason": clean(str(summary.get("rho_reason") or "")),
-        "is_rho_auto": str(config.get("rho", "auto")) == "auto",
+        "rho_why": clean(str(summary.get("rho_why") or "")),
         "num_pairs": num_pairs,
         "num_trusted": summary.get("num_trusted"),
     }
@@ -187,9 +192,8 @@ def _loss(summary: Mapping[str, Any]) -> Table:
         "name": name,
         "has_alpha": name in ALPHA_LOSSES,
         "alpha": number(summary.get("alpha")),
-        "alpha_reason": clean(str(summary.get("alpha_reason") or "")),
+        "alpha_why": clean(str(summary.get("alpha_why") or "")),
         "noise_left": number(summary.get("noise_left")),
-        "is_tried": summary.get("loss_trial") is not None,
     }
 
 
@@ -265,6 +269,20 @@ def _calibration_bin(entry: Mapping[str, Any]) -> Table:
         "low": number(low),
         "high": number(high),
     }
+
+
+def _scorers(summary: Mapping[str, Any]) -> list[Table]:
+    """How often each scorer agrees with labels that it has not seen, the one that judges first."""
+    found = [
+        {
+            "name": (name := clean(str(entry["name"]))),
+            "meaning": SCORERS.get(name) or BASELINES.get(name, ""),
+            **{key: number(entry.get(key)) for key in ("agreement", "low", "high")},
+            "is_taken": bool(entry.get("is_taken")),
+        }
+        for entry in summary.get("scorers") or []
+    ]
+    return sorted(found, key=lambda entry: (not entry["is_taken"], -(entry["agreement"] or 0.0)))
 
 
 def _annotators(summary: Mapping[str, Any], estimate: Table) -> Table:

@@ -136,11 +136,15 @@ def audit_summary() -> dict[str, Any]:
     rates = {"a3": (30, 0.7, 0.6, 0.8), "a2": (12, 0.45, 0.37, 0.5), "a1": (200, 0.1, 0.05, 0.2)}
     return {
         "task": "audit",
-        "rho_reason": "this is the estimated flip rate",
+        "rho_why": "estimated",
         "alpha": 5.4,
-        "alpha_reason": "about 10.0 % of what is trained on is wrong",
+        "alpha_why": "given",
         "noise_left": 0.1,
         "num_trusted": 0,
+        "scorers": [
+            {"name": "length", "agreement": 0.62, "low": 0.6, "high": 0.64, "is_taken": False},
+            {"name": "models", "agreement": 0.71, "low": 0.69, "high": 0.73, "is_taken": True},
+        ],
         "annotators": [
             {"name": name, "num_pairs": num, "rate": rate, "low": low, "high": high}
             for name, (num, rate, low, high) in rates.items()

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
+from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair
 from ropo.report import biases
 from ropo.report.biases import BIASES, MIN_DIFFERING, file_parts, response_biases
-from ropo.report.statistics import wilson_interval
 
 
 def pairs_of(*texts):

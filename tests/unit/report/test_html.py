@@ -278,9 +278,10 @@ def test_the_caption_says_whose_margins_are_drawn(make_run, make_audit):
     assert "Held-out margins of 20" in render_markdown(build(make_audit()))
 
 
-def test_a_hostile_annotator_stays_text_in_every_place(make_audit):
+def test_a_hostile_name_stays_text_in_every_place(make_audit):
     rates = [{"name": EVIL, "num_pairs": 40, "rate": rate, "low": 0.4, "high": 0.8} for rate in (0.7, 0.45)]
-    tables = build(make_audit(summary={"annotators": rates, "alpha_reason": EVIL, "rho_reason": EVIL}))
+    scorers = [{"name": EVIL, "agreement": 0.6, "low": 0.5, "high": 0.7}]
+    tables = build(make_audit(summary={"annotators": rates, "scorers": scorers}))
     html, markdown = render_html(tables), render_markdown(tables)
     page = Page(html)
     assert "<script>alert" not in html
@@ -295,7 +296,7 @@ def test_a_hostile_annotator_stays_text_in_every_place(make_audit):
 
 def test_a_command_in_markdown_ends_with_its_line(make_audit):
     """Whatever stands in a code span is not escaped; a line end inside it would close it, and free what follows."""
-    tables = build(make_audit(summary={"alpha_reason": "a `b\n\n<script>` c"}))
+    tables = build(make_audit(summary={"is_informative": False, "reason": "a `b\n\n<script>` c"}))
     assert "\\<script\\>" in render_markdown(tables)
 
 

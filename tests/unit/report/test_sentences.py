@@ -1,7 +1,8 @@
 import pyarrow as pa
 import pytest
 
-from ropo.report.sentences import why_hard, write_sentences
+from ropo.audit.weights import Why
+from ropo.report.sentences import CLAUSES, why_hard, write_sentences
 from ropo.report.tables import build_tables
 from ropo.report.wording import NB_SPACE, percent, percent_range
 
@@ -45,27 +46,13 @@ def test_a_wide_interval_that_reaches_zero_is_not_called_clean(make_run):
     assert plain(sentences["title"]) == "Anything from none to 20 % of the labels may be flipped"
 
 
-def test_a_rate_that_two_judges_raised_is_told_as_two_readings(make_audit):
-    """No 90 % interval, and no claims from labels that were turned at random."""
-    raised = {"estimate": 0.3, "low": 0.05, "high": 0.32, "is_raised": True}
-    _, sentences = said(make_audit, flip_rate=raised, calibration=None)
-    assert plain(sentences["interval"]).startswith("Two readings, 5–32 %, from 20 pairs: flips that fall at random")
-    trust = " ".join(sentences["trust"])
-    assert "those would fall at random, and these errors do not" in trust
-    assert "assumes flips that fall at random" not in trust
-    assert "points either way" not in trust
-    _, sentences = said(make_audit, flip_rate={**RATE, "is_raised": False})
-    assert plain(sentences["interval"]) == "90 % interval 26–32 %, from 20 pairs."
-    assert "All this assumes flips that fall at random." in " ".join(sentences["trust"])
-
-
 def test_the_first_screen_counts_what_to_read_and_what_was_done(make_run):
     _, sentences = said(make_run, flip_rate=RATE)
     assert "P(flipped) add up to about 3 wrong labels, those of all pairs to 5." in plain(sentences["look"])
     assert plain(sentences["done"]).startswith(
         "Of 20 pairs, 16 kept, 2 dropped, 1 flipped and 1 dropped and won back by a new pair."
     )
-    assert "follows the estimate" in sentences["budget"]
+    assert sentences["budget"] == "ρ = 0.20, the share to filter out."  # a summary of before, without a reason
 
 
 @pytest.mark.parametrize(
@@ -141,10 +128,11 @@ def test_margins_of_the_trained_model_are_no_test_of_labels(make_run):
 @pytest.mark.parametrize(
     ("summary", "words"),
     [
-        ({}, "Training would use α = 5.4, the weight of the noise-tolerant part of the loss, since about 10.0 % of"),
+        ({}, "Training would use α = 5.4, the weight of the noise-tolerant part of the loss, since it was given."),
         ({"task": "train"}, "α = 5.4, the weight"),
-        ({"alpha": 0.0, "alpha_reason": "it was given"}, "Training would use α = 0: plain DPO, since it was given."),
-        ({"alpha": 0.0, "alpha_reason": "", "task": "train"}, "α = 0: plain DPO."),
+        ({"alpha": 0.0}, "Training would use α = 0: plain DPO, since it was given."),
+        ({"alpha": 0.0, "alpha_why": "", "task": "train"}, "α = 0: plain DPO."),
+        ({"alpha": 0.0, "alpha_why": Why.AFTER_FILTER}, "Training would use α = 0: plain DPO, since what looks wrong"),
     ],
 )
 def test_alpha_is_stated_with_its_reason(make_audit, summary, words):
@@ -160,8 +148,7 @@ def test_alpha_is_not_stated_for_losses_without_one(make_audit, make_run):
 
 def test_clean_labels_mean_exactly_dpo(make_audit):
     clean = {"flip_rate": {"estimate": 0.0, "low": 0.0, "high": 0.03}, "rho": 0.0, "alpha": 0.0}
-    clean["rho_reason"] = "the labels may all be right: the interval of the estimate reaches down to 0"
-    run = make_audit(summary=clean | {"alpha_reason": "little speaks for flipped labels"})
+    run = make_audit(summary=clean | {"rho_why": Why.MAY_BE_CLEAN, "alpha_why": Why.AFTER_FILTER})
     run["ledger"] = run["ledger"].set_column(7, "decision", [["keep"] * 20])
     sentences = write_sentences(build_tables(**run))
     assert sentences["budget"] == "ρ = 0, so nothing is filtered out, since the labels may all be right."
@@ -180,10 +167,41 @@ def test_an_audit_says_what_training_would_do_and_what_a_person_can_do(make_audi
     assert not any("--rounds" in text for text in advice)
 
 
-def test_noise_that_is_left_is_told_once(make_audit):
-    assert "should still be wrong" not in said(make_audit)[1]["done"]
-    given = said(make_audit, alpha_reason="it was given")[1]["done"]
-    assert "About 10 % of the labels that are left should still be wrong." in plain(given)
+def test_noise_that_is_left_is_told(make_audit):
+    done = "About 10 % of the labels that are left should still be wrong."
+    assert done in plain(said(make_audit)[1]["done"])
+    assert "should still be wrong" not in said(make_audit, noise_left=0.0)[1]["done"]
+
+
+@pytest.mark.parametrize("why", Why)
+def test_every_reason_has_a_clause(make_audit, why):
+    _, sentences = said(make_audit, rho_why=str(why), alpha_why=str(why))
+    assert f", since {CLAUSES[why]}." in sentences["budget"]
+    assert f", since {CLAUSES[why]}." in sentences["alpha"]
+
+
+def scorer(name, agreement, **more):
+    return {"name": name, "agreement": agreement, "low": agreement - 0.02, "high": agreement + 0.02} | more
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ([], "What judges the labels agrees with 71 % of those it has not seen."),
+        ([scorer("words", 0.6), scorer("length", 0.65)], "; the lengths of the two responses alone with 65 %."),
+        ([scorer("length", 0.70)], "alone with 70 %. So it may know no more than that"),
+    ],
+)
+def test_the_audit_says_whether_it_knows_more_than_the_surface(make_audit, others, words):
+    tables, sentences = said(make_audit, scorers=[*others, scorer("models", 0.71, is_taken=True)])
+    assert words in plain(sentences["knowledge"])
+    assert ("no more than that" in sentences["knowledge"]) == ("no more" in words)
+    assert [row["name"] for row in tables["scorers"]][:1] == ["models"]
+
+
+def test_without_an_audit_nothing_is_said_about_scorers(make_run):
+    tables, sentences = said(make_run)
+    assert (tables["scorers"], sentences["knowledge"]) == ([], "")
 
 
 @pytest.mark.parametrize(
@@ -403,30 +421,3 @@ def test_percents_are_rounded_as_people_do(share, text):
 
 def test_an_unknown_interval_is_a_dash():
     assert percent_range(None, 0.2) == "–"
-
-
-def test_a_trial_is_told_whether_it_helped_or_not(make_audit):
-    raised = {"estimate": 0.25, "low": 0.0, "high": 0.3, "is_raised": True}
-    trial = {"left_out": 0.31, "tried": 0.728, "as_is": 0.694, "gain": 0.034, "low": 0.003, "helps": True}
-    _, sentences = said(make_audit, flip_rate=raised, calibration=None, trial=trial)
-    assert plain(sentences["title"]) == "About 25 % of the labels look flipped"
-    assert (
-        "models trained without the 31 % that the first judges contradict agree with 72.8 % of the labels they have "
-        "not seen, models trained on all pairs with 69.4 %. So it helps to leave them out"
-        in plain(sentences["interval"])
-    )
-    assert "these errors do not" not in " ".join(sentences["trust"])
-    assert "More was tried" not in sentences["done"]
-    clean = {"estimate": 0.0, "low": 0.0, "high": 0.05, "is_raised": False}
-    _, sentences = said(make_audit, flip_rate=clean, rho=0.0, trial={**trial, "tried": 0.68, "helps": False})
-    assert plain(sentences["done"]).endswith("That is no sure gain, so they stay.")
-    assert "models trained" not in sentences["interval"]
-
-
-@pytest.mark.parametrize("is_tried", [True, False])
-def test_plain_training_is_not_advised_against_a_trial(make_audit, is_tried):
-    """What the robust loss was tried against, and found no better, is no advice."""
-    clean = {"estimate": 0.0, "low": 0.0, "high": 0.05, "is_raised": False}
-    tried = {"loss_trial": {"alpha": 10.0, "alpha_reason": "they agree", "tried": 0.78, "as_is": 0.78}}
-    _, sentences = said(make_audit, flip_rate=clean, rho=0.0, alpha=10.0, **(tried if is_tried else {}))
-    assert any("--loss dpo --rho 0" in advice for advice in sentences["next"]) != is_tried

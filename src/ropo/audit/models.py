@@ -1,0 +1,105 @@
+"""Held-out margins by models that were not trained on the pair they judge: the thorough scorer.
+
+In: pairs, folds, options of training. Out: margins of every pair at several checks, one file per fold.
+
+A model that was trained on a flipped label has learned part of it, so its margins make the flip rate look too low. Here
+a model trained on all folds but one scores that one, at a third, two thirds and the end of its training. K folds train
+on (K−1)·N pairs in all.
+"""
+
+import copy
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from ropo.audit.scorers import Floats, Question, Scores
+from ropo.audit.weights import training_set
+from ropo.config import LOSS_OPTIONS, ROPOConfig
+from ropo.pair_dataset import PairDataset
+from ropo.provenance import write_aside
+from ropo.stages import Stages
+from ropo.tracking import tracked
+from ropo.trainer import ROPOTrainer
+
+NUM_CHECKS = 3
+_CHECKPOINTS = "fold_{}_checkpoints"
+
+MAX_BETA = 0.1
+"""Upper limit of beta. These models are thrown away, so they may move as far as they like; a strong pull to the
+reference makes DPO fit single labels before what they have in common."""
+
+
+def by_models(question: Question) -> Scores:
+    """Train a model for each of `num_folds` folds on the others, from the initial one; the views are its checks.
+
+    Folds are brought to one scale (the median size of their margins), since each model has a confidence of its own.
+
+    Returns:
+        Margins in nats up to the common scale, at the end of training and at each check.
+    """
+    args, data = _options(question.args), question.data
+    # What the data says, swapped where a person has said that it is wrong.
+    weights = np.abs(question.sign) * data.weights
+    training, learned_in = training_set(data, weights, question.sign < 0), question.folds[weights > 0]
+    lengths = np.array([len(tokens) for tokens in data.tokens])
+    views = np.empty((NUM_CHECKS, len(data)))
+    sizes = []
+    for fold in range(args.num_folds):
+        judged = np.flatnonzero(question.folds == fold)
+        judged = judged[np.argsort(-lengths[judged], kind="stable")]  # batches of similar length
+        others = training.select(np.flatnonzero(learned_in != fold).tolist())
+        margins = _fold_margins(question, args, fold, others, data.select(judged.tolist()))
+        sizes.append(float(np.median(np.abs(margins[-1]))))
+        views[:, judged] = margins / (sizes[-1] or 1.0)
+    views *= float(np.median(sizes)) or 1.0  # of a typical fold
+    return Scores(margins=views[-1], views=views, rows=(question.row("models", views[-1], is_taken=True),))
+
+
+def _fold_margins(
+    question: Question, args: ROPOConfig, fold: int, training: PairDataset, judged: PairDataset
+) -> NDArray[np.float64]:
+    """Margins of the pairs of one fold at each check of a model trained on the others, shape (checks, judged)."""
+    folder, name = question.folder, f"fold_{fold}.safetensors"
+
+    def make() -> None:
+        own = copy.copy(args)
+        own.output_dir = str(folder / _CHECKPOINTS.format(fold))
+        own.per_device_eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
+        trainer = ROPOTrainer(
+            question.source.load(),
+            own,
+            train_dataset=training,
+            eval_dataset=judged,
+            processing_class=question.tokenizer,
+            peft_config=question.peft_config,
+            num_checks=NUM_CHECKS,
+        )
+        trainer.train_or_resume([question.digest, fold])
+        margins = torch.stack(trainer.check_margins)
+        if PartialState().is_main_process:
+            with write_aside(folder / name) as path:
+                save_file({"margins": margins}, path)
+
+    log = tracked(args, folder / f"fold_{fold}")
+    scratch = _CHECKPOINTS.format(fold)
+    Stages(folder).run(f"fold {fold}", question.digest, [name], log(make), scratch=scratch)
+    margins: Floats = load_file(folder / name)["margins"].double().numpy()
+    return margins
+
+
+def _options(args: ROPOConfig) -> ROPOConfig:
+    """Options of models whose margins are log-odds of the label, up to one scale: that is what DPO fits.
+
+    Robust losses sharpen margins, which reads as more flips than there are. Losses without a reference keep their own.
+    """
+    if not args.reads_reference:
+        return args
+    args = copy.copy(args)
+    args.loss = "dpo"
+    args.beta = min(args.beta, MAX_BETA)
+    for name in LOSS_OPTIONS:
+        setattr(args, name, None)
+    return args

@@ -1,0 +1,248 @@
+"""The audit of a dataset: score, estimate, decide, write.
+
+In: tokenized pairs with reference log-probabilities, a model, a `ROPOConfig`. Out: three files in a folder, what
+`Audit` reads from them, and the weighted pairs to train on.
+
+ROPO alternates between training on weighted pairs and weighing them by the trained model's losses. Here pairs are
+weighed once, before the training, by margins that no label has had a say in itself.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from ropo.audit.folds import folds_of
+from ropo.audit.models import by_models
+from ropo.audit.scorers import MARGINS_FILE, ROWS_FILE, Floats, Question, Scorer, Scores
+from ropo.audit.weights import Choice, Why, decide_all, known_labels, resolve_alpha, resolve_rho, training_set
+from ropo.config import ROPOConfig
+from ropo.data.validate import text_id
+from ropo.judge.verdicts import Judge
+from ropo.noise.calibrate import Calibration, calibrate
+from ropo.noise.estimate import estimate_flips
+from ropo.pair_dataset import PairDataset
+from ropo.policy import PolicySource, release_memory
+from ropo.provenance import hash_tensors, read_json, write_aside, write_json
+from ropo.stages import Stages
+
+logger = logging.getLogger(__name__)
+
+SCORERS: Mapping[str, Scorer] = MappingProxyType({"models": by_models})
+"""The scorers by name; what each is, `ropo.config.SCORERS` says, where the option is checked."""
+
+SCORED_FILES = (MARGINS_FILE, ROWS_FILE)
+"""What another audit of the same pairs can go by."""
+
+_JUDGEMENT_FILE = "judgement.json"
+_STAGE = "judge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What follows from the margins.
+
+    Attributes:
+        estimate: `FlipEstimate.to_dict()`.
+        rho: The share of pairs to filter out.
+        alpha: Of the training that follows.
+        noise_left: Expected share of wrong labels in what is trained on; 0 where it cannot be told.
+        decisions: "keep", "drop" or "flip" for each pair.
+        weights: Weight of each pair in training.
+    """
+
+    estimate: dict[str, Any]
+    rho: Choice
+    alpha: Choice
+    noise_left: float
+    decisions: list[str]
+    weights: list[float]
+
+    @classmethod
+    def read(cls, path: Path) -> "Judgement":
+        """What an audit has written."""
+        found = read_json(path)
+        choices = {name: Choice(value=found[name]["value"], why=Why(found[name]["why"])) for name in ("rho", "alpha")}
+        return cls(**{**found, **choices})
+
+
+class Audit:
+    """What is known about the labels, in a folder.
+
+    Args:
+        data: All pairs that fit, as the data labels them, then the trusted ones.
+        args: Options of the run.
+        folder: Where it writes.
+        source: Loads the initial model.
+        tokenizer: The model's.
+        peft_config: For adapters.
+        judge: Asked by rules that take one about what they cannot settle; None for nobody.
+    """
+
+    def __init__(
+        self,
+        data: PairDataset,
+        args: ROPOConfig,
+        *,
+        folder: Path,
+        source: PolicySource,
+        tokenizer: PreTrainedTokenizerBase,
+        peft_config: PeftConfig | None,
+        judge: Judge | None = None,
+    ) -> None:
+        self.judge = judge
+        self.data, self.args, self.folder = data, args, folder
+        self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
+        self._sign, self._is_known = known_labels(data.pairs)
+        self._is_doubtful = (self._sign != 0) & ~self._is_known
+        self._texts = np.array([text_id(pair) for pair in data.pairs])  # copies of a pair are one piece of evidence
+
+    def run(self, digest: str) -> str:
+        """Judge every pair.
+
+        Args:
+            digest: Of everything that made `data`, and of the options.
+
+        Returns:
+            Digest of the audit, for what is made from it.
+
+        Raises:
+            ValueError: If every label is known.
+        """
+        if not self._is_doubtful.any():
+            raise ValueError("An audit needs a pair whose label nobody has judged; got none. Train with --num_folds 0.")
+        scores = self._score(digest)
+        inputs = [digest, hash_tensors(scores.tensors())]
+        files = [*SCORED_FILES, _JUDGEMENT_FILE]
+        return Stages(self.folder).run(_STAGE, inputs, files, lambda: self._judge(scores))
+
+    def _score(self, digest: str) -> Scores:
+        """Held-out margins, made here or taken from another audit of the same pairs."""
+        if self.args.audit_from is not None:
+            there = Path(self.args.audit_from) / self.folder.name
+            Stages(there).check(_STAGE, SCORED_FILES)
+            return Scores.read(there)
+        fold_of = folds_of(self.data.pairs, self.args.num_folds, seed=self.args.seed)
+        question = Question(
+            data=self.data,
+            sign=self._sign,
+            is_doubtful=self._is_doubtful,
+            clusters=self._texts,
+            folds=np.array([fold_of[pair.id] for pair in self.data.pairs]),
+            args=self.args,
+            folder=self.folder / self.args.scorer,
+            source=self.source,
+            tokenizer=self.tokenizer,
+            peft_config=self.peft_config,
+            digest=digest,
+        )
+        scores = SCORERS[self.args.scorer](question)
+        release_memory()  # of a model that was trained, with its gradients: a judge may load one of its own
+        return scores
+
+    def _judge(self, scores: Scores) -> None:
+        estimate, p_flip = self._estimate(scores.margins)
+        rho = resolve_rho(self.args.fixed_rho, estimate)
+        decisions, weights = decide_all(
+            self.data,
+            scores.margins,
+            p_flip,
+            rho=rho.value,
+            rule=str(self.args.decision_rule),
+            views=scores.views,
+            judge=self.judge,
+        )
+        # The flip probabilities of what is trained on: of flipped pairs it is that of their turned label.
+        wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)
+        left = float(np.sum(weights * wrong) / max(weights.sum(), 1e-12)) if estimate["is_informative"] else 0.0
+        judgement = Judgement(
+            estimate=estimate,
+            rho=rho,
+            alpha=resolve_alpha(self.args.fixed_alpha, estimate),
+            noise_left=left,
+            decisions=decisions.tolist(),
+            weights=weights.tolist(),
+        )
+        for name, choice in (("rho", rho), ("alpha", judgement.alpha)):
+            logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))
+        if PartialState().is_main_process:
+            with write_aside(self.folder / MARGINS_FILE) as path:
+                save_file({**scores.tensors(), "p_flip": torch.from_numpy(p_flip)}, path)
+            scores.write_rows(self.folder)
+            write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
+
+    def _estimate(self, margins: Floats) -> tuple[dict[str, Any], Floats]:
+        """The estimate as plain values, and P(flipped) of every pair."""
+        is_open = self._sign != 0
+        sign, known = self._sign[is_open], self._is_known[is_open]
+        names = [pair.annotator for pair, has_label in zip(self.data.pairs, is_open, strict=True) if has_label]
+        found = estimate_flips(
+            sign * margins[is_open],
+            annotators=names,
+            is_trusted=known if known.any() else None,
+            clusters=self._texts[is_open],
+        )
+        p_flip = found.p_flip_at(margins)  # of what is to be left out nobody has said that the label is wrong
+        p_flip[is_open] = np.where(sign < 0, 1.0, found.p_flip)
+        return found.to_dict(), p_flip
+
+    @cached_property
+    def judgement(self) -> Judgement:
+        """What follows from the margins."""
+        return Judgement.read(self.folder / _JUDGEMENT_FILE)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Held-out margins, and how much each scorer knows."""
+        return Scores.read(self.folder)
+
+    def options(self) -> ROPOConfig:
+        """Options of the training that follows, with α resolved; at 0 the loss is DPO."""
+        return self.args.with_alpha(self.judgement.alpha.value)
+
+    def margins(self) -> Floats:
+        """Held-out margin of every pair as the data labels it, shape (pairs,)."""
+        return self.scores.margins
+
+    def p_flip(self) -> Floats:
+        """P(flipped) of every pair, shape (pairs,)."""
+        values: Floats = load_file(self.folder / MARGINS_FILE)["p_flip"].numpy()
+        return values
+
+    @property
+    def num_contradicted(self) -> int:
+        """How many labels that nobody has judged are contradicted by what has not seen them."""
+        return int((self.margins()[self._is_doubtful] < 0).sum())
+
+    def calibration(self) -> Calibration | None:
+        """What became of labels turned round on purpose."""
+        margins, trusted = self.margins()[self._is_doubtful], (self._sign * self.margins())[self._is_known]
+        texts = np.concatenate([self._texts[self._is_doubtful], self._texts[self._is_known]])
+        found = estimate_flips(
+            np.concatenate([margins, trusted]),
+            is_trusted=np.arange(len(margins) + len(trusted)) >= len(margins),
+            clusters=texts,
+        )
+        return calibrate(margins, found, trusted=trusted, seed=self.args.seed, clusters=texts)
+
+    def training(self) -> PairDataset:
+        """The weighted pairs to train on."""
+        is_flipped: NDArray[np.bool_] = np.array(self.judgement.decisions) == "flip"
+        return training_set(self.data, np.array(self.judgement.weights), is_flipped)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage took."""
+        stages = {**Stages(self.folder / self.args.scorer).seconds, **Stages(self.folder).seconds}
+        return {f"audit {name}": value for name, value in stages.items()}

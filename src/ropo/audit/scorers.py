@@ -1,0 +1,132 @@
+"""What a scorer gets, and what it gives: held-out margins of every pair.
+
+In: pairs, what is known of their labels, folds, and a model to learn with (`Question`). Out: `Scores`.
+
+The one idea: how margins come about is nobody else's business, as long as no label has had a say in its own.
+
+Add a scorer: one function `Question -> Scores` in a file of its own, one line each in `run.SCORERS` and
+`config.SCORERS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftConfig
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from ropo.config import ROPOConfig
+from ropo.noise.clusters import cluster_weights, mean_of
+from ropo.noise.shares import wilson_interval
+from ropo.pair_dataset import PairDataset
+from ropo.policy import PolicySource
+from ropo.provenance import read_json, write_json
+
+Floats = NDArray[np.float64]
+
+MARGINS_FILE, ROWS_FILE = "margins.safetensors", "scorers.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a scorer is asked about, and what it may use.
+
+    Attributes:
+        data: The pairs, as labelled, with reference log-probabilities if the loss reads them.
+        sign: What is known of each label: +1 it stands, −1 it is wrong, 0 the pair is to be left out; shape (pairs,).
+        is_doubtful: Which labels nobody has vouched for or judged, shape (pairs,).
+        clusters: A name for each pair, the same for copies of one pair, shape (pairs,).
+        folds: A pair is scored by what was learned in the other folds alone, shape (pairs,).
+        args: Options of the run.
+        folder: The scorer's own. What takes long is a stage there, so that it resumes.
+        source: Loads the initial model.
+        tokenizer: The model's.
+        peft_config: For adapters.
+        digest: Of everything that made the data, and of the options.
+    """
+
+    data: PairDataset
+    sign: Floats
+    is_doubtful: NDArray[np.bool_]
+    clusters: NDArray[np.str_]
+    folds: NDArray[np.int64]
+    args: ROPOConfig
+    folder: Path
+    source: PolicySource
+    tokenizer: PreTrainedTokenizerBase
+    peft_config: PeftConfig | None
+    digest: str
+
+    def row(self, name: str, margins: Floats, *, is_taken: bool = False) -> "ScorerRow":
+        """Count how often held-out margins agree with labels that they have not seen, of those that are open to doubt.
+
+        Args:
+            name: Of the scorer.
+            margins: Shape (pairs,), as labelled; 0 counts half.
+            is_taken: Whether this scorer judges the labels.
+        """
+        agrees = (np.sign(margins[self.is_doubtful]) + 1) / 2
+        weights = cluster_weights(self.clusters[self.is_doubtful], len(agrees))
+        share = mean_of(agrees, weights)
+        low, high = wilson_interval(share, round(weights.sum()))
+        return ScorerRow(name=name, agreement=share, low=low, high=high, is_taken=is_taken)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerRow:
+    """How much a scorer knows: one line of the table in the report.
+
+    Attributes:
+        name: A name in `run.SCORERS`, or of a baseline.
+        agreement: Share of the labels it has not seen that it agrees with; ties count half, copies of a pair once.
+        low: Lower end of the 90 % interval.
+        high: Upper end.
+        is_taken: Whether it judges the labels in this audit.
+    """
+
+    name: str
+    agreement: float
+    low: float
+    high: float
+    is_taken: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """What a scorer has found.
+
+    Attributes:
+        margins: Held-out margin of every pair as labelled, shape (pairs,).
+        views: The same as seen at several moments or by several models, shape (views, pairs); for rules that compare
+            them, which need two or more.
+        rows: What was compared, the scorer that is taken among them.
+    """
+
+    margins: Floats
+    views: Floats
+    rows: tuple[ScorerRow, ...]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Margins and views, as they are written."""
+        return {"margins": torch.from_numpy(self.margins.copy()), "views": torch.from_numpy(self.views.copy())}
+
+    def write_rows(self, folder: Path) -> None:
+        """Write `ROWS_FILE`."""
+        write_json(folder / ROWS_FILE, [asdict(row) for row in self.rows])
+
+    @classmethod
+    def read(cls, folder: Path) -> "Scores":
+        """What an audit has written in its folder."""
+        found = load_file(folder / MARGINS_FILE)
+        return cls(
+            margins=found["margins"].numpy(),
+            views=found["views"].numpy(),
+            rows=tuple(ScorerRow(**row) for row in read_json(folder / ROWS_FILE)),
+        )
+
+
+Scorer = Callable[[Question], Scores]

@@ -1,0 +1,175 @@
+"""From what is known about labels to what is trained on: ρ, α, a decision and a weight for every pair.
+
+In: pairs with verdicts, an estimate of the flip rate, margins. Out: weights, and the training set that they make.
+
+The one idea: evidence and consequence are kept apart. What an estimate says is evidence; here stands what follows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ropo.judge.verdicts import Judge, flip_judge
+from ropo.noise.decide import RULES, decide
+from ropo.pair_dataset import PairDataset
+from ropo.pairs import Pair, PairLogps
+
+Floats = NDArray[np.float64]
+
+ALPHA_OF_PAPER = 14.0
+
+_SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}
+
+
+def known_labels(pairs: Sequence[Pair]) -> tuple[Floats, NDArray[np.bool_]]:
+    """What a person has said about each label.
+
+    Args:
+        pairs: With their verdicts; trusted ones count as right.
+
+    Returns:
+        +1 where the label stands, −1 where it was called wrong, 0 where the pair is to be left out; and whether the
+        label is known to be right or wrong.
+    """
+    sign = np.array([_SIGNS.get(pair.verdict, 1.0) for pair in pairs])
+    is_known = [pair.origin == "trusted" or pair.verdict in ("right", "wrong") for pair in pairs]
+    return sign, np.array(is_known, dtype=bool)
+
+
+def decide_all(
+    data: PairDataset,
+    margins: Floats,
+    p_flip: Floats,
+    *,
+    rho: float,
+    rule: str,
+    views: Floats | None = None,
+    judge: Judge | None = None,
+) -> tuple[NDArray[np.str_], Floats]:
+    """Obey the verdicts, and decide about the rest by a rule.
+
+    Args:
+        data: The pairs, without resampled ones.
+        margins: One per pair.
+        p_flip: One per pair.
+        rho: The share of the pairs without a verdict that the budget takes away.
+        rule: A name in `RULES`.
+        views: Margins as seen several times, shape (views, pairs), for rules that compare them.
+        judge: Asked by rules that take one; the others leave it alone.
+
+    Returns:
+        "keep", "drop" or "flip" for each pair, and its weight times the one it has in the data.
+    """
+    sign, is_known = known_labels(data.pairs)
+    decisions = np.where(sign > 0, "keep", np.where(sign < 0, "flip", "drop")).astype("<U8")
+    weights = np.abs(sign)
+    doubtful = ~is_known & (sign != 0)
+    if doubtful.any():
+        of_doubtful = None if views is None else views[:, doubtful]
+        asked = None
+        if judge is not None and RULES[rule].takes_judge:
+            asked = flip_judge(judge, [data.pairs[i] for i in np.flatnonzero(doubtful)], p_flip[doubtful])
+        found = decide(margins[doubtful], p_flip[doubtful], rho=rho, rule=rule, checks=of_doubtful, judge=asked)
+        decisions[doubtful], weights[doubtful] = found.decision, found.weight
+    return decisions, weights * [pair.weight for pair in data.pairs]
+
+
+class Why(StrEnum):
+    """Why ρ or α is what it is; `ropo.report` has a clause for each."""
+
+    GIVEN = "given"
+    ESTIMATED = "estimated"
+    MAY_BE_CLEAN = "may_be_clean"
+    CANNOT_TELL = "cannot_tell"
+    AFTER_FILTER = "after_filter"
+    NOT_ESTIMATED = "not_estimated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A value that follows from what is known, and why."""
+
+    value: float
+    why: Why
+
+
+def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> Choice:
+    """The share of pairs to filter out.
+
+    Args:
+        fixed: What the user gave, or None to follow the estimate.
+        estimate: `FlipEstimate.to_dict()`.
+
+    Returns:
+        ρ in [0, 0.5]: the estimated rate if it can be told and its interval excludes 0.
+
+    Examples:
+        >>> resolve_rho(None, {"is_informative": True, "rate": 0.01, "low": 0.0, "high": 0.02})
+        Choice(value=0.0, why=<Why.MAY_BE_CLEAN: 'may_be_clean'>)
+    """
+    if fixed is not None:
+        return Choice(value=fixed, why=Why.GIVEN)
+    if not estimate["is_informative"]:
+        return Choice(value=0.0, why=Why.CANNOT_TELL)
+    if estimate["low"] <= 0.0:
+        return Choice(value=0.0, why=Why.MAY_BE_CLEAN)
+    return Choice(value=min(float(estimate["rate"]), 0.5), why=Why.ESTIMATED)
+
+
+def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any] | None) -> Choice:
+    """The α of the robust loss: as given, else 0, which is DPO on what the filter keeps.
+
+    Args:
+        fixed: What the user gave, or None.
+        estimate: `FlipEstimate.to_dict()`; None without an audit, where ROPO's loss has the paper's α.
+
+    Examples:
+        >>> resolve_alpha(None, {"is_informative": True, "rate": 0.2, "low": 0.1}).value
+        0.0
+        >>> resolve_alpha(None, None)
+        Choice(value=14.0, why=<Why.NOT_ESTIMATED: 'not_estimated'>)
+    """
+    if fixed is not None:
+        return Choice(value=fixed, why=Why.GIVEN)
+    if estimate is None:
+        return Choice(value=ALPHA_OF_PAPER, why=Why.NOT_ESTIMATED)
+    return Choice(value=0.0, why=Why.AFTER_FILTER)
+
+
+def training_set(data: PairDataset, weights: Floats, is_flipped: NDArray[np.bool_]) -> PairDataset:
+    """What to train on: pairs with a positive weight, with chosen and rejected swapped where `is_flipped`.
+
+    Args:
+        data: Pairs as labelled.
+        weights: One per pair, 0 leaves the pair out.
+        is_flipped: One per pair.
+
+    Returns:
+        Weighted pairs in the order of `data`.
+
+    Raises:
+        ValueError: If no pair is left.
+    """
+    kept = np.flatnonzero(np.asarray(weights) > 0).tolist()
+    if not kept:
+        raise ValueError("Training needs at least one pair with a weight above 0; got none. Lower rho.")
+    chosen = data.select(kept)
+    turned = [i for i, place in enumerate(kept) if is_flipped[place]]
+    for i in turned:
+        pair, ids = chosen.pairs[i], chosen.tokens[i]
+        chosen.pairs[i] = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        chosen.tokens[i] = replace(ids, chosen=ids.rejected, rejected=ids.chosen)
+    if chosen.reference is not None and turned:
+        flipped = torch.tensor([bool(is_flipped[place]) for place in kept])
+        old = chosen.reference
+        chosen.reference = PairLogps(
+            chosen=torch.where(flipped, old.rejected, old.chosen),
+            rejected=torch.where(flipped, old.chosen, old.rejected),
+        )
+    chosen.weights = [float(weights[i]) for i in kept]
+    return chosen
