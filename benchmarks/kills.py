@@ -65,6 +65,7 @@ OPTIONS = (
     "--max_resampled_share=1.0", "--selection_rule=uncertainty_aware", "--sample_from=policy",
 )  # fmt: skip
 SHARES = {"random time": 0.35, "file event": 0.45, "file size": 0.1, "small disk": 0.1}
+STAGE_FOLDERS = ("00", "01", "audit", "models")  # of which every file must be identical
 NOT_TRIED = "the system does not let us mount a tmpfs"
 LONGEST = 300.0  # seconds; no run of these takes a tenth of it
 
@@ -170,7 +171,7 @@ def contents(folder: Path) -> dict[str, str]:
         if path.name == "summary.json":
             summary = {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
             found[name] = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
-        elif path.suffix in (".safetensors", ".parquet", ".jsonl") or path.parent.name in ("00", "01", "pass_0"):
+        elif path.suffix in (".safetensors", ".parquet", ".jsonl") or path.parent.name in STAGE_FOLDERS:
             has_times = path.name in ("manifest.json", "training_log.json")
             found[name] = "" if has_times else hash_file(path)
         else:

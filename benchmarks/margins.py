@@ -1,12 +1,11 @@
-"""Which margins tell the flip rate: of models that have seen the pair, of two folds, of five, of five judged twice?
+"""Which margins tell the flip rate: of models that have seen the pair, of two folds, of five?
 
     python benchmarks/margins.py            # fill in the missing cells of margins.csv
     python benchmarks/margins.py --table    # the table of docs/noise.md
 
 The embedded task, 6,000 pairs, the options of `benchmarks/noise.py`. "in-sample" is a DPO model trained on all pairs
-for one or two epochs; "folds" are audits with so many folds and passes of judging. With two passes the estimate is that
-of the first, the AUROC that of the second. Adapters: rank 16 on all linear layers,
-ten times the learning rate.
+for one or two epochs; "folds" are audits with so many folds. Adapters: rank 16 on all linear layers, ten times the
+learning rate.
 """
 
 import csv
@@ -40,13 +39,10 @@ IN_SAMPLE = {"loss": "dpo", "rho": "0", "num_folds": 0, "beta": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "in-sample, 1 epoch": {**IN_SAMPLE, "num_train_epochs": 1},
     "in-sample, 2 epochs": {**IN_SAMPLE, "num_train_epochs": 2},
-    "2 folds": {"beta": 1.0, "num_folds": 2, "num_passes": 1},
-    "5 folds": {"beta": 1.0, "num_folds": 5, "num_passes": 1},
-    "5 folds, mean over checks": {"beta": 1.0, "num_folds": 5, "num_passes": 1},
-    "5 folds with adapters": {"beta": 1.0, "num_folds": 5, "num_passes": 1, "learning_rate": 4e-3},
-    "2 folds, 2 passes": {"beta": 1.0, "num_folds": 2, "num_passes": 2},
-    "5 folds, 2 passes": {"beta": 1.0, "num_folds": 5, "num_passes": 2},
-    "10 folds, 2 passes": {"beta": 1.0, "num_folds": 10, "num_passes": 2},
+    "2 folds": {"beta": 1.0, "num_folds": 2},
+    "5 folds": {"beta": 1.0, "num_folds": 5},
+    "5 folds, mean over checks": {"beta": 1.0, "num_folds": 5},
+    "5 folds with adapters": {"beta": 1.0, "num_folds": 5, "learning_rate": 4e-3},
 }
 COLUMNS = ("variant", "flip_rate", "seed", "estimate", "low", "high", "auroc")
 
@@ -67,8 +63,7 @@ def measure(variant: str, rate: float, seed: int, base: Path, folder: Path) -> d
     ledger = read_ledger(folder / "ledger.parquet").to_pandas().sort_values("row")
     margins = ledger[column].to_numpy()
     if "checks" in variant:  # area under the margin
-        margins = load_file(folder / "audit" / "pass_0" / "judgement.safetensors")["margins"]
-        margins = area_under_margin(margins)
+        margins = area_under_margin(load_file(folder / "audit" / "margins.safetensors")["views"])
     if not args.num_folds or "checks" in variant:
         estimate = estimate_flips(margins)
         found = {"estimate": estimate.rate, "low": estimate.low, "high": estimate.high}

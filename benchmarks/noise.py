@@ -39,7 +39,6 @@ DETECTION, POLICY = HERE / "noise_detection.csv", HERE / "noise_policy.csv"
 TASKS = {"reviews": REVIEWS, "support": SUPPORT}
 RATES, SEEDS = (0.0, 0.1, 0.2, 0.3, 0.4), (1, 2, 3, 4, 5)
 PATTERNS, PATTERN_RATE, PATTERN_SEEDS = ("length", "near_tie", "annotator", "topic"), 0.2, (1, 2, 3)
-OPTION_SEEDS = (1, 2)  # what is not the default is measured on fewer
 POLICY_RATES = (0.0, 0.2, 0.3, 0.4)
 NUM_HELD_OUT, NUM_TRUSTED, MIN_GAP = 2000, 100, 1.5
 COMMON: dict[str, Any] = {
@@ -56,7 +55,7 @@ DETECTION_COLUMNS = (
     "average_precision", "brier", "precision", "recall", "right_dropped", "clean_auroc", "claimed_precision",
     "claimed_recall", "worst_annotator", "seconds", "version",
 )  # fmt: skip
-METHODS = ("ropo", "ropo, 3 passes", "floor", "floor, ropo's options", "ceiling", "information line")
+METHODS = ("ropo", "floor", "floor, ropo's options", "ceiling", "information line")
 POLICY_COLUMNS = (*CELL, "method", "accuracy", "gold", "kl", "seconds", "version")
 
 
@@ -126,9 +125,7 @@ def align(cell: dict[str, Any], method: str, scratch: Path, folder: Path) -> dic
     task, num_pairs, seed, rate = cell["task"], cell["num_pairs"], cell["seed"], cell["flip_rate"]
     pairs, noisy, is_flipped = planted(task, num_pairs, rate, seed, cell["kind"])
     right, data, options, more = pairs[:num_pairs], noisy, ROPO, {}
-    if method == "ropo, 3 passes":
-        options = {**ROPO, "num_passes": 3}
-    elif method == "floor":
+    if method == "floor":
         options = DPO
     elif method == "floor, ropo's options":
         options = ORACLE
@@ -183,8 +180,6 @@ def methods_of(cell: dict[str, Any]) -> list[str]:
     if cell["kind"] != "symmetric":
         return ["ropo", "floor"]
     more = ["ceiling", "information line"] if cell["flip_rate"] else []
-    if more and cell["seed"] in OPTION_SEEDS:
-        more.append("ropo, 3 passes")
     return ["ropo", "floor", "floor, ropo's options", *more]
 
 

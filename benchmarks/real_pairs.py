@@ -43,7 +43,6 @@ def main(dataset: str, model: str, output: Path) -> None:
         rate = summary["flip_rate"]
         told = "cannot tell" if rate["estimate"] is None else f"{rate['estimate']:.3f}"
         print(f"{name}: {told} ({rate['low']:.3f} to {rate['high']:.3f}), {summary['reason']}")
-        print(f"  filter tried: {summary['trial']}")
         print(f"  {summary['num_kept']} kept, {summary['num_dropped']} dropped; alpha {summary['alpha']}")
         ledger = read_ledger(output / name / "ledger.parquet").to_pandas()
         if name == "flipped":

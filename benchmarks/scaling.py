@@ -258,16 +258,15 @@ def planned_table() -> str:
 
 
 def options_table() -> str:
-    """What more rounds, folds and passes cost, to a round without a reference pass: one epoch and its scoring pass."""
+    """What more rounds and folds cost, to a round without a reference pass: one epoch and its scoring pass."""
     once = plan_run(LARGE, LARGE_PAIRS, RunSize(num_folds=0, needs_reference=False), GPU, tokens_at_once=8192).seconds
     lines = ["| run | to one epoch and its scoring pass |", "|---|---|"]
     for name, run in (
         ("one round, no folds", RunSize(num_folds=0)),
-        ("one round, 2 folds, 1 pass", RunSize(num_folds=2, num_passes=1)),
-        ("one round, 5 folds, 1 pass", RunSize(num_passes=1)),
-        ("one round, 5 folds, 2 passes (default)", RunSize()),
+        ("one round, 2 folds", RunSize(num_folds=2)),
+        ("one round, 5 folds (default)", RunSize()),
         ("two rounds, no folds, 20 % sampled anew", replace(RUN, num_folds=0)),
-        ("two rounds, 5 folds, 2 passes, 20 % sampled anew", RUN),
+        ("two rounds, 5 folds, 20 % sampled anew", RUN),
     ):
         ratio = plan_run(LARGE, LARGE_PAIRS, run, GPU, tokens_at_once=8192).seconds / once
         lines.append(f"| {name} | {ratio:.1f} |")

@@ -107,8 +107,8 @@ WAYS = (
     Way(name="bare forward", measure="forward"),
     Way(name="whole, TRL", measure="trl", order="as given", is_default=True),
     Way(name="whole, no folds", measure="whole", order="as given", options={"num_folds": 0}),
-    Way(name="whole, 2 folds, 1 pass", measure="whole", order="as given", options={"num_folds": 2, "num_passes": 1}),
-    Way(name="whole, 5 folds, 2 passes", measure="whole", order="as given"),
+    Way(name="whole, 2 folds", measure="whole", order="as given", options={"num_folds": 2}),
+    Way(name="whole, 5 folds", measure="whole", order="as given"),
 )
 QUICK = ("TRL, best", "ours, packed")
 LARGE = ("TRL, defaults", "TRL, best", "ours, plain", "ours, shared prefix", "ours, packed", "scoring", "bare forward")

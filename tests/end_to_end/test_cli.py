@@ -94,13 +94,13 @@ def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert {row["origin"] for row in rows if row["round"] == 1} == {"data", "resampled"}
 
     summary = json.loads((output / "summary.json").read_text())
-    assert set(summary["flip_rate"]) == {"estimate", "low", "high", "is_raised"}
+    assert set(summary["flip_rate"]) == {"estimate", "low", "high"}
     assert summary["num_pairs"] == 20
     assert summary["num_kept"] + summary["num_dropped"] + summary["num_flipped"] == 20
     assert summary["problems"] == {"truncated": 2}
     assert summary["config"]["rho"] == "0.3"
     assert {"torch", "transformers", "ropo"} <= set(summary["versions"])
-    assert {"reference", "pass 1 fold 1", "pass 1 judge", "round 0 train", "round 1 decide"} <= set(summary["seconds"])
+    assert {"reference", "audit fold 1", "audit judge", "round 0 train", "round 1 decide"} <= set(summary["seconds"])
 
     card = (output / "README.md").read_text()
     assert summary["data_sha256"] in card
@@ -604,7 +604,7 @@ def test_the_console_says_what_is_to_be_read_where_the_rate_cannot_be_told(capsy
     """And names no annotator then: their rates are as unknown as that of all."""
     annotators = [{"name": "a", "rate": 0.1, "low": 0.0, "high": 0.2, "num_pairs": 9}]
     told = {"task": "audit", "is_informative": False, "reason": "Too weak.", "annotators": annotators}
-    told |= {"flip_rate": {"estimate": None, "low": 0.0, "high": 0.5, "is_raised": False}, "num_contradicted": 150}
+    told |= {"flip_rate": {"estimate": None, "low": 0.0, "high": 0.5}, "num_contradicted": 150}
     _say_rate(told)
     out = capsys.readouterr().out
     assert "150 of the labels are contradicted by models that have not seen them. Whether these are flips" in out
@@ -612,7 +612,7 @@ def test_the_console_says_what_is_to_be_read_where_the_rate_cannot_be_told(capsy
     assert "9 pairs" not in out
     _say_rate(told | {"num_contradicted": None})
     assert "contradicted" not in capsys.readouterr().out
-    wide = {"estimate": 0.0, "low": 0.0, "high": 0.19, "is_raised": False}
+    wide = {"estimate": 0.0, "low": 0.0, "high": 0.19}
     _say_rate(told | {"is_informative": True, "flip_rate": wide})
     out = capsys.readouterr().out
     assert "How many of these are flips and how many honest doubt can be told no closer" in out

@@ -49,14 +49,12 @@ def test_it_says_where_the_same_command_resumes(command, capsys, tmp_path):
     """At the innermost of the stages that were not finished."""
 
     def train():
-        inner = Stages(tmp_path / "pass_0")
-        Stages(tmp_path / "trial").run(
-            "filter", 0, [], lambda: inner.run("fold 1", 0, [], lambda: send(signal.SIGTERM))
-        )
+        inner = Stages(tmp_path / "models")
+        Stages(tmp_path / "audit").run("judge", 0, [], lambda: inner.run("fold 1", 0, [], lambda: send(signal.SIGTERM)))
 
     assert command(train, name="_train") == 143
     assert capsys.readouterr().err == (
-        "ropo train: interrupted by SIGTERM in stage pass_0/fold 1. The same command resumes there, from its last "
+        "ropo train: interrupted by SIGTERM in stage models/fold 1. The same command resumes there, from its last "
         "checkpoint if it has one.\n"
     )
     assert command(lambda: send(signal.SIGTERM), name="_bench") == 143

@@ -227,7 +227,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
         "dpo": Method(meaning="DPO on the noisy labels, the floor", paper="arXiv:2305.18290", options=_loss("dpo")),
         "ropo": Method(
-            meaning="this library's default: estimate, filter, then the loss for the noise that is left",
+            meaning="this library's default: estimate, filter, DPO on what is kept",
             paper="arXiv:2404.04102, adapted",
         ),
         "ropo_two_folds": Method(
@@ -332,7 +332,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             options={"loss": "dpo", "decision_rule": "double_correction"},
         ),
         "upo": Method(
-            meaning="weights by certainty and by agreement of the judges",
+            meaning="weights by certainty and by agreement of the checks",
             paper="arXiv:2409.11212, repaired",
             options={"loss": "dpo", "decision_rule": "uncertainty"},
         ),
