@@ -16,7 +16,7 @@ def tokens(pairs, tokenizer):
 def scored(model, tokens, **options):
     """Log-probabilities of the chosen responses, and the most unique tokens in a batch of several pairs."""
     batches = []
-    found = score_pairs(model, tokens, pad_token_id=0, on_batch=batches.append, **options)
+    found = score_pairs(model, tokens, pad_token_id=0, on_batch=lambda rows, _: batches.append(rows), **options)
     sizes = [sum(len(tokens[row[0]]) for row in batch) for batch in batches if len(batch) > 1]
     return found.chosen, max(sizes, default=0)
 
@@ -61,7 +61,7 @@ def test_batches_that_do_not_fit_are_halved(model, tokens, monkeypatch):
     device = SmallDevice(monkeypatch, fits=2 * max(size, len(tokens[1])))
     found = score_pairs(
         model, alike, pad_token_id=0, max_tokens=4 * max(size, len(tokens[1])),
-        on_batch=lambda rows: seen.extend(row[0] for row in rows),
+        on_batch=lambda rows, _: seen.extend(row[0] for row in rows),
     )  # fmt: skip
     torch.testing.assert_close(found.chosen, whole, rtol=1e-5, atol=1e-4)
     assert sorted(seen) == list(range(15))
