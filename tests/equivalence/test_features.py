@@ -10,10 +10,10 @@ from transformers import (
     Cohere2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    PhiConfig,
-    PhiForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -121,3 +121,135 @@ def test_gradient_is_that_of_autograd(name, layout, sketch):
     model, tokens = made(name), make_tokens()
     found = read(model, layout, tokens, sketch)
     assert_as_autograd(model, found, tokens, sketch, MAPS.get(name, LogitMap()))
+
+
+@pytest.mark.parametrize("layout", ["plain_rows", "padding_free", "shared_prefix", "packed"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+def test_adapters(layout, targets):
+    """On layers and on the head, which is then called as it is; the plain layout is the judge."""
+    base = made("own head")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    found = {}
+    for name in ("plain", layout):
+        for kind, sketch in enumerate(SKETCHES):
+            found[name, kind] = read(model, name, make_tokens(), sketch)[1]
+    for kind in range(len(SKETCHES)):
+        for name, block in found["plain", kind].items():
+            torch.testing.assert_close(found[layout, kind][name], block, rtol=1e-3, atol=1e-4, msg=name)
+    with model.disable_adapter():
+        reference = read(model, layout, make_tokens())
+        assert_as_autograd(base, reference, make_tokens(), SKETCHES[0], LogitMap())
+    assert (reference[1]["gradient"] - found["plain", 0]["gradient"]).abs().max() > 0.1
+
+
+def head_of(kind):
+    head = torch.nn.Linear(16, 100, bias=kind == "bias")
+    if kind == "hooks":
+        head.register_forward_hook(lambda *call: call[2] * 2)
+    return head
+
+
+@pytest.mark.parametrize("has_pieces", [True, False])
+@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(cap=0.7), LogitMap(scale=0.3), LogitMap(3.0, 0.7)])
+@pytest.mark.parametrize("kind", ["plain", "bias", "hooks", "sharded"])
+def test_head(kind, logit_map, has_pieces, one_process, monkeypatch):
+    """The gradient by the head's output, for every way to call a head and in pieces of any size."""
+    if has_pieces:
+        monkeypatch.setattr(response_head, "LOGITS_BUDGET_BYTES", {"cpu": 4 * 100 * 2})
+    head, hidden, target, projection = (
+        head_of(kind),
+        torch.randn(11, 16),
+        torch.randint(100, (11,)),
+        torch.randn(100, 6),
+    )
+    raw = head(hidden).detach().requires_grad_()
+    logps = logit_map(raw).log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+    (d_raw,) = torch.autograd.grad(logps.sum(), raw)
+    if kind == "sharded":
+        fully_shard(head, mesh=one_process)
+    with torch.no_grad():
+        found, gradient = projected_logps(hidden, target, head, projection, logit_map=logit_map)
+    torch.testing.assert_close(found, logps.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, d_raw @ projection, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A group of this process alone, which is enough for weights to be sharded."""
+    file = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("has_own_shards", [True, False])
+def test_sharded_model(has_own_shards, one_process):
+    """The head's weights are whole during the forward only, in a group of their own or in the model's."""
+    model, tokens = made("own head"), make_tokens()
+    wanted = [read(model, "packed", tokens, sketch)[1] for sketch in SKETCHES]
+    if has_own_shards:
+        fully_shard(model.lm_head, mesh=one_process)
+    fully_shard(model, mesh=one_process)
+    for sketch, blocks in zip(SKETCHES, wanted, strict=True):
+        _, found = read(model, "packed", tokens, sketch)
+        for name, block in blocks.items():
+            torch.testing.assert_close(found[name], block, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+@pytest.mark.parametrize("has_autocast", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16(layout, has_autocast, sketch):
+    """Rounding to 8 bits changes features by some percent; what is made of the logits is computed in float32."""
+    model, tokens = made("own head"), make_tokens()
+    exact = read(model, layout, tokens, sketch)[1]
+    model = model if has_autocast else model.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_autocast):
+        _, features = read(model, layout, tokens, sketch)
+    for name, block in exact.items():
+        assert features[name].dtype == torch.float32
+        assert (features[name] - block).norm() <= 0.03 * block.norm(), name
+
+
+def test_nothing_is_left_behind():
+    """Not after a forward that fails, either: its memory would be missed by the halves of the batch."""
+    model, tokens = made("own head"), make_tokens()
+    reader = FeatureReader(model, SKETCHES[0])
+
+    def short(*args):
+        FORWARDS["plain_rows"](*args)
+        raise torch.OutOfMemoryError
+
+    for forward in (FORWARDS["plain_rows"], FORWARDS["plain"], short):
+        with pytest.raises(torch.OutOfMemoryError) if forward is short else torch.no_grad():
+            reader.read(forward, LAYOUTS["plain"](tokens, pad_token_id=0))
+        assert not reader._seen
+        assert not hasattr(model, "_ropo_read_head")
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_swapped_pairs_change_sign():
+    model, tokens = made("own head"), make_tokens()
+    swapped = [TokenizedPair(prompt=one.prompt, chosen=one.rejected, rejected=one.chosen) for one in tokens]
+    for name, block in read(model, "packed", tokens)[1].items():
+        torch.testing.assert_close(read(model, "packed", swapped)[1][name], -block, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_layout_may_be_chosen_while_features_are_read():
+    """The layouts that are compared leave features alone, and a model of one layer has its middle at the end."""
+    model, tokens = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": 1})).eval(), make_tokens()
+    assert choose_layout(model, tokens, pad_token_id=0)[0] == "packed"
+    found = [read(model, layout, tokens)[1]["hidden_middle"] for layout in ("plain", "packed")]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="need a model with a language-model head; LlamaModel has none"):
+        FeatureReader(made("own head").model, SKETCHES[0])
+
+
+def test_names_tell_sketches_apart():
+    model = made("own head")
+    sketches = [Sketch(), Sketch(seed=1), Sketch(is_by_hidden=True), Sketch(num_outputs=32), Sketch(num_inputs=8)]
+    assert FeatureReader(model, Sketch()).name == "features1-random-64x32-seed0-layer2"
+    assert len({FeatureReader(model, sketch).name for sketch in sketches}) == len(sketches)

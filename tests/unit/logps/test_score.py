@@ -5,6 +5,7 @@ import torch
 
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps import score
+from ropo.logps.features import FeatureReader, Sketch
 from ropo.logps.score import score_pairs
 
 
@@ -73,3 +74,17 @@ def test_a_pair_that_does_not_fit_is_an_error(model, tokens, monkeypatch):
     longest = max(map(len, tokens))
     with pytest.raises(torch.OutOfMemoryError, match=f"needs memory for a pair of {longest} tokens.*Lower max_length"):
         scored(model, tokens)
+
+
+def test_features_of_batches_that_are_halved(model, tokens, monkeypatch):
+    """Each pair's once, beside its row, as without the shortage."""
+    found, reader = [], FeatureReader(model, Sketch(num_outputs=3, num_inputs=2))
+    for fits in (10**6, max(map(len, tokens))):
+        device, batches = SmallDevice(monkeypatch, fits=fits), []
+        score_pairs(model, tokens, pad_token_id=0, reader=reader, on_batch=lambda *batch, to=batches: to.append(batch))
+        rows = torch.tensor([row[0] for rows, _ in batches for row in rows])
+        blocks = torch.cat([torch.cat(list(features.values()), dim=1) for _, features in batches])
+        assert sorted(rows.tolist()) == list(range(len(tokens)))
+        found.append(blocks[rows.argsort()])
+    assert len(device.asked) > len(tokens)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
