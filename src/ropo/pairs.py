@@ -1,14 +1,16 @@
 """The nouns of the project and the one number all other rooms read.
 
 In: text of a preference pair; summed log-probabilities of its two responses.
-Out: `Pair`, `PairLogps`, and `margin`, the implicit-reward margin h of each pair.
+Out: `Pair`, `PairLogps`, `PairFeatures`, and `margin`, the implicit-reward margin h of each pair.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -120,6 +122,30 @@ class PairLogps:
             chosen_tokens=None if self.chosen_tokens is None else self.chosen_tokens[index],
             rejected_tokens=None if self.rejected_tokens is None else self.rejected_tokens[index],
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairFeatures:
+    """Numbers that a model gives each pair, chosen minus rejected: swapping the two changes every sign.
+
+    Attributes:
+        blocks: By name, each of shape (pairs, numbers), float32. `ropo.logps.features` says what they are.
+
+    Raises:
+        ValueError: If there is no block, one is not two-dimensional, or they hold different numbers of pairs.
+    """
+
+    blocks: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        shapes = {name: block.shape for name, block in self.blocks.items()}
+        if len({shape[:1] for shape in shapes.values()}) != 1 or any(len(shape) != 2 for shape in shapes.values()):
+            raise ValueError(
+                f"PairFeatures needs blocks of shape (pairs, numbers), all of the same pairs; got {shapes}."
+            )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.blocks.values())))
 
 
 def margin(policy: PairLogps, reference: PairLogps, *, beta: float) -> Float[Tensor, " pairs"]:

@@ -1,11 +1,13 @@
-"""Reference log-probabilities on disk, under a hash of everything that makes them.
+"""Reference log-probabilities and features on disk, under a hash of everything that makes them.
 
-In: the reference model, tokenized pairs, a folder. Out: `PairLogps`; the model runs only for pairs never seen.
+In: the reference model, tokenized pairs, a folder. Out: `PairLogps`, `PairFeatures`; the model runs only for pairs
+never seen.
 
 A folder per reference (hash of its weights, its configuration and the precision) holds shards; a shard maps the
 hash of a pair's token ids to its log-probabilities. So a changed learning rate or output folder costs nothing, a
 changed template, truncation or weight is a miss, appended rows are the only ones computed, and a pass that is killed
-goes on where its last shard ends.
+goes on where its last shard ends. Features have shards of their own, in a folder under the reference's that is named
+after how they are made: log-probabilities are read without them, and serve features of every kind.
 """
 
 import hashlib
@@ -13,9 +15,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -23,14 +27,16 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ropo.data.tokenize import TokenizedPair
+from ropo.logps.features import FeatureReader, Features, Sketch
 from ropo.logps.score import Rows, logps_of_rows, score_pairs
-from ropo.pairs import PairLogps
-from ropo.provenance import hash_tensors, hash_value, write_aside
+from ropo.pairs import PairFeatures, PairLogps
+from ropo.provenance import DamagedFileError, hash_tensors, hash_value, write_aside
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_PER_SHARD = 30.0  # at most this much work is lost when a pass is killed
 _KEY_BYTES = 16
+_SCALE = ".scale"  # behind the name of a block
 # Where it was loaded from, by which version, and whether it keeps keys (which a trainer turns off) change no number.
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache")
 
@@ -72,33 +78,105 @@ def reference_logps(
     Returns:
         One value per pair, in the order of `tokens`.
     """
-    state = PartialState()
     folder = cache_dir / reference_hash(model, use_bf16=use_bf16)
     keys = [_key(pair) for pair in tokens]
+    known = _fill(
+        folder, keys, model, tokens, None, pad_token_id=pad_token_id, use_bf16=use_bf16, max_tokens=max_tokens
+    )
+    return _logps(known, keys, tokens)
+
+
+def reference_features(
+    model: PreTrainedModel,
+    tokens: Sequence[TokenizedPair],
+    *,
+    sketch: Sketch,
+    cache_dir: Path,
+    pad_token_id: int,
+    use_bf16: bool = False,
+    max_tokens: int | None = None,
+) -> tuple[PairLogps, PairFeatures]:
+    """Log-probabilities and features under the reference, in one pass over the pairs that lack either in the cache.
+
+    Args:
+        model: The reference, on its device, with a language-model head.
+        tokens: The pairs, at least one.
+        sketch: Of the gradient.
+        cache_dir: Folder of the cache; made when it is missing.
+        pad_token_id: For the batches.
+        use_bf16: Compute in bfloat16 by autocast.
+        max_tokens: As for `score_pairs`.
+
+    Returns:
+        Both in the order of `tokens`. Features are kept with 11 significant bits, as a share of the largest of their
+        pair and block.
+    """
+    folder, reader = cache_dir / reference_hash(model, use_bf16=use_bf16), FeatureReader(model, sketch)
+    keys = [_key(pair) for pair in tokens]
+    known = _fill(
+        folder, keys, model, tokens, reader, pad_token_id=pad_token_id, use_bf16=use_bf16, max_tokens=max_tokens
+    )
+    return _logps(known, keys, tokens), _features(folder / reader.name, keys)
+
+
+def _fill(
+    folder: Path,
+    keys: Sequence[bytes],
+    model: PreTrainedModel,
+    tokens: Sequence[TokenizedPair],
+    reader: FeatureReader | None,
+    **options: Any,
+) -> dict[bytes, tuple[float, float]]:
+    """Score what is missing; returns the log-probabilities of all that is known then."""
+    state = PartialState()
     known = _load(folder)
+    complete = known.keys() if reader is None else known.keys() & _keys(folder / reader.name)
     state.wait_for_everyone()  # or who comes late would find shards of others, and share the work out differently
-    missing = [i for i, key in enumerate(keys) if key not in known]
-    logger.info("Reference log-probs: %d of %d pairs are cached in %s", len(keys) - len(missing), len(keys), folder)
-    if missing:
-        writer = _ShardWriter(folder, [keys[i] for i in missing])
-        score_pairs(
-            model,
-            [tokens[i] for i in missing],
-            pad_token_id=pad_token_id,
-            title="Reference log-probs",
-            use_bf16=use_bf16,
-            max_tokens=max_tokens,
-            on_batch=writer.add,
-        )
-        writer.flush()
-        state.wait_for_everyone()
-        known = _load(folder)
+    missing = [i for i, key in enumerate(keys) if key not in complete]
+    what = "Reference log-probs" if reader is None else "Reference log-probs and features"
+    logger.info("%s: %d of %d pairs are cached in %s", what, len(keys) - len(missing), len(keys), folder)
+    if not missing:
+        return known
+    writer = _ShardWriter(folder, [keys[i] for i in missing], known.keys(), reader)
+    score_pairs(model, [tokens[i] for i in missing], title=what, reader=reader, on_batch=writer.add, **options)
+    writer.flush()
+    state.wait_for_everyone()
+    return _load(folder)
+
+
+def _logps(
+    known: dict[bytes, tuple[float, float]], keys: Sequence[bytes], tokens: Sequence[TokenizedPair]
+) -> PairLogps:
     return logps_of_rows(
         [
             (i, *known[key], len(pair.chosen), len(pair.rejected))
             for i, (key, pair) in enumerate(zip(keys, tokens, strict=True))
         ]
     )
+
+
+def _features(folder: Path, keys: Sequence[bytes]) -> PairFeatures:
+    """Of one array per block is filled shard by shard, so that no second copy of them is in memory.
+
+    Raises:
+        DamagedFileError: If a shard was damaged since it was looked at.
+    """
+    wanted: dict[bytes, list[int]] = {}
+    for i, key in enumerate(keys):
+        wanted.setdefault(key, []).append(i)
+    blocks: dict[str, np.ndarray] = {}
+    for shard in _shards(folder):
+        found = [(row, i) for row, key in enumerate(_keys_in(shard)) for i in wanted.pop(key, ())]
+        if not found:
+            continue
+        rows, places = (list(column) for column in zip(*found, strict=True))
+        for name in sorted(name.removesuffix(_SCALE) for name in shard if name.endswith(_SCALE)):
+            if name not in blocks:
+                blocks[name] = np.empty((len(keys), shard[name].shape[1]), dtype=np.float32)
+            blocks[name][places] = (shard[name][rows].float() * shard[name + _SCALE][rows, None]).numpy()
+    if wanted:
+        raise DamagedFileError(f"{folder} has lost features of {len(wanted)} pairs. Run the same command again.")
+    return PairFeatures(blocks=blocks)
 
 
 def _key(pair: TokenizedPair) -> bytes:
@@ -112,21 +190,32 @@ def _key(pair: TokenizedPair) -> bytes:
 
 def _load(folder: Path) -> dict[bytes, tuple[float, float]]:
     known: dict[bytes, tuple[float, float]] = {}
+    for shard in _shards(folder):
+        for key, (chosen, rejected) in zip(_keys_in(shard), shard["logps"].tolist(), strict=True):
+            known[key] = (chosen, rejected)
+    return known
+
+
+def _keys(folder: Path) -> set[bytes]:
+    return {key for shard in _shards(folder) for key in _keys_in(shard)}
+
+
+def _keys_in(shard: dict[str, torch.Tensor]) -> list[bytes]:
+    return [key.tobytes() for key in shard["keys"].numpy()]
+
+
+def _shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         shard = _read(path)
-        if shard is None:
-            continue
-        keys = shard["keys"].numpy()
-        for key, (chosen, rejected) in zip(keys, shard["logps"].tolist(), strict=True):
-            known[key.tobytes()] = (chosen, rejected)
-    return known
+        if shard is not None:
+            yield shard
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:
     """A shard; None if it is not what was written there. Its pairs are then scored again."""
     try:
         with safe_open(path, "pt") as file:
-            shard = {name: file.get_tensor(name) for name in ("keys", "logps")}
+            shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             written = (file.metadata() or {}).get("sha256")
     except (SafetensorError, FileNotFoundError):  # or another process has just removed it
         shard, written = {}, None
@@ -138,25 +227,46 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 class _ShardWriter:
-    """Collects finished rows and writes them as a new shard every now and then."""
+    """Collects finished rows and writes them as new shards every now and then.
 
-    def __init__(self, folder: Path, keys: list[bytes]) -> None:
-        self._folder, self._keys = folder, keys
+    Args:
+        folder: Of the reference.
+        keys: Of the pairs that are scored.
+        known: Keys of pairs whose log-probabilities are in the folder: they stay as they are.
+        reader: Of features, which stand in a folder of their own, or None.
+    """
+
+    def __init__(self, folder: Path, keys: list[bytes], known: Collection[bytes], reader: FeatureReader | None) -> None:
+        self._folder, self._keys, self._known, self._reader = folder, keys, known, reader
         self._rows: Rows = []
+        self._features: list[Features] = []
         self._last = time.monotonic()
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: Rows, features: Features) -> None:
         self._rows += rows
+        self._features.append(_rounded(features))
         if time.monotonic() - self._last > _SECONDS_PER_SHARD:
             self.flush()
 
     def flush(self) -> None:
-        if self._rows:
-            keys = b"".join(self._keys[row[0]] for row in self._rows)
-            shard = {
-                "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, _KEY_BYTES),
-                "logps": torch.tensor([row[1:3] for row in self._rows], dtype=torch.float32),
-            }
-            with write_aside(self._folder / f"{uuid.uuid4().hex}.safetensors") as aside:
-                save_file(shard, aside, metadata={"sha256": hash_tensors(shard)})
-        self._rows, self._last = [], time.monotonic()
+        if self._reader is not None and self._rows:
+            blocks = {name: torch.cat([one[name] for one in self._features]) for name in self._features[0]}
+            self._write(self._folder / self._reader.name, self._rows, blocks)
+        if rows := [row for row in self._rows if self._keys[row[0]] not in self._known]:
+            self._write(self._folder, rows, {"logps": torch.tensor([row[1:3] for row in rows], dtype=torch.float32)})
+        self._rows, self._features, self._last = [], [], time.monotonic()
+
+    def _write(self, folder: Path, rows: Rows, values: dict[str, torch.Tensor]) -> None:
+        keys = b"".join(self._keys[row[0]] for row in rows)
+        shard = {"keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, _KEY_BYTES), **values}
+        with write_aside(folder / f"{uuid.uuid4().hex}.safetensors") as aside:
+            save_file(shard, aside, metadata={"sha256": hash_tensors(shard)})
+
+
+def _rounded(features: Features) -> Features:
+    """In half precision, whose range hidden states of some models leave: as shares of the largest of each pair."""
+    rounded: Features = {}
+    for name, block in features.items():
+        scale = block.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        rounded |= {name: (block / scale[:, None]).half(), name + _SCALE: scale}
+    return rounded

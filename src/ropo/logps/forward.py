@@ -26,10 +26,21 @@ def plain_logps(model: nn.Module, batch: Batch) -> PairLogps:
     Returns:
         Log-probabilities in float32 with token counts; carries gradients when they are enabled.
     """
-    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    logits_NV = logits_BTV.flatten(0, 1)[batch["source"]].float()
+    logits_NV = plain_logits(model, batch)
     logps_N = torch.log_softmax(logits_NV, dim=-1).gather(1, batch["target"][:, None]).squeeze(1)
     return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]) // 2)
+
+
+def plain_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own logits where a response token is predicted, shape (N, V), float32.
+
+    Args:
+        model: As for `plain_logps`.
+        batch: As for `plain_logps`.
+    """
+    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    found: Tensor = logits_BTV.flatten(0, 1)[batch["source"]].float()
+    return found
 
 
 def sum_by_response(logps_N: Tensor, response_N: Tensor, *, num_pairs: int) -> PairLogps:

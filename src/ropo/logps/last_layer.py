@@ -69,12 +69,22 @@ def last_mlp(decoder: Any) -> nn.Module | None:
     Returns:
         None if there is none to be found, or if it would run again in the backward pass.
     """
-    number = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
-    layers = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == number]
-    if len(layers) != 1:
+    layers = layers_of(decoder)
+    if layers is None:
         return None
-    runs_again = any(getattr(module, "gradient_checkpointing", False) for module in (decoder, layers[0][-1]))
+    runs_again = any(getattr(module, "gradient_checkpointing", False) for module in (decoder, layers[-1]))
     if runs_again and torch.is_grad_enabled():
         return None
     # A child by name: a wrapper that makes checkpoints hands its module's attributes on, but not its children.
-    return dict(layers[0][-1].named_children()).get("mlp")
+    return dict(layers[-1].named_children()).get("mlp")
+
+
+def layers_of(decoder: Any) -> nn.ModuleList | None:
+    """The layers of a decoder in the order in which they run, or None if there is no single list of them.
+
+    Args:
+        decoder: What `get_decoder` of a causal language model returns.
+    """
+    number = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == number]
+    return lists[0] if len(lists) == 1 else None

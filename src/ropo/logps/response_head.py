@@ -10,9 +10,10 @@ automatic differentiation needs three of.
 Shapes: N response tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -109,44 +110,143 @@ def response_logps(
     Returns:
         Shape (N,), float32.
     """
-    if isinstance(head, nn.Linear) and hasattr(head, "unshard"):  # FSDP2, which makes a class of its own of each class
-        return _sharded(hidden_NH, target_N, head, logit_map)
-    if type(head) is not nn.Linear or not head.weight.numel() or _has_hooks(head):
+    if _is_sharded(head):
+        logps_N: Tensor = _sharded(hidden_NH, head, partial(_fused, target_N=target_N, head=head, logit_map=logit_map))
+        return logps_N
+    if not _is_linear(head):
         return _by_calling(hidden_NH, target_N, head, logit_map)
     return _fused(hidden_NH, target_N, head, logit_map)
 
 
+def projected_logps(
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    head: nn.Module,
+    projection_VK: Tensor,
+    *,
+    logit_map: LogitMap = LogitMap(),
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and, from the same logits, its projected gradient by the head's output.
+
+    For inference: neither result carries gradients, and no second product with the head is made.
+
+    Args:
+        hidden_NH: Hidden states that predict the targets.
+        target_N: Token ids.
+        head: As for `response_logps`.
+        projection_VK: Float32; K numbers are kept of the V derivatives of each token.
+        logit_map: What the model does to the head's output.
+
+    Returns:
+        Log-probabilities, shape (N,), and projected gradients as `projected_gradient` gives them, shape (N, K); both
+        in float32.
+    """
+    if _is_sharded(head):
+        compute = partial(
+            _projected_linear, target_N=target_N, head=head, projection_VK=projection_VK, logit_map=logit_map
+        )
+        logps_N, gradient_NK = _sharded(hidden_NH, head, compute)
+        return logps_N, gradient_NK
+    if not _is_linear(head):
+        return _projected(hidden_NH, target_N, lambda x_NH: logit_map(head(x_NH)), projection_VK, logit_map)
+    return _projected_linear(hidden_NH, target_N, head, projection_VK, logit_map)
+
+
+def projected_gradient(
+    logits_NV: Tensor, target_N: Tensor, projection_VK: Tensor, logit_map: LogitMap
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and its gradient by the head's output, projected.
+
+    ::
+
+        Σ_v P[v] · (onehot(target) − softmax(logits))[v] · ∂logits[v]/∂head(hidden)[v]
+
+    Args:
+        logits_NV: In float32, after the logit map.
+        target_N: Token ids.
+        projection_VK: P, in float32.
+        logit_map: What the model did to the head's output.
+
+    Returns:
+        Shapes (N,) and (N, K), float32.
+    """
+    logps_NV = logits_NV.log_softmax(dim=-1)
+    logps_N = logps_NV.gather(1, target_N[:, None]).squeeze(1)
+    minus_NV = logps_NV.exp_().scatter_add_(1, target_N[:, None], -torch.ones_like(logps_N)[:, None])
+    with torch.autocast(logits_NV.device.type, enabled=False):
+        return logps_N, (logit_map.backward(minus_NV, logits_NV) @ projection_VK).neg_()
+
+
+def _is_sharded(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """By FSDP2, which makes a class of its own of each class."""
+    return isinstance(head, nn.Linear) and hasattr(head, "unshard")
+
+
+def _is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the head is a product with its weights, which are at hand, and nothing else."""
+    has_hooks = bool(head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+    return type(head) is nn.Linear and bool(head.weight.numel()) and not has_hooks
+
+
 def _fused(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, logit_map: LogitMap) -> Tensor:
-    device = hidden_NH.device.type
-    # Inside a function of our own autocast does not act, so its casts are made here, where they are differentiated.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    bias_V = None if head.bias is None else head.bias.to(dtype)
     num_tokens = len(target_N)
-    if missing := round_length(num_tokens, device, dtype) - num_tokens:
+    hidden_NH, weight_VH, bias_V, target_N = _cast(hidden_NH, target_N, head)
+    logps_N: Tensor = _LinearLogps.apply(hidden_NH, weight_VH, bias_V, target_N, logit_map)  # type: ignore[no-untyped-call]
+    # FSDP wants no views of what a module returns.
+    return logps_N if len(logps_N) == num_tokens else logps_N[:num_tokens].clone()
+
+
+def _projected_linear(
+    hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, projection_VK: Tensor, logit_map: LogitMap
+) -> tuple[Tensor, Tensor]:
+    num_tokens = len(target_N)
+    hidden_NH, weight_VH, bias_V, target_N = _cast(hidden_NH, target_N, head)
+    logps_N, gradient_NK = _projected(
+        hidden_NH, target_N, lambda x_NH: _logits(x_NH, weight_VH, bias_V, logit_map), projection_VK, logit_map
+    )
+    return logps_N[:num_tokens].clone(), gradient_NK[:num_tokens].clone()
+
+
+def _projected(
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    projection_VK: Tensor,
+    logit_map: LogitMap,
+) -> tuple[Tensor, Tensor]:
+    pieces = _pieces(len(target_N), len(projection_VK), hidden_NH.device.type)
+    found = [
+        projected_gradient(logits_of(hidden_NH[piece]), target_N[piece], projection_VK, logit_map) for piece in pieces
+    ]
+    logps, gradients = zip(*found, strict=True)
+    return torch.cat(logps), torch.cat(gradients)
+
+
+def _cast(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Hidden states, weights, bias and targets as the product takes them: of one type, tokens filled up.
+
+    Inside a function of our own autocast does not act, so its casts are made here, where they are differentiated.
+    """
+    device = hidden_NH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    if missing := round_length(len(target_N), device, dtype) - len(target_N):
         hidden_NH = nn.functional.pad(hidden_NH, (0, 0, 0, missing))
         target_N = nn.functional.pad(target_N, (0, missing))
-    logps_N: Tensor = _LinearLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_NH.to(dtype), head.weight.to(dtype), bias_V, target_N, logit_map
-    )
-    return logps_N[:num_tokens].clone() if missing else logps_N  # FSDP wants no views of what a module returns
+    bias_V = None if head.bias is None else head.bias.to(dtype)
+    return hidden_NH.to(dtype), head.weight.to(dtype), bias_V, target_N
 
 
-def _sharded(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, logit_map: LogitMap) -> Tensor:
-    """The fast way through a head whose weights FSDP gathers for the time of a call.
+def _sharded(hidden_NH: Tensor, head: nn.Linear, compute: Callable[[Tensor], Any]) -> Any:
+    """What is computed of a head whose weights FSDP gathers for the time of a call.
 
     One call, however many tokens a process has: each call gathers, and processes that do not make the same number of
     calls wait for each other for ever.
     """
-    head.forward = partial(_fused, target_N=target_N, head=head, logit_map=logit_map)  # type: ignore[method-assign]
+    head.forward = compute  # type: ignore[method-assign, assignment]
     try:
-        logps_N: Tensor = head(hidden_NH)
+        return head(hidden_NH)
     finally:
         del head.forward
-    return logps_N
-
-
-def _has_hooks(head: nn.Module) -> bool:
-    return bool(head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
 
 
 def _num_at_once(vocabulary: int, device: str) -> int:

@@ -1,6 +1,7 @@
 """One pass over many pairs without gradients: the stage that reads the reference and the filter's margins.
 
-In: a model and `TokenizedPair`s. Out: `PairLogps` in the order of the pairs, on the CPU, in float32.
+In: a model and `TokenizedPair`s. Out: `PairLogps` in the order of the pairs, on the CPU, in float32; features of the
+pairs batch by batch, where a reader is given.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from torch import nn
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch, batches_by_length
 from ropo.logps.choose import choose_layout
+from ropo.logps.features import FeatureReader, Features
 from ropo.logps.shared_prefix import FORWARDS, vocabulary_size
 from ropo.pairs import PairLogps
 
@@ -37,7 +39,8 @@ def score_pairs(
     title: str = "Scoring pairs",
     use_bf16: bool = False,
     max_tokens: int | None = None,
-    on_batch: Callable[[Rows], None] | None = None,
+    reader: FeatureReader | None = None,
+    on_batch: Callable[[Rows, Features], None] | None = None,
 ) -> PairLogps:
     """Log-probabilities of all pairs under one model, in evaluation mode.
 
@@ -51,7 +54,9 @@ def score_pairs(
         title: What the progress bar says.
         use_bf16: Compute in bfloat16 by autocast, as training with `bf16` does.
         max_tokens: Most unique tokens in a forward pass; default by device. One pair may have more.
-        on_batch: Called in each process with the rows of every batch it finishes (the cache writes them).
+        reader: Of this model; reads features in the same pass.
+        on_batch: Called in each process with the rows and features, on the CPU, of every batch it finishes (the cache
+            writes them). Features of all pairs may be more than fits in memory, so they are not kept here.
 
     Returns:
         One value per pair, in the order of `tokens`.
@@ -87,14 +92,15 @@ def score_pairs(
         while mine:
             where, *rest = mine
             batch = LAYOUTS[layout]([tokens[i] for i in where], pad_token_id=pad_token_id)
-            logps = _forward_if_it_fits(model, batch, layout, device)
-            if logps is None:
+            read = _forward_if_it_fits(model, batch, layout, device, reader)
+            if read is None:
                 _check_halves(where, tokens)
                 mine = [half for some in mine for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half]
                 continue
+            logps, features = read
             found, mine = _rows(where, logps), rest
             if on_batch is not None:
-                on_batch(found)
+                on_batch(found, features)
             rows += found
             advance(len(where))
     model.train(was_training)
@@ -103,10 +109,16 @@ def score_pairs(
     return logps_of_rows(rows)
 
 
-def _forward_if_it_fits(model: nn.Module, batch: Batch, layout: str, device: torch.device) -> PairLogps | None:
+def _forward_if_it_fits(
+    model: nn.Module, batch: Batch, layout: str, device: torch.device, reader: FeatureReader | None
+) -> tuple[PairLogps, Features] | None:
     """None where memory is short; by then the failed pass and its tensors are gone."""
     try:
-        return FORWARDS[layout](model, {name: tensor.to(device) for name, tensor in batch.items()})
+        placed = {name: tensor.to(device) for name, tensor in batch.items()}
+        if reader is None:
+            return FORWARDS[layout](model, placed), {}
+        logps, features = reader.read(FORWARDS[layout], placed)
+        return logps, {name: block.cpu() for name, block in features.items()}
     except torch.OutOfMemoryError:
         pass
     torch.cuda.empty_cache()

@@ -172,7 +172,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     with masks, last_mlp_at(decoder, read_R):
         hidden_BTH = decoder(**kwargs, use_cache=False).last_hidden_state
     hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
-    return response_logps(hidden_NH, target_N, self.get_output_embeddings(), logit_map=self._ropo_logit_map)
+    head, logit_map = self.get_output_embeddings(), self._ropo_logit_map
+    # Set while features are read from the same hidden states and logits (`features.FeatureReader`).
+    read_head = getattr(self, "_ropo_read_head", response_logps)
+    return read_head(hidden_NH, target_N, head, logit_map=logit_map)
 
 
 def _starts(sequences_S: Tensor) -> dict[str, Any]:

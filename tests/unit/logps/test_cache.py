@@ -1,12 +1,20 @@
 """The reference cache: what is a hit, what is a miss, and what a killed pass leaves behind."""
 
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps import cache, score
-from ropo.logps.cache import reference_hash, reference_logps
+from ropo.logps.cache import reference_features, reference_hash, reference_logps
+from ropo.logps.features import FeatureReader, Sketch
+from ropo.pairs import PairFeatures
+from ropo.provenance import DamagedFileError
 from ropo.trainer import ROPOTrainer
 
 
@@ -150,3 +158,149 @@ def test_the_attention_that_training_leaves_is_the_same_reference(model, tokens,
     assert model.config._attn_implementation == "ropo_tree"
     read(model, tokens, tmp_path)
     assert computed == [20]
+
+
+SKETCH = Sketch(num_outputs=6, num_inputs=5)
+
+
+def read_both(model, tokens, folder, sketch=SKETCH, **options):
+    return reference_features(model, tokens, sketch=sketch, cache_dir=folder, pad_token_id=0, **options)
+
+
+def assert_same(found, wanted):
+    """Kept features are rounded to 11 bits of the largest number of each pair."""
+    assert found.blocks.keys() == wanted.blocks.keys() == {"gradient", "hidden_last", "hidden_middle"}
+    for name, block in wanted.blocks.items():
+        largest = np.abs(block).max(axis=1, keepdims=True)
+        assert found.blocks[name].dtype == np.float32
+        assert (np.abs(found.blocks[name] - block) <= 2**-11 * largest).all(), name
+
+
+def test_features_are_those_of_the_pass(model, tokens, tmp_path, computed):
+    batches = []
+    reader = FeatureReader(model, SKETCH)
+    score.score_pairs(model, tokens, pad_token_id=0, reader=reader, on_batch=lambda *batch: batches.append(batch))
+    rows = np.concatenate([[row[0] for row in rows] for rows, _ in batches])
+    blocks = {name: torch.cat([one[name] for _, one in batches]).numpy() for name in batches[0][1]}
+    wanted = PairFeatures(blocks={name: block[np.argsort(rows)] for name, block in blocks.items()})
+    logps, features = read_both(model, tokens, tmp_path)
+    assert_same(features, wanted)
+    again, same = read_both(model, tokens, tmp_path)
+    assert computed == [20]
+    assert torch.equal(again.chosen, logps.chosen)
+    for name, block in features.blocks.items():
+        assert np.array_equal(same.blocks[name], block), name
+
+
+def test_features_that_are_missing_are_read_and_log_probs_stay(model, tokens, tmp_path, computed):
+    """Whatever was cached first; rows appended, in another order, or twice among the pairs."""
+    first = read(model, tokens[:15], tmp_path)
+    logps, features = read_both(model, tokens[:10], tmp_path)
+    assert computed == [15, 10]
+    assert torch.equal(logps.chosen, first.chosen[:10])
+    more, others = read_both(model, [*tokens[::-1], tokens[3]], tmp_path)
+    assert computed == [15, 10, 10]
+    assert torch.equal(more.chosen[5:20].flip(0), first.chosen)
+    for name, block in features.blocks.items():
+        assert np.array_equal(others.blocks[name][10:20][::-1], block), name
+        assert np.array_equal(others.blocks[name][-1], block[3]), name
+    assert torch.equal(read(model, tokens, tmp_path).chosen, more.chosen[:20].flip(0))
+    assert computed == [15, 10, 10]
+    read_both(model, tokens, tmp_path, sketch=Sketch(num_outputs=6, num_inputs=5, seed=1))
+    assert computed == [15, 10, 10, 20]
+
+
+def test_a_killed_pass_over_features_goes_on(model, tokens, tmp_path, monkeypatch, computed):
+    """Killed between the features of a batch and its log-probabilities, too."""
+    monkeypatch.setattr(cache, "_SECONDS_PER_SHARD", -1.0)
+    monkeypatch.setitem(score._MAX_TOKENS, "cpu", 200)
+    write, written = cache._ShardWriter._write, []
+
+    def write_then_die(self, folder, rows, values):
+        written.append((len(rows), "logps" in values))
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        write(self, folder, rows, values)
+
+    monkeypatch.setattr(cache._ShardWriter, "_write", write_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        read_both(model, tokens, tmp_path)
+    assert written[5][1]
+    monkeypatch.setattr(cache._ShardWriter, "_write", write)
+    _, resumed = read_both(model, tokens, tmp_path)
+    assert computed == [20, 20 - written[1][0] - written[3][0]]
+    _, fresh = read_both(model, tokens, tmp_path / "fresh")
+    for name, block in fresh.blocks.items():
+        np.testing.assert_allclose(resumed.blocks[name], block, rtol=1e-3, atol=2e-3 * np.abs(block).max())
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_shard_of_features_is_read_again(how, model, tokens, tmp_path, computed, caplog):
+    logps, features = read_both(model, tokens, tmp_path)
+    [path] = tmp_path.glob("*/features*/*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content[:-9] if how == "cut" else content)
+    assert torch.equal(read(model, tokens, tmp_path).chosen, logps.chosen)
+    assert computed == [20]
+    again, same = read_both(model, tokens, tmp_path)
+    assert computed == [20, 20]
+    assert torch.equal(again.chosen, logps.chosen)
+    assert f"{path} is damaged: it is removed, and its pairs are scored again." in caplog.text
+    for name, block in features.blocks.items():
+        assert np.array_equal(same.blocks[name], block), name
+
+
+def test_features_lost_while_they_are_read_are_no_numbers(model, tokens, tmp_path, monkeypatch):
+    """Another process may find a shard damaged between the two looks at it."""
+    read_both(model, tokens, tmp_path)
+    monkeypatch.setattr(cache, "_keys", lambda _: {cache._key(pair) for pair in tokens})
+    [path] = tmp_path.glob("*/features*/*.safetensors")
+    path.unlink()
+    with pytest.raises(DamagedFileError, match="has lost features of 20 pairs"):
+        read_both(model, tokens, tmp_path)
+
+
+def test_large_and_small_features_are_kept():
+    """Half precision ends at 65,504, and hidden states may be larger."""
+    block = torch.tensor([[3e6, -1e3], [2e-9, 1e-9], [0.0, 0.0]])
+    rounded = cache._rounded({"one": block})
+    found = rounded["one"].float() * rounded["one.scale"][:, None]
+    torch.testing.assert_close(found, block, rtol=1e-3, atol=0)
+
+
+TWO = """
+import sys
+import torch
+from pathlib import Path
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM
+from ropo.logps.cache import reference_features
+from ropo.logps.features import Sketch
+torch.set_num_threads(1)
+state = PartialState(cpu=True)
+tokens = torch.load(sys.argv[2], weights_only=False)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+folder = Path(sys.argv[3])
+logps, features = reference_features(
+    model, tokens, sketch=Sketch(num_outputs=6, num_inputs=5), cache_dir=folder, pad_token_id=0, max_tokens=300
+)
+assert len(list(folder.glob("*/features*/*.safetensors"))) == state.num_processes == 2
+torch.save((logps, features), f"{sys.argv[4]}.{state.process_index}")
+"""
+
+
+def test_two_processes_read_what_one_does(model, model_folder, tokens, tmp_path):
+    """Each reads its share and both return everything."""
+    (tmp_path / "two.py").write_text(TWO)
+    torch.save(tokens, tmp_path / "tokens")
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29763")
+    words = (tmp_path / "two.py", model_folder, tmp_path / "tokens", tmp_path / "two", tmp_path / "found")
+    command = [sys.executable, *launch, *map(str, words)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    wanted, features = read_both(model, tokens, tmp_path / "one")
+    for i in range(2):
+        logps, same = torch.load(tmp_path / f"found.{i}", weights_only=False)
+        torch.testing.assert_close(logps.chosen, wanted.chosen, rtol=1e-5, atol=1e-4)
+        for name, block in features.blocks.items():
+            np.testing.assert_allclose(same.blocks[name], block, rtol=1e-3, atol=1e-3 * np.abs(block).max())

@@ -5,6 +5,7 @@ import torch
 
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps import score
+from ropo.logps.features import FeatureReader, Sketch
 from ropo.logps.score import score_pairs
 
 
@@ -16,7 +17,7 @@ def tokens(pairs, tokenizer):
 def scored(model, tokens, **options):
     """Log-probabilities of the chosen responses, and the most unique tokens in a batch of several pairs."""
     batches = []
-    found = score_pairs(model, tokens, pad_token_id=0, on_batch=batches.append, **options)
+    found = score_pairs(model, tokens, pad_token_id=0, on_batch=lambda rows, _: batches.append(rows), **options)
     sizes = [sum(len(tokens[row[0]]) for row in batch) for batch in batches if len(batch) > 1]
     return found.chosen, max(sizes, default=0)
 
@@ -61,7 +62,7 @@ def test_batches_that_do_not_fit_are_halved(model, tokens, monkeypatch):
     device = SmallDevice(monkeypatch, fits=2 * max(size, len(tokens[1])))
     found = score_pairs(
         model, alike, pad_token_id=0, max_tokens=4 * max(size, len(tokens[1])),
-        on_batch=lambda rows: seen.extend(row[0] for row in rows),
+        on_batch=lambda rows, _: seen.extend(row[0] for row in rows),
     )  # fmt: skip
     torch.testing.assert_close(found.chosen, whole, rtol=1e-5, atol=1e-4)
     assert sorted(seen) == list(range(15))
@@ -73,3 +74,17 @@ def test_a_pair_that_does_not_fit_is_an_error(model, tokens, monkeypatch):
     longest = max(map(len, tokens))
     with pytest.raises(torch.OutOfMemoryError, match=f"needs memory for a pair of {longest} tokens.*Lower max_length"):
         scored(model, tokens)
+
+
+def test_features_of_batches_that_are_halved(model, tokens, monkeypatch):
+    """Each pair's once, beside its row, as without the shortage."""
+    found, reader = [], FeatureReader(model, Sketch(num_outputs=3, num_inputs=2))
+    for fits in (10**6, max(map(len, tokens))):
+        device, batches = SmallDevice(monkeypatch, fits=fits), []
+        score_pairs(model, tokens, pad_token_id=0, reader=reader, on_batch=lambda *batch, to=batches: to.append(batch))
+        rows = torch.tensor([row[0] for rows, _ in batches for row in rows])
+        blocks = torch.cat([torch.cat(list(features.values()), dim=1) for _, features in batches])
+        assert sorted(rows.tolist()) == list(range(len(tokens)))
+        found.append(blocks[rows.argsort()])
+    assert len(device.asked) > len(tokens)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
