@@ -88,12 +88,8 @@ _IDENTITY_REMEDY = "It says which run this folder holds. Restore it from a copy,
 _DIGESTS = {
     "data": "pairs", "tokenizer": "tokenizer", "trusted": "trusted pairs", "verdicts": "verdicts (decisions, trusted)",
 }  # fmt: skip
-_SCORED_BY = (
-    "scorer",
-    "num_folds",
-    "seed",
-    "max_length",
-)  # options that say which pairs there are and what judges which
+# Options that say which pairs there are, and what judges which.
+_SCORED_BY = ("scorer", "num_folds", "seed", "max_length")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -385,6 +385,12 @@ def test_what_margins_are_not_taken_from(model_folder, pairs, tmp_path):
             run_audit(model_folder, rows, config(tmp_path / "A", **{**there, **options}))
     with pytest.raises(ValueError, match="needs a run that audits"):
         run_rounds(model_folder, pairs, config(tmp_path / "A", **{**there, "rho": "0", "alpha": "14"}))
+    identity = tmp_path / "O" / "ropo_config.json"
+    text = identity.read_text()
+    identity.write_text(text.replace('"scorer": "models"', '"scorer": "another"'))
+    with pytest.raises(ValueError, match="another one:\n  scorer: 'another' there, 'models' now"):
+        run_audit(model_folder, pairs, config(tmp_path / "A", **there))
+    identity.write_text(text)
     (tmp_path / "O" / "audit" / "margins.safetensors").unlink()
     with pytest.raises(ValueError, match="was broken off"):
         run_audit(model_folder, pairs, config(tmp_path / "A", **there))

@@ -121,7 +121,7 @@ class Audit:
             ValueError: If every label is known.
         """
         if not self._is_doubtful.any():
-            raise ValueError("An audit needs a pair whose label nobody has judged; got none. Train with --num_folds 0.")
+            raise ValueError("An audit needs a pair whose label nobody has judged; got none. Leave out some verdicts.")
         scores = self._score(digest)
         inputs = [digest, hash_tensors(scores.tensors())]
         files = [*SCORED_FILES, _JUDGEMENT_FILE]

@@ -61,9 +61,10 @@ def hard(
     A wrong label is contradicted at every check, mean + sd < 0 (arXiv:2409.10343); what a model changes its mind about,
     or learns late, is hard.
     """
-    if not is_informative or not checks:
+    num_checks = len(next(iter(checks.values()), ()))
+    if not is_informative or num_checks < 2:  # who was asked once has not changed their mind
         return []
-    unknown = [np.nan] * len(next(iter(checks.values())))
+    unknown = [np.nan] * num_checks
     margins = np.array([checks.get(int(row), unknown) for row in scores["row"]], dtype=np.float64)
     average, spread = margins.mean(axis=1), margins.std(axis=1)
     is_known = np.isfinite(average)

@@ -196,7 +196,7 @@ def done(tables: Table) -> str:
         pieces += [f"{count(counts['resample'])} dropped and won back by a new pair"] if counts["resample"] else []
         text = f"Of {pairs}, {listed(pieces)}."
     text = f"{text} {budget(tables)}".rstrip()
-    if loss["noise_left"]:
+    if loss["noise_left"] and percent(loss["noise_left"]) != percent(0):
         text += f" About {percent(loss['noise_left'])} of the labels that are left should still be wrong."
     weight = counts["weight_kept_mean"]
     if weight is not None and weight < 0.999:

@@ -251,7 +251,7 @@ def test_a_cell_is_measured_and_leaves_nothing_but_its_row(small_task, tmp_path)
         kind="symmetric",
         flip_rate=0.25,
         seed=1,
-        options={"learning_rate": 1e-3, "beta": 0.3, "num_folds": 2, "num_passes": 1},
+        options={"learning_rate": 1e-3, "beta": 0.3, "num_folds": 2},
     )
     found = measure(config(), cell, tmp_path)
     append_row(tmp_path / "results.csv", found)

@@ -297,7 +297,15 @@ def test_a_hard_pair_is_more_likely_right_than_wrong(make_audit):
     ]
 
 
-@pytest.mark.parametrize("change", [{"checks": {}}, {"checks": None}, {"summary": {"is_informative": False}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checks": {}},
+        {"checks": None},
+        {"checks": {row: [0.1] for row in range(20)}},
+        {"summary": {"is_informative": False}},
+    ],
+)
 def test_without_checks_or_signal_no_pair_is_called_hard(make_audit, change):
     assert build(make_audit(**change))["hard"] == []
 
