@@ -23,7 +23,7 @@ from ropo.logps import response_head
 from ropo.logps.batch import LAYOUTS
 from ropo.logps.choose import choose_layout
 from ropo.logps.features import FeatureReader, Sketch
-from ropo.logps.response_head import LogitMap, projected_logps
+from ropo.logps.response_head import LogitMap, projected_gradient, projected_logps
 from ropo.logps.shared_prefix import FORWARDS, enable_response_logps
 from ropo.logps.tree_attention import NAME
 
@@ -165,10 +165,14 @@ def test_head(kind, logit_map, has_pieces, one_process, monkeypatch):
     raw = head(hidden).detach().requires_grad_()
     logps = logit_map(raw).log_softmax(-1).gather(1, target[:, None]).squeeze(1)
     (d_raw,) = torch.autograd.grad(logps.sum(), raw)
+    calls = []
     if kind == "sharded":
         fully_shard(head, mesh=one_process)
+        head.register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         found, gradient = projected_logps(hidden, target, head, projection, logit_map=logit_map)
+    # Each call gathers, and processes with different numbers of pieces would wait for each other.
+    assert len(calls) == (kind == "sharded")
     torch.testing.assert_close(found, logps.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, d_raw @ projection, rtol=1e-4, atol=1e-5)
 
@@ -209,6 +213,25 @@ def test_bfloat16(layout, has_autocast, sketch):
     for name, block in exact.items():
         assert features[name].dtype == torch.float32
         assert (features[name] - block).norm() <= 0.03 * block.norm(), name
+
+
+def test_features_are_computed_in_float32():
+    """Autocast is for the model: what it puts out is not rounded again, though products stand behind it."""
+    model, tokens = made("own head"), make_tokens()
+    wanted = read(model, "plain_rows", tokens)[1]
+
+    def exact(*args):
+        with torch.autocast("cpu", enabled=False):
+            return FORWARDS["plain_rows"](*args)
+
+    logits, target, projection = torch.randn(5, 100), torch.arange(5), torch.randn(100, 6)
+    _, alone = projected_gradient(logits.clone(), target, projection, LogitMap())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = FeatureReader(model, SKETCHES[0]).read(exact, LAYOUTS["plain"](tokens, pad_token_id=0))
+        _, within = projected_gradient(logits.clone(), target, projection, LogitMap())
+    torch.testing.assert_close(within, alone, rtol=1e-6, atol=1e-6)
+    for name, block in wanted.items():
+        torch.testing.assert_close(found[name], block, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_nothing_is_left_behind():

@@ -1,1 +1,1 @@
-"""From tokens to log-probabilities: `batch` (tensors), `forward` and `shared_prefix` (models), `score`, `cache`."""
+"""From tokens to log-probs: `batch` (tensors), `forward`, `shared_prefix` (models), `features`, `score`, `cache`."""

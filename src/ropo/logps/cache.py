@@ -173,7 +173,7 @@ def _features(folder: Path, keys: Sequence[bytes]) -> PairFeatures:
         for name in sorted(name.removesuffix(_SCALE) for name in shard if name.endswith(_SCALE)):
             if name not in blocks:
                 blocks[name] = np.empty((len(keys), shard[name].shape[1]), dtype=np.float32)
-            blocks[name][places] = (shard[name][rows].float() * shard[name + _SCALE][rows, None]).numpy()
+            blocks[name][places] = shard[name][rows].float().mul_(shard[name + _SCALE][rows, None]).numpy()
     if wanted:
         raise DamagedFileError(f"{folder} has lost features of {len(wanted)} pairs. Run the same command again.")
     return PairFeatures(blocks=blocks)

@@ -142,7 +142,7 @@ class FeatureReader:
 
     def _plain_logps(self, batch: Batch) -> PairLogps:
         logits_NV = plain_logits(self._model, batch)
-        last_NH = self._seen["last"].flatten(0, 1)[batch["source"]]
+        last_NH = _at(batch["source"], self._seen["last"])
         projection_VK, _ = self._projections(self._causal_lm.get_output_embeddings(), last_NH)
         # A model whose map from its head's output to its logits is not known counts as one that has none.
         logit_map = getattr(self._causal_lm, "_ropo_logit_map", LogitMap())
@@ -172,32 +172,35 @@ class FeatureReader:
 
     def _features(self, batch: Batch) -> Features:
         assert self._matrices is not None  # noqa: S101 - made when the head was read
-        pair_N, is_rejected_N = batch["response"] // 2, batch["response"] % 2
-        sign_N = 1.0 - 2.0 * is_rejected_N
-        count_N = batch["response"].bincount()[batch["response"]]
+        response_N = batch["response"]
+        sign_N1 = 1.0 - 2.0 * (response_N % 2)[:, None]
+        mean_N1 = sign_N1 / response_N.bincount()[response_N, None]
         last_NH, gradient_NK = self._seen["last_NH"].float(), self._seen["gradient_NK"]
-        num_pairs = int(pair_N.max()) + 1
         with torch.autocast(last_NH.device.type, enabled=False):
-            features = {
-                "gradient": _sum_of_products(
-                    gradient_NK * sign_N[:, None], last_NH @ self._matrices[1], pair_N, num_pairs
-                ),
-                "hidden_last": _sum_by_pair(last_NH * (sign_N / count_N)[:, None], pair_N, num_pairs),
-            }
-            if self._middle is not None:
-                middle_NH = self._seen["middle"].flatten(0, 1)[batch["source"]].to(last_NH)
-                features["hidden_middle"] = _sum_by_pair(middle_NH * (sign_N / count_N)[:, None], pair_N, num_pairs)
+            input_NL = last_NH @ self._matrices[1]
+        features = {
+            "gradient": _sum_of_products(gradient_NK * sign_N1, input_NL, response_N // 2),
+            "hidden_last": _sum_by_pair(last_NH * mean_N1, response_N // 2),
+        }
+        if self._middle is not None:
+            middle_NH = _at(batch["source"], self._seen["middle"]).float()
+            features["hidden_middle"] = _sum_by_pair(middle_NH * mean_N1, response_N // 2)
         return features
 
 
-def _sum_by_pair(values_NH: Tensor, pair_N: Tensor, num_pairs: int) -> Tensor:
-    return values_NH.new_zeros(num_pairs, *values_NH.shape[1:]).index_add_(0, pair_N, values_NH)
+def _at(source_N: Tensor, hidden_BTH: Tensor) -> Tensor:
+    """Hidden states at places in the flattened positions, though a model may be spread over several devices."""
+    return hidden_BTH.flatten(0, 1)[source_N.to(hidden_BTH.device)].to(source_N.device)
 
 
-def _sum_of_products(first_NK: Tensor, second_NL: Tensor, pair_N: Tensor, num_pairs: int) -> Tensor:
+def _sum_by_pair(values_NH: Tensor, pair_N: Tensor) -> Tensor:
+    return values_NH.new_zeros(int(pair_N.max()) + 1, values_NH.shape[1]).index_add_(0, pair_N, values_NH)
+
+
+def _sum_of_products(first_NK: Tensor, second_NL: Tensor, pair_N: Tensor) -> Tensor:
     """Sum of the outer products of each pair's tokens, shape (pairs, K·L)."""
     num_first, num_second = first_NK.shape[1], second_NL.shape[1]
-    sums_PKL = first_NK.new_zeros(num_pairs, num_first, num_second)
+    sums_PKL = first_NK.new_zeros(int(pair_N.max()) + 1, num_first, num_second)
     size = max(_MAX_PRODUCTS // (num_first * num_second), 1)
     for first, second, pair in zip(first_NK.split(size), second_NL.split(size), pair_N.split(size), strict=True):
         sums_PKL.index_add_(0, pair, first[:, :, None] * second[:, None, :])

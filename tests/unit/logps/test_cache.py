@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
@@ -205,6 +206,7 @@ def test_features_that_are_missing_are_read_and_log_probs_stay(model, tokens, tm
         assert np.array_equal(others.blocks[name][10:20][::-1], block), name
         assert np.array_equal(others.blocks[name][-1], block[3]), name
     assert torch.equal(read(model, tokens, tmp_path).chosen, more.chosen[:20].flip(0))
+    assert sum(len(load_file(path)["logps"]) for path in tmp_path.glob("*/*.safetensors")) == 20
     assert computed == [15, 10, 10]
     read_both(model, tokens, tmp_path, sketch=Sketch(num_outputs=6, num_inputs=5, seed=1))
     assert computed == [15, 10, 10, 20]
