@@ -11,7 +11,7 @@ import ropo
 ORDER = [
     "pairs", "provenance", "lock", "interruption", "options", "endpoint", "data", "logps", "losses", "noise", "plan",
     "model_files", "judge", "resample", "config", "launch", "tracking", "stages", "ledger", "policy", "pair_dataset",
-    "checkpoints", "callbacks", "metrics", "preflight", "trainer", "audit", "rounds", "report",
+    "checkpoints", "callbacks", "metrics", "preflight", "trainer", "reference", "audit", "rounds", "report",
     "evaluation", "outputs", "forecast", "align", "bench", "demo", "cli",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]

@@ -8,7 +8,7 @@ In: names of a model and a dataset, a `ROPOConfig`. Out: the output folder, whos
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerB
 
 from ropo.audit import Audit
 from ropo.audit.folds import folds_of
-from ropo.audit.run import SCORED_FILES
+from ropo.audit.scorers import SCORED_FILES
 from ropo.config import ROPOConfig, check_config
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import VERDICTS, read_verdicts, verdicts_of, with_verdicts
 from ropo.data.template import date_of, writes_date
-from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
+from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.evaluation import EvaluationSet, evaluate, read_evaluation
 from ropo.forecast import tell_forecast
@@ -35,7 +35,6 @@ from ropo.judge.make import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.launch import Launch, tell_other_launch
 from ropo.lock import LOCK_FILE, owning
-from ropo.logps.cache import reference_logps
 from ropo.model_files import check_ids, ids_of
 from ropo.outputs import Read, publish, publish_audit
 from ropo.pair_dataset import PairDataset
@@ -53,9 +52,9 @@ from ropo.provenance import (
     write_aside,
     write_json,
 )
+from ropo.reference import Reference
 from ropo.rounds import run_all
 from ropo.stages import Stages
-from ropo.trainer import batching
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ _DIGESTS = {
     "data": "pairs", "tokenizer": "tokenizer", "trusted": "trusted pairs", "verdicts": "verdicts (decisions, trusted)",
 }  # fmt: skip
 # Options that say which pairs there are, and what judges which.
-_SCORED_BY = ("scorer", "num_folds", "seed", "max_length")
+_SCORED_BY = ("scorer", "length_is_evidence", "num_folds", "seed", "max_length")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +101,7 @@ class _Prepared:
     data: PairDataset
     source: PolicySource
     tokenizer: PreTrainedTokenizerBase
-    reference_of: Callable[[Sequence[TokenizedPair]], PairLogps]
+    reference: Reference
     digest: str
     lengths: list[int]
     evaluation: EvaluationSet | None
@@ -181,7 +180,7 @@ def run_rounds(
             folder=made.folder / "rounds",
             source=made.source,
             tokenizer=made.tokenizer,
-            reference_of=made.reference_of,
+            reference_of=made.reference.logps,
             peft_config=peft_config,
             judge=judge,
             digest=digest,
@@ -189,7 +188,7 @@ def run_rounds(
         evaluation = None
         if made.evaluation is not None:
             evaluation = evaluate(
-                made.evaluation, rounds, folder=made.folder / "evaluation", reference_of=made.reference_of
+                made.evaluation, rounds, folder=made.folder / "evaluation", reference_of=made.reference.logps
             )
         return publish(rounds, folder=made.folder, read=made.read(command), evaluation=evaluation)
 
@@ -257,6 +256,7 @@ def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None,
         source=made.source,
         tokenizer=made.tokenizer,
         peft_config=peft_config,
+        features_of=made.reference.features,
         judge=judge,
     )
 
@@ -336,18 +336,25 @@ def _prepare(
     _tell_idle(verdicts, tokenized.pairs)
     if args.audit_from is None:  # else most of what it counts is there
         tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
-    reference_of = _reference_of(source, tokenizer, args)
+    reference = Reference(source, tokenizer, args)
     digest = hash_value(identity)
     return _Prepared(
         folder=folder,
         loaded=loaded,
         problems=problems,
         data=_with_reference(
-            tokenized, trusted_tokens, folder / "reference", reference_of if args.reads_reference else None, digest
-        ),
+            tokenized,
+            trusted_tokens,
+            folder / "reference",
+            reference,
+            digest,
+            reads_features=args.reads_features and (is_audit or args.needs_audit),
+        )
+        if args.reads_reference
+        else PairDataset([*tokenized.pairs, *trusted_tokens.pairs], [*tokenized.tokens, *trusted_tokens.tokens]),
         source=source,
         tokenizer=tokenizer,
-        reference_of=reference_of,
+        reference=reference,
         digest=digest,
         lengths=tokenized.lengths,
         evaluation=evaluation,
@@ -634,36 +641,24 @@ def _report_problems(folder: Path, problems: Sequence[Problem]) -> None:
             logger.warning("%s: %s (%s). %s", where, kind, spec.severity.replace("_", " "), spec.meaning)
 
 
-def _reference_of(
-    source: PolicySource, tokenizer: PreTrainedTokenizerBase, args: ROPOConfig
-) -> Callable[[Sequence[TokenizedPair]], PairLogps]:
-    """A function that loads the reference, scores pairs and lets it go: it is never in memory during training."""
-    cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
-
-    def reference_of(tokens: Sequence[TokenizedPair]) -> PairLogps:
-        return reference_logps(source.load(), tokens, cache_dir=cache_dir, **batching(args, tokenizer))
-
-    return reference_of
-
-
 def _with_reference(
     tokenized: TokenizedPairs,
     trusted: TokenizedPairs,
     folder: Path,
-    reference_of: Callable[[Sequence[TokenizedPair]], PairLogps] | None,
+    reference: Reference,
     digest: str,
+    *,
+    reads_features: bool,
 ) -> PairDataset:
     """The data, then the trusted pairs, with reference log-probabilities, computed as a stage of its own.
 
-    Without them if no loss reads them.
+    Features that an audit will ask for are read in the same pass; they stay in the reference's cache.
     """
     pairs, tokens = [*tokenized.pairs, *trusted.pairs], [*tokenized.tokens, *trusted.tokens]
-    if reference_of is None:
-        return PairDataset(pairs, tokens)
     path = folder / "reference_logps.safetensors"
 
     def make() -> None:
-        logps = reference_of(tokens)
+        logps = reference.read(tokens)[0] if reads_features else reference.logps(tokens)
         if PartialState().is_main_process:
             with write_aside(path) as aside:
                 save_file(asdict(logps), aside)

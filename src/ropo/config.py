@@ -59,7 +59,12 @@ TEXT_OR_NUMBER = ("alpha", "rho")  # or the text "auto"
 ROUND_STARTS = ("restart", "carry_on")
 SAMPLE_FROM = ("reference", "policy")
 ON_BAD_ROWS = ("refuse", "skip")
-SCORERS: Mapping[str, str] = MappingProxyType({"models": "models trained on the other folds"})
+SCORERS: Mapping[str, str] = MappingProxyType(
+    {
+        "features": "linear models on what the reference's forward pass reads of each pair, in seconds",
+        "models": "models trained on the other folds, thorough and slow",
+    }
+)
 
 # What `transformers` takes of the options that are its own, or finds wrong only when the training begins.
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -222,10 +227,14 @@ class ROPOConfig(TrainingArguments):
         "trained model's own margins.",
     )
     scorer: str = _option(
-        "models",
+        "features",
         "What gives the margins that an audit judges labels by: "
         + ", ".join(f"{name} ({meaning})" for name, meaning in SCORERS.items())
         + ".",
+    )
+    length_is_evidence: bool = _option(
+        False,  # noqa: FBT003
+        "Let a pair be judged by the lengths of its responses, too; scorer features only.",
     )
     audit_from: str | None = _option(
         None,
@@ -524,6 +533,11 @@ class ROPOConfig(TrainingArguments):
         if self.alpha == "auto":
             return None
         return 0.0 if self.alpha is None else float(self.alpha)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether an audit judges by what the reference pass reads of each pair, and reads it itself."""
+        return self.scorer == "features" and self.audit_from is None
 
     @property
     def needs_audit(self) -> bool:

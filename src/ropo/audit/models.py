@@ -40,22 +40,23 @@ def by_models(question: Question) -> Scores:
     Returns:
         Margins in nats up to the common scale, at the end of training and at each check.
     """
-    args, data = _options(question.args), question.data
+    args, data, folds = _options(question.args), question.data, question.folds[0]
     # What the data says, swapped where a person has said that it is wrong.
     weights = np.abs(question.sign) * data.weights
-    training, learned_in = training_set(data, weights, question.sign < 0), question.folds[weights > 0]
+    training, learned_in = training_set(data, weights, question.sign < 0), folds[weights > 0]
     lengths = np.array([len(tokens) for tokens in data.tokens])
     views = np.empty((NUM_CHECKS, len(data)))
     sizes = []
     for fold in range(args.num_folds):
-        judged = np.flatnonzero(question.folds == fold)
+        judged = np.flatnonzero(folds == fold)
         judged = judged[np.argsort(-lengths[judged], kind="stable")]  # batches of similar length
         others = training.select(np.flatnonzero(learned_in != fold).tolist())
         margins = _fold_margins(question, args, fold, others, data.select(judged.tolist()))
         sizes.append(float(np.median(np.abs(margins[-1]))))
         views[:, judged] = margins / (sizes[-1] or 1.0)
     views *= float(np.median(sizes)) or 1.0  # of a typical fold
-    return Scores(margins=views[-1], views=views, rows=(question.row("models", views[-1], is_taken=True),))
+    row = question.row("models", views[-1], is_taken=True)
+    return Scores(margins=views[-1], length=np.zeros(len(data)), views=views, rows=(row,))
 
 
 def _fold_margins(

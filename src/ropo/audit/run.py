@@ -8,9 +8,9 @@ weighed once, before the training, by margins that no label has had a say in its
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,30 +20,33 @@ import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from ropo.audit.features import by_features
 from ropo.audit.folds import folds_of
 from ropo.audit.models import by_models
-from ropo.audit.scorers import MARGINS_FILE, ROWS_FILE, Floats, Question, Scorer, Scores
+from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Floats, Question, Scorer, Scores
 from ropo.audit.weights import Choice, Why, decide_all, known_labels, resolve_alpha, resolve_rho, training_set
 from ropo.config import ROPOConfig
+from ropo.data.tokenize import TokenizedPair
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import estimate_flips
 from ropo.pair_dataset import PairDataset
+from ropo.pairs import PairFeatures
 from ropo.policy import PolicySource, release_memory
-from ropo.provenance import hash_tensors, read_json, write_aside, write_json
+from ropo.provenance import hash_tensors, read_json, write_json
 from ropo.stages import Stages
 
 logger = logging.getLogger(__name__)
 
-SCORERS: Mapping[str, Scorer] = MappingProxyType({"models": by_models})
+SCORERS: Mapping[str, Scorer] = MappingProxyType({"features": by_features, "models": by_models})
 """The scorers by name; what each is, `ropo.config.SCORERS` says, where the option is checked."""
 
-SCORED_FILES = (MARGINS_FILE, ROWS_FILE)
-"""What another audit of the same pairs can go by."""
+NUM_DEALS = 4
+"""How often the pairs are dealt into folds: the mean of so many margins hangs less on the seed (docs/noise.md)."""
 
 _JUDGEMENT_FILE = "judgement.json"
 _STAGE = "judge"
@@ -55,6 +58,7 @@ class Judgement:
 
     Attributes:
         estimate: `FlipEstimate.to_dict()`.
+        with_length: The same if pairs were judged by the lengths of their responses, too; None where it is the same.
         rho: The share of pairs to filter out.
         alpha: Of the training that follows.
         noise_left: Expected share of wrong labels in what is trained on; 0 where it cannot be told.
@@ -63,6 +67,7 @@ class Judgement:
     """
 
     estimate: dict[str, Any]
+    with_length: dict[str, Any] | None
     rho: Choice
     alpha: Choice
     noise_left: float
@@ -87,6 +92,7 @@ class Audit:
         source: Loads the initial model.
         tokenizer: The model's.
         peft_config: For adapters.
+        features_of: Reads what the reference says about pairs.
         judge: Asked by rules that take one about what they cannot settle; None for nobody.
     """
 
@@ -99,9 +105,10 @@ class Audit:
         source: PolicySource,
         tokenizer: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None,
+        features_of: Callable[[Sequence[TokenizedPair]], PairFeatures],
         judge: Judge | None = None,
     ) -> None:
-        self.judge = judge
+        self.judge, self.features_of = judge, features_of
         self.data, self.args, self.folder = data, args, folder
         self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
         self._sign, self._is_known = known_labels(data.pairs)
@@ -133,13 +140,14 @@ class Audit:
             there = Path(self.args.audit_from) / self.folder.name
             Stages(there).check(_STAGE, SCORED_FILES)
             return Scores.read(there)
-        fold_of = folds_of(self.data.pairs, self.args.num_folds, seed=self.args.seed)
+        deals = [folds_of(self.data.pairs, self.args.num_folds, seed=self.args.seed + i) for i in range(NUM_DEALS)]
         question = Question(
             data=self.data,
             sign=self._sign,
             is_doubtful=self._is_doubtful,
             clusters=self._texts,
-            folds=np.array([fold_of[pair.id] for pair in self.data.pairs]),
+            folds=np.array([[fold_of[pair.id] for pair in self.data.pairs] for fold_of in deals]),
+            features=partial(self.features_of, self.data.tokens),
             args=self.args,
             folder=self.folder / self.args.scorer,
             source=self.source,
@@ -153,7 +161,10 @@ class Audit:
 
     def _judge(self, scores: Scores) -> None:
         estimate, p_flip = self._estimate(scores.margins)
-        rho = resolve_rho(self.args.fixed_rho, estimate)
+        with_length = self._estimate(scores.margins + scores.length)[0] if scores.length.any() else None
+        contradicted = float((scores.margins[self._is_doubtful] < 0).mean())
+        filter_helps = scores.filter is not None and scores.filter.helps
+        rho = resolve_rho(self.args.fixed_rho, estimate, contradicted=contradicted if filter_helps else 0.0)
         decisions, weights = decide_all(
             self.data,
             scores.margins,
@@ -168,6 +179,7 @@ class Audit:
         left = float(np.sum(weights * wrong) / max(weights.sum(), 1e-12)) if estimate["is_informative"] else 0.0
         judgement = Judgement(
             estimate=estimate,
+            with_length=with_length,
             rho=rho,
             alpha=resolve_alpha(self.args.fixed_alpha, estimate),
             noise_left=left,
@@ -177,9 +189,7 @@ class Audit:
         for name, choice in (("rho", rho), ("alpha", judgement.alpha)):
             logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))
         if PartialState().is_main_process:
-            with write_aside(self.folder / MARGINS_FILE) as path:
-                save_file({**scores.tensors(), "p_flip": torch.from_numpy(p_flip)}, path)
-            scores.write_rows(self.folder)
+            scores.write(self.folder, p_flip=torch.from_numpy(p_flip))
             write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
 
     def _estimate(self, margins: Floats) -> tuple[dict[str, Any], Floats]:

@@ -16,19 +16,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
 from ropo.noise.clusters import cluster_weights, mean_of
-from ropo.noise.shares import wilson_interval
+from ropo.noise.shares import Z_90, wilson_interval
 from ropo.pair_dataset import PairDataset
+from ropo.pairs import PairFeatures
 from ropo.policy import PolicySource
-from ropo.provenance import read_json, write_json
+from ropo.provenance import read_json, write_aside, write_json
 
 Floats = NDArray[np.float64]
 
 MARGINS_FILE, ROWS_FILE = "margins.safetensors", "scorers.json"
+SCORED_FILES = (MARGINS_FILE, ROWS_FILE)
+"""What another audit of the same pairs can go by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,9 @@ class Question:
         sign: What is known of each label: +1 it stands, −1 it is wrong, 0 the pair is to be left out; shape (pairs,).
         is_doubtful: Which labels nobody has vouched for or judged, shape (pairs,).
         clusters: A name for each pair, the same for copies of one pair, shape (pairs,).
-        folds: A pair is scored by what was learned in the other folds alone, shape (pairs,).
+        folds: A pair is scored by what was learned in the other folds alone; dealt several times, shape (deals,
+            pairs), for scorers to which another deal costs little.
+        features: Reads what the reference says about each pair, in the order of `data`.
         args: Options of the run.
         folder: The scorer's own. What takes long is a stage there, so that it resumes.
         source: Loads the initial model.
@@ -54,6 +59,7 @@ class Question:
     is_doubtful: NDArray[np.bool_]
     clusters: NDArray[np.str_]
     folds: NDArray[np.int64]
+    features: Callable[[], PairFeatures]
     args: ROPOConfig
     folder: Path
     source: PolicySource
@@ -95,37 +101,67 @@ class ScorerRow:
     is_taken: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Whether models are better without the pairs that other models contradict, by labels that neither has seen.
+
+    Attributes:
+        gain: By how much more of these labels they agree with, in [−1, 1].
+        error: Its standard error.
+    """
+
+    gain: float
+    error: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the gain is surely above 0: 95 %, one-sided."""
+        return self.gain > Z_90 * self.error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scores:
     """What a scorer has found.
 
     Attributes:
         margins: Held-out margin of every pair as labelled, shape (pairs,).
+        length: What the lengths of the responses would add to it, shape (pairs,); 0 where that is not told apart.
         views: The same as seen at several moments or by several models, shape (views, pairs); for rules that compare
             them, which need two or more.
         rows: What was compared, the scorer that is taken among them.
+        filter: Whether a filter helps; None where it was not tried.
     """
 
     margins: Floats
+    length: Floats
     views: Floats
     rows: tuple[ScorerRow, ...]
+    filter: Filter | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Margins and views, as they are written."""
-        return {"margins": torch.from_numpy(self.margins.copy()), "views": torch.from_numpy(self.views.copy())}
+        """What there is of each pair, as it is written."""
+        return {name: torch.from_numpy(getattr(self, name).copy()) for name in ("margins", "length", "views")}
 
-    def write_rows(self, folder: Path) -> None:
-        """Write `ROWS_FILE`."""
-        write_json(folder / ROWS_FILE, [asdict(row) for row in self.rows])
+    def write(self, folder: Path, **more: torch.Tensor) -> None:
+        """Write `SCORED_FILES`.
+
+        Args:
+            folder: Where to.
+            **more: Further tensors.
+        """
+        with write_aside(folder / MARGINS_FILE) as path:
+            save_file({**self.tensors(), **more}, path)
+        told = {"rows": [asdict(row) for row in self.rows], "filter": self.filter and asdict(self.filter)}
+        write_json(folder / ROWS_FILE, told)
 
     @classmethod
     def read(cls, folder: Path) -> "Scores":
-        """What an audit has written in its folder."""
-        found = load_file(folder / MARGINS_FILE)
+        """What `write` wrote."""
+        found, told = load_file(folder / MARGINS_FILE), read_json(folder / ROWS_FILE)
         return cls(
-            margins=found["margins"].numpy(),
-            views=found["views"].numpy(),
-            rows=tuple(ScorerRow(**row) for row in read_json(folder / ROWS_FILE)),
+            **{name: found[name].numpy() for name in ("margins", "length", "views")},
+            rows=tuple(ScorerRow(**row) for row in told["rows"]),
+            filter=told["filter"] and Filter(**told["filter"]),
         )
 
 

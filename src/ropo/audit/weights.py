@@ -84,6 +84,7 @@ class Why(StrEnum):
 
     GIVEN = "given"
     ESTIMATED = "estimated"
+    FILTER_HELPS = "filter_helps"
     MAY_BE_CLEAN = "may_be_clean"
     CANNOT_TELL = "cannot_tell"
     AFTER_FILTER = "after_filter"
@@ -98,15 +99,18 @@ class Choice:
     why: Why
 
 
-def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> Choice:
+def resolve_rho(fixed: float | None, estimate: Mapping[str, Any], *, contradicted: float = 0.0) -> Choice:
     """The share of pairs to filter out.
 
     Args:
         fixed: What the user gave, or None to follow the estimate.
         estimate: `FlipEstimate.to_dict()`.
+        contradicted: Share of labels that held-out margins contradict, if models are surely better without them.
 
     Returns:
-        ρ in [0, 0.5]: the estimated rate if it can be told and its interval excludes 0.
+        ρ in [0, 0.5]: the estimated rate if it can be told and its interval excludes 0, else 0; but no less than
+        `contradicted`. Where wrong labels have a rule, such as errors between responses that are nearly as good, the
+        rate reads too low, and what is contradicted is wrong all the same.
 
     Examples:
         >>> resolve_rho(None, {"is_informative": True, "rate": 0.01, "low": 0.0, "high": 0.02})
@@ -114,11 +118,13 @@ def resolve_rho(fixed: float | None, estimate: Mapping[str, Any]) -> Choice:
     """
     if fixed is not None:
         return Choice(value=fixed, why=Why.GIVEN)
-    if not estimate["is_informative"]:
-        return Choice(value=0.0, why=Why.CANNOT_TELL)
-    if estimate["low"] <= 0.0:
-        return Choice(value=0.0, why=Why.MAY_BE_CLEAN)
-    return Choice(value=min(float(estimate["rate"]), 0.5), why=Why.ESTIMATED)
+    is_told = estimate["is_informative"] and estimate["low"] > 0.0
+    rate = float(estimate["rate"]) if is_told else 0.0
+    if contradicted > rate:
+        return Choice(value=min(contradicted, 0.5), why=Why.FILTER_HELPS)
+    if not is_told:
+        return Choice(value=0.0, why=Why.MAY_BE_CLEAN if estimate["is_informative"] else Why.CANNOT_TELL)
+    return Choice(value=min(rate, 0.5), why=Why.ESTIMATED)
 
 
 def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any] | None) -> Choice:

@@ -68,11 +68,6 @@ class Refit:
     gain: float
     error: float
 
-    @property
-    def helps(self) -> bool:
-        """Whether the gain exceeds its standard error (the rule of Breiman et al. 1984 for the simpler model)."""
-        return self.gain > self.error
-
 
 class LinearModels:
     """Ridge logistic regressions on the features of pairs.
@@ -235,7 +230,7 @@ def _unit(features: Features) -> Features:
 
 def _unlike(folds: Int[np.ndarray, " pairs"]) -> PerFit:
     """1 for the pairs that are not in fold k, in column k."""
-    return (folds[:, None] != np.arange(int(folds.max()) + 1)).astype(np.float64)
+    return np.asarray(folds[:, None] != np.arange(int(folds.max()) + 1), dtype=np.float64)
 
 
 def _own(values: PerFit, folds: Int[np.ndarray, " pairs"]) -> PerPair:
@@ -250,7 +245,8 @@ def _solve(basis: _Basis, weights: PerFit, penalties: np.ndarray) -> np.ndarray:
     matrix. Momentum by Nesterov, begun anew where it points uphill (O'Donoghue & Candès 2015).
     """
     inverse = 1.0 / (basis.spectrum[:, None] / 4 * weights.max() + penalties)
-    found = ahead = np.zeros_like(inverse)
+    found: np.ndarray = np.zeros_like(inverse)
+    ahead = found
     momentum = np.ones(len(penalties))
     for _ in range(_MAX_STEPS):
         gradient = basis.coordinates.T @ (weights * expit(-basis.margins(ahead))) - penalties * ahead
