@@ -23,6 +23,7 @@ from scipy.special import expit
 from ropo.noise.clusters import PerPair, mean_of, sd_of
 
 Features = Float[np.ndarray, "pairs numbers"]
+Covariates = Float[np.ndarray, "pairs covariates"]
 PerFit = Float[np.ndarray, "pairs problems"]
 Folds = Int[np.ndarray, "deals pairs"]
 
@@ -90,7 +91,7 @@ class LinearModels:
     """
 
     def __init__(
-        self, features: Features, *, covariates: Features | None = None, weights: PerPair | None = None
+        self, features: Features, *, covariates: Covariates | None = None, weights: PerPair | None = None
     ) -> None:
         self._basis = _Basis(features, covariates)
         self._weights = np.ones(len(features)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -198,7 +199,7 @@ class LinearModels:
 class _Basis:
     """Coordinates in which the features are uncorrelated, so that the penalty and the curvature are both diagonal."""
 
-    def __init__(self, features: Features, covariates: Features | None) -> None:
+    def __init__(self, features: Features, covariates: Covariates | None) -> None:
         features = np.asarray(features, dtype=np.float64)
         self._covariates = np.zeros((len(features), 0))
         if covariates is not None:
@@ -223,7 +224,7 @@ class _Basis:
         return np.asarray(self._covariates @ (self._of_covariates @ fits))
 
 
-def _unit(features: Features) -> Features:
+def _unit(features: Float[np.ndarray, "pairs some"]) -> Float[np.ndarray, "pairs some"]:
     """Scaled to a mean squared norm of 1."""
     return np.asarray(features / max(float(np.sqrt((features**2).sum(axis=1).mean())), _TINY))
 
