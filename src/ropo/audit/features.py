@@ -61,13 +61,13 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     turn = np.where(question.sign < 0, -1.0, 1.0)[:, None]  # a label that is known to be wrong counts as its opposite
     weights = np.abs(question.sign) * cluster_weights(question.clusters, len(turn))
     length = turn * _length(tokens)
-    models = {
-        name: LinearModels(turn * _joined(blocks, parts), covariates=length, weights=weights)
-        for name, parts in BLOCKS.items()
-    }
-    judged = {name: one.held_out(question.folds) for name, one in models.items()}
-    taken = min(judged, key=lambda name: judged[name].loss)
-    refit = models[taken].without_suspects(question.folds, strength=judged[taken].strength, is_known=is_known)
+    judged: dict[str, HeldOut] = {}
+    for name, parts in BLOCKS.items():
+        models = LinearModels(turn * _joined(blocks, parts), covariates=length, weights=weights)
+        judged[name] = models.held_out(question.folds)
+        if judged[name].loss == min(one.loss for one in judged.values()):
+            taken, best = name, models  # only one is kept: many pairs fill the memory
+    refit = best.without_suspects(question.folds, strength=judged[taken].strength, is_known=is_known)
     surface = {
         LENGTH: LinearModels(length, weights=weights).held_out(question.folds),
         NGRAMS: LinearModels(turn * _ngrams(tokens), covariates=length, weights=weights).held_out(question.folds),

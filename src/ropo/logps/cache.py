@@ -4,7 +4,8 @@ In: the reference model, tokenized pairs, a folder. Out: `PairLogps`, `PairFeatu
 never seen.
 
 A folder per reference (hash of its weights, its configuration and the precision) holds shards; a shard maps the
-hash of a pair's token ids to its log-probabilities. So a changed learning rate or output folder costs nothing, a
+hash of a pair's token ids to its log-probabilities. The two responses stand there in an order of their own, so a label
+that is turned round costs nothing. So a changed learning rate or output folder costs nothing, a
 changed template, truncation or weight is a miss, appended rows are the only ones computed, and a pass that is killed
 goes on where its last shard ends. Features have shards of their own, in a folder under the reference's that is named
 after how they are made: log-probabilities are read without them, and serve features of every kind.
@@ -16,6 +17,7 @@ import logging
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,12 @@ def reference_logps(
         One value per pair, in the order of `tokens`.
     """
     folder = cache_dir / reference_hash(model, use_bf16=use_bf16)
-    keys = [_key(pair) for pair in tokens]
+    ordered, is_turned = _in_order(tokens)
+    keys = [_key(pair) for pair in ordered]
     known = _fill(
-        folder, keys, model, tokens, None, pad_token_id=pad_token_id, use_bf16=use_bf16, max_tokens=max_tokens
+        folder, keys, model, ordered, None, pad_token_id=pad_token_id, use_bf16=use_bf16, max_tokens=max_tokens
     )
-    return _logps(known, keys, tokens)
+    return _logps(known, keys, tokens, is_turned)
 
 
 def reference_features(
@@ -112,11 +115,15 @@ def reference_features(
         pair and block.
     """
     folder, reader = cache_dir / reference_hash(model, use_bf16=use_bf16), FeatureReader(model, sketch)
-    keys = [_key(pair) for pair in tokens]
+    ordered, is_turned = _in_order(tokens)
+    keys = [_key(pair) for pair in ordered]
     known = _fill(
-        folder, keys, model, tokens, reader, pad_token_id=pad_token_id, use_bf16=use_bf16, max_tokens=max_tokens
+        folder, keys, model, ordered, reader, pad_token_id=pad_token_id, use_bf16=use_bf16, max_tokens=max_tokens
     )
-    return _logps(known, keys, tokens), _features(folder / reader.name, keys)
+    features = _features(folder / reader.name, keys)
+    for block in features.blocks.values():
+        block[is_turned] *= -1.0
+    return _logps(known, keys, tokens, is_turned), features
 
 
 def _fill(
@@ -145,12 +152,15 @@ def _fill(
 
 
 def _logps(
-    known: dict[bytes, tuple[float, float]], keys: Sequence[bytes], tokens: Sequence[TokenizedPair]
+    known: dict[bytes, tuple[float, float]],
+    keys: Sequence[bytes],
+    tokens: Sequence[TokenizedPair],
+    is_turned: Sequence[bool],
 ) -> PairLogps:
     return logps_of_rows(
         [
-            (i, *known[key], len(pair.chosen), len(pair.rejected))
-            for i, (key, pair) in enumerate(zip(keys, tokens, strict=True))
+            (i, *(known[key][::-1] if turned else known[key]), len(pair.chosen), len(pair.rejected))
+            for i, (key, pair, turned) in enumerate(zip(keys, tokens, is_turned, strict=True))
         ]
     )
 
@@ -177,6 +187,16 @@ def _features(folder: Path, keys: Sequence[bytes]) -> PairFeatures:
     if wanted:
         raise DamagedFileError(f"{folder} has lost features of {len(wanted)} pairs. Run the same command again.")
     return PairFeatures(blocks=blocks)
+
+
+def _in_order(tokens: Sequence[TokenizedPair]) -> tuple[list[TokenizedPair], list[bool]]:
+    """The pairs with their responses in an order that no label decides, and which of them that turns round."""
+    is_turned = [pair.chosen.tobytes() > pair.rejected.tobytes() for pair in tokens]
+    ordered = [
+        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if turned else pair
+        for pair, turned in zip(tokens, is_turned, strict=True)
+    ]
+    return ordered, is_turned
 
 
 def _key(pair: TokenizedPair) -> bytes:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,18 @@ def test_order_does_not_matter(model, tokens, tmp_path, computed):
     backward = read(model, tokens[::-1], tmp_path)
     assert computed == [20]
     assert torch.equal(backward.chosen.flip(0), forward.chosen)
+
+
+def test_a_label_that_is_turned_round_costs_nothing(model, tokens, tmp_path, computed):
+    logps, features = read_both(model, tokens, tmp_path)
+    turned = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in tokens]
+    again, opposite = read_both(model, turned, tmp_path)
+    assert computed == [20]
+    assert torch.equal(again.chosen, logps.rejected)
+    assert torch.equal(again.rejected, logps.chosen)
+    assert again.chosen_tokens.tolist() == logps.rejected_tokens.tolist()
+    for name, block in features.blocks.items():
+        assert np.array_equal(opposite.blocks[name], -block), name
 
 
 def test_changed_tokens_or_weights_are_a_miss(model, tokenizer, pairs, tokens, tmp_path, computed):
@@ -256,7 +269,7 @@ def test_a_damaged_shard_of_features_is_read_again(how, model, tokens, tmp_path,
 def test_features_lost_while_they_are_read_are_no_numbers(model, tokens, tmp_path, monkeypatch):
     """Another process may find a shard damaged between the two looks at it."""
     read_both(model, tokens, tmp_path)
-    monkeypatch.setattr(cache, "_keys", lambda _: {cache._key(pair) for pair in tokens})
+    monkeypatch.setattr(cache, "_keys", lambda _: {cache._key(pair) for pair in cache._in_order(tokens)[0]})
     [path] = tmp_path.glob("*/features*/*.safetensors")
     path.unlink()
     with pytest.raises(DamagedFileError, match="has lost features of 20 pairs"):
