@@ -1,6 +1,6 @@
 """Does the flip rate's interval hold the truth whatever the model's errors are like, and is it refused where it cannot?
 
-    python benchmarks/families.py [--runs N]   # families.csv and the table of docs/noise.md; 16 runs: ten minutes, one core
+    python benchmarks/families.py [--runs N]   # families.csv and the table of docs/noise.md; 16 runs take ten minutes
     python benchmarks/families.py --table      # print the table from the rows
 
 Margins of right labels are drawn from each family, then each label is flipped with probability ε. "Told" is the share

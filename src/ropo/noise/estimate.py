@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,6 @@ from ropo.noise.clusters import Clusters, PerPair, cluster_weights, within
 
 MIN_PAIRS = 50
 """Below this the chi-square approximation behind the interval is not worth trusting."""
-
-MIN_SIGNAL = 25.0
-"""Twice the log-likelihood that must be gained over coin-flip labels. The usual 90 % quantile, 2.7, is too low: without
-signal the rate is not identified, and the best of many rates fits noise. Margins that know nothing of the labels pass
-12 about once in 3,000 data sets; up to 25, few flips and a weak model still pass for many flips and a sure one."""
 
 MAX_WIDTH = 0.25
 """Whoever guesses 1/4 without data is wrong by 1/8 on average over [0, 1/2]. A wider interval is no better."""
@@ -186,9 +182,9 @@ class FlipEstimate:
         else:
             said = f"At most {_percent(self.high)} of the labels are flipped. {self.obstacle.value}"
         num_doubtful = self.num_pairs - self.num_trusted
-        is_copied = self.num_different < num_doubtful
-        copies = f" Copies count once: {num_doubtful} pairs count as {self.num_different}."
-        return said + (copies if is_copied else "")
+        if self.num_different < num_doubtful:
+            said += f" Copies count once: {num_doubtful} pairs count as {self.num_different}."
+        return said
 
     def p_flip_at(self, margins: PerPair, *, rate: float | None = None) -> PerPair:
         """P(flipped) of other margins of the same model, at the overall rate or another one; shape of `margins`."""
@@ -207,8 +203,6 @@ class FlipEstimate:
 
 def check_margins(margins: np.ndarray, *, what: str) -> PerPair:
     """Refuse margins that are not one finite number per pair.
-
-    Takes any array, so that a wrong shape ends in a sentence of ours.
 
     Args:
         margins: Margin of each pair.
@@ -262,8 +256,8 @@ def estimate_flips(
     not depend on ε: the folded Student law that fits |h| tells which ν in `TAILS` are possible, and where the peak is.
     If ν in `TOO_HEAVY` is possible, no rate is given. A link of power 2 widens the interval only.
 
-    **Fit.** The share of contradicted labels in `NUM_BINS` bins of |h|, each cut by levels of the covariate, is compared
-    with the best link by χ². So errors that depend on the covariate at the same |h| are seen.
+    **Fit.** The share of contradicted labels in `NUM_BINS` bins of |h|, each cut by levels of the covariate, is
+    compared with the best link by χ². So errors that depend on the covariate at the same |h| are seen.
 
     **Bound.** Where no rate is given, `high` is an upper bound that needs no link. In every set S of pairs chosen by
     |h|
@@ -284,13 +278,11 @@ def estimate_flips(
 
     What surprises:
 
-    - **The margins must come from a model that was not trained on the pair** (cross-fitted, held-out, or an early
-      checkpoint). A model that has memorised its pairs agrees with flipped labels too; the estimate is then near 0,
-      with a narrow interval and `is_informative` true. Nothing in the margins alone can reveal that.
+    - **The margins must come from a model that was not trained on the pair.** One that has memorised its pairs agrees
+      with flipped labels too; the estimate is then near 0, and nothing in the margins can reveal it.
     - A share of right labels that the model contradicts however sure it is, among margins that are not larger than the
-      others, counts as flips, and no test here sees it; trusted pairs can.
-    - Close to zero the likelihood knows only the product (1−2ε)·T. Weak margins therefore give an interval from 0
-      to almost ½, and the estimate is not informative.
+      others, counts as flips. Trusted pairs can show it: the estimate is then refused.
+    - Close to zero the likelihood knows only the product (1−2ε)·T: weak margins are not informative.
 
     Args:
         margins: Held-out margin h of each pair, in any unit: multiplying all by a constant changes only `scale`.
@@ -332,20 +324,20 @@ def estimate_flips(
     own = weights[~trusted]
     links, is_heavy = _links(doubtful, own, level)
     *fits, steep = (_ProfileLikelihood(doubtful, margins[trusted], link, own, weights[trusted]) for link in links)
-    fixed, best = rate, max((fit.best if rate is None else fit.law(rate) for fit in fits), key=_value)
+    fixed, best = rate, max((fit.best if rate is None else fit.law(rate) for fit in fits), key=attrgetter("value"))
     rate, drop = best.rate, float(chi2.ppf(level, df=1)) / 2
     near = [fit for fit in (*fits, steep) if fit.best.value >= best.value - drop] if fixed is None else []
     ends = [(rate, rate), *(fit.interval(drop) for fit in near)]
     low, high = min(end[0] for end in ends), max(end[1] for end in ends)
-    obstacle = _obstacle(doubtful, own, signal=2.0 * (best.value - fits[0].no_signal), width=high - low)
+    obstacle = _obstacle(doubtful, own, has_signal=bool(best.value - drop > fits[0].no_signal), width=high - low)
     if obstacle is None and is_heavy:
         obstacle = Obstacle.HEAVY_TAILS
-    levels = np.zeros(len(doubtful)) if covariate is None else np.asarray(covariate, dtype=np.float64)[~trusted]
-    if obstacle is None and _misfit(doubtful, own, levels, best) < MISFIT_LEVEL:
+    levels = None if covariate is None else np.asarray(covariate, dtype=np.float64)[~trusted]
+    if obstacle is None and _p_fit(doubtful, own, levels, best) < MISFIT_LEVEL:
         obstacle = Obstacle.MISFIT
     if obstacle is not None and fixed is None:
         low, high = 0.0, _bound(doubtful, own, level)
-    laws = [best, *(max((fit.law(end) for fit in fits), key=_value) for end in (low, high) if end != rate)]
+    laws = [best, *(max((fit.law(end) for fit in fits), key=attrgetter("value")) for end in (low, high) if end != rate)]
     per_annotator = [] if annotators is None else _annotator_rates(annotators, margins, trusted, laws, level, clusters)
     by_name = {one.name: one.rate for one in per_annotator}
     rates = rate if annotators is None else np.array([by_name.get(str(name), rate) for name in annotators])
@@ -376,10 +368,6 @@ class _Law:
 
     def p_right(self, margins: np.ndarray) -> np.ndarray:
         return self.link.p_right(self.scale, margins)
-
-
-def _value(law: _Law) -> float:
-    return law.value
 
 
 def _links(margins: PerPair, weights: PerPair, level: float) -> tuple[list[Link], bool]:
@@ -417,7 +405,7 @@ def _folded(sizes: np.ndarray, counts: np.ndarray, tail: float) -> tuple[float, 
 
     starts = ([0.4, -0.5], [-2.0, 0.3])  # far from 0, and about 0
     bounds = [(-5.0, 5.0), (-5.0, 5.0)]
-    options = {"xatol": 1e-4, "fatol": 1e-4}
+    options = {"xatol": 1e-3, "fatol": 1e-3}
     found = min(
         (minimize(loss, start, method="Nelder-Mead", bounds=bounds, options=options) for start in starts),
         key=lambda one: float(one.fun),
@@ -426,37 +414,40 @@ def _folded(sizes: np.ndarray, counts: np.ndarray, tail: float) -> tuple[float, 
     return float(scale * np.sqrt(tail + centre**2)), -float(found.fun)
 
 
-def _misfit(margins: PerPair, weights: PerPair, covariate: np.ndarray, law: _Law) -> float:
-    """P-value of the agreement curve: contradicted labels by size and covariate, against the law; zeros left out.
+def _p_fit(margins: PerPair, weights: PerPair, covariate: PerPair | None, law: _Law) -> float:
+    """P-value of the law: contradicted labels by size, and covariate, against what it expects; zeros left out.
 
     ::
 
         χ² = Σ over bins (observed − expected)² / variance,   bins − 2 degrees of freedom: rate and scale are fitted
     """
-    margins, weights, covariate = margins[margins != 0], weights[margins != 0], covariate[margins != 0]
-    has_levels = bool(np.ptp(covariate))
-    bins = _quantiles(np.abs(margins), NUM_BINS) * NUM_LEVELS + _quantiles(covariate, NUM_LEVELS) * has_levels
     p_right = law.p_right(np.abs(margins))
     p_against = 1.0 - p_right - law.rate * (1.0 - 2.0 * p_right)
+    bins = _groups(np.abs(margins), NUM_BINS, margins != 0)
+    if covariate is not None:
+        bins = bins * NUM_LEVELS + _groups(covariate, NUM_LEVELS, margins != 0)
     _, where = np.unique(bins, return_inverse=True)
+    weights = weights * (margins != 0)
     off = np.bincount(where, weights=weights * ((margins < 0) - p_against))
     variance = np.bincount(where, weights=weights * p_against * (1.0 - p_against))
     # Where less than one label is expected to contradict, χ² is no approximation: a variance of 1 is not exceeded.
     return float(chi2.sf(np.sum(off**2 / np.maximum(variance, 1.0)), df=max(len(off) - 2, 1)))
 
 
-def _quantiles(values: np.ndarray, num: int) -> np.ndarray:
-    """Which of `num` groups of about equal size each value falls into; equal values fall into one."""
-    inner = np.quantile(values, np.linspace(0, 1, num + 1)[1:-1])
-    return np.searchsorted(inner, values, side="right")
+def _groups(values: PerPair, num: int, among: Shaped[np.ndarray, " pairs"]) -> Shaped[np.ndarray, " pairs"]:
+    """Which of `num` groups of about equal size among some pairs each value falls into; equal values share one."""
+    inner = np.quantile(values[among], np.linspace(0, 1, num + 1)[1:-1])
+    groups: np.ndarray = np.searchsorted(inner, values, side="right")
+    return groups
 
 
 def _bound(margins: PerPair, weights: PerPair, level: float) -> float:
-    """The upper bound of the rate that needs no link; a margin of 0 contradicts half."""
-    order = np.argsort(-np.abs(margins), kind="stable")
-    counts = weights[order].cumsum()
+    """The upper bound of the rate that needs no link; a margin of 0 contradicts half, equal sizes share a set."""
+    order = np.argsort(-np.abs(margins))
+    sizes, counts = -np.abs(margins)[order], weights[order].cumsum()
     against = (weights * (1.0 - np.sign(margins)) / 2)[order].cumsum()
     ends = np.searchsorted(counts, counts[-1] * 0.5 ** np.arange(NUM_SETS)).clip(max=len(counts) - 1)
+    ends = np.searchsorted(sizes, sizes[ends], side="right") - 1
     miss = (1.0 - level) / 2 / NUM_SETS
     limits = beta.ppf(1.0 - miss, against[ends] + 1, np.maximum(counts[ends] - against[ends], 1e-9))
     return float(min(0.5, limits.min()))
@@ -510,7 +501,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _obstacle(margins: PerPair, weights: PerPair, *, signal: float, width: float) -> Obstacle | None:
+def _obstacle(margins: PerPair, weights: PerPair, *, has_signal: bool, width: float) -> Obstacle | None:
     """What hinders an estimate before its fit is looked at."""
     size, num_pairs = np.abs(margins), weights.sum()
     if round(num_pairs) < MIN_PAIRS:
@@ -519,7 +510,7 @@ def _obstacle(margins: PerPair, weights: PerPair, *, signal: float, width: float
         return Obstacle.ONE_SIZE
     if -(weights * np.sign(margins)).sum() > 4 * np.sqrt(num_pairs):
         return Obstacle.REVERSED
-    if signal < MIN_SIGNAL:
+    if not has_signal:  # coin flips come as near to the best law as the ends of the interval
         return Obstacle.NO_SIGNAL
     return Obstacle.WIDE if width > MAX_WIDTH else None
 
@@ -563,7 +554,7 @@ class _ProfileLikelihood:
             lambda log_scale: -self._at(rate, np.exp(log_scale)),
             bounds=around,
             method="bounded",
-            options={"xatol": 1e-7},
+            options={"xatol": 1e-5},
         )
         on_grid = float(_RELATIVE_SCALES[top])
         candidates = [(self._at(rate, on_grid), on_grid), (-float(found.fun), float(np.exp(found.x)))]
@@ -583,7 +574,7 @@ class _ProfileLikelihood:
         top = int(np.flatnonzero(self._on_rates == self._on_rates.max())[-1])
         around = _RATES[[max(top - 1, 0), min(top + 1, len(_RATES) - 1)]]
         found = minimize_scalar(
-            lambda rate: -self.profile(rate)[0], bounds=around, method="bounded", options={"xatol": 1e-9}
+            lambda rate: -self.profile(rate)[0], bounds=around, method="bounded", options={"xatol": 1e-7}
         )
         # The bounded search never reaches an end, and an honest 0 % must be 0.
         rate = max((float(_RATES[top]), float(found.x)), key=lambda candidate: self.profile(candidate)[0])
@@ -598,7 +589,7 @@ class _ProfileLikelihood:
         ends = []
         for end, beyond in ((inside[0], inside[0] - 1), (inside[-1], inside[-1] + 1)):
             if 0 <= beyond < len(rates):
-                ends.append(brentq(lambda r: self.profile(r)[0] - target, rates[end], rates[beyond], xtol=1e-9))
+                ends.append(brentq(lambda r: self.profile(r)[0] - target, rates[end], rates[beyond], xtol=1e-7))
             else:
                 ends.append(rates[end])
         return float(ends[0]), float(ends[1])
