@@ -60,26 +60,11 @@ class Obstacle(Enum):
     """Why no rate is given, and what to do about it."""
 
     TOO_FEW = "There are too few pairs to estimate a rate. Score some hundreds."
-    ONE_SIZE = (
-        "All margins have the same size, so nothing tells a flipped label from an honest doubt. "
-        "Score the pairs with a model that has been trained on such pairs."
-    )
-    REVERSED = (
-        "The model contradicts most labels. "
-        "Check whether chosen and rejected are swapped, in the data or in the training of the scoring model."
-    )
-    NO_SIGNAL = (
-        "The margins do not follow the labels: either the model has learned nothing yet or the labels are close to "
-        "coin flips. Train the scoring model longer, or on more pairs."
-    )
-    HEAVY_TAILS = (
-        "Some margins are far larger than most, and where errors may be as large, sure errors of the model look like "
-        "flipped labels. Review the pairs that it contradicts most surely."
-    )
-    MISFIT = (
-        "How often the model agrees with the labels does not follow its margins as the estimate assumes. "
-        "Review the pairs that it contradicts most surely."
-    )
+    ONE_SIZE = "All margins have the same size. Score the pairs with a model that has been trained on such pairs."
+    REVERSED = "The model contradicts most labels. Check whether chosen and rejected are swapped."
+    NO_SIGNAL = "The margins do not follow the labels. Train the scoring model longer, or on more pairs."
+    HEAVY_TAILS = "The largest margins may be errors of the model. Review the pairs that it contradicts most surely."
+    MISFIT = "Agreement with the labels does not grow with the margins as assumed. Review the most contradicted pairs."
     WIDE = "Too many rates explain the margins about equally well. Score more pairs, or train the scoring model longer."
 
 
@@ -408,13 +393,9 @@ def _folded(sizes: np.ndarray, counts: np.ndarray, tail: float) -> tuple[float, 
             both = np.logaddexp(log_density(sizes / scale - centre), log_density(sizes / scale + centre))
         return float(counts @ (normaliser + np.log(scale) - both))
 
-    starts = ([0.4, -0.5], [-2.0, 0.3])  # far from 0, and about 0
-    bounds = [(-5.0, 5.0), (-5.0, 5.0)]
-    options = {"xatol": 1e-3, "fatol": 1e-3}
-    found = min(
-        (minimize(loss, start, method="Nelder-Mead", bounds=bounds, options=options) for start in starts),
-        key=lambda one: float(one.fun),
-    )
+    starts = ([0.4, -0.5], [-2.0, 0.3])  # two hills, or one about 0
+    given = {"method": "Nelder-Mead", "bounds": [(-5.0, 5.0)] * 2, "options": {"xatol": 1e-3, "fatol": 1e-3}}
+    found = min((minimize(loss, start, **given) for start in starts), key=attrgetter("fun"))
     centre, scale = np.exp(found.x)
     return float(scale * np.sqrt(tail + centre**2)), -float(found.fun)
 
@@ -488,11 +469,10 @@ def _annotator_rates(
             profile = prior + (weights[is_mine] * _log_label(grid[:, None], p_right[None, is_mine])).sum(axis=1)
             inside = grid[profile >= profile.max() - chi2.ppf(level, df=1) / 2]
             found[name].append((float(grid[profile.argmax()]), float(inside[0]), float(inside[-1])))
-    num_pairs = {name: int(((names == name) & ~trusted).sum()) for name in known}
     rates = [
         AnnotatorRate(
             name=name,
-            num_pairs=num_pairs[name],
+            num_pairs=int(((names == name) & ~trusted).sum()),
             rate=ends[0][0],
             low=min(low for _, low, _ in ends),
             high=max(high for _, _, high in ends),
