@@ -290,8 +290,8 @@ def estimate_flips(
         The estimate. It may say "at most": ask `is_informative` first.
 
     Raises:
-        ValueError: If a margin is not finite (the positions are named), `level` is outside (0, 1), the lengths differ,
-            or every pair is trusted.
+        ValueError: If a margin (the positions are named) or the covariate is not finite, `level` is outside (0, 1), the
+            lengths differ, or every pair is trusted.
 
     Examples:
         >>> rng = np.random.default_rng(0)
@@ -310,6 +310,10 @@ def estimate_flips(
             raise ValueError(f"estimate_flips needs one entry of {name} per margin, {len(margins)}; got {len(given)}.")
     if trusted.all():
         raise ValueError("estimate_flips needs a pair that is not trusted; got none. There is nothing to estimate.")
+    if covariate is not None and not np.isfinite(covariate).all():
+        raise ValueError(
+            "estimate_flips needs a finite covariate; got NaN or infinity. Leave it out if it is not known."
+        )
     doubtful, weights = margins[~trusted], cluster_weights(clusters, len(margins))
     own = weights[~trusted]
     links, is_heavy = _links(doubtful, own, level)

@@ -169,6 +169,8 @@ def test_errors_that_depend_on_a_covariate_are_seen_with_it():
     blind = estimate_flips(margins, covariate=rng.normal(size=3000))
     assert blind.is_informative
     assert estimate_flips(margins, covariate=is_long + rng.random(3000)).obstacle is Obstacle.MISFIT
+    with pytest.raises(ValueError, match="needs a finite covariate"):
+        estimate_flips(margins, covariate=np.full(3000, np.nan))
 
 
 def test_a_link_of_heavy_tails_is_that_of_two_mirrored_densities():
