@@ -18,6 +18,7 @@ def estimates(family, rate, *, num_pairs=1500, seeds=3):
     return [estimate_flips(margins, covariate=covariate) for margins, covariate in drawn]
 
 
+@pytest.mark.slow
 def test_intervals_and_bounds_hold_the_truth_in_every_family():
     """96 data sets: of the intervals at most 15 % miss, of the bounds 5 %. False alarm 1 in 1,000 each."""
     found = [(one, rate) for name in families.FAMILIES for rate in (0.0, 0.2) for one in estimates(name, rate)]
