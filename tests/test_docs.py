@@ -119,6 +119,7 @@ def test_docs_show_the_measured_noise():
     for table in (module.detection_table(), module.policy_table(), module.pattern_table()):
         assert table in page
     assert margins.table() in page
+    assert benchmark("families").table() in page
 
 
 def test_docs_show_the_kills():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ropo.noise.calibrate import calibrate
-from ropo.noise.estimate import estimate_flips
+from ropo.noise.estimate import Obstacle, estimate_flips
 
 
 def planted(rate, *, separation=2.0, num_pairs=20_000, seed=0):
@@ -21,7 +21,7 @@ def planted(rate, *, separation=2.0, num_pairs=20_000, seed=0):
 def test_recall_and_precision_are_those_of_the_truth(rate, separation):
     """Known from nothing but turned labels; what is left is the error of the rate, and the ranges hold the truth."""
     margins, is_flipped = planted(rate, separation=separation)
-    found = estimate_flips(margins)
+    found = estimate_flips(margins, level=0.99)
     claimed = calibrate(margins, found)
     # A label is called where P(flipped) exceeds one half once a tenth of all are turned.
     rate_now = found.rate + 0.1 - 0.2 * found.rate
@@ -78,18 +78,22 @@ def test_no_flips_no_precision():
     assert found.recall > 0.95
 
 
-def test_trusted_pairs_lower_what_is_claimed_of_a_judge_that_is_surely_wrong():
+def test_trusted_pairs_are_fitted_at_the_ends_of_the_interval_too():
+    margins, _ = planted(0.15, separation=1.5, num_pairs=2000)
+    trusted, _ = planted(0.0, separation=1.5, num_pairs=200, seed=5)
+    is_trusted = np.arange(2200) >= 2000
+    found = estimate_flips(np.concatenate([margins, trusted]), is_trusted=is_trusted)
+    assert calibrate(margins, found, trusted=trusted).precision_range != calibrate(margins, found).precision_range
+
+
+def test_a_judge_that_trusted_pairs_show_to_be_surely_wrong_is_not_believed():
     """One in eight right labels is surely contradicted; only pairs that are known to be right can show that."""
     rng = np.random.default_rng(4)
     margins, is_flipped = planted(0.15, separation=3.0, num_pairs=4000)
-    is_misjudged = ~is_flipped & (rng.random(4000) < 0.12)
-    margins = np.where(is_misjudged, -margins, margins)
+    margins = np.where(~is_flipped & (rng.random(4000) < 0.12), -margins, margins)
     is_trusted = ~is_flipped & (np.cumsum(~is_flipped) <= 200)
-    with_trusted = estimate_flips(margins, is_trusted=is_trusted)
-    doubtful, trusted = margins[~is_trusted], margins[is_trusted]
-    blind = calibrate(doubtful, estimate_flips(doubtful))
-    seeing = calibrate(doubtful, with_trusted, trusted=trusted)
-    assert seeing.precision < blind.precision - 0.05
-    assert seeing.precision_range[0] < blind.precision_range[0] - 0.05
-    # At the ends of the interval, too, the trusted pairs are fitted: without them the range is that of other fits.
-    assert seeing.precision_range != calibrate(doubtful, with_trusted).precision_range
+    blind, seeing = estimate_flips(margins), estimate_flips(margins, is_trusted=is_trusted)
+    assert blind.is_informative
+    assert blind.low > 0.15
+    assert seeing.obstacle is Obstacle.MISFIT
+    assert calibrate(margins[~is_trusted], seeing) is None
