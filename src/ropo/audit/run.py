@@ -170,7 +170,7 @@ class Audit:
             scores.margins,
             p_flip,
             rho=rho.value,
-            rule=str(self.args.decision_rule),
+            rule=self._rule(rho),
             views=scores.views,
             judge=self.judge,
         )
@@ -191,6 +191,11 @@ class Audit:
         if PartialState().is_main_process:
             scores.write(self.folder, p_flip=torch.from_numpy(p_flip))
             write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
+
+    def _rule(self, rho: Choice) -> str:
+        """The rule that decides; what was tried is to leave out all that is contradicted, the likeliest flips or not."""
+        given = str(self.args.decision_rule)
+        return "lowest_loss" if rho.why is Why.FILTER_HELPS and given == "threshold" else given
 
     def _estimate(self, margins: Floats) -> tuple[dict[str, Any], Floats]:
         """The estimate as plain values, and P(flipped) of every pair."""
