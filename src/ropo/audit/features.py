@@ -57,20 +57,20 @@ def _write(question: Question) -> None:
 
 
 def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
-    tokens, is_known = question.data.tokens, ~question.is_doubtful
+    tokens, folds, is_known = question.data.tokens, question.folds, ~question.is_doubtful
     turn = np.where(question.sign < 0, -1.0, 1.0)[:, None]  # a label that is known to be wrong counts as its opposite
     weights = np.abs(question.sign) * cluster_weights(question.clusters, len(turn))
     length = turn * _length(tokens)
     judged: dict[str, HeldOut] = {}
     for name, parts in BLOCKS.items():
-        models = LinearModels(turn * _joined(blocks, parts), covariates=length, weights=weights)
-        judged[name] = models.held_out(question.folds)
+        models = LinearModels(turn * _joined(blocks, parts), folds, covariates=length, weights=weights)
+        judged[name] = models.held_out()
         if judged[name].loss == min(one.loss for one in judged.values()):
             taken, best = name, models  # only one is kept: many pairs fill the memory
-    refit = best.without_suspects(question.folds, strength=judged[taken].strength, is_known=is_known)
+    refit = best.without_suspects(judged[taken], is_known=is_known)
     surface = {
-        LENGTH: LinearModels(length, weights=weights).held_out(question.folds),
-        NGRAMS: LinearModels(turn * _ngrams(tokens), covariates=length, weights=weights).held_out(question.folds),
+        LENGTH: LinearModels(length, folds, weights=weights).held_out(),
+        NGRAMS: LinearModels(turn * _ngrams(tokens), folds, covariates=length, weights=weights).held_out(),
     }
     filter_ = Filter(gain=refit.gain, error=refit.error)
     own = refit if filter_.helps else judged[taken]

@@ -193,7 +193,7 @@ class Audit:
             write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
 
     def _rule(self, rho: Choice) -> str:
-        """The rule that decides; what was tried is to leave out all that is contradicted, the likeliest flips or not."""
+        """The rule that decides. A filter that helps is one of all that is contradicted, likely flips or not."""
         given = str(self.args.decision_rule)
         return "lowest_loss" if rho.why is Why.FILTER_HELPS and given == "threshold" else given
 

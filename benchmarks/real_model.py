@@ -1,0 +1,172 @@
+"""What an audit finds, and what training after it gains, on a real pretrained model and real text.
+
+    python benchmarks/real_model.py MODEL PAIRS.jsonl WORK                    # audits, then python ... --table
+    python benchmarks/real_model.py MODEL PAIRS.jsonl WORK --test=TEST.jsonl  # audits, then trainings with LoRA
+
+PAIRS are prompts with chosen and rejected whose labels are taken to be right. They are audited as they are, with 20 and
+30 % flipped at random, and, where the data has a column `stronger_model_is_chosen`, with the answer of the stronger
+model taken for the better one: that is how pairs are made in practice. The reference reads them once: a label that is
+turned round finds its features in the cache. DPO and ROPO then train a LoRA adapter for one epoch with the options as
+shipped, and are asked about the pairs of TEST. Rows go to real_model.csv beside this file; what is there is not made
+again.
+"""
+
+import csv
+import gzip
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import LoraConfig
+
+from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit, run_rounds
+from ropo.bench.measures import auroc, precision_recall
+from ropo.bench.rows import read_rows
+from ropo.data.validate import read_checked
+from ropo.ledger import read_ledger
+from ropo.provenance import read_json
+
+ROWS = Path(__file__).parent / "real_model.csv"
+COLUMNS = (
+    "model", "data", "num_pairs", "noise", "flip_rate", "seed", "method", "estimate", "low", "high", "obstacle",
+    "taken", "agreement", "length", "ngrams", "auroc", "precision", "recall", "accuracy",
+    "version",
+)  # fmt: skip
+NAMED = ("model", "data", "noise", "flip_rate", "seed", "method")
+RATES, SEEDS = (0.2, 0.3), (1, 2, 3)
+TRAINED_SEEDS = (1, 2)
+OPTIONS: dict[str, Any] = {
+    "per_device_train_batch_size": 8, "max_length": 512, "save_strategy": "no", "logging_strategy": "no",
+    "disable_tqdm": True,
+}  # fmt: skip
+LEARNING_RATE = 1e-4  # usual for LoRA
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def noisy(pairs: list[Pair], stronger: np.ndarray | None) -> Iterator[tuple[str, float, int, list[Pair], np.ndarray]]:
+    """Kind, rate and seed of the noise, the pairs with it, and which of them are flipped."""
+    yield "none", 0.0, 1, pairs, np.zeros(len(pairs), dtype=bool)
+    if stronger is not None:
+        turned = [
+            pair if is_right else replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+            for pair, is_right in zip(pairs, stronger, strict=True)
+        ]
+        yield "stronger_model", float((~stronger).mean()), 1, turned, ~stronger
+    for seed in SEEDS:
+        for rate in RATES:
+            yield "symmetric", rate, seed, *flip_labels(pairs, rate=rate, seed=seed)
+
+
+def audited(folder: Path, is_flipped: np.ndarray) -> dict[str, Any]:
+    """What the audit in a folder says, beside the truth."""
+    summary = read_json(folder / "summary.json")
+    ledger = read_ledger(folder / "ledger.parquet").to_pandas()
+    rows = ledger[(ledger["origin"] == "data") & (ledger["round"] == 0)].sort_values("row")
+    truth, margins = is_flipped[rows["row"].to_numpy()], rows["held_out_margin"].to_numpy()
+    agreement = {row["name"]: row["agreement"] for row in summary["scorers"]}
+    taken = next(row["name"] for row in summary["scorers"] if row["is_taken"])
+    precision, recall = precision_recall((rows["decision"] != "keep").to_numpy(), truth)
+    found = {
+        **{name: summary["flip_rate"][name] for name in ("estimate", "low", "high")},
+        "obstacle": summary.get("obstacle"),
+        "taken": taken,
+        "agreement": agreement[taken],
+        "length": agreement.get("length"),
+        "ngrams": agreement.get("n-grams"),
+        "precision": precision,
+        "recall": recall,
+    }
+    return found | ({"auroc": auroc(-margins, truth)} if truth.any() else {})
+
+
+def main(model: str, data: Path, work: Path, test: Path | None) -> None:
+    """Fill in the missing rows."""
+    logging.disable(logging.WARNING)
+    _, pairs, _ = read_checked(data)
+    stronger = stronger_of(data, pairs)
+    common = {**OPTIONS, "reference_cache_dir": str(work / "cache")}
+    for kind, rate, seed, given, is_flipped in noisy(pairs, stronger):
+        cell = {"model": Path(model).name, "data": data.name, "noise": kind, "flip_rate": rate, "seed": seed}
+        folder = work / f"{kind}_{rate:.2f}_{seed}"
+        if is_missing(cell, "audit"):
+            run_audit(model, given, ROPOConfig(output_dir=str(folder), **common))
+            append({**cell, "method": "audit", "num_pairs": len(given), **audited(folder, is_flipped)})
+        if test is None or seed not in TRAINED_SEEDS:
+            continue
+        for method, options in (("ropo", {}), ("dpo", {"loss": "dpo", "rho": "0", "num_folds": 0})):
+            if is_missing(cell, method):
+                out = folder if method == "ropo" else folder.with_name(f"{folder.name}_dpo")
+                args = ROPOConfig(output_dir=str(out), learning_rate=LEARNING_RATE, seed=seed, **common, **options)
+                run_rounds(model, given, args, peft_config=LoraConfig(**LORA), eval_dataset=test)
+                accuracy = read_json(out / "summary.json")["evaluation"]["accuracy"]
+                append({**cell, "method": method, "num_pairs": len(given), "accuracy": accuracy})
+
+
+def stronger_of(data: Path, pairs: list[Pair]) -> np.ndarray | None:
+    """Whether the chosen response of each pair is the stronger model's, if the file says so."""
+    content = data.read_bytes()
+    text = (gzip.decompress(content) if data.suffix == ".gz" else content).decode()
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    if "stronger_model_is_chosen" not in rows[0]:
+        return None
+    return np.array([bool(rows[pair.row]["stronger_model_is_chosen"]) for pair in pairs])
+
+
+def is_missing(cell: dict[str, Any], method: str) -> bool:
+    """Whether a row is not there yet."""
+    wanted = [_text({**cell, "method": method}[name]) for name in NAMED]
+    return wanted not in [[row[name] for name in NAMED] for row in read_rows(ROWS)]
+
+
+def append(row: dict[str, Any]) -> None:
+    """Add a finished row."""
+    is_new = not ROWS.exists()
+    with ROWS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow({name: _text((row | {"version": __version__}).get(name)) for name in COLUMNS})
+    print({name: _text(value) for name, value in row.items()}, flush=True)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def table() -> str:
+    """The audits as Markdown, means over seeds."""
+    found = [row for row in read_rows(ROWS) if row["method"] == "audit"]
+    names = (
+        "data", "noise", "flipped", "seeds", "told", "covered", "agrees with unseen labels", "length alone", "n-grams",
+        "AUROC", "precision", "recall",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for data, noise, rate in sorted({(row["data"], row["noise"], row["flip_rate"]) for row in found}):
+        cells = [row for row in found if (row["data"], row["noise"], row["flip_rate"]) == (data, noise, rate)]
+        told = [row for row in cells if row["estimate"]]
+        covered = sum(float(row["low"]) <= float(rate) <= float(row["high"]) for row in cells)
+        means = " | ".join(
+            _mean(cells, name) for name in ("agreement", "length", "ngrams", "auroc", "precision", "recall")
+        )
+        shown = f"{len(told)}" + (f" ({_mean(told, 'estimate')})" if told else "")
+        lines.append(f"| {data} | {noise} | {float(rate):.0%} | {len(cells)} | {shown} | {covered} | {means} |")
+    return "\n".join(lines)
+
+
+def _mean(rows: list[dict[str, str]], name: str) -> str:
+    values = [float(row[name]) for row in rows if row[name] not in ("", "nan")]
+    return f"{np.mean(values):.3f}" if values else "-"
+
+
+if __name__ == "__main__":
+    if "--table" in sys.argv:
+        print(table())
+    else:
+        tests = [Path(word.removeprefix("--test=")) for word in sys.argv if word.startswith("--test=")]
+        plain = [word for word in sys.argv[1:] if not word.startswith("--")]
+        main(plain[0], Path(plain[1]), Path(plain[2]), tests[0] if tests else None)
