@@ -2,6 +2,7 @@
 
     python benchmarks/real_model.py MODEL PAIRS.jsonl WORK                    # audits, then python ... --table
     python benchmarks/real_model.py MODEL PAIRS.jsonl WORK --test=TEST.jsonl  # audits, then trainings with LoRA
+    ... --num_pairs=500 --max_length=256                                      # where time is short
 
 PAIRS are prompts with chosen and rejected whose labels are taken to be right. They are audited as they are, with 20 and
 30 % flipped at random, and, where the data has a column `stronger_model_is_chosen`, with the answer of the stronger
@@ -41,7 +42,7 @@ NAMED = ("model", "data", "noise", "flip_rate", "seed", "method")
 RATES, SEEDS = (0.2, 0.3), (1, 2, 3)
 TRAINED_SEEDS = (1, 2)
 OPTIONS: dict[str, Any] = {
-    "per_device_train_batch_size": 8, "max_length": 512, "save_strategy": "no", "logging_strategy": "no",
+    "per_device_train_batch_size": 8, "save_strategy": "no", "logging_strategy": "no",
     "disable_tqdm": True,
 }  # fmt: skip
 LEARNING_RATE = 1e-4  # usual for LoRA
@@ -84,12 +85,12 @@ def audited(folder: Path, is_flipped: np.ndarray) -> dict[str, Any]:
     return found | ({"auroc": auroc(-margins, truth)} if truth.any() else {})
 
 
-def main(model: str, data: Path, work: Path, test: Path | None) -> None:
+def main(model: str, data: Path, work: Path, *, test: Path | None, num_pairs: int | None, max_length: int) -> None:
     """Fill in the missing rows."""
     logging.disable(logging.WARNING)
-    _, pairs, _ = read_checked(data)
+    pairs = read_checked(data)[1][:num_pairs]
     stronger = stronger_of(data, pairs)
-    common = {**OPTIONS, "reference_cache_dir": str(work / "cache")}
+    common = {**OPTIONS, "max_length": max_length, "reference_cache_dir": str(work / "cache")}
     for kind, rate, seed, given, is_flipped in noisy(pairs, stronger):
         cell = {"model": Path(model).name, "data": data.name, "noise": kind, "flip_rate": rate, "seed": seed}
         folder = work / f"{kind}_{rate:.2f}_{seed}"
@@ -167,6 +168,13 @@ if __name__ == "__main__":
     if "--table" in sys.argv:
         print(table())
     else:
-        tests = [Path(word.removeprefix("--test=")) for word in sys.argv if word.startswith("--test=")]
+        options = dict(word.removeprefix("--").split("=") for word in sys.argv[1:] if word.startswith("--"))
         plain = [word for word in sys.argv[1:] if not word.startswith("--")]
-        main(plain[0], Path(plain[1]), Path(plain[2]), tests[0] if tests else None)
+        main(
+            plain[0],
+            Path(plain[1]),
+            Path(plain[2]),
+            test=Path(options["test"]) if "test" in options else None,
+            num_pairs=int(options["num_pairs"]) if "num_pairs" in options else None,
+            max_length=int(options.get("max_length", 512)),
+        )
