@@ -33,7 +33,7 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.noise.calibrate import Calibration, calibrate
-from ropo.noise.estimate import estimate_flips
+from ropo.noise.estimate import FlipEstimate, estimate_flips
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import PairFeatures
 from ropo.policy import PolicySource, release_memory
@@ -160,8 +160,9 @@ class Audit:
         return scores
 
     def _judge(self, scores: Scores) -> None:
-        estimate, p_flip = self._estimate(scores.margins)
-        with_length = self._estimate(scores.margins + scores.length)[0] if scores.length.any() else None
+        flips = self._flips(scores.margins)
+        estimate, p_flip = flips.to_dict(), self._p_flip(flips, scores.margins)
+        with_length = self._flips(scores.margins + scores.length).to_dict() if scores.length.any() else None
         contradicted = float((scores.margins[self._is_doubtful] < 0).mean())
         filter_helps = scores.filter is not None and scores.filter.helps
         rho = resolve_rho(self.args.fixed_rho, estimate, contradicted=contradicted if filter_helps else 0.0)
@@ -197,20 +198,26 @@ class Audit:
         given = str(self.args.decision_rule)
         return "lowest_loss" if rho.why is Why.FILTER_HELPS and given == "threshold" else given
 
-    def _estimate(self, margins: Floats) -> tuple[dict[str, Any], Floats]:
-        """The estimate as plain values, and P(flipped) of every pair."""
+    def _flips(self, margins: Floats) -> FlipEstimate:
+        """The estimate from margins of the pairs that are not to be left out, turned where the label is known."""
         is_open = self._sign != 0
-        sign, known = self._sign[is_open], self._is_known[is_open]
-        names = [pair.annotator for pair, has_label in zip(self.data.pairs, is_open, strict=True) if has_label]
-        found = estimate_flips(
-            sign * margins[is_open],
-            annotators=names,
+        known = self._is_known[is_open]
+        lengths = [
+            len(one.chosen) + len(one.rejected) for one, stays in zip(self.data.tokens, is_open, strict=True) if stays
+        ]
+        return estimate_flips(
+            (self._sign * margins)[is_open],
+            annotators=[pair.annotator for pair, stays in zip(self.data.pairs, is_open, strict=True) if stays],
             is_trusted=known if known.any() else None,
             clusters=self._texts[is_open],
+            covariate=np.log(lengths),
         )
-        p_flip = found.p_flip_at(margins)  # of what is to be left out nobody has said that the label is wrong
-        p_flip[is_open] = np.where(sign < 0, 1.0, found.p_flip)
-        return found.to_dict(), p_flip
+
+    def _p_flip(self, flips: FlipEstimate, margins: Floats) -> Floats:
+        """P(flipped) of every pair; of what is to be left out nobody has said that the label is wrong."""
+        p_flip, is_open = flips.p_flip_at(margins), self._sign != 0
+        p_flip[is_open] = np.where(self._sign[is_open] < 0, 1.0, flips.p_flip)
+        return p_flip
 
     @cached_property
     def judgement(self) -> Judgement:
@@ -241,15 +248,18 @@ class Audit:
         return int((self.margins()[self._is_doubtful] < 0).sum())
 
     def calibration(self) -> Calibration | None:
-        """What became of labels turned round on purpose."""
-        margins, trusted = self.margins()[self._is_doubtful], (self._sign * self.margins())[self._is_known]
-        texts = np.concatenate([self._texts[self._is_doubtful], self._texts[self._is_known]])
-        found = estimate_flips(
-            np.concatenate([margins, trusted]),
-            is_trusted=np.arange(len(margins) + len(trusted)) >= len(margins),
-            clusters=texts,
+        """What would become of labels turned round on purpose by the decisions that were made; None if all are kept."""
+        margins, is_doubtful = self.margins(), self._is_doubtful
+        is_called = is_doubtful & (np.array(self.judgement.decisions) != "keep")
+        if not is_called.any():
+            return None
+        return calibrate(
+            margins[is_doubtful],
+            self._flips(margins),
+            cut=float(margins[is_called].max()),
+            seed=self.args.seed,
+            clusters=self._texts[is_doubtful],
         )
-        return calibrate(margins, found, trusted=trusted, seed=self.args.seed, clusters=texts)
 
     def training(self) -> PairDataset:
         """The weighted pairs to train on."""

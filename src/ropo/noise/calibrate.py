@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 
 from ropo.noise.clusters import Clusters, PerPair, cluster_weights, mean_of
-from ropo.noise.estimate import FlipEstimate, estimate_flips
+from ropo.noise.estimate import MIN_PAIRS, FlipEstimate
 
 INJECTED_SHARE = 0.1
-"""Labels that are turned round at a time; in ten such rounds every label is turned once."""
+"""Labels that are turned round at a time for the bins."""
 
 NUM_BINS = 10
 
@@ -44,10 +44,10 @@ class Calibration:
     Attributes:
         num_injected: Labels flipped on purpose at a time; copies of a pair count once.
         num_turned: Labels flipped on purpose in all rounds: each once, copies likewise.
-        share_found: Of these, called flipped (P > ½); some were wrong before, so 1 is neither possible nor meant.
-        share_others: Of the others, called flipped.
-        recall: Share of truly wrong labels that is called flipped, from these two shares and the rate; in [0, 1].
-        precision: Share of called labels that is truly wrong; None if none is called or no label is thought wrong.
+        share_found: Of these, called wrong; some were wrong before, so 1 is neither possible nor meant.
+        share_others: Of the others, called wrong.
+        recall: Share of truly wrong labels that is called wrong, from these two shares and the rate; in [0, 1].
+        precision: Share of called labels that is truly wrong; None if no label is thought wrong.
         recall_range: The least and the most that `recall` is at the ends of the rate's interval.
         precision_range: The same of `precision`; begins at 0 where the labels may all be right.
         bins: Predicted and observed share of turned labels in one round, from the least to the most suspect.
@@ -69,14 +69,9 @@ class Calibration:
 
 
 def calibrate(
-    margins: PerPair,
-    estimate: FlipEstimate,
-    *,
-    trusted: Float[np.ndarray, " trusted"] | None = None,
-    seed: int = 0,
-    clusters: Clusters | None = None,
+    margins: PerPair, estimate: FlipEstimate, *, cut: float, seed: int = 0, clusters: Clusters | None = None
 ) -> Calibration | None:
-    """Turn each label round once, a tenth of them at a time, and see how they are judged.
+    """Turn each label round once, and see whether it would be called wrong.
 
     ::
 
@@ -89,39 +84,32 @@ def calibrate(
 
     Args:
         margins: Held-out margins of the pairs that are open to doubt.
-        estimate: From the same margins, and those of the trusted pairs.
-        trusted: Held-out margins of pairs whose labels are known to be right, which are not turned.
+        estimate: From the same margins.
+        cut: A label is called wrong whose margin is no larger: the largest margin of a pair that is not kept.
         seed: Which labels are turned for the bins.
-        clusters: A name for each pair of `margins`, then of `trusted`, the same for copies of one pair, which count as
-            one; see `estimate_flips`.
+        clusters: A name for each pair, the same for copies of one pair, which count as one; see `estimate_flips`.
 
     Returns:
         The calibration; None where the estimate is not informative or there are fewer than 50 different pairs.
     """
-    own = None if clusters is None else np.asarray(clusters)[: len(margins)]
-    weights = cluster_weights(own, len(margins))
+    weights = cluster_weights(clusters, len(margins))
     num_pairs = round(weights.sum())
-    if not estimate.is_informative or num_pairs < 50 or estimate.rate >= 0.5:
+    if not estimate.is_informative or num_pairs < MIN_PAIRS or estimate.rate >= 0.5:
         return None
-    best = _claims(margins, weights, estimate)
-    right = np.empty(0) if trusted is None else trusted
-    everything, is_trusted = np.concatenate([margins, right]), np.arange(len(margins) + len(right)) >= len(margins)
-    ends = [
-        _claims(margins, weights, estimate_flips(everything, is_trusted=is_trusted, rate=rate, clusters=clusters))
-        for rate in (estimate.low, min(estimate.high, 0.499))
-    ]
-    recalls, precisions = zip(*((one[2], one[3] or 0.0) for one in (best, *ends)), strict=True)
-    share_found, share_others, recall, precision = best
+    found, others = (mean_of(seen <= cut, weights) for seen in (-margins, margins))
+    recall, precision = _claims(found, others, estimate.rate)
+    ends = [_claims(found, others, rate) for rate in (estimate.low, min(estimate.high, 0.499))]
+    recalls, precisions = zip(*((one[0], one[1] or 0.0) for one in ((recall, precision), *ends)), strict=True)
     return Calibration(
         num_injected=round(INJECTED_SHARE * num_pairs),
         num_turned=num_pairs,
-        share_found=share_found,
-        share_others=share_others,
+        share_found=found,
+        share_others=others,
         recall=recall,
         precision=precision,
         recall_range=(min(recalls), max(recalls)),
         precision_range=(min(precisions), max(precisions)),
-        bins=_bins(margins if own is None else margins[_first_of(own)], estimate, seed=seed),
+        bins=_bins(margins if clusters is None else margins[_first_of(np.asarray(clusters))], estimate, seed=seed),
     )
 
 
@@ -131,14 +119,12 @@ def _first_of(clusters: Shaped[np.ndarray, " pairs"]) -> Int[np.ndarray, " clust
     return places
 
 
-def _claims(margins: PerPair, weights: PerPair, estimate: FlipEstimate) -> tuple[float, float, float, float | None]:
-    """Share called of turned and of other labels, and the recall and the precision that follow."""
-    rate = estimate.rate
-    found, others = (mean_of(_p_wrong(seen, estimate) > 0.5, weights) for seen in (-margins, margins))
+def _claims(found: float, others: float, rate: float) -> tuple[float, float | None]:
+    """The recall and the precision that follow from the shares called of turned and of other labels."""
     recall = float(np.clip(((1 - rate) * found - rate * others) / (1 - 2 * rate), 0.0, 1.0))
     alarms = float(np.clip(((1 - rate) * others - rate * found) / (1 - 2 * rate), 0.0, 1.0))
     hits = rate * recall
-    return found, others, recall, hits / (hits + (1 - rate) * alarms) if hits > 0 else None
+    return recall, hits / (hits + (1 - rate) * alarms) if hits > 0 else None
 
 
 def _rate_with_turned(estimate: FlipEstimate) -> float:

@@ -16,16 +16,15 @@ def planted(rate, *, separation=2.0, num_pairs=20_000, seed=0):
     return np.where(is_flipped, -clean, clean), is_flipped
 
 
+@pytest.mark.parametrize("cut", [-1.0, 0.0])
 @pytest.mark.parametrize("separation", [1.0, 2.0])
 @pytest.mark.parametrize("rate", [0.1, 0.3])
-def test_recall_and_precision_are_those_of_the_truth(rate, separation):
+def test_recall_and_precision_are_those_of_the_decisions(rate, separation, cut):
     """Known from nothing but turned labels; what is left is the error of the rate, and the ranges hold the truth."""
     margins, is_flipped = planted(rate, separation=separation)
     found = estimate_flips(margins, level=0.99)
-    claimed = calibrate(margins, found)
-    # A label is called where P(flipped) exceeds one half once a tenth of all are turned.
-    rate_now = found.rate + 0.1 - 0.2 * found.rate
-    called = found.p_flip_at(margins, rate=rate_now) > 0.5
+    claimed = calibrate(margins, found, cut=cut)
+    called = margins <= cut
     assert claimed.recall == pytest.approx(called[is_flipped].mean(), abs=0.03)
     assert claimed.precision == pytest.approx(is_flipped[called].mean(), abs=0.08)
     low, high = claimed.precision_range
@@ -37,7 +36,7 @@ def test_recall_and_precision_are_those_of_the_truth(rate, separation):
 def test_a_rate_that_is_not_known_well_makes_claims_that_are_not():
     """200 pairs at 30 % have a wide interval; 20,000 a narrow one."""
     few, many = (planted(0.3, separation=2.0, num_pairs=num_pairs, seed=3)[0] for num_pairs in (200, 20_000))
-    widths = [np.ptp(calibrate(margins, estimate_flips(margins)).precision_range) for margins in (few, many)]
+    widths = [np.ptp(calibrate(margins, estimate_flips(margins), cut=0.0).precision_range) for margins in (few, many)]
     assert widths[0] > 2 * widths[1] > 0
 
 
@@ -45,12 +44,12 @@ def test_without_flips_in_reach_of_the_interval_all_called_pairs_may_be_right():
     margins, _ = planted(0.02, separation=1.5, num_pairs=400, seed=1)
     found = estimate_flips(margins)
     assert found.low == 0.0
-    assert calibrate(margins, found).precision_range[0] == 0.0
+    assert calibrate(margins, found, cut=0.0).precision_range[0] == 0.0
 
 
 def test_bins_predict_what_is_observed():
     margins, _ = planted(0.2)
-    bins = calibrate(margins, estimate_flips(margins)).bins
+    bins = calibrate(margins, estimate_flips(margins), cut=0.0).bins
     assert sum(one.num_pairs for one in bins) == len(margins)
     assert [one.predicted for one in bins] == sorted(one.predicted for one in bins)
     for one in bins:  # standard error at most 0.011
@@ -60,30 +59,22 @@ def test_bins_predict_what_is_observed():
 def test_an_estimate_that_is_off_shows_in_the_bins():
     margins, _ = planted(0.2)
     wrong = dataclasses.replace(estimate_flips(margins), scale=estimate_flips(margins).scale / 5)
-    assert max(abs(one.observed - one.predicted) for one in calibrate(margins, wrong).bins) > 0.07
+    assert max(abs(one.observed - one.predicted) for one in calibrate(margins, wrong, cut=0.0).bins) > 0.07
 
 
 def test_nothing_to_say():
     rng = np.random.default_rng(1)
     blind = rng.normal(size=500)
-    assert calibrate(blind, estimate_flips(blind)) is None
+    assert calibrate(blind, estimate_flips(blind), cut=0.0) is None
     few, _ = planted(0.2, num_pairs=40)
-    assert calibrate(few, estimate_flips(few)) is None
+    assert calibrate(few, estimate_flips(few), cut=0.0) is None
 
 
 def test_no_flips_no_precision():
     margins, _ = planted(0.0, separation=4.0, num_pairs=2000)
-    found = calibrate(margins, estimate_flips(margins))
+    found = calibrate(margins, estimate_flips(margins), cut=0.0)
     assert found.precision is None
     assert found.recall > 0.95
-
-
-def test_trusted_pairs_are_fitted_at_the_ends_of_the_interval_too():
-    margins, _ = planted(0.15, separation=1.5, num_pairs=2000)
-    trusted, _ = planted(0.0, separation=1.5, num_pairs=200, seed=5)
-    is_trusted = np.arange(2200) >= 2000
-    found = estimate_flips(np.concatenate([margins, trusted]), is_trusted=is_trusted)
-    assert calibrate(margins, found, trusted=trusted).precision_range != calibrate(margins, found).precision_range
 
 
 def test_a_judge_that_trusted_pairs_show_to_be_surely_wrong_is_not_believed():
@@ -96,4 +87,4 @@ def test_a_judge_that_trusted_pairs_show_to_be_surely_wrong_is_not_believed():
     assert blind.is_informative
     assert blind.low > 0.15
     assert seeing.obstacle is Obstacle.MISFIT
-    assert calibrate(margins[~is_trusted], seeing) is None
+    assert calibrate(margins[~is_trusted], seeing, cut=0.0) is None

@@ -88,14 +88,9 @@ def test_labels_of_other_annotators_are_no_copies_of_ones_own():
 
 @COPIED
 def test_calibration_on_copied_data_is_that_on_the_data(rows):
-    trusted = np.abs(CLEAN[:50])
-    is_trusted = np.arange(NUM_PAIRS + 50) >= NUM_PAIRS
-    once = calibrate(
-        MARGINS, estimate_flips(np.append(MARGINS, trusted), is_trusted=is_trusted), trusted=trusted, seed=3
-    )
-    margins, clusters = np.append(MARGINS[rows], trusted), np.append(NAMES[rows], [f"known {i}" for i in range(50)])
-    estimate = estimate_flips(margins, is_trusted=np.arange(len(margins)) >= len(rows), clusters=clusters)
-    more = calibrate(MARGINS[rows], estimate, trusted=trusted, seed=3, clusters=clusters)
+    once = calibrate(MARGINS, estimate_flips(MARGINS), cut=0.0, seed=3)
+    estimate = estimate_flips(MARGINS[rows], clusters=NAMES[rows])
+    more = calibrate(MARGINS[rows], estimate, cut=0.0, seed=3, clusters=NAMES[rows])
     assert (more.num_injected, more.num_turned) == (once.num_injected, once.num_turned) == (60, NUM_PAIRS)
     assert (more.share_found, more.share_others) == pytest.approx((once.share_found, once.share_others), abs=1e-9)
     assert more.recall_range == pytest.approx(once.recall_range, abs=1e-4)
