@@ -1,62 +1,47 @@
-"""Does the audit find the noise, and does training on what it keeps pay? The measurement behind the defaults.
+"""Does the audit find the noise? The measurement behind the defaults.
 
-    python benchmarks/noise.py                  # fill in the missing cells of noise_detection.csv and noise_policy.csv
+    python benchmarks/noise.py                  # fill in the missing cells of noise_detection.csv
     python benchmarks/noise.py --scratch=DIR    # the same; several processes with one folder share the work
     python benchmarks/noise.py --table          # the tables of docs/noise.md, from the rows
 
 Two embedded tasks, 500 to 6,000 pairs, 0 to 40 % of the labels flipped, five seeds; noise with a pattern on one task.
-Every audit is `ropo audit` with the options in `COMMON` and `ROPO`. DPO and ROPO were tuned with the same budget (nine
-settings of learning rate and beta, at 0 and 30 % flips, on seed 100). Accuracy on 2,000 held-out pairs with right
-labels; gold reward and distance to the start (nats) on 1,000 samples. The reference lines that see right labels only
-(ceiling, information line) have the best of the nine settings on clean data. The search is not part of this command.
+Every audit is `ropo audit` as shipped. What training on the kept pairs gains, `ropo bench` measures (docs/results.md).
 """
 
 import csv
 import logging
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit, run_rounds
+from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit
 from ropo.bench.measures import auroc, average_precision, precision_recall
-from ropo.bench.policy import each, score_policy
 from ropo.bench.rows import read_rows
 from ropo.data.toy import REVIEWS, SUPPORT, gold_reward, make_pairs, save_toy
 from ropo.ledger import read_ledger
 
 HERE = Path(__file__).parent
-DETECTION, POLICY = HERE / "noise_detection.csv", HERE / "noise_policy.csv"
+DETECTION = HERE / "noise_detection.csv"
 TASKS = {"reviews": REVIEWS, "support": SUPPORT}
 RATES, SEEDS = (0.0, 0.1, 0.2, 0.3, 0.4), (1, 2, 3, 4, 5)
 PATTERNS, PATTERN_RATE, PATTERN_SEEDS = ("length", "near_tie", "annotator", "topic"), 0.2, (1, 2, 3)
-POLICY_RATES = (0.0, 0.2, 0.3, 0.4)
 NUM_HELD_OUT, NUM_TRUSTED, MIN_GAP = 2000, 100, 1.5
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 16, "num_train_epochs": 1, "max_length": 128, "save_strategy": "no",
     "disable_tqdm": True,
 }  # fmt: skip
-PLAIN: dict[str, Any] = {"loss": "dpo", "rho": "0", "num_folds": 0}
-DPO: dict[str, Any] = {**PLAIN, "learning_rate": 2e-4, "beta": 0.3}
-ORACLE: dict[str, Any] = {**PLAIN, "learning_rate": 4e-4, "beta": 1.0}
-ROPO: dict[str, Any] = {"learning_rate": 4e-4, "beta": 1.0}
 CELL = ("task", "kind", "num_pairs", "flip_rate", "seed", "extra")
 DETECTION_COLUMNS = (
     *CELL, "estimate", "low", "high", "is_informative", "auroc",
     "average_precision", "brier", "precision", "recall", "right_dropped", "clean_auroc", "claimed_precision",
     "claimed_recall", "worst_annotator", "seconds", "version",
 )  # fmt: skip
-METHODS = ("ropo", "floor", "floor, ropo's options", "ceiling", "information line")
-POLICY_COLUMNS = (*CELL, "method", "accuracy", "gold", "kl", "seconds", "version")
 
 
 def planted(task: str, num_pairs: int, rate: float, seed: int, kind: str) -> tuple[list[Pair], list[Pair], np.ndarray]:
@@ -98,7 +83,7 @@ def detect(cell: dict[str, Any], scratch: Path, folder: Path) -> dict[str, Any]:
     pairs, noisy, is_flipped = planted(task, num_pairs, cell["flip_rate"], seed, cell["kind"])
     start = time.monotonic()
     more = {"trusted": pairs[num_pairs + NUM_HELD_OUT :]} if cell["extra"] == "trusted" else {}
-    options = ROPOConfig(output_dir=str(folder), seed=seed, **COMMON, **ROPO)
+    options = ROPOConfig(output_dir=str(folder), seed=seed, reference_cache_dir=str(scratch / "cache"), **COMMON)
     summary = run_audit(scratch / f"{task}_model", noisy, options, **more)
     found, margins = judged(folder, is_flipped)
     clean = scratch / f"clean_{task}_{num_pairs}_{seed}.npy"
@@ -120,39 +105,6 @@ def detect(cell: dict[str, Any], scratch: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def align(cell: dict[str, Any], method: str, scratch: Path, folder: Path) -> dict[str, Any]:
-    """One row of the policy table; for ROPO `folder` holds the audit already."""
-    task, num_pairs, seed, rate = cell["task"], cell["num_pairs"], cell["seed"], cell["flip_rate"]
-    pairs, noisy, is_flipped = planted(task, num_pairs, rate, seed, cell["kind"])
-    right, data, options, more = pairs[:num_pairs], noisy, ROPO, {}
-    if method == "floor":
-        options = DPO
-    elif method == "floor, ropo's options":
-        options = ORACLE
-    elif method == "ceiling":
-        options, data = ORACLE, [pair for pair, wrong in zip(noisy, is_flipped, strict=True) if not wrong]
-    elif method == "information line":
-        kept = np.random.default_rng(seed).permutation(num_pairs)[: round((1 - 2 * rate) ** 2 * num_pairs)]
-        options, data = ORACLE, [right[i] for i in kept]
-    elif cell["extra"] == "trusted":
-        more["trusted"] = pairs[num_pairs + NUM_HELD_OUT :]
-    steps = -1 if method.startswith("ropo") else -(-num_pairs // COMMON["per_device_train_batch_size"])
-    base = scratch / f"{task}_model"
-    start = time.monotonic()
-    run_rounds(base, data, ROPOConfig(output_dir=str(folder), seed=seed, max_steps=steps, **COMMON, **options), **more)
-    seconds = time.monotonic() - start
-    models = [AutoModelForCausalLM.from_pretrained(path) for path in (folder, base)]
-    score = score_policy(
-        *models, AutoTokenizer.from_pretrained(base), pairs[num_pairs : num_pairs + NUM_HELD_OUT],
-        each(partial(gold_reward, grammar=TASKS[task])),
-        num_samples=1000, max_length=128, max_new_tokens=48, seed=seed,
-    )  # fmt: skip
-    return {
-        **cell, "method": method, "accuracy": score.accuracy.value, "gold": score.gold.value, "kl": score.kl.value,
-        "seconds": seconds, "version": __version__,
-    }  # fmt: skip
-
-
 def all_cells() -> list[dict[str, Any]]:
     """Every cell, the most telling first, so that a run that is stopped early has whole seeds."""
 
@@ -169,18 +121,6 @@ def all_cells() -> list[dict[str, Any]]:
     helped += [cell("reviews", "annotator", 6000, 0.4, seed, "annotators") for seed in SEEDS[:3]]
     groups = [*large[:2], small[0], patterns[:4], large[2], helped, small[1], *large[3:], patterns[4:], *small[2:]]
     return [one for group in groups for one in group]
-
-
-def methods_of(cell: dict[str, Any]) -> list[str]:
-    """Which policies are trained on the pairs of a cell; without flips all reference lines are one."""
-    if cell["task"] != "reviews" or cell["num_pairs"] != 6000 or cell["flip_rate"] not in POLICY_RATES:
-        return []
-    if cell["extra"]:
-        return ["ropo"]
-    if cell["kind"] != "symmetric":
-        return ["ropo", "floor"]
-    more = ["ceiling", "information line"] if cell["flip_rate"] else []
-    return ["ropo", "floor", "floor, ropo's options", *more]
 
 
 def append(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
@@ -204,21 +144,11 @@ def key_of(row: dict[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def measure(cell: dict[str, Any], scratch: Path) -> None:
-    """Fill in what is missing of one cell: its detection row, then its policies."""
-    detected = {key_of(row, CELL) for row in read_rows(DETECTION)}
-    trained = {key_of(row, (*CELL, "method")) for row in read_rows(POLICY)}
-    missing = [name for name in methods_of(cell) if (*key_of(cell, CELL), name) not in trained]
-    if key_of(cell, CELL) in detected and not missing:
+    """Fill in a cell that is missing."""
+    if key_of(cell, CELL) in {key_of(row, CELL) for row in read_rows(DETECTION)}:
         return
     with tempfile.TemporaryDirectory(dir=scratch) as name:
-        if key_of(cell, CELL) not in detected or any(method.startswith("ropo") for method in missing):
-            row = detect(cell, scratch, Path(name) / "ropo")
-            if key_of(cell, CELL) not in detected:
-                append(DETECTION, DETECTION_COLUMNS, row)
-        for method in missing:
-            out = Path(name) / ("ropo" if method.startswith("ropo") else "plain")
-            shutil.rmtree(Path(name) / "plain", ignore_errors=True)
-            append(POLICY, POLICY_COLUMNS, align(cell, method, scratch, out))
+        append(DETECTION, DETECTION_COLUMNS, detect(cell, scratch, Path(name)))
 
 
 def main() -> None:
@@ -246,7 +176,6 @@ def main() -> None:
 def show() -> None:
     """Print the tables of docs/noise.md as Markdown."""
     print(detection_table(), end="\n\n")
-    print(policy_table(), end="\n\n")
     print(pattern_table())
 
 
@@ -273,41 +202,6 @@ def detection_table() -> str:
             f"| {_average(cells, 'recall')} |"
         )
     return "\n".join(lines)
-
-
-def policy_table() -> str:
-    """One line per rate and method: means over seeds with 90 % intervals."""
-    found = read_rows(POLICY)
-    lines = [
-        "| flipped | method | seeds | accuracy | gold reward | distance, nats | gap closed |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    kinds = sorted({(float(row["flip_rate"]), row["kind"], row["extra"]) for row in found}, key=str)
-    for rate, kind, extra in kinds:
-        group = [row for row in found if (float(row["flip_rate"]), row["kind"], row["extra"]) == (rate, kind, extra)]
-        by_method = {name: {row["seed"]: row for row in group if row["method"] == name} for name in METHODS}
-        for name, cells in by_method.items():
-            if not cells:
-                continue
-            what = f"{rate:.0%}" + (f", {kind}" if kind != "symmetric" else "")
-            scores = {key: np.array([float(row[key]) for row in cells.values()]) for key in ("accuracy", "gold", "kl")}
-            title = f"{name} with {NUM_TRUSTED} trusted pairs" if extra == "trusted" else name
-            lines.append(
-                f"| {what} | {title} | {len(cells)} | {with_interval(scores['accuracy'], 3)} "
-                f"| {with_interval(scores['gold'], 2)} | {scores['kl'].mean():.1f} | {_gap_closed(by_method, name)} |"
-            )
-    return "\n".join(lines)
-
-
-def _gap_closed(by_method: dict[str, dict[str, dict[str, str]]], name: str) -> str:
-    """(score − floor) / (ceiling − floor) in accuracy, paired by seed."""
-    floor, ceiling = by_method["floor"], by_method["ceiling"]
-    seeds = [seed for seed in by_method[name] if seed in floor and seed in ceiling]
-    if name in ("floor", "ceiling") or not seeds:
-        return ""
-    gaps = [float(ceiling[seed]["accuracy"]) - float(floor[seed]["accuracy"]) for seed in seeds]
-    gains = [float(by_method[name][seed]["accuracy"]) - float(floor[seed]["accuracy"]) for seed in seeds]
-    return with_interval(np.array(gains) / np.array(gaps), 2)
 
 
 def pattern_table() -> str:
@@ -337,16 +231,6 @@ def pattern_table() -> str:
 def _average(cells: list[dict[str, str]], key: str) -> str:
     values = [float(row[key]) for row in cells if row[key] not in ("", "nan")]
     return f"{np.mean(values):.3f}" if values else "-"
-
-
-def with_interval(values: np.ndarray, digits: int) -> str:
-    """Mean over seeds and half the width of its 90 % interval (Student's t); of two seeds their range."""
-    if len(values) == 2:
-        return f"{values.mean():.{digits}f} ({values.min():.{digits}f}-{values.max():.{digits}f})"
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    half = float(t.ppf(0.95, len(values) - 1)) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.{digits}f} ±{half:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -249,16 +249,14 @@ class Audit:
 
     def calibration(self) -> Calibration | None:
         """What would become of labels turned round on purpose by the decisions that were made; None if all are kept."""
-        margins, is_doubtful = self.margins(), self._is_doubtful
-        is_called = is_doubtful & (np.array(self.judgement.decisions) != "keep")
-        if not is_called.any():
-            return None
+        doubtful = np.flatnonzero(self._is_doubtful)
         return calibrate(
-            margins[is_doubtful],
-            self._flips(margins),
-            cut=float(margins[is_called].max()),
+            self.margins()[doubtful],
+            self._flips(self.margins()),
+            np.array(self.judgement.decisions)[doubtful] != "keep",
+            annotators=[self.data.pairs[i].annotator for i in doubtful],
             seed=self.args.seed,
-            clusters=self._texts[is_doubtful],
+            clusters=self._texts[doubtful],
         )
 
     def training(self) -> PairDataset:

@@ -7,11 +7,12 @@ its margin is then −h. So for a share of the pairs it is known that the label 
 counting how many of these are called flipped needs no truth and no further training.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from ropo.noise.clusters import Clusters, PerPair, cluster_weights, mean_of
 from ropo.noise.estimate import MIN_PAIRS, FlipEstimate
@@ -69,7 +70,13 @@ class Calibration:
 
 
 def calibrate(
-    margins: PerPair, estimate: FlipEstimate, *, cut: float, seed: int = 0, clusters: Clusters | None = None
+    margins: PerPair,
+    estimate: FlipEstimate,
+    is_called: Bool[np.ndarray, " pairs"],
+    *,
+    annotators: Sequence[str | None] | None = None,
+    seed: int = 0,
+    clusters: Clusters | None = None,
 ) -> Calibration | None:
     """Turn each label round once, and see whether it would be called wrong.
 
@@ -78,33 +85,39 @@ def calibrate(
         found = (1−ε)·R + ε·F,   others = (1−ε)·F + ε·R      R recall on wrong labels, F false alarms on right ones
         R = [(1−ε)·found − ε·others] / (1−2ε),   precision = ε·R / [ε·R + (1−ε)·F]
 
-    Assumptions: flips fall at random; every label has the overall rate. Where wrong labels have a pattern that the
-    model takes for the truth, ours are found and theirs are not. R and F hang on ε, which is not known exactly, so
-    they come with their values at both ends of its interval.
+    Called is what has a margin no larger than that of some pair that was, by the same annotator if annotators have
+    rates of their own; these then stand for ε, and R and F are counted together.
+
+    Assumptions: flips fall at random. Where wrong labels have a pattern that the model takes for the truth, ours are
+    found and theirs are not. R and F hang on ε, which is not known exactly, so they come with their values at both
+    ends of its interval.
 
     Args:
         margins: Held-out margins of the pairs that are open to doubt.
         estimate: From the same margins.
-        cut: A label is called wrong whose margin is no larger: the largest margin of a pair that is not kept.
+        is_called: Which labels the decisions call wrong.
+        annotators: Who labelled each pair, as given to `estimate_flips`.
         seed: Which labels are turned for the bins.
         clusters: A name for each pair, the same for copies of one pair, which count as one; see `estimate_flips`.
 
     Returns:
-        The calibration; None where the estimate is not informative or there are fewer than 50 different pairs.
+        The calibration; None where the estimate is not informative, nothing is called, or there are fewer than 50
+        different pairs.
     """
     weights = cluster_weights(clusters, len(margins))
     num_pairs = round(weights.sum())
-    if not estimate.is_informative or num_pairs < MIN_PAIRS or estimate.rate >= 0.5:
+    if not estimate.is_informative or not is_called.any() or num_pairs < MIN_PAIRS or estimate.rate >= 0.5:
         return None
-    found, others = (mean_of(seen <= cut, weights) for seen in (-margins, margins))
-    recall, precision = _claims(found, others, estimate.rate)
-    ends = [_claims(found, others, rate) for rate in (estimate.low, min(estimate.high, 0.499))]
+    groups = _groups(margins, weights, is_called, estimate, annotators)
+    recall, precision = _claims(groups, 1.0)
+    ends = [_claims(groups, end / max(estimate.rate, 1e-9)) for end in (estimate.low, estimate.high)]
     recalls, precisions = zip(*((one[0], one[1] or 0.0) for one in ((recall, precision), *ends)), strict=True)
+    shares = np.array([one.share for one in groups])
     return Calibration(
         num_injected=round(INJECTED_SHARE * num_pairs),
         num_turned=num_pairs,
-        share_found=found,
-        share_others=others,
+        share_found=float(shares @ [one.found for one in groups]),
+        share_others=float(shares @ [one.others for one in groups]),
         recall=recall,
         precision=precision,
         recall_range=(min(recalls), max(recalls)),
@@ -113,18 +126,53 @@ def calibrate(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Pairs with one flip rate: their share of all, and the shares called of turned and of other labels."""
+
+    share: float
+    rate: float
+    found: float
+    others: float
+
+
+def _groups(
+    margins: PerPair,
+    weights: PerPair,
+    is_called: np.ndarray,
+    estimate: FlipEstimate,
+    annotators: Sequence[str | None] | None,
+) -> list[_Group]:
+    """The annotators with a rate of their own, and all others."""
+    rates = {one.name: one.rate for one in estimate.annotators}
+    names = np.array([str(name) if str(name) in rates else "" for name in annotators or [""] * len(margins)])
+    groups = []
+    for name in np.unique(names):
+        own = names == name
+        cut = margins[own & is_called].max(initial=-np.inf)
+        found, others = (mean_of(seen[own] <= cut, weights[own]) for seen in (-margins, margins))
+        share = float(weights[own].sum() / weights.sum())
+        groups.append(_Group(share, rates.get(str(name), estimate.rate), found, others))
+    return groups
+
+
+def _claims(groups: Sequence[_Group], factor: float) -> tuple[float, float | None]:
+    """The recall and the precision that follow if every rate is `factor` times what it was read as."""
+    wrong, hits, called = 0.0, 0.0, 0.0
+    for one in groups:
+        rate = min(one.rate * factor, 0.499)
+        recall = np.clip(((1 - rate) * one.found - rate * one.others) / (1 - 2 * rate), 0.0, 1.0)
+        alarms = np.clip(((1 - rate) * one.others - rate * one.found) / (1 - 2 * rate), 0.0, 1.0)
+        wrong += one.share * rate
+        hits += one.share * rate * float(recall)
+        called += one.share * (rate * float(recall) + (1 - rate) * float(alarms))
+    return hits / max(wrong, 1e-12), hits / called if hits > 0 else None
+
+
 def _first_of(clusters: Shaped[np.ndarray, " pairs"]) -> Int[np.ndarray, " clusters"]:
     """Positions of the first pair of each cluster, in order."""
     places: np.ndarray = np.sort(np.unique(clusters, return_index=True)[1])
     return places
-
-
-def _claims(found: float, others: float, rate: float) -> tuple[float, float | None]:
-    """The recall and the precision that follow from the shares called of turned and of other labels."""
-    recall = float(np.clip(((1 - rate) * found - rate * others) / (1 - 2 * rate), 0.0, 1.0))
-    alarms = float(np.clip(((1 - rate) * others - rate * found) / (1 - 2 * rate), 0.0, 1.0))
-    hits = rate * recall
-    return recall, hits / (hits + (1 - rate) * alarms) if hits > 0 else None
 
 
 def _rate_with_turned(estimate: FlipEstimate) -> float:

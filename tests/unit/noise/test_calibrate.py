@@ -23,7 +23,7 @@ def test_recall_and_precision_are_those_of_the_decisions(rate, separation, cut):
     """Known from nothing but turned labels; what is left is the error of the rate, and the ranges hold the truth."""
     margins, is_flipped = planted(rate, separation=separation)
     found = estimate_flips(margins, level=0.99)
-    claimed = calibrate(margins, found, cut=cut)
+    claimed = calibrate(margins, found, margins <= cut)
     called = margins <= cut
     assert claimed.recall == pytest.approx(called[is_flipped].mean(), abs=0.03)
     assert claimed.precision == pytest.approx(is_flipped[called].mean(), abs=0.08)
@@ -36,7 +36,9 @@ def test_recall_and_precision_are_those_of_the_decisions(rate, separation, cut):
 def test_a_rate_that_is_not_known_well_makes_claims_that_are_not():
     """200 pairs at 30 % have a wide interval; 20,000 a narrow one."""
     few, many = (planted(0.3, separation=2.0, num_pairs=num_pairs, seed=3)[0] for num_pairs in (200, 20_000))
-    widths = [np.ptp(calibrate(margins, estimate_flips(margins), cut=0.0).precision_range) for margins in (few, many)]
+    widths = [
+        np.ptp(calibrate(margins, estimate_flips(margins), margins <= 0.0).precision_range) for margins in (few, many)
+    ]
     assert widths[0] > 2 * widths[1] > 0
 
 
@@ -44,12 +46,12 @@ def test_without_flips_in_reach_of_the_interval_all_called_pairs_may_be_right():
     margins, _ = planted(0.02, separation=1.5, num_pairs=400, seed=1)
     found = estimate_flips(margins)
     assert found.low == 0.0
-    assert calibrate(margins, found, cut=0.0).precision_range[0] == 0.0
+    assert calibrate(margins, found, margins <= 0.0).precision_range[0] == 0.0
 
 
 def test_bins_predict_what_is_observed():
     margins, _ = planted(0.2)
-    bins = calibrate(margins, estimate_flips(margins), cut=0.0).bins
+    bins = calibrate(margins, estimate_flips(margins), margins <= 0.0).bins
     assert sum(one.num_pairs for one in bins) == len(margins)
     assert [one.predicted for one in bins] == sorted(one.predicted for one in bins)
     for one in bins:  # standard error at most 0.011
@@ -59,22 +61,34 @@ def test_bins_predict_what_is_observed():
 def test_an_estimate_that_is_off_shows_in_the_bins():
     margins, _ = planted(0.2)
     wrong = dataclasses.replace(estimate_flips(margins), scale=estimate_flips(margins).scale / 5)
-    assert max(abs(one.observed - one.predicted) for one in calibrate(margins, wrong, cut=0.0).bins) > 0.07
+    assert max(abs(one.observed - one.predicted) for one in calibrate(margins, wrong, margins <= 0.0).bins) > 0.07
 
 
 def test_nothing_to_say():
     rng = np.random.default_rng(1)
     blind = rng.normal(size=500)
-    assert calibrate(blind, estimate_flips(blind), cut=0.0) is None
+    assert calibrate(blind, estimate_flips(blind), blind <= 0.0) is None
     few, _ = planted(0.2, num_pairs=40)
-    assert calibrate(few, estimate_flips(few), cut=0.0) is None
+    assert calibrate(few, estimate_flips(few), few <= 0.0) is None
 
 
-def test_no_flips_no_precision():
+def test_nothing_called_nothing_claimed():
     margins, _ = planted(0.0, separation=4.0, num_pairs=2000)
-    found = calibrate(margins, estimate_flips(margins), cut=0.0)
-    assert found.precision is None
-    assert found.recall > 0.95
+    assert calibrate(margins, estimate_flips(margins), np.zeros(2000, dtype=bool)) is None
+
+
+def test_claims_about_one_bad_annotator_are_those_of_the_truth():
+    """All pairs of a half that are contradicted at all are called, and of the others only the surest."""
+    rng = np.random.default_rng(7)
+    clean, is_bad = rng.normal(1.5, 1.0, 20_000), np.arange(20_000) < 5_000
+    is_flipped = rng.random(20_000) < np.where(is_bad, 0.45, 0.02)
+    margins = np.where(is_flipped, -clean, clean)
+    names = np.where(is_bad, "bad", "good")
+    found = estimate_flips(margins, annotators=names)
+    called = margins <= np.where(is_bad, 0.2, -2.0)
+    claimed = calibrate(margins, found, called, annotators=names)
+    assert claimed.precision == pytest.approx(is_flipped[called].mean(), abs=0.06)
+    assert claimed.recall == pytest.approx(called[is_flipped].mean(), abs=0.06)
 
 
 def test_a_judge_that_trusted_pairs_show_to_be_surely_wrong_is_not_believed():
@@ -87,4 +101,4 @@ def test_a_judge_that_trusted_pairs_show_to_be_surely_wrong_is_not_believed():
     assert blind.is_informative
     assert blind.low > 0.15
     assert seeing.obstacle is Obstacle.MISFIT
-    assert calibrate(margins[~is_trusted], seeing, cut=0.0) is None
+    assert calibrate(margins[~is_trusted], seeing, margins[~is_trusted] <= 0.0) is None

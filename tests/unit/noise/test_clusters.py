@@ -88,9 +88,9 @@ def test_labels_of_other_annotators_are_no_copies_of_ones_own():
 
 @COPIED
 def test_calibration_on_copied_data_is_that_on_the_data(rows):
-    once = calibrate(MARGINS, estimate_flips(MARGINS), cut=0.0, seed=3)
+    once = calibrate(MARGINS, estimate_flips(MARGINS), MARGINS <= 0.0, seed=3)
     estimate = estimate_flips(MARGINS[rows], clusters=NAMES[rows])
-    more = calibrate(MARGINS[rows], estimate, cut=0.0, seed=3, clusters=NAMES[rows])
+    more = calibrate(MARGINS[rows], estimate, MARGINS[rows] <= 0.0, seed=3, clusters=NAMES[rows])
     assert (more.num_injected, more.num_turned) == (once.num_injected, once.num_turned) == (60, NUM_PAIRS)
     assert (more.share_found, more.share_others) == pytest.approx((once.share_found, once.share_others), abs=1e-9)
     assert more.recall_range == pytest.approx(once.recall_range, abs=1e-4)
