@@ -83,7 +83,7 @@ def test_claims_about_one_bad_annotator_are_those_of_the_truth():
     clean, is_bad = rng.normal(1.5, 1.0, 20_000), np.arange(20_000) < 5_000
     is_flipped = rng.random(20_000) < np.where(is_bad, 0.45, 0.02)
     margins = np.where(is_flipped, -clean, clean)
-    names = np.where(is_bad, "bad", "good")
+    names = ["bad" if bad else "good" for bad in is_bad]
     found = estimate_flips(margins, annotators=names)
     called = margins <= np.where(is_bad, 0.2, -2.0)
     claimed = calibrate(margins, found, called, annotators=names)
