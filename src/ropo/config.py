@@ -324,6 +324,11 @@ class ROPOConfig(TrainingArguments):
                 f"num_candidates needs rounds of 2 or more; got {self.num_candidates} with one round. What is "
                 "resampled is trained on in the next round."
             )
+        if self.length_is_evidence and self.scorer != "features":
+            raise ValueError(
+                f"length_is_evidence needs scorer features; got scorer {self.scorer}, whose models read lengths as "
+                "they like. Leave it out."
+            )
         self._check_judge()
         self._check_generation()
         if self.dataloader_pin_memory and not torch.cuda.is_available():

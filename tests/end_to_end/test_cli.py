@@ -100,7 +100,7 @@ def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert summary["problems"] == {"truncated": 2}
     assert summary["config"]["rho"] == "0.3"
     assert {"torch", "transformers", "ropo"} <= set(summary["versions"])
-    assert {"reference", "audit fold 1", "audit judge", "round 0 train", "round 1 decide"} <= set(summary["seconds"])
+    assert {"reference", "audit linear", "audit judge", "round 0 train", "round 1 decide"} <= set(summary["seconds"])
 
     card = (output / "README.md").read_text()
     assert summary["data_sha256"] in card

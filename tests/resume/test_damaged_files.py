@@ -15,9 +15,9 @@ from ropo.provenance import DamagedFileError, hash_file, read_json, write_json
 from ropo.stages import Stages
 
 MADE_AGAIN = (
-    "reference/reference_logps.safetensors", "reference/manifest.json", "audit/models/fold_1.safetensors",
+    "reference/reference_logps.safetensors", "reference/manifest.json",
+    "audit/features/margins.safetensors", "audit/features/scorers.json", "audit/features/manifest.json",
     "audit/margins.safetensors", "audit/judgement.json", "audit/scorers.json", "audit/manifest.json",
-    "audit/models/manifest.json",
     "rounds/00/model/model.safetensors", "rounds/00/model/config.json", "rounds/00/first_margins.safetensors",
     "rounds/00/training_log.json", "rounds/00/scores.safetensors", "rounds/00/flips.safetensors",
     "rounds/00/decisions.json", "rounds/00/flip_estimate.json", "rounds/00/manifest.json",
@@ -75,6 +75,17 @@ def finished(tiny, pairs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     run_rounds(tiny, pairs[:16], config(folder), eval_dataset=pairs[16:])
     return folder
+
+
+@pytest.mark.parametrize("name", ["fold_1.safetensors", "manifest.json"])
+def test_a_damaged_file_of_a_fold_is_made_again(name, tiny, pairs, tmp_path, caplog):
+    folder = tmp_path / "run"
+    run_audit(tiny, pairs[:16], config(folder, scorer="models"))
+    before, damage = contents(folder), cut if "manifest" in name else flip
+    damage(folder / "audit" / "models" / name)
+    run_audit(tiny, pairs[:16], config(folder, scorer="models"))
+    assert contents(folder) == before
+    assert f"{folder / 'audit' / 'models' / name} is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("name", MADE_AGAIN)

@@ -5,6 +5,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from ropo import stages
 from ropo.align import run_rounds
-from ropo.audit.models import by_models
-from ropo.audit.scorers import Scores
+from ropo.audit.features import by_features
+from ropo.audit.run import SCORERS
 from ropo.config import ROPOConfig
 from ropo.policy import PolicySource
 from ropo.provenance import hash_file, hash_tensors, read_json
 from ropo.trainer import ROPOTrainer
 
-STAGES = [
-    "reference",
-    "fold 0", "fold 1", "judge",
-    "train", "score", "decide", "resample",
-    "train", "score", "decide",
-]  # fmt: skip
+SCORED = {"features": ["linear"], "models": ["fold 0", "fold 1"]}
+ROUNDS = ["train", "score", "decide", "resample", "train", "score", "decide"]
 
 
 def config(folder, **options):
@@ -53,10 +50,9 @@ def outputs(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def whole(model_folder, pairs, tmp_path):
+def whole(model_folder, pairs, tmp_path, **options):
     folder = tmp_path / "whole"
-    run_rounds(model_folder, pairs, config(folder))
+    run_rounds(model_folder, pairs, config(folder, **options))
     return outputs(folder)
 
 
@@ -80,17 +76,19 @@ def dying_stages(monkeypatch):
     return made, lambda: monkeypatch.setattr(stages.Stages, "run", run)
 
 
-def test_killed_after_every_stage(model_folder, pairs, tmp_path, whole, dying_stages):
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_killed_after_every_stage(scorer, model_folder, pairs, tmp_path, dying_stages):
     """One run, killed after each of its stages in turn; every start repeats none of those done before."""
     folder, (made, live) = tmp_path / "killed", dying_stages
-    for _ in STAGES:
+    all_stages = ["reference", *SCORED[scorer], "judge", *ROUNDS]
+    for _ in all_stages:
         with pytest.raises(KeyboardInterrupt):
-            run_rounds(model_folder, pairs, config(folder))
+            run_rounds(model_folder, pairs, config(folder, scorer=scorer))
     live()
-    summary = run_rounds(model_folder, pairs, config(folder))
-    assert made == STAGES
+    summary = run_rounds(model_folder, pairs, config(folder, scorer=scorer))
+    assert made == all_stages
     assert summary["num_resampled"] > 0  # so that the second round had new pairs to train on
-    assert outputs(folder) == whole
+    assert outputs(folder) == whole(model_folder, pairs, tmp_path, scorer=scorer)
 
 
 def dies_at_its_third_step(monkeypatch, place):
@@ -108,16 +106,16 @@ def dies_at_its_third_step(monkeypatch, place):
     return steps
 
 
-@pytest.mark.parametrize("place", ["fold_0_checkpoints", "checkpoints"])
-def test_killed_inside_training(place, model_folder, pairs, tmp_path, monkeypatch, whole):
-    """Training goes on from its last checkpoint, that of a judging model with the margins of its earlier checks."""
+@pytest.mark.parametrize(("place", "scorer"), [("fold_0_checkpoints", "models"), ("checkpoints", "features")])
+def test_killed_inside_training(place, scorer, model_folder, pairs, tmp_path, monkeypatch):
+    """Training goes on from its last checkpoint, that of a fold model with the margins of its earlier checks."""
     folder = tmp_path / "killed"
     steps = dies_at_its_third_step(monkeypatch, place)
     with pytest.raises(KeyboardInterrupt):
-        run_rounds(model_folder, pairs, config(folder))
-    run_rounds(model_folder, pairs, config(folder))
+        run_rounds(model_folder, pairs, config(folder, scorer=scorer))
+    run_rounds(model_folder, pairs, config(folder, scorer=scorer))
     assert steps[:4] == [0, 1, 2, 2]  # the checkpoint was written after step 2
-    assert outputs(folder) == whole
+    assert outputs(folder) == whole(model_folder, pairs, tmp_path, scorer=scorer)
 
 
 def test_checkpoints_of_other_pairs_are_not_gone_on_with(model_folder, pairs, tmp_path, monkeypatch):
@@ -127,11 +125,11 @@ def test_checkpoints_of_other_pairs_are_not_gone_on_with(model_folder, pairs, tm
     with pytest.raises(KeyboardInterrupt):
         run_rounds(model_folder, pairs, config(folder))
 
-    def reversed_models(question):
-        scores = by_models(question)
-        return Scores(margins=-scores.margins, views=-scores.views, rows=scores.rows)
+    def reversed_features(question):
+        scores = by_features(question)
+        return replace(scores, margins=-scores.margins, views=-scores.views)
 
-    monkeypatch.setattr("ropo.audit.run.SCORERS", {"models": reversed_models})
+    monkeypatch.setattr("ropo.audit.run.SCORERS", {"features": reversed_features})
     run_rounds(model_folder, pairs, config(folder))
     assert steps[:5] == [0, 1, 2, 0, 1]
     run_rounds(model_folder, pairs, config(tmp_path / "whole"))

@@ -18,6 +18,7 @@ from ropo.audit.weights import Why, resolve_alpha, resolve_rho
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
 from ropo.ledger import read_ledger
+from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair
 from ropo.provenance import hash_file
 from ropo.trainer import ROPOTrainer
@@ -53,7 +54,7 @@ def test_no_model_judges_what_it_was_trained_on(model_folder, pairs, tmp_path, m
         assert len(self.check_margins) == NUM_CHECKS
 
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
-    run_audit(model_folder, [*pairs, twin], config(tmp_path / "O", rho="0.2", alpha="6", beta=0.5))
+    run_audit(model_folder, [*pairs, twin], config(tmp_path / "O", scorer="models", rho="0.2", alpha="6", beta=0.5))
     ids = {pair.row: pair.id for pair in [*pairs, twin]}
     assert [one[:2] for one in seen] == [("dpo", MAX_BETA)] * 4
     for *_, learned, judged in seen:
@@ -62,7 +63,7 @@ def test_no_model_judges_what_it_was_trained_on(model_folder, pairs, tmp_path, m
 
 
 def test_checks_are_different_moments_of_one_training(model_folder, pairs, tmp_path):
-    run_audit(model_folder, pairs, config(tmp_path / "O", num_train_epochs=3))
+    run_audit(model_folder, pairs, config(tmp_path / "O", scorer="models", num_train_epochs=3))
     report = json.loads((tmp_path / "O" / "report.json").read_text())
     assert report["estimate"]["num_pairs"] == 20
     found = load_file(tmp_path / "O" / "audit" / "margins.safetensors")
@@ -104,11 +105,13 @@ def test_rho_follows_the_estimate_and_alpha_is_zero(estimate, rho, why):
         assert (found.value, found.why) == (0.3, Why.GIVEN)
 
 
-def test_an_audit_goes_on_as_a_training(model_folder, pairs, tmp_path, monkeypatch):
-    """The same folder and options: the folds are not trained again, and the result is that of a training alone."""
-    run_audit(model_folder, pairs, config(tmp_path / "O", rho="0.2"))
+@pytest.mark.parametrize("scorer", audit_run.SCORERS)
+def test_an_audit_goes_on_as_a_training(scorer, model_folder, pairs, tmp_path, monkeypatch):
+    """The same folder and options: nothing is scored again, and the result is that of a training alone."""
+    options = {"rho": "0.2", "scorer": scorer}
+    run_audit(model_folder, pairs, config(tmp_path / "O", **options))
     assert {"cleaned.jsonl", "dropped.jsonl", "review.csv"} <= {path.name for path in (tmp_path / "O").iterdir()}
-    run_rounds(model_folder, pairs, config(tmp_path / "alone", rho="0.2"))
+    run_rounds(model_folder, pairs, config(tmp_path / "alone", **options))
     trained, train = [], ROPOTrainer.train_or_resume
 
     def watching(self, made_from):
@@ -116,7 +119,8 @@ def test_an_audit_goes_on_as_a_training(model_folder, pairs, tmp_path, monkeypat
         train(self, made_from)
 
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
-    run_rounds(model_folder, pairs, config(tmp_path / "O", rho="0.2"))
+    monkeypatch.setattr(LinearModels, "held_out", lambda *_, **__: pytest.fail("scored again"))
+    run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
     assert len(trained) == 1
     assert hash_file(tmp_path / "O" / "model.safetensors") == hash_file(tmp_path / "alone" / "model.safetensors")
 
@@ -228,23 +232,23 @@ def many(pairs):
     return [replace(pairs[i % 20], prompt=f"{i} {pairs[i % 20].prompt}", row=i) for i in range(80)]
 
 
-def plant(monkeypatch, margin_of):
-    """Margins by row in place of trained models."""
+def plant(monkeypatch, margin_of, length_of=lambda question: np.zeros(len(question.data))):
+    """Margins by row in place of a scorer's."""
     asked = []
 
     def scorer(question):
         margins = np.array([margin_of(pair) for pair in question.data.pairs])
         asked.append(question)
-        rows = (question.row("models", margins, is_taken=True), question.row("length", -margins))
-        return Scores(margins=margins, views=np.tile(margins, (NUM_CHECKS, 1)), rows=rows)
+        rows = (question.row("gradients", margins, is_taken=True), question.row("length", -margins))
+        return Scores(margins=margins, length=length_of(question), views=np.tile(margins, (3, 1)), rows=rows)
 
-    monkeypatch.setattr(audit_run, "SCORERS", {"models": scorer})
+    monkeypatch.setattr(audit_run, "SCORERS", {"features": scorer})
     return asked
 
 
 def test_the_scorers_that_can_be_chosen_are_those_there_are(tmp_path):
     assert audit_run.SCORERS.keys() == config_module.SCORERS.keys()
-    with pytest.raises(ValueError, match=r"scorer needs one of models; got 'modles'. Did you mean models\?"):
+    with pytest.raises(ValueError, match=r"scorer needs one of features, models; got 'modles'. Did you mean models\?"):
         config(tmp_path, scorer="modles")
 
 
@@ -267,15 +271,16 @@ def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_fol
         monkeypatch, lambda pair: -1.0 if pair.row in (*range(15), *range(80, 95), 59) else float(pair.row != 58)
     )
     summary = run_audit(model_folder, pairs, config(tmp_path / "O"))
-    rows = json.loads((tmp_path / "O" / "audit" / "scorers.json").read_text())
-    assert summary["scorers"] == rows
-    assert [(row["name"], row["is_taken"]) for row in rows] == [("models", True), ("length", False)]
+    found = json.loads((tmp_path / "O" / "audit" / "scorers.json").read_text())
+    rows = found["rows"]
+    assert (summary["scorers"], found["filter"]) == (rows, None)
+    assert [(row["name"], row["is_taken"]) for row in rows] == [("gradients", True), ("length", False)]
     assert rows[0]["agreement"] == pytest.approx((59 - 15 - 0.5) / 59)
     assert rows[1]["agreement"] == pytest.approx((15 + 0.5) / 59)
     assert rows[0]["low"] < rows[0]["agreement"] < rows[0]["high"] < 1
     assert asked[0].folds.max() == 3
     report = (tmp_path / "O" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
-    assert "| **models**, judges here | models trained on the other folds | 74 % |" in report
+    assert "| **gradients**, judges here | linear models on the gradient by the head's weights | 74 % |" in report
 
 
 def test_rules_compare_the_views_of_a_scorer(model_folder, many, tmp_path, monkeypatch):
@@ -346,7 +351,7 @@ def test_data_given_twice_is_no_more_evidence(model_folder, many, tmp_path, monk
 
 
 def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, monkeypatch):
-    """Verdicts, another rule, another beta: the judges are asked, not trained; only what is aligned is trained."""
+    """Verdicts, another rule, another beta: margins are read, not made; only what is aligned is trained."""
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
     options = {"rho": "0.3", "decision_rule": "lowest_loss"}
     run_audit(model_folder, rows, config(tmp_path / "O", **options))
@@ -357,10 +362,10 @@ def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, m
     run_rounds(model_folder, rows, config(tmp_path / "A", beta=0.3, rounds=1, **there), **told)
     assert len(trained) == 1
     before, after = (load_file(tmp_path / name / "audit" / "margins.safetensors") for name in "OA")
-    for name in ("margins", "views"):
+    for name in ("margins", "length", "views"):
         np.testing.assert_array_equal(before[name], after[name])
-    assert (before["p_flip"][3], after["p_flip"][3]) == (0, 1)
-    assert not (tmp_path / "A" / "audit" / "models").exists()
+    assert before["p_flip"][3] < after["p_flip"][3] == 1
+    assert not (tmp_path / "A" / "audit" / "features").exists()
     ledger = ledger_of(tmp_path / "A").set_index("row")
     assert ledger.loc[[3, 4], "decision"].tolist() == ["flip", "drop"]
     # It is a run like others: given again it does nothing, and without the other folder it is not the same.
@@ -387,8 +392,8 @@ def test_what_margins_are_not_taken_from(model_folder, pairs, tmp_path):
         run_rounds(model_folder, pairs, config(tmp_path / "A", **{**there, "rho": "0", "alpha": "14"}))
     identity = tmp_path / "O" / "ropo_config.json"
     text = identity.read_text()
-    identity.write_text(text.replace('"scorer": "models"', '"scorer": "another"'))
-    with pytest.raises(ValueError, match="another one:\n  scorer: 'another' there, 'models' now"):
+    identity.write_text(text.replace('"scorer": "features"', '"scorer": "another"'))
+    with pytest.raises(ValueError, match="another one:\n  scorer: 'another' there, 'features' now"):
         run_audit(model_folder, pairs, config(tmp_path / "A", **there))
     identity.write_text(text)
     (tmp_path / "O" / "audit" / "margins.safetensors").unlink()

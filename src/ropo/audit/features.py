@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 from accelerate import PartialState
+from numpy.typing import NDArray
 
 from ropo.audit.scorers import SCORED_FILES, Filter, Floats, Question, Scores
 from ropo.data.tokenize import TokenizedPair
@@ -67,13 +68,11 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
         judged[name] = models.held_out()
         if judged[name].loss == min(one.loss for one in judged.values()):
             taken, best = name, models  # only one is kept: many pairs fill the memory
-    refit = best.without_suspects(judged[taken], is_known=is_known)
     surface = {
         LENGTH: LinearModels(length, folds, weights=weights).held_out(),
         NGRAMS: LinearModels(turn * _ngrams(tokens), folds, covariates=length, weights=weights).held_out(),
     }
-    filter_ = Filter(gain=refit.gain, error=refit.error)
-    own = refit if filter_.helps else judged[taken]
+    own, filter_ = _refitted(best, judged[taken], folds, is_known=is_known)
     add = 1.0 if question.args.length_is_evidence else 0.0
 
     def as_labelled(one: HeldOut | Refit) -> Floats:
@@ -84,11 +83,22 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     rows += [question.row(name, as_labelled(one)) for name, one in surface.items()]
     return Scores(
         margins=margins[taken],
-        length=turn[:, 0] * own.surface,
+        length=turn[:, 0] * (1.0 - add) * own.surface,
         views=np.stack([_scaled(one, margins[taken]) for one in margins.values()]),
         rows=tuple(rows),
         filter=filter_,
     )
+
+
+def _refitted(
+    models: LinearModels, judged: HeldOut, folds: NDArray[np.int64], *, is_known: NDArray[np.bool_]
+) -> tuple[HeldOut | Refit, Filter | None]:
+    """What judges without suspects if that is surely better, else as it is; no filter where it cannot be tried."""
+    if folds.max() < 2:  # the suspects of a fold are found by fits without two
+        return judged, None
+    refit = models.without_suspects(judged, is_known=is_known)
+    found = Filter(gain=refit.gain, error=refit.error)
+    return (refit if found.helps else judged), found
 
 
 def _joined(blocks: Mapping[str, np.ndarray], parts: Sequence[str]) -> Floats:

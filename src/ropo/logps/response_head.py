@@ -191,6 +191,10 @@ def _is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
 def _fused(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear, logit_map: LogitMap) -> Tensor:
     num_tokens = len(target_N)
     hidden_NH, weight_VH, bias_V, target_N = _cast(hidden_NH, target_N, head)
+    if not torch.is_grad_enabled():
+        # A parameter counts as one that needs a gradient even then. Without, the numbers are those of `projected_logps`
+        # to the last bit, and no softmax is kept.
+        weight_VH, bias_V = weight_VH.detach(), None if bias_V is None else bias_V.detach()
     logps_N: Tensor = _LinearLogps.apply(hidden_NH, weight_VH, bias_V, target_N, logit_map)  # type: ignore[no-untyped-call]
     # FSDP wants no views of what a module returns.
     return logps_N if len(logps_N) == num_tokens else logps_N[:num_tokens].clone()

@@ -127,8 +127,10 @@ class LinearModels:
         fits = [tried[:, i * self._num_folds :][:, : self._num_folds] for i in range(len(strengths))]
         losses = [self._loss(np.add(*self._judge(fit))) for fit in fits]
         best = int(np.argmin(losses))
-        others = self._solve(self._seen[:, self._num_folds :], float(strengths[best]))
-        all_fits = np.concatenate([fits[best], others], axis=1)
+        all_fits = fits[best]
+        if len(self._folds) > 1:
+            others = self._solve(self._seen[:, self._num_folds :], float(strengths[best]))
+            all_fits = np.concatenate([all_fits, others], axis=1)
         margins, surface = self._judge(all_fits)
         return HeldOut(
             margins=margins,

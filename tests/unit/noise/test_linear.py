@@ -1,0 +1,204 @@
+"""Linear models: that they solve what they say, that no label judges itself, and that surface is told apart."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from ropo.noise.linear import LinearModels
+from ropo.noise.shares import Z_90
+
+STRENGTH = 3.0
+
+
+def deal(num_pairs, num_folds=4, deals=2, seed=1):
+    rng = np.random.default_rng(seed)
+    return np.array([rng.permutation(num_pairs) % num_folds for _ in range(deals)])
+
+
+def known_truth(num_pairs=300, num_features=20, *, size=3.0, seed=0):
+    """Features of pairs of which a direction says which response is better; all labels are right."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(num_pairs, num_features))
+    direction = rng.normal(size=num_features)
+    value = features @ direction / np.linalg.norm(direction)
+    keep = np.sign(np.where(np.abs(value) < 1 / size, value, size * value))
+    return features * keep[:, None]
+
+
+def two_kinds(num_pairs=600, num_features=120, *, gap=3.0, seed=0):
+    """Features of which one tells the better response apart by far, and the others nothing; all labels are right."""
+    features = np.random.default_rng(seed).normal(size=(num_pairs, num_features))
+    features[:, 0] = np.abs(features[:, 0] + gap)
+    return features
+
+
+def flip(features, share, seed=5):
+    is_flipped = np.random.default_rng(seed).random(len(features)) < share
+    return np.where(is_flipped[:, None], -features, features), is_flipped
+
+
+def auroc(score, is_flipped):
+    """Chance that a flipped pair has the higher score."""
+    found, rest = score[is_flipped], score[~is_flipped]
+    return float(np.mean(found[:, None] > rest[None, :]) + 0.5 * np.mean(found[:, None] == rest[None, :]))
+
+
+def held_out(features, folds, **options):
+    return LinearModels(features, folds, **options).held_out(strengths=(STRENGTH,))
+
+
+def direct(features, weights, folds):
+    """The same by a solver of another kind, one fold after the other."""
+    unit = features / np.sqrt((features**2).sum(axis=1).mean())
+    margins = np.zeros(folds.shape)
+    for number, fold_of in enumerate(folds):
+        for fold in range(folds.max() + 1):
+            seen = weights * (fold_of != fold)
+
+            def loss(v, seen=seen):
+                h = unit @ v
+                value = seen @ np.logaddexp(0, -h) + STRENGTH / 2 * v @ v
+                return value, -unit.T @ (seen * expit(-h)) + STRENGTH * v
+
+            fit = minimize(loss, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B", options={"gtol": 1e-9}).x
+            margins[number, fold_of == fold] = unit[fold_of == fold] @ fit
+    return margins.mean(axis=0)
+
+
+@pytest.mark.parametrize("num_features", [12, 150])
+def test_the_fits_are_those_of_another_solver(num_features):
+    features, _ = flip(two_kinds(100, num_features), 0.2)
+    weights, folds = np.random.default_rng(2).uniform(0, 1, 100), deal(100)
+    found = held_out(features, folds, weights=weights)
+    np.testing.assert_allclose(found.margins, direct(features, weights, folds), atol=3e-3)
+    assert np.abs(found.margins).max() > 0.3
+    assert not found.surface.any()
+
+
+def test_held_out_likelihood_chooses_the_penalty():
+    """Noise wants a strong one, a clear rule a weak one; the loss is that of the margins."""
+    rng = np.random.default_rng(0)
+    noise = LinearModels(rng.normal(size=(200, 50)), deal(200)).held_out()
+    clear = LinearModels(known_truth(200, 5), deal(200)).held_out()
+    assert clear.strength < noise.strength
+    assert clear.loss < 0.35 < noise.loss
+    assert clear.loss == pytest.approx(np.logaddexp(0, -clear.margins).mean(), abs=1e-6)
+
+
+def test_a_label_has_no_say_in_its_own_margin():
+    """The other label, the same size; of the pairs of its fold nothing changes, and of the others all do."""
+    features, _ = flip(known_truth(120), 0.2)
+    length, folds = np.random.default_rng(3).normal(size=(120, 1)), deal(120, deals=1)
+    before = held_out(features, folds, covariates=length)
+    turn = np.where(np.arange(120) == 7, -1.0, 1.0)
+    after = held_out(turn[:, None] * features, folds, covariates=turn[:, None] * length)
+    own = folds[0] == folds[0, 7]
+    for name in ("margins", "surface"):
+        one, other = getattr(before, name), turn * getattr(after, name)
+        np.testing.assert_allclose(other[own], one[own], atol=5e-3)  # all fits stop together, at 1e-3
+        assert (np.abs(other - one)[~own] > 5e-3).mean() > 0.4
+
+
+def test_labels_that_follow_length_are_found():
+    """Truth ignores length, and a third of the labels was flipped towards the longer response.
+
+    Length agrees with most labels, so it would be taken for evidence.
+    """
+    rng = np.random.default_rng(0)
+    truth, length = two_kinds(600, 20), rng.normal(size=(600, 1))
+    is_flipped = (length[:, 0] < 0) & (rng.random(600) < 0.6)
+    turn = np.where(is_flipped, -1.0, 1.0)[:, None]
+    features = np.concatenate([truth, 2 * length], axis=1)
+    assert 0.25 < is_flipped.mean() < 0.35
+    found = LinearModels(turn * features, deal(600), covariates=turn * length).held_out()
+    alone = LinearModels(turn * length, deal(600)).held_out().margins
+    assert (alone > 0).mean() > 0.7
+    assert auroc(-found.margins, is_flipped) > 0.9
+    assert auroc(-(found.margins + found.surface), is_flipped) < auroc(-found.margins, is_flipped) - 0.05
+    assert auroc(-LinearModels(turn * features, deal(600)).held_out().margins, is_flipped) < 0.85
+
+
+def test_the_unit_of_a_covariate_does_not_matter():
+    features, length = known_truth(100), np.random.default_rng(3).normal(size=(100, 1))
+    one, other = (held_out(features, deal(100), covariates=unit * length) for unit in (1.0, 1000.0))
+    np.testing.assert_allclose(other.margins, one.margins, atol=2e-3)
+    np.testing.assert_allclose(other.surface, one.surface, atol=2e-3)
+
+
+@pytest.mark.parametrize("has_covariate", [False, True])
+def test_wide_and_tall_features_give_the_same(has_covariate):
+    """Only the products of pairs matter, so a rotation into more dimensions than there are pairs changes nothing."""
+    rng = np.random.default_rng(0)
+    tall, _ = flip(known_truth(80, 15), 0.2)
+    rotation = np.linalg.qr(rng.normal(size=(200, 15)))[0].T
+    options = {"covariates": rng.normal(size=(80, 1))} if has_covariate else {}
+    one, other = (held_out(features, deal(80), **options) for features in (tall, tall @ rotation))
+    np.testing.assert_allclose(other.margins, one.margins, atol=2e-3)
+    np.testing.assert_allclose(other.surface, one.surface, atol=2e-3)
+    assert np.abs(one.margins).max() > 0.5
+
+
+def test_on_right_labels_there_is_nothing_to_gain():
+    """Ten draws: a filter that asked labels which had a say in it would gain in most of them."""
+    gains = []
+    for seed in range(10):
+        folds = deal(200, seed=seed)
+        models = LinearModels(known_truth(200, seed=seed), folds)
+        refit = models.without_suspects(models.held_out(strengths=(STRENGTH,)))
+        gains.append(refit.gain)
+        assert refit.gain <= Z_90 * refit.error
+    assert np.mean(gains) <= 0
+
+
+def test_without_flipped_pairs_more_is_known():
+    features, is_flipped = flip(two_kinds(600, 200, seed=3), 0.2)
+    models = LinearModels(features, deal(600))
+    judged = models.held_out()
+    refit = models.without_suspects(judged)
+    assert refit.gain > Z_90 * refit.error > 0
+    assert auroc(-refit.margins, is_flipped) >= auroc(-judged.margins, is_flipped) > 0.95
+
+
+def test_a_known_label_is_never_left_out():
+    """All known, nothing is left out; one open to doubt and contradicted, it alone is."""
+    features, _ = flip(known_truth(200), 0.2)
+    folds = deal(200)
+    models = LinearModels(features, folds)
+    judged = models.held_out(strengths=(STRENGTH,))
+    refit = models.without_suspects(judged, is_known=np.ones(200, dtype=bool))
+    assert (refit.gain, refit.error) == (0, 0)
+    np.testing.assert_allclose(refit.margins, judged.margins, atol=2e-3)
+    worst = int(np.argmin(judged.margins))
+    without = held_out(features, folds, weights=(np.arange(200) != worst).astype(float))
+    refit = models.without_suspects(judged, is_known=np.arange(200) != worst)
+    np.testing.assert_allclose(refit.margins, without.margins, atol=2e-3)
+    assert np.abs(refit.margins - judged.margins).max() > 0.01
+
+
+def test_a_pair_without_weight_is_judged_and_teaches_nothing():
+    features, _ = flip(known_truth(100), 0.2)
+    weights, folds = np.where(np.arange(100) < 10, 0.0, 1.0), deal(100)
+    kept = held_out(features, folds, weights=weights)
+    other = np.where(np.arange(100) < 10, -1.0, 1.0)[:, None] * features
+    np.testing.assert_allclose(held_out(other, folds, weights=weights).margins[:10], -kept.margins[:10], atol=2e-3)
+    assert np.abs(kept.margins[:10]).min() > 0
+
+
+@pytest.mark.parametrize(
+    "folds", [np.zeros((2, 30), dtype=int), deal(29), deal(30)[0]], ids=["one fold", "other pairs", "no deals"]
+)
+def test_folds_must_be_those_of_the_pairs(folds):
+    with pytest.raises(Exception, match=r"two or more folds of 30 pairs|Type-check error"):
+        LinearModels(np.ones((30, 2)), folds).held_out()
+
+
+def test_a_stronger_penalty_makes_smaller_margins():
+    features = known_truth(100)
+    sizes = [
+        np.abs(LinearModels(features, deal(100)).held_out(strengths=(strength,)).margins).mean()
+        for strength in (0.1, 3.0, 100.0)
+    ]
+    assert all(more > less for more, less in pairwise(sizes))

@@ -1,0 +1,228 @@
+"""The scorer of every audit, on features whose truth is known: what is taken, what length may say, what verdicts do."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ropo.audit.features import BLOCKS
+from ropo.audit.run import Audit
+from ropo.config import ROPOConfig
+from ropo.data.tokenize import TokenizedPair
+from ropo.noise.linear import LinearModels
+from ropo.pair_dataset import PairDataset
+from ropo.pairs import Pair, PairFeatures
+from ropo.policy import PolicySource
+
+NUM_PAIRS = 300
+SURFACE = ["length", "n-grams"]
+
+
+class Case:
+    """Pairs whose better response a direction of the hidden states tells; some labels are flipped.
+
+    Attributes:
+        pairs: As labelled; every third one is by annotator b.
+        tokens: Of lengths that say nothing unless `longer` does.
+        blocks: Of the pairs as labelled; "gradient" knows nothing.
+        is_flipped: Which labels are wrong.
+    """
+
+    def __init__(self, seed=0, *, share=0.2, gap=2.0, longer=0.0, num_pairs=NUM_PAIRS):
+        rng = np.random.default_rng(seed)
+        length = rng.normal(size=num_pairs)
+        towards_longer = (length < 0) & (rng.random(num_pairs) < longer)
+        self.is_flipped = (rng.random(num_pairs) < share) | towards_longer
+        sign = np.where(self.is_flipped, -1.0, 1.0)
+        better = np.concatenate([np.abs(rng.normal(gap, 1, (num_pairs, 1))), rng.normal(size=(num_pairs, 19))], axis=1)
+        blocks = {
+            "gradient": rng.normal(size=(num_pairs, 30)),
+            "hidden_middle": better,
+            "hidden_last": rng.normal(size=(num_pairs, 5)) + 2 * length[:, None],
+        }
+        self.blocks = {name: (sign[:, None] * block).astype(np.float32) for name, block in blocks.items()}
+        lengths = np.maximum(np.rint(20 * np.exp(sign[:, None] * length[:, None] * [0.3, -0.3])), 2).astype(int)
+        self.tokens = [
+            TokenizedPair(
+                prompt=[1], chosen=rng.integers(3, 40, one).tolist(), rejected=rng.integers(3, 40, two).tolist()
+            )
+            for one, two in lengths
+        ]
+        self.pairs = [
+            Pair(prompt=f"{row}?", chosen=f" yes {row}", rejected=f" no {row}", row=row, annotator="bca"[row % 3])
+            for row in range(num_pairs)
+        ]
+
+    def judged(self, verdicts):
+        """The same with what a person has said about some rows."""
+        found = object.__new__(Case)
+        found.__dict__.update(self.__dict__)
+        found.pairs = [replace(pair, verdict=verdicts.get(pair.row)) for pair in self.pairs]
+        return found
+
+    def audit(self, folder, tokenizer, **options):
+        args = ROPOConfig(output_dir=str(folder), use_cpu=True, **{"num_folds": 4, **options})
+        audit = Audit(
+            PairDataset(self.pairs, self.tokens),
+            args,
+            folder=folder / "audit",
+            source=PolicySource("nowhere"),
+            tokenizer=tokenizer,
+            peft_config=None,
+            features_of=lambda _: PairFeatures(blocks=self.blocks),
+        )
+        audit.run("digest")
+        return audit
+
+
+def auroc(score, is_flipped):
+    return float(np.mean(score[is_flipped][:, None] > score[~is_flipped][None, :]))
+
+
+def taken(audit):
+    return next(row.name for row in audit.scores.rows if row.is_taken)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [("hidden_middle", "hidden states"), ("gradient", "gradients"), ("both", "gradients and hidden states")],
+)
+def test_what_predicts_unseen_labels_best_judges(known, expected, tmp_path, tokenizer):
+    """Which blocks know the better response changes which judge; it always finds the flips."""
+    case = Case(gap=1.5)
+    noise = np.random.default_rng(1).normal(size=(NUM_PAIRS, 20)).astype(np.float32)
+    case.blocks["hidden_last"] = noise[:, :5]
+    truth, other = case.blocks["hidden_middle"], np.where(case.is_flipped, -1, 1)[:, None] * np.abs(noise + 1)
+    case.blocks |= {
+        "hidden_middle": {
+            "hidden_middle": {"hidden_middle": truth},
+            "gradient": {"hidden_middle": noise, "gradient": truth},
+        },
+        "both": {"hidden_middle": truth, "gradient": other.astype(np.float32)},
+    }.get(known) or {}
+    audit = case.audit(tmp_path, tokenizer)
+    assert taken(audit) == expected
+
+
+def test_every_audit_shows_the_surface_and_never_takes_it(tmp_path, tokenizer):
+    """Length agrees with nearly all labels here, and the features with two thirds."""
+    case = Case(share=0.05, gap=0.3, longer=0.95)
+    audit = case.audit(tmp_path, tokenizer)
+    rows = {row.name: row for row in audit.scores.rows}
+    assert list(rows) == [*BLOCKS, *SURFACE]
+    assert sum(row.is_taken for row in rows.values()) == 1
+    assert not any(rows[name].is_taken for name in SURFACE)
+    assert rows["length"].agreement > rows[taken(audit)].agreement + 0.1
+    found = json.loads((tmp_path / "audit" / "scorers.json").read_text())
+    assert [row["name"] for row in found["rows"]] == list(rows)
+    assert found["filter"].keys() == {"gain", "error"}
+    assert audit.scores.views.shape == (len(BLOCKS), NUM_PAIRS)
+
+
+def test_a_pair_is_not_judged_by_length_unless_length_is_evidence(tmp_path, tokenizer):
+    """Labels were flipped towards the longer response; asked to, the audit believes them."""
+    case = Case(share=0.0, longer=0.5)
+    without, with_it = (
+        case.audit(tmp_path / str(option), tokenizer, length_is_evidence=option) for option in (False, True)
+    )
+    assert auroc(-without.margins(), case.is_flipped) > 0.9
+    assert auroc(-with_it.margins(), case.is_flipped) < auroc(-without.margins(), case.is_flipped) - 0.02
+    # The second reading is that of what the first leaves out, and there is none where nothing is left out.
+    np.testing.assert_allclose(without.margins() + without.scores.length, with_it.margins(), atol=1e-9)
+    assert without.judgement.with_length == with_it.judgement.estimate
+    assert with_it.judgement.with_length is None
+    assert without.judgement.estimate["rate"] > without.judgement.with_length["rate"]
+
+
+def test_two_folds_are_too_few_to_try_a_filter(tmp_path, tokenizer, monkeypatch):
+    assert Case().audit(tmp_path / "3", tokenizer, num_folds=3).scores.filter is not None
+    monkeypatch.setattr(LinearModels, "without_suspects", lambda *_, **__: pytest.fail("tried"))
+    audit = Case().audit(tmp_path / "2", tokenizer, num_folds=2)
+    assert audit.scores.filter is None
+    assert auroc(-audit.margins(), Case().is_flipped) > 0.9
+
+
+def test_a_second_run_reads_the_stage_from_disk(tmp_path, tokenizer, monkeypatch):
+    """With other features it would come out otherwise; another option makes it anew."""
+    case = Case()
+    before = case.audit(tmp_path, tokenizer).margins()
+    case.blocks = {name: -block for name, block in case.blocks.items()}
+    np.testing.assert_array_equal(case.audit(tmp_path, tokenizer).margins(), before)
+    monkeypatch.setattr(LinearModels, "held_out", lambda *_, **__: 1 / 0)
+    np.testing.assert_array_equal(case.audit(tmp_path, tokenizer).margins(), before)
+    with pytest.raises(ZeroDivisionError):
+        case.audit(tmp_path, tokenizer, length_is_evidence=True)
+
+
+def test_swapping_a_pair_turns_its_margin_and_not_its_size(tmp_path, tokenizer):
+    """Its own label has no say; with the features its length and its words change their sign."""
+    case, turned = Case(), Case()
+    turned.blocks = {name: block.copy() for name, block in case.blocks.items()}
+    for block in turned.blocks.values():
+        block[7] *= -1
+    pair, ids = turned.pairs[7], turned.tokens[7]
+    turned.pairs[7] = replace(pair, chosen=pair.rejected, rejected=pair.chosen, id=pair.id)
+    turned.tokens[7] = TokenizedPair(prompt=ids.prompt, chosen=ids.rejected, rejected=ids.chosen)
+    one, other = (each.audit(tmp_path / str(i), tokenizer).scores for i, each in enumerate((case, turned)))
+    # The refit leaves out whom others contradict, and he is one of them or not; so to a tenth.
+    assert other.margins[7] == pytest.approx(-one.margins[7], rel=0.1)
+    assert other.length[7] == pytest.approx(-one.length[7], rel=0.3, abs=0.02)
+    rest = np.arange(NUM_PAIRS) != 7
+    np.testing.assert_allclose(other.margins[rest], one.margins[rest], atol=0.4)
+
+
+def right_verdicts(case, rows):
+    return {int(row): "wrong" if case.is_flipped[row] else "right" for row in rows}
+
+
+def innocent_dropped(audit, case):
+    decisions = np.array(audit.judgement.decisions)
+    return int(((decisions != "keep") & ~case.is_flipped).sum())
+
+
+def test_a_right_verdict_drops_no_innocent_pairs(tmp_path, tokenizer):
+    """Twenty right verdicts on the most suspect pairs, twenty more: the mean over eight sets of pairs never rises."""
+    dropped = np.zeros((8, 3))
+    for seed in range(8):
+        case = Case(seed, gap=1.0, share=0.25)
+        first = case.audit(tmp_path / f"{seed}", tokenizer)
+        order = np.argsort(first.margins())
+        dropped[seed, 0] = innocent_dropped(first, case)
+        for step, num in enumerate((20, 40), start=1):
+            judged = case.judged(right_verdicts(case, order[:num]))
+            audit = judged.audit(tmp_path / f"{seed} {num}", tokenizer)
+            dropped[seed, step] = innocent_dropped(audit, case)
+    means = dropped.mean(axis=0)
+    assert means[0] > 5
+    assert means[0] >= means[1] >= means[2]
+
+
+def test_pairs_with_a_verdict_stay_in_the_tally_of_their_annotator(tmp_path, tokenizer):
+    """All flips are by b. Calling them wrong leaves the annotators' rates where they are."""
+    case = Case(share=0.0)
+    by_b = np.arange(NUM_PAIRS) % 3 == 0
+    case.is_flipped = by_b & (np.random.default_rng(0).random(NUM_PAIRS) < 0.5)
+    turn = np.where(case.is_flipped, -1, 1)[:, None]
+    case.blocks = {name: turn * block for name, block in case.blocks.items()}
+    rows = [*np.flatnonzero(case.is_flipped)[:15], *np.flatnonzero(by_b & ~case.is_flipped)[:5]]
+    before, after = (
+        {one["name"]: one for one in each.audit(tmp_path / str(i), tokenizer).judgement.estimate["annotators"]}
+        for i, each in enumerate((case, case.judged(right_verdicts(case, rows))))
+    )
+    for name in "abc":
+        assert after[name]["num_pairs"] == before[name]["num_pairs"] == 100
+    assert after["b"]["rate"] == pytest.approx(before["b"]["rate"], abs=0.05)
+    assert after["b"]["low"] > after["a"]["high"]
+
+
+def test_one_wrong_verdict_among_many_moves_little(tmp_path, tokenizer):
+    case = Case()
+    verdicts = right_verdicts(case, range(0, 40, 2))
+    spoiled = {**verdicts, 10: {"right": "wrong", "wrong": "right"}[verdicts[10]]}
+    right, wrong = (case.judged(said).audit(tmp_path / str(i), tokenizer) for i, said in enumerate((verdicts, spoiled)))
+    assert wrong.judgement.estimate["rate"] == pytest.approx(right.judgement.estimate["rate"], abs=0.02)
+    other = np.arange(NUM_PAIRS) != 10
+    decisions = [np.array(one.judgement.decisions)[other] for one in (right, wrong)]
+    assert (decisions[0] != decisions[1]).sum() <= 6
+    assert auroc(-wrong.margins()[other], case.is_flipped[other]) > 0.95
