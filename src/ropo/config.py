@@ -315,19 +315,11 @@ class ROPOConfig(TrainingArguments):
             self.liger_kernel_config = {**dict.fromkeys(LIGER_LOSSES, False), **dict(given)}  # type: ignore[arg-type]
         self._check_filter()
         self._check_numbers()
-        if self.num_folds == 1:
-            raise ValueError(
-                "num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on."
-            )
+        self._check_audit()
         if self.num_candidates and self.rounds == 1:
             raise ValueError(
                 f"num_candidates needs rounds of 2 or more; got {self.num_candidates} with one round. What is "
                 "resampled is trained on in the next round."
-            )
-        if self.length_is_evidence and self.scorer != "features":
-            raise ValueError(
-                f"length_is_evidence needs scorer features; got scorer {self.scorer}, whose models read lengths as "
-                "they like. Leave it out."
             )
         self._check_judge()
         self._check_generation()
@@ -447,6 +439,17 @@ class ROPOConfig(TrainingArguments):
                 "max_tokens_per_batch needs processes that hold the whole model; got fsdp or deepspeed, where all must "
                 "make the same number of forward passes. Lower per_device_train_batch_size and raise "
                 "gradient_accumulation_steps."
+            )
+
+    def _check_audit(self) -> None:
+        if self.num_folds == 1:
+            raise ValueError(
+                "num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on."
+            )
+        if self.length_is_evidence and not (self.scorer == "features" and self.num_folds):
+            raise ValueError(
+                f"length_is_evidence needs an audit by scorer features; got scorer {self.scorer} and num_folds "
+                f"{self.num_folds}. Leave it out, or change them."
             )
 
     def _check_judge(self) -> None:

@@ -109,6 +109,7 @@ def forecast(
         max_steps=args.max_steps,
         pairs_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * num_devices,
         num_folds=args.num_folds if args.needs_audit or is_audit else 0,
+        scorer=args.scorer,
         rho=args.fixed_rho or 0.0,
         num_candidates=args.num_candidates,
         new_tokens=args.max_new_tokens / 2,  # responses end before the limit; half of it is a guess

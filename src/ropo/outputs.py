@@ -260,12 +260,16 @@ def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) 
 def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> dict[str, Any]:
     """What only an audit knows; empty values without one."""
     if audit is None:
-        nothing = dict.fromkeys(("num_contradicted", "calibration", "noise_left"))
+        names = ("num_contradicted", "calibration", "noise_left", "filter", "flip_rate_with_length")
+        nothing = dict.fromkeys(names)
         return {"annotators": [], "scorers": [], "num_trusted": num_trusted, **nothing}
-    estimate, calibration = audit.judgement.estimate, audit.calibration()
+    estimate, calibration, filter_ = audit.judgement.estimate, audit.calibration(), audit.scores.filter
+    with_length = audit.judgement.with_length
     return {
         "annotators": estimate["annotators"],
         "scorers": [asdict(row) for row in audit.scores.rows],
+        "filter": None if filter_ is None else {**asdict(filter_), "helps": filter_.helps},
+        "flip_rate_with_length": None if with_length is None else _flip_rate(with_length),
         "num_trusted": estimate["num_trusted"],
         "num_contradicted": audit.num_contradicted,
         "calibration": None if calibration is None else calibration.to_dict(),

@@ -66,6 +66,7 @@ class RunSize:
     max_steps: int = -1
     pairs_per_step: int = 8
     num_folds: int = 5
+    scorer: str = "features"
     rho: float = 0.0
     num_candidates: int = 0
     new_tokens: float = 0.0
@@ -119,7 +120,7 @@ class Plan:
     def sentence(self) -> str:
         """All of it in one sentence."""
         tokens, steps = (sum(getattr(stage, name) for stage in self.stages) for name in ("tokens", "steps"))
-        parts = ", ".join(f"{stage.name} {_duration(stage.seconds)}" for stage in self.stages)
+        parts = ", ".join(f"{stage.name} {_cost(stage)}" for stage in self.stages)
         return (
             f"About {_duration(self.seconds)} ({parts}), {tokens:.2g} tokens, {steps} steps, "
             f"{self.memory_bytes / 2**30:.1f} GiB of memory in training."
@@ -157,7 +158,8 @@ def plan_run(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, 
     ::
 
         reference    N forward
-        audit        (folds − 1) · N · epochs training, 3 · N forward
+        audit        scorer models: (folds − 1) · N · epochs training, 3 · N forward; scorer features: nothing that
+                     the reference pass does not do, or N forward where there is none
         each round   (1 − ρ) · N · epochs training, from the second round on with ρ·N new pairs; N forward
         sampling     after each round but the last: ρ·N prompts, `num_candidates` responses of `new_tokens` to each
 
@@ -200,7 +202,9 @@ def plan_run(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, 
         )
 
     stages = [stage("reference", scored=n)] if run.needs_reference else []
-    if run.num_folds:
+    if run.num_folds and run.scorer == "features":
+        stages.append(stage("audit", scored=0 if run.needs_reference else n))
+    elif run.num_folds:
         in_a_fold = read_in_training((run.num_folds - 1) / run.num_folds * n)
         stages.append(stage("audit", trained=run.num_folds * in_a_fold, scored=_NUM_CHECKS * n))
     if run.rounds:
@@ -241,6 +245,10 @@ def training_bytes(model: ModelSize, machine: Machine, *, tokens_at_once: float)
         + model.trained_weights * machine.optimizer_bytes
         + tokens_at_once * numbers * machine.weight_bytes
     )
+
+
+def _cost(stage: Stage) -> str:
+    return _duration(stage.seconds) if stage.tokens else "with the reference, without training"
 
 
 def _duration(seconds: float) -> str:

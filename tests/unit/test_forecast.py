@@ -31,6 +31,7 @@ def options(tmp_path, **more):
     return ROPOConfig(output_dir=str(tmp_path / "out"), max_length=128, per_device_train_batch_size=8, **more)
 
 
+MODELS = {"scorer": "models"}
 LLAMA = LlamaConfig(
     vocab_size=300, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2,
@@ -88,9 +89,12 @@ def test_an_adapter_trains_few_weights():
     ("more", "is_audit", "stages", "steps"),
     [
         ({"loss": "dpo", "rho": "0", "num_folds": 0}, False, ["reference", "rounds"], 5),
-        ({"num_folds": 2}, False, ["reference", "audit", "rounds"], 5 + 5),
-        ({"num_folds": 2, "max_steps": 3}, False, ["reference", "audit", "rounds"], 6 + 3),
-        ({"num_folds": 2, "gradient_accumulation_steps": 2}, True, ["reference", "audit"], 3),
+        ({"num_folds": 2}, False, ["reference", "audit", "rounds"], 5),
+        ({}, True, ["reference", "audit"], 0),
+        ({"loss": "simpo", "target_margin": 0.5, "rho": "0.2"}, False, ["audit", "rounds"], 5),
+        ({**MODELS, "num_folds": 2}, False, ["reference", "audit", "rounds"], 5 + 5),
+        ({**MODELS, "num_folds": 2, "max_steps": 3}, False, ["reference", "audit", "rounds"], 6 + 3),
+        ({**MODELS, "num_folds": 2, "gradient_accumulation_steps": 2}, True, ["reference", "audit"], 3),
         (
             {"num_folds": 0, "rho": "0.2", "rounds": 2, "num_candidates": 2},
             False,

@@ -54,7 +54,7 @@ def test_growth():
 
 def test_stages():
     """Each stage reads the pairs as often as it says."""
-    run = RunSize(rounds=2, rho=0.2, num_candidates=4, new_tokens=50, num_train_epochs=1)
+    run = RunSize(scorer="models", rounds=2, rho=0.2, num_candidates=4, new_tokens=50, num_train_epochs=1)
     stages = {stage.name: stage for stage in plan(run=run).stages}
     tokens = 218 * 1000
     assert stages["reference"].tokens == tokens
@@ -65,8 +65,20 @@ def test_stages():
     assert "audit" not in {stage.name for stage in plan(run=replace(run, num_folds=0)).stages}
 
 
+def test_an_audit_by_features_is_part_of_the_reference_pass():
+    """It trains nothing, and reads the pairs once if nobody else does."""
+    found = plan(run=RunSize(scorer="features"))
+    assert found.seconds == pytest.approx(plan(run=RunSize(num_folds=0)).seconds)
+    assert "audit with the reference, without training, rounds" in found.sentence()
+    alone = {stage.name: stage for stage in plan(run=RunSize(scorer="features", needs_reference=False)).stages}
+    assert (alone["audit"].tokens, alone["audit"].steps) == (218 * 1000, 0)
+    assert "reference" not in alone
+
+
 def test_steps_that_are_given_are_given_to_each_training():
-    stages = {stage.name: stage for stage in plan(run=RunSize(rounds=2, num_folds=5, max_steps=7)).stages}
+    stages = {
+        stage.name: stage for stage in plan(run=RunSize(scorer="models", rounds=2, num_folds=5, max_steps=7)).stages
+    }
     assert (stages["audit"].steps, stages["rounds"].steps) == (5 * 7, 2 * 7)
 
 

@@ -9,6 +9,7 @@ keeps silent. Add a piece of advice: one function, its name in `ADVICE`, one tes
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ropo.report.biases import kept_differ
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range, probability, shown_name
 
 SMALL_RATE = 0.03  # an interval that ends below this leaves little to read for
@@ -45,10 +46,9 @@ def _advise_signal(tables: Table) -> str | None:
         return None
     pieces = [] if estimate["rho"] == 0 else ["Keep all pairs (`--rho 0`) until there is a signal."]
     if tables["margins"]["is_held_out"]:
-        pieces.append(
-            "What brings a signal: more pairs, longer training of the models that judge (`--num_train_epochs`, "
-            "`--learning_rate`), or a larger model."
-        )
+        is_trained = any(row["name"] == "models" and row["is_taken"] for row in tables["scorers"])
+        training = "longer training of the fold models (`--num_train_epochs`, `--learning_rate`), "
+        pieces.append(f"What brings a signal: more pairs, {training if is_trained else ''}or a larger model.")
     return " ".join(pieces) or None
 
 
@@ -239,13 +239,8 @@ def _one_way(share: float) -> float:
 
 def _advise_filter(tables: Table) -> str | None:
     """Say where the filter itself may have learned a feature."""
-    smallest = tables["biases"]["min_differing"]
-    found = []
-    for entry in tables["biases"]["features"]:
-        kept, rest = entry["kept"], entry["not_kept"]
-        is_known = min(kept["num_pairs"], rest["num_pairs"]) >= smallest
-        if is_known and (kept["low"] > rest["high"] or kept["high"] < rest["low"]):
-            found.append(entry)
+    biases = tables["biases"]
+    found = [entry for entry in biases["features"] if kept_differ(entry, least=biases["min_differing"])]
     if not found:
         return None
     widest = max(found, key=lambda entry: abs(entry["kept"]["share"] - entry["not_kept"]["share"]))

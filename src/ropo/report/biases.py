@@ -46,9 +46,11 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
+LENGTH = "length in characters"
+
 BIASES: Mapping[str, Measure] = MappingProxyType(
     {
-        "length in characters": len,
+        LENGTH: len,
         "paragraphs": _count(r"\n[ \t]*\n"),
         "list items": _count(r"\n[ \t]*(?:[-*•+]|\d{1,3}[.)])[ \t]"),
         "headings": _count(r"\n#{1,6}[ \t]"),
@@ -103,6 +105,18 @@ def _feature(name: str, chosen: Floats, rejected: Floats, p_flip: Floats, is_kep
         "p_flip_less": mean(p_flip[has_less]),
         "is_clear": bool(is_clear),
     }
+
+
+def kept_differ(entry: Mapping[str, Any], *, least: int) -> bool:
+    """Whether kept pairs and the others surely prefer a feature by different shares.
+
+    Args:
+        entry: Of `features`.
+        least: Pairs that must differ in the feature, of each kind.
+    """
+    kept, rest = entry["kept"], entry["not_kept"]
+    is_known = min(kept["num_pairs"], rest["num_pairs"]) >= least
+    return is_known and bool(kept["low"] > rest["high"] or kept["high"] < rest["low"])
 
 
 def _share(has_more: Bools, has_less: Bools) -> Table:

@@ -55,11 +55,13 @@ def hard(
     *,
     is_open: NDArray[np.bool_],
     is_informative: bool,
+    are_moments: bool = True,
 ) -> list[Table]:
     """Pairs that are merely hard: kept, more likely right than wrong, low on average, but some check agreed.
 
     A wrong label is contradicted at every check, mean + sd < 0 (arXiv:2409.10343); what a model changes its mind about,
-    or learns late, is hard.
+    or learns late, is hard. So is what linear models on different features do not agree on: these are checks, too, but
+    no moments of one training.
     """
     num_checks = len(next(iter(checks.values()), ()))
     if not is_informative or num_checks < 2:  # who was asked once has not changed their mind
@@ -79,7 +81,8 @@ def hard(
         {
             **_shown_pair(scores, int(i), originals[int(scores["row"][i])]),
             "checks": numbers(margins[i]),
-            "is_learned_late": bool(margins[i, 0] < 0 < margins[i, -1]),
+            "are_moments": are_moments,
+            "is_learned_late": are_moments and bool(margins[i, 0] < 0 < margins[i, -1]),
         }
         for i in places
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ropo.audit.weights import Why
 from ropo.report.advice import ADVICE, FEW, SMALL_RATE, is_open
+from ropo.report.biases import LENGTH, kept_differ
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range
 
 NUM_DIFFERING = 0.03  # of the pairs: the two sums of flips differ by so much that a reader notices
@@ -17,6 +18,7 @@ _CALLED = "This counts what P(flipped) calls, not how well the margins rank the 
 CLAUSES: Mapping[str, str] = {
     Why.GIVEN: "it was given",
     Why.ESTIMATED: "this is the estimated flip rate",
+    Why.FILTER_HELPS: "models agree with more labels that they have not seen when contradicted pairs are left out",
     Why.MAY_BE_CLEAN: "the labels may all be right",
     Why.CANNOT_TELL: "the margins cannot tell how many labels are flipped",
     Why.AFTER_FILTER: "what looks wrong is left to the filter",
@@ -40,6 +42,7 @@ def write_sentences(tables: Table) -> dict[str, Any]:
         "done": done(tables),
         "trust": trust(tables),
         "knowledge": knowledge(tables),
+        "readings": readings(tables),
         "tokens": tokens(tables),
         "hard": [why_hard(pair) for pair in tables["hard"]],
         "next": [advice for rule in ADVICE if (advice := rule(tables))],
@@ -216,10 +219,12 @@ def trust(tables: Table) -> list[str]:
                 else "a model that has been trained on wrong labels agrees with them, too."
             ),
             "Decisions below, if any, come from the filter's budget and not from evidence about single labels.",
+            *_length_rule(tables),
         ]
     return [
         *(_tested(tables["calibration"]) or _untested(tables)),
         *_width(tables["estimate"]),
+        *_length_rule(tables),
         "All this assumes flips that fall at random. Errors with a pattern (one annotator, one topic, one style) can "
         "be taken for a preference, and a hard pair with a right label can look wrong: read before you delete.",
     ]
@@ -230,7 +235,7 @@ def _tested(calibration: Table | None) -> list[str]:
         return []
     shown = percent_range(calibration["found_low"], calibration["found_high"])
     found = [
-        f"We turned each of {counted(calibration['num_turned'], 'label')} round once after training, "
+        f"We turned each of {counted(calibration['num_turned'], 'label')} round once after the margins were made, "
         f"{count(calibration['num_injected'])} at a time: {percent(calibration['share_found'])} of them (interval "
         f"{shown}) were called flipped, and {percent(calibration['share_others'])} of the others."
     ]
@@ -257,7 +262,7 @@ def _untested(tables: Table) -> list[str]:
     if not tables["margins"]["is_held_out"]:
         return [
             "The test with labels turned round on purpose needs models that have not seen the pairs. There were none: "
-            "`--num_folds 5` trains them."
+            "`--num_folds 5` makes them."
         ]
     if not estimate["is_informative"]:
         return [
@@ -267,6 +272,19 @@ def _untested(tables: Table) -> list[str]:
     if estimate["rate"] == 0:
         return ["We did not test the estimate with labels turned round on purpose: it says that none is flipped."]
     return ["We did not test the estimate with labels turned round on purpose: there are too few pairs for it."]
+
+
+def _length_rule(tables: Table) -> list[str]:
+    """A warning where the filter may have learned nothing but which response is longer."""
+    biases = tables["biases"]
+    entry = next((entry for entry in biases["features"] if entry["name"] == LENGTH), None)
+    if entry is None or not kept_differ(entry, least=biases["min_differing"]):
+        return []
+    return [
+        "Kept and dropped pairs differ in length: chosen is the longer one in "
+        f"{percent(entry['kept']['share'])} of the kept pairs and in {percent(entry['not_kept']['share'])} of the others. Read some of these before you trust "
+        "the filter."
+    ]
 
 
 def _width(estimate: Table) -> list[str]:
@@ -280,15 +298,40 @@ def knowledge(tables: Table) -> str:
     taken = next((row for row in tables["scorers"] if row["is_taken"]), None)
     if taken is None:
         return ""
-    others = [row for row in tables["scorers"] if not row["is_taken"]]
+    surface = [row for row in tables["scorers"] if row["is_surface"]]
     text = f"What judges the labels agrees with {percent(taken['agreement'])} of those it has not seen"
-    if not others:
-        return f"{text}."
-    best = max(others, key=lambda row: row["agreement"])
-    text += f"; {best['meaning'] or best['name']} alone with {percent(best['agreement'])}."
-    if taken["agreement"] > best["high"]:
-        return text
-    return f"{text} So it may know no more than that, and a suspect may only go against it."
+    if not surface:
+        return f"{text}.{_refit(tables)}"
+    best = max(surface, key=lambda row: row["agreement"])
+    text += f"; {best['meaning']} alone with {percent(best['agreement'])}."
+    if taken["agreement"] <= best["high"]:
+        text += " So it may know no more than that, and a suspect may only go against it."
+    return f"{text}{_refit(tables)}"
+
+
+def _refit(tables: Table) -> str:
+    found = tables["filter"]
+    if found is None:
+        return ""
+    shown = f"{decimal(100 * found['gain'], 1)} points (standard error {decimal(100 * found['error'], 1)})"
+    ending = "so they judge here" if found["helps"] else "which is not surely more, so models of all pairs judge here"
+    return f" Models that were fitted without the pairs that others contradict agree with {shown} more, {ending}."
+
+
+def readings(tables: Table) -> str:
+    """The flip rate without and with what the lengths of the responses say; nothing where that is not told apart."""
+    estimate, other = tables["estimate"], tables["with_length"]
+    if other is None:
+        return ""
+    return (
+        f"Pairs are judged without the lengths of their responses, which makes the flip rate {_reading(estimate)}. "
+        f"Were lengths evidence, it would be {_reading(other)}; if they are, audit with `--length_is_evidence`."
+    )
+
+
+def _reading(estimate: Table) -> str:
+    shown = percent_range(estimate["low"], estimate["high"])
+    return shown if estimate["rate"] is None else f"{percent(estimate['rate'])} ({shown})"
 
 
 def tokens(tables: Table) -> str:
@@ -308,6 +351,13 @@ def tokens(tables: Table) -> str:
 def why_hard(pair: Table) -> str:
     """Why a pair is called hard and not suspect."""
     margins = ", ".join(decimal(margin, 1) for margin in pair["checks"])
+    if not pair["are_moments"]:
+        why = (
+            "linear models on some features agree with the label, and on others they contradict it"
+            if min(pair["checks"]) < 0
+            else "linear models on all features agree with the label, only less clearly than with others"
+        )
+        return f"Not a suspect: {why} (held-out margins {margins} nats)."
     if pair["is_learned_late"]:
         why = "contradicted the label at first, but learned to agree with it"
     elif min(pair["checks"]) < 0:

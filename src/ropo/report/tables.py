@@ -16,7 +16,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from ropo.config import SCORERS
 from ropo.data.problems import PROBLEMS
 from ropo.noise.reading import WIDE_RANGE, calls_some
 from ropo.noise.shares import wilson_interval
@@ -44,11 +43,20 @@ DECISIONS: Mapping[str, tuple[str, str]] = {
 ALPHA_LOSSES = ("ropo", "dpo", "")  # the losses that α tells apart; an unknown one is ropo's default
 SURELY_FLIPPED = 0.005  # an interval that begins below this reaches 0 as far as anybody can tell
 
-# What knows nothing but the surface of the texts, to compare scorers with.
-BASELINES: Mapping[str, str] = {
+SURFACE: Mapping[str, str] = {
     "length": "the lengths of the two responses",
-    "words": "the words of the two responses, single and in pairs",
+    "n-grams": "the tokens of the two responses, single and in pairs",
 }
+"""What knows nothing but the surface of the texts, by name: judges no label, and is there to compare with."""
+
+MEANINGS: Mapping[str, str] = {
+    "gradients": "linear models on the gradient of each pair by the head's weights",
+    "hidden states": "linear models on the hidden states of each pair, halfway and at the end",
+    "gradients and hidden states": "linear models on both",
+    "models": "models trained on the other folds",
+    **SURFACE,
+}
+"""What judges labels, or is compared with what does, by the names of `scorers.json`."""
 
 LENGTH_KEYS = ("max_length", "median", "p90", "p99", "longest", "num_truncated", "suggested")
 
@@ -114,6 +122,8 @@ def build_tables(
     suspects = pair_tables.suspects(scores, originals, is_open=is_open, by_margin=by_margin)
     # What is to be read first is not called merely hard as well.
     is_other = is_open & ~np.isin(scores["row"], [pair["row"] for pair in suspects] if by_margin else [])
+    scorers = _scorers(summary)
+    are_moments = all(row["name"] == "models" for row in scorers if row["is_taken"])
     tables: Table = {
         "task": "audit" if summary.get("task") == "audit" else "train",
         "estimate": estimate,
@@ -122,9 +132,13 @@ def build_tables(
         "review": _review(scores["p_flip"][is_open], is_informative=is_informative),
         "contradicted": _contradicted(scores, is_open),
         "calibration": _calibration(summary),
-        "scorers": _scorers(summary),
+        "scorers": scorers,
+        "filter": _filter(summary),
+        "with_length": _with_length(summary),
         "suspects": suspects,
-        "hard": pair_tables.hard(scores, originals, checks or {}, is_open=is_other, is_informative=is_informative),
+        "hard": pair_tables.hard(
+            scores, originals, checks or {}, is_open=is_other, is_informative=is_informative, are_moments=are_moments
+        ),
         "margins": _margins(scores),
         "annotators": _annotators(summary, estimate),
         "rounds": _rounds(ledger, summary),
@@ -276,13 +290,28 @@ def _scorers(summary: Mapping[str, Any]) -> list[Table]:
     found = [
         {
             "name": (name := clean(str(entry["name"]))),
-            "meaning": SCORERS.get(name) or BASELINES.get(name, ""),
+            "meaning": MEANINGS.get(name, ""),
+            "is_surface": name in SURFACE,
             **{key: number(entry.get(key)) for key in ("agreement", "low", "high")},
             "is_taken": bool(entry.get("is_taken")),
         }
         for entry in summary.get("scorers") or []
     ]
     return sorted(found, key=lambda entry: (not entry["is_taken"], -(entry["agreement"] or 0.0)))
+
+
+def _filter(summary: Mapping[str, Any]) -> Table | None:
+    """Whether linear models get better without the pairs that they contradict."""
+    found = summary.get("filter")
+    return found and {"gain": number(found["gain"]), "error": number(found["error"]), "helps": bool(found["helps"])}
+
+
+def _with_length(summary: Mapping[str, Any]) -> Table | None:
+    """The flip rate if lengths were evidence, too; None where that is not told apart or cannot be told."""
+    found = summary.get("flip_rate_with_length") or {}
+    if found.get("low") is None or found.get("high") is None:
+        return None
+    return {"rate": number(found["estimate"]), "low": number(found["low"]), "high": number(found["high"])}
 
 
 def _annotators(summary: Mapping[str, Any], estimate: Table) -> Table:

@@ -99,7 +99,8 @@ def example_summary() -> dict[str, Any]:
     }
 
 
-# Held-out margins at three checks. Row 9 is learned late, the judging model is of two minds about row 1; both are kept.
+# Held-out margins at three checks, or by three linear models. Row 9 is learned late or divides them, and so does row 1;
+# both are kept.
 CHECKS = {row: [0.3 * margin, 0.6 * margin, margin] for row, margin in enumerate(MARGINS)}
 CHECKS |= {1: [0.3, -1.2, 0.4], 9: [-1.5, -0.5, 0.2]}
 
@@ -143,8 +144,11 @@ def audit_summary() -> dict[str, Any]:
         "num_trusted": 0,
         "scorers": [
             {"name": "length", "agreement": 0.62, "low": 0.6, "high": 0.64, "is_taken": False},
-            {"name": "models", "agreement": 0.71, "low": 0.69, "high": 0.73, "is_taken": True},
+            {"name": "hidden states", "agreement": 0.68, "low": 0.66, "high": 0.7, "is_taken": False},
+            {"name": "gradients", "agreement": 0.71, "low": 0.69, "high": 0.73, "is_taken": True},
         ],
+        "filter": {"gain": 0.021, "error": 0.004, "helps": True},
+        "flip_rate_with_length": {"estimate": 0.15, "low": 0.05, "high": 0.25},
         "annotators": [
             {"name": name, "num_pairs": num, "rate": rate, "low": low, "high": high}
             for name, (num, rate, low, high) in rates.items()

@@ -1,9 +1,12 @@
 import pyarrow as pa
 import pytest
 
+from ropo.audit import features
+from ropo.audit.features import BLOCKS
+from ropo.audit.run import SCORERS
 from ropo.audit.weights import Why
 from ropo.report.sentences import CLAUSES, why_hard, write_sentences
-from ropo.report.tables import build_tables
+from ropo.report.tables import MEANINGS, SURFACE, build_tables
 from ropo.report.wording import NB_SPACE, percent, percent_range
 
 RATE = {"estimate": 0.29, "low": 0.26, "high": 0.32}
@@ -81,8 +84,8 @@ def test_rules_keep_silent_when_they_do_not_apply(make_audit):
 def test_trust_tells_what_became_of_labels_turned_on_purpose(make_audit):
     _, sentences = said(make_audit)
     assert plain(sentences["trust"][0]) == (
-        "We turned each of 100 labels round once after training, 10 at a time: 85 % of them (interval 78–90 %) were "
-        "called flipped, and 20 % of the others."
+        "We turned each of 100 labels round once after the margins were made, 10 at a time: 85 % of them "
+        "(interval 78–90 %) were called flipped, and 20 % of the others."
     )
     assert plain(sentences["trust"][1]) == (
         "So about 90 % of the truly wrong labels are found, and about 70 % of the called ones are truly wrong. Both "
@@ -188,15 +191,51 @@ def scorer(name, agreement, **more):
     ("others", "words"),
     [
         ([], "What judges the labels agrees with 71 % of those it has not seen."),
-        ([scorer("words", 0.6), scorer("length", 0.65)], "; the lengths of the two responses alone with 65 %."),
+        ([scorer("n-grams", 0.6), scorer("length", 0.65)], "; the lengths of the two responses alone with 65 %."),
         ([scorer("length", 0.70)], "alone with 70 %. So it may know no more than that"),
+        ([scorer("hidden states", 0.70), scorer("n-grams", 0.6)], "single and in pairs alone with 60 %."),
     ],
 )
 def test_the_audit_says_whether_it_knows_more_than_the_surface(make_audit, others, words):
-    tables, sentences = said(make_audit, scorers=[*others, scorer("models", 0.71, is_taken=True)])
+    taken = scorer("gradients", 0.71, is_taken=True)
+    tables, sentences = said(make_audit, scorers=[*others, taken], filter=None)
     assert words in plain(sentences["knowledge"])
     assert ("no more than that" in sentences["knowledge"]) == ("no more" in words)
-    assert [row["name"] for row in tables["scorers"]][:1] == ["models"]
+    assert [row["name"] for row in tables["scorers"]][:1] == ["gradients"]
+
+
+def test_every_name_in_the_table_has_a_meaning():
+    assert MEANINGS.keys() == {*BLOCKS, features.LENGTH, features.NGRAMS, *SCORERS} - {"features"}
+    assert SURFACE.keys() == {features.LENGTH, features.NGRAMS}
+
+
+@pytest.mark.parametrize(("helps", "words"), [(True, "so they judge here"), (False, "models of all pairs judge here")])
+def test_the_audit_says_whether_a_filter_helps(make_audit, helps, words):
+    _, sentences = said(make_audit, filter={"gain": 0.0213, "error": 0.004, "helps": helps})
+    assert "agree with 2.1 points (standard error 0.4) more, " in sentences["knowledge"]
+    assert words in sentences["knowledge"]
+
+
+def test_both_readings_of_the_flip_rate_are_told(make_audit):
+    _, sentences = said(make_audit)
+    assert "which makes the flip rate 21 % (8–36 %). Were lengths evidence, it would be 15 % (5–25 %); if" in plain(
+        sentences["readings"]
+    )
+    other = {"estimate": None, "low": 0.0, "high": 0.3}
+    assert "it would be 0–30 %; if" in plain(said(make_audit, flip_rate_with_length=other)[1]["readings"])
+    assert said(make_audit, flip_rate_with_length=None)[1]["readings"] == ""
+
+
+@pytest.mark.parametrize("is_informative", [True, False])
+def test_a_filter_that_follows_length_is_warned_of_at_once(make_audit, is_informative):
+    tables, _ = said(make_audit, is_informative=is_informative)
+    length = feature("length in characters", 0.4, kept=(0.24, 0.2, 0.28), rest=(0.88, 0.84, 0.91))
+    for entry, is_told in ((length, True), (length | {"kept": length["all"] | {"high": 0.9}}, False)):
+        biases = {"num_pairs": 100, "min_differing": 20, "features": [entry]}
+        trust = plain(" ".join(write_sentences(tables | {"biases": biases})["trust"]))
+        assert ("chosen is the longer one in 24 % of the kept pairs and in 88 % of the others" in trust) == is_told
+        assert ("differ in length" in trust) == is_told
+    assert "differ in length" not in " ".join(said(make_audit)[1]["trust"])
 
 
 def test_without_an_audit_nothing_is_said_about_scorers(make_run):
@@ -219,9 +258,12 @@ def test_trusted_pairs_are_asked_for_where_they_help(make_audit, summary, is_ask
 
 
 def test_without_signal_the_judging_models_are_to_be_trained_longer(make_audit):
-    _, sentences = said(make_audit, is_informative=False, rho=0.0)
+    trained = [scorer("models", 0.71, is_taken=True)]
+    _, sentences = said(make_audit, is_informative=False, rho=0.0, scorers=trained)
     advice = " ".join(sentences["next"])
     assert "(`--num_train_epochs`, `--learning_rate`), or a larger model" in advice
+    advice = " ".join(said(make_audit, is_informative=False, rho=0.0)[1]["next"])
+    assert "What brings a signal: more pairs, or a larger model." in advice
     assert "--rho 0" not in advice
 
 
@@ -385,15 +427,17 @@ def test_lengths_are_told_and_a_longer_maximum_advised(make_audit, lengths, told
 
 
 @pytest.mark.parametrize(
-    ("checks", "is_late", "words"),
+    ("checks", "are_moments", "is_late", "words"),
     [
-        ([-1.5, -0.5, 0.2], True, "contradicted the label at first, but learned to agree with it"),
-        ([0.3, -1.2, 0.4], False, "is of two minds"),
-        ([0.3, 0.2, 0.4], False, "agreed with the label at every check"),
+        ([-1.5, -0.5, 0.2], True, True, "contradicted the label at first, but learned to agree with it"),
+        ([0.3, -1.2, 0.4], True, False, "is of two minds"),
+        ([0.3, 0.2, 0.4], True, False, "agreed with the label at every check"),
+        ([0.3, -1.2, 0.4], False, False, "some features agree with the label, and on others they contradict it"),
+        ([0.3, 0.2, 0.4], False, False, "linear models on all features agree with the label"),
     ],
 )
-def test_why_a_pair_is_hard(checks, is_late, words):
-    text = why_hard({"checks": checks, "is_learned_late": is_late})
+def test_why_a_pair_is_hard(checks, are_moments, is_late, words):
+    text = why_hard({"checks": checks, "are_moments": are_moments, "is_learned_late": is_late})
     assert text.startswith("Not a suspect: ")
     assert words in text
     assert f"0.{checks[2] * 10:.0f} nats)" in text

@@ -263,7 +263,10 @@ def test_calibration_bins_get_wilson_intervals(make_audit):
 
 def test_hard_pairs_are_kept_low_on_average_and_agreed_with_at_some_check(make_audit):
     hard = build(make_audit())["hard"]
-    assert [(pair["row"], pair["is_learned_late"]) for pair in hard] == [(9, True), (1, False)]  # means −0.6 and −0.17
+    assert [(pair["row"], pair["is_learned_late"]) for pair in hard] == [(9, False), (1, False)]  # means −0.6 and −0.17
+    models = [{"name": "models", "agreement": 0.7, "low": 0.6, "high": 0.8, "is_taken": True}]
+    hard = build(make_audit(summary={"scorers": models}))["hard"]
+    assert [(pair["row"], pair["is_learned_late"]) for pair in hard] == [(9, True), (1, False)]
     assert hard[0]["checks"] == [-1.5, -0.5, 0.2]
     assert not {pair["row"] for pair in hard} & {3, 7, 12, 18}, "suspects are not hard pairs"
 
