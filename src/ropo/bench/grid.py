@@ -126,7 +126,7 @@ def missing_trials(config: BenchConfig, path: Path) -> list[Cell]:
             options=options,
         )
         for method in dict.fromkeys(METHODS[name].like or name for name in config.methods)
-        if method not in config.tuned
+        if method not in config.tuned and not METHODS[method].is_shipped
         for options in trials_of(method, config.num_trials, learning_rates=config.learning_rates, betas=config.betas)
     )
     return [cell for cell in cells if key_of(named(config, cell), TRIAL_KEY) not in done]
@@ -138,26 +138,30 @@ def missing_cells(config: BenchConfig, trials: Path, results: Path) -> list[Cell
     Raises:
         ValueError: If the file has a row of another setting than the trials now say.
     """
-    done = {key_of(row, KEY): row["options"] for row in read_rows(results)}
-    tuned = {method: best_setting(config, method, trials) for method in config.methods}
+    rows = read_rows(results)
+    done = {key_of(row, TRIAL_KEY) for row in rows}
+    options_there = {key_of(row, KEY): row["options"] for row in rows}
+    settings = {method: settings_of(config, method, trials) for method in config.methods}
     cells = (
-        Cell(method=method, kind=kind, flip_rate=rate, seed=seed, options=tuned[method])
+        Cell(method=method, kind=kind, flip_rate=rate, seed=seed, options=options)
         for seed in config.seeds
         for kind, rate in noise_of(config)
         for method in config.methods
+        for options in settings[method]
         if rate or not METHODS[method].is_reference  # without flips all reference lines are DPO
     )
     missing = []
     for cell in cells:
         name = named(config, cell)
-        there = done.get(key_of(name, KEY))
-        if there is None:
-            missing.append(cell)
-        elif there != name["options"]:
+        if key_of(name, TRIAL_KEY) in done:
+            continue
+        there = options_there.get(key_of(name, KEY))
+        if there is not None and not METHODS[cell.method].is_shipped:
             raise ValueError(
                 f"{results} has {cell.method} with {there}; the trials now say {name['options']}. Remove its rows, or "
                 "use another output_dir."
             )
+        missing.append(cell)
     return missing
 
 
@@ -166,6 +170,25 @@ def noise_of(config: BenchConfig) -> Iterator[tuple[str, float]]:
     for kind, rates in config.noise.items():
         for rate in rates:
             yield kind, float(rate)
+
+
+def settings_of(config: BenchConfig, method: str, trials: Path) -> list[dict[str, Any]]:
+    """What a method is measured with: its best setting, or as shipped every learning rate and nothing else.
+
+    Args:
+        config: The grid.
+        method: A name in `METHODS`.
+        trials: The file with the trials.
+
+    Returns:
+        Options of each row in a cell.
+
+    Raises:
+        RunError: If every trial diverged.
+    """
+    if METHODS[method].is_shipped:
+        return [{"learning_rate": rate} for rate in config.learning_rates]
+    return [best_setting(config, method, trials)]
 
 
 def best_setting(config: BenchConfig, method: str, trials: Path) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class Method:
         run: Trains, and returns the model's folder; `align` by default.
         is_reference: Whether it is a line to compare with, not a competitor.
         like: The method whose setting it takes over, as a variant of it; empty if it is tuned itself.
+        is_shipped: Whether it has the defaults of `ROPOConfig` and is not tuned: a row for each learning rate of the
+            grid.
     """
 
     meaning: str
@@ -86,6 +88,7 @@ class Method:
     run: Callable[..., Path] | None = None
     is_reference: bool = False
     like: str = ""
+    is_shipped: bool = False
 
 
 def align(noisy: Noisy, pairs: list[Pair], folder: Path, options: Mapping[str, Any]) -> Path:
@@ -230,6 +233,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             meaning="this library's default: estimate, filter, DPO on what is kept",
             paper="arXiv:2404.04102, adapted",
         ),
+        "dpo_shipped": Method(
+            meaning="DPO with no other option but the learning rate",
+            paper="arXiv:2305.18290",
+            options={"loss": "dpo", "num_folds": 0},
+            is_shipped=True,
+        ),
+        "ropo_shipped": Method(
+            meaning="ropo with no other option but the learning rate",
+            paper="arXiv:2404.04102, adapted",
+            is_shipped=True,
+        ),
         "ropo_two_folds": Method(
             meaning="ropo with two folds in place of five: half of the pairs judge the other half",
             options={"num_folds": 2},
@@ -359,6 +373,6 @@ def methods_table() -> str:
     rows = ["| method | what it is | source | told | own parameters tried |", "|---|---|---|---|---|"]
     for name, method in METHODS.items():
         tried = ", ".join(f"`{key}` {', '.join(map(str, values))}" for key, values in method.search.items())
-        own = f"(setting of {method.like})" if method.like else tried
+        own = f"(setting of {method.like})" if method.like else "(not tuned)" if method.is_shipped else tried
         rows.append(f"| `{name}` | {method.meaning} | {method.paper} | {method.oracle} | {own} |")
     return "\n".join(rows)

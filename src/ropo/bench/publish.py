@@ -18,6 +18,7 @@ from ropo.bench.results import (
     difference_table,
     methods_of,
     settings_table,
+    shipped_table,
     summary_table,
 )
 from ropo.bench.rows import read_rows
@@ -48,6 +49,8 @@ def publish_bench(folder: Path) -> list[Path]:
             with write_aside(made[-1]) as path:
                 path.write_text(picture, encoding="utf-8")
             parts += [f"![{what}]({made[-1].name})", ""]
+        if shipped := shipped_table(group):
+            parts += ["### As shipped", "", shipped, ""]
         parts += ["### Flips ranked", "", detection_table(group), "", cell_tables(group), ""]
         parts += ["### Differences within seeds", "", difference_table(group), ""]
         parts += ["### Settings", "", settings_table(group)]

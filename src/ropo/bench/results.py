@@ -6,17 +6,36 @@ The one idea: everything is compared within a seed, where data, noise and start 
 then averaged; what the seeds do not agree on is called a tie.
 """
 
+import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t
 
-from ropo.bench.methods import METHODS
+from ropo.bench.methods import METHODS, Method
 
 Row = Mapping[str, str]
 
 FLOOR, CEILING = "dpo", "ceiling"
+SHIPPED = ("ropo_shipped", "dpo_shipped")
+
+
+def name_of(row: Row) -> str:
+    """What a row is called in tables: its method, and as shipped the learning rate that it was given.
+
+    Examples:
+        >>> name_of({"method": "dpo_shipped", "options": '{"learning_rate": 0.0004}'})
+        'dpo_shipped 0.0004'
+    """
+    method = row["method"]
+    return f"{method} {json.loads(row['options'])['learning_rate']:g}" if METHODS[method].is_shipped else method
+
+
+def method_of(name: str) -> Method:
+    """The method of a name in tables."""
+    return METHODS[name.split(" ")[0]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +92,7 @@ class CellOfGrid:
         self.kind, self.flip_rate = kind, flip_rate
         self.by_method: dict[str, dict[str, Row]] = {}
         for row in rows:
-            self.by_method.setdefault(row["method"], {})[row["seed"]] = row
+            self.by_method.setdefault(name_of(row), {})[row["seed"]] = row
         if flip_rate == 0 and FLOOR in self.by_method:
             for name, method in METHODS.items():  # there all reference lines are DPO, so they are not run
                 if method.is_reference:
@@ -130,11 +149,22 @@ def cells_of(rows: Sequence[Row]) -> list[CellOfGrid]:
 
 
 def methods_of(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Reference lines and competitors that have rows, in the order of `METHODS`."""
+    """Reference lines and competitors that have rows, in the order of `METHODS`; what is not tuned does not compete."""
     there = {row["method"] for row in rows}
-    names = [name for name in METHODS if name in there]
+    names = [name for name, method in METHODS.items() if name in there and not method.is_shipped]
     lines = [name for name in names if METHODS[name].is_reference]
     return lines, [name for name in names if name not in lines]
+
+
+def shipped_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the rows as shipped: each method with each learning rate."""
+    there = [row for row in rows if METHODS[row["method"]].is_shipped]
+    there.sort(key=lambda row: (row["method"], _learning_rate(row)))
+    return list(dict.fromkeys(map(name_of, there)))
+
+
+def _learning_rate(row: Row) -> float:
+    return float(json.loads(row["options"])["learning_rate"])
 
 
 def mean_gap_closed(cells: Sequence[CellOfGrid], method: str, key: str) -> Interval:
@@ -162,21 +192,23 @@ def summary_table(rows: Sequence[Row]) -> str:
     Returns:
         Markdown.
     """
-    cells, (_, names) = cells_of(rows), methods_of(rows)
+    cells, (_, names), shipped = cells_of(rows), methods_of(rows), shipped_of(rows)
     noisy, clean = [cell for cell in cells if cell.flip_rate], [cell for cell in cells if not cell.flip_rate]
     lines = [
         "| method | told | gap closed, accuracy | gap closed, gold | at 0 % against dpo: accuracy | gold "
         "| behind the best in | cost / dpo |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    order = sorted(names, key=lambda name: -np.nan_to_num(mean_gap_closed(noisy, name, "accuracy").mean, nan=-9.0))
+    order = sorted(
+        [*names, *shipped], key=lambda name: -np.nan_to_num(mean_gap_closed(noisy, name, "accuracy").mean, nan=-9.0)
+    )
     for name in order:
         # One seed tells nothing apart, so it cannot be behind either.
         can_tell = all(cell.mean(name, "accuracy").count > 1 for cell in cells)
         behind = f"{sum(_is_behind(cell, name, names) for cell in cells)} of {len(cells)}" if can_tell else "-"
         harm = [clean[0].difference(name, FLOOR, key).write(n, signed=True) if clean else "" for key, n in _DIGITS]
         lines.append(
-            f"| {name} | {METHODS[name].oracle} | {mean_gap_closed(noisy, name, 'accuracy').write(2)} "
+            f"| {name} | {method_of(name).oracle} | {mean_gap_closed(noisy, name, 'accuracy').write(2)} "
             f"| {mean_gap_closed(noisy, name, 'gold').write(2)} | {harm[0]} | {harm[1]} "
             f"| {behind} | {relative_cost(cells, name):.1f} |"
         )
@@ -224,8 +256,8 @@ def cell_tables(rows: Sequence[Row]) -> str:
             "| method | seeds | accuracy | gold reward | distance, nats | finished | gap closed, accuracy | gold |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for name in [*lines_of_reference, *names]:
-            if name not in cell.by_method or (METHODS[name].is_reference and not cell.flip_rate):
+        for name in [*lines_of_reference, *names, *shipped_of(rows)]:
+            if name not in cell.by_method or (method_of(name).is_reference and not cell.flip_rate):
                 continue
             accuracy = cell.mean(name, "accuracy")
             is_best = best is not None and name in names and cell.is_tie(name, best, "accuracy")
@@ -266,6 +298,32 @@ def difference_table(rows: Sequence[Row], method: str = "ropo") -> str:
     return "\n".join(written)
 
 
+def shipped_table(rows: Sequence[Row]) -> str:
+    """ROPO beside DPO as shipped, at every learning rate of every cell.
+
+    Args:
+        rows: Of one task and size.
+
+    Returns:
+        Markdown; empty without such rows.
+    """
+    lines = [
+        "| cell | learning rate | accuracy, dpo | ropo − dpo | gold reward, dpo | ropo − dpo | KL, dpo | ropo |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ropo, dpo = SHIPPED
+    rates = sorted({_learning_rate(row) for row in rows if row["method"] in SHIPPED})
+    for cell, rate in itertools.product(cells_of(rows), rates):
+        one, floor = f"{ropo} {rate:g}", f"{dpo} {rate:g}"
+        scores = [
+            f"{cell.mean(floor, key).write(n)} | {cell.difference(one, floor, key).write(n, signed=True)}"
+            for key, n in _DIGITS
+        ]
+        kl = " | ".join(cell.mean(name, "kl").write(1) for name in (floor, one))
+        lines.append(f"| {cell.title} | {rate:g} | {' | '.join(scores)} | {kl} |")
+    return "\n".join(lines) if rates else ""
+
+
 def _share(one: Interval) -> str:
     return f"{one.mean:.0%}" if one.count else ""
 
@@ -279,7 +337,7 @@ def settings_table(rows: Sequence[Row]) -> str:
     Returns:
         Markdown.
     """
-    found = {row["method"]: row["options"] for row in rows}
+    found = {row["method"]: row["options"] for row in rows if not METHODS[row["method"]].is_shipped}
     lines = ["| method | setting |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | `{found[name]}` |" for name in METHODS if name in found)])
 

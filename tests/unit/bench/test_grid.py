@@ -53,6 +53,10 @@ def row(method="dpo", accuracy=0.9, gold=1.0, **more):
         ({"options": {"max_lenght": 64}}, "Did you mean max_length"),
         ({"tuned": {"dpo": {"learning_rat": 1e-4}}}, "Did you mean learning_rate"),
         ({"tuned": {"ropo": {"beta": 0.1}}}, "tuned needs methods of this grid.*got ropo"),
+        (
+            {"methods": ("ropo_shipped",), "tuned": {"ropo_shipped": {"beta": 0.1}}},
+            "tuned needs methods of this grid that are tuned themselves; got ropo_shipped",
+        ),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(change, message):
@@ -85,7 +89,9 @@ def test_the_grids_that_we_ship_can_be_read(name, request):
 
 
 def test_every_method_is_tried_as_often():
-    tried = {name: len(trials_of(name, 6)) for name, method in METHODS.items() if not method.like}
+    tried = {
+        name: len(trials_of(name, 6)) for name, method in METHODS.items() if not (method.like or method.is_shipped)
+    }
     assert set(tried.values()) == {6}
 
 
@@ -130,6 +136,21 @@ def test_only_what_is_missing_is_to_do_whole_seeds_first(tmp_path):
     append_row(results, row(flip_rate=0.25, seed=2, options=json.dumps({"beta": 0.2})))
     with pytest.raises(ValueError, match=r'has dpo with {"beta": 0.2}; the trials now say {"beta": 0.1}'):
         missing_cells(known, tmp_path / "trials.csv", results)
+
+
+def test_as_shipped_nothing_is_tuned_and_every_learning_rate_has_a_row(tmp_path):
+    trials, results = tmp_path / "trials.csv", tmp_path / "results.csv"
+    shipped = config(
+        methods=("dpo_shipped", "ropo_shipped"), seeds=(1,), noise={"symmetric": [0.25]}, learning_rates=(1e-4, 4e-4)
+    )
+    assert missing_trials(shipped, trials) == []
+    cells = missing_cells(shipped, trials, results)
+    assert [(cell.method, dict(cell.options)) for cell in cells] == [
+        (method, {"learning_rate": rate}) for method in shipped.methods for rate in (1e-4, 4e-4)
+    ]
+    append_row(results, {**named(shipped, cells[0]), "accuracy": 0.9})
+    append_row(results, {**named(shipped, cells[3]), "accuracy": 0.9})
+    assert missing_cells(shipped, trials, results) == cells[1:3]
 
 
 @pytest.mark.parametrize("kind", NOISE)

@@ -80,6 +80,16 @@ def test_competitors_see_the_noisy_labels_and_what_they_are_told(given, noisy, n
         assert is_told
 
 
+@pytest.mark.parametrize("name", ["dpo_shipped", "ropo_shipped"])
+def test_as_shipped_all_options_but_the_learning_rate_are_the_defaults(given, name):
+    _, args = given(name, learning_rate=3e-4)
+    default = ROPOConfig(output_dir=args.output_dir, **OPTIONS)
+    changed = {key for key, value in args.to_dict().items() if value != default.to_dict()[key]} - {"logging_dir"}
+    of_dpo = {"loss", "num_folds", "alpha"} if name == "dpo_shipped" else set()
+    assert changed - {"seed"} == {"learning_rate", *of_dpo}
+    assert (args.loss, args.needs_audit) == (("dpo", False) if of_dpo else ("ropo", True))
+
+
 def test_every_loss_but_old_ropo_competes():
     alone = {method.options.get("loss") for method in METHODS.values()}
     assert set(LOSSES) - alone == {"ropo_v1", "focalpo"}
