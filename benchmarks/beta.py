@@ -175,7 +175,9 @@ def read_cells() -> dict[tuple[str, ...], dict[str, dict[str, list[float]]]]:
 def table() -> str:
     """One line per data set, learning rate and beta: what each row scores, means over seeds."""
     lines = [
-        "| pairs | flipped | learning rate | beta | seeds | " + " | ".join(f"{row}: accuracy, gold, KL" for row in ROWS) + " |",
+        "| pairs | flipped | learning rate | beta | seeds | "
+        + " | ".join(f"{row}: accuracy, gold, KL" for row in ROWS)
+        + " |",
         "|---" * (5 + len(ROWS)) + "|",
     ]
     for (task, rate, learning_rate, beta), cell in read_cells().items():

@@ -116,7 +116,7 @@ def test_docs_show_the_measured_noise():
     """The tables are those that the rows in benchmarks/ give."""
     module, margins = benchmark("noise"), benchmark("margins")
     page = (ROOT / "docs" / "noise.md").read_text()
-    for table in (module.detection_table(), module.policy_table(), module.pattern_table()):
+    for table in (module.detection_table(), module.pattern_table()):
         assert table in page
     assert margins.table() in page
     assert benchmark("families").table() in page

@@ -174,9 +174,9 @@ def test_swapping_a_pair_turns_its_margin_and_not_its_size(tmp_path, tokenizer):
     turned.pairs[7] = replace(pair, chosen=pair.rejected, rejected=pair.chosen, id=pair.id)
     turned.tokens[7] = TokenizedPair(prompt=ids.prompt, chosen=ids.rejected, rejected=ids.chosen)
     one, other = (each.audit(tmp_path / str(i), tokenizer, num_folds=2).scores for i, each in enumerate((case, turned)))
-    assert one.rows[1].is_taken == other.rows[1].is_taken
-    assert other.margins[7] == pytest.approx(-one.margins[7], rel=1e-6)
-    assert other.length[7] == pytest.approx(-one.length[7], rel=1e-6)
+    assert [row.is_taken for row in one.rows] == [row.is_taken for row in other.rows]
+    assert other.margins[7] == pytest.approx(-one.margins[7], abs=3e-3)
+    assert other.length[7] == pytest.approx(-one.length[7], abs=3e-3)
     rest = np.arange(NUM_PAIRS) != 7
     assert (np.sign(other.margins[rest]) == np.sign(one.margins[rest])).mean() > 0.97
 
