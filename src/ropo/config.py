@@ -176,7 +176,7 @@ class ROPOConfig(TrainingArguments):
 
     # The loss.
     loss: str = _option("ropo", "Loss of the training stages: one of the names that `ropo losses` lists.")
-    beta: float = _option(0.1, "Strength of the pull to the reference, per nat. Usual 0.01-0.5.")
+    beta: float = _option(0.3, "Strength of the pull to the reference, per nat. Usual 0.01-0.5.")
     alpha: str | None = _option(
         None,
         "ropo, ropo_v1: weight of the noise-tolerant part, or auto (ropo's default): 0, DPO on what is kept.",

@@ -280,7 +280,10 @@ def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_fol
     assert rows[0]["low"] < rows[0]["agreement"] < rows[0]["high"] < 1
     assert asked[0].folds.max() == 3
     report = (tmp_path / "O" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
-    assert "| **gradients**, judges here | linear models on the gradient by the head's weights | 74 % |" in report
+    assert (
+        "| **gradients**, judges here | linear models on the gradient of each pair by the head's weights | 74 % |"
+        in report
+    )
 
 
 def test_rules_compare_the_views_of_a_scorer(model_folder, many, tmp_path, monkeypatch):

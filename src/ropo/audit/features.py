@@ -24,7 +24,6 @@ BLOCKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "gradients": ("gradient",),
         "hidden states": ("hidden_middle", "hidden_last"),
-        "gradients and hidden states": ("gradient", "hidden_middle", "hidden_last"),
     }
 )
 """What may judge, by name: blocks of `ropo.logps.features`, each scaled to one size."""

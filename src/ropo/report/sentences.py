@@ -282,8 +282,8 @@ def _length_rule(tables: Table) -> list[str]:
         return []
     return [
         "Kept and dropped pairs differ in length: chosen is the longer one in "
-        f"{percent(entry['kept']['share'])} of the kept pairs and in {percent(entry['not_kept']['share'])} of the others. Read some of these before you trust "
-        "the filter."
+        f"{percent(entry['kept']['share'])} of the kept pairs and in {percent(entry['not_kept']['share'])} of the "
+        "others. Read some of these before you trust the filter."
     ]
 
 

@@ -52,7 +52,6 @@ SURFACE: Mapping[str, str] = {
 MEANINGS: Mapping[str, str] = {
     "gradients": "linear models on the gradient of each pair by the head's weights",
     "hidden states": "linear models on the hidden states of each pair, halfway and at the end",
-    "gradients and hidden states": "linear models on both",
     "models": "models trained on the other folds",
     **SURFACE,
 }
