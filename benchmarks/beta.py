@@ -148,7 +148,7 @@ def fill(scratch: Path, files: str) -> None:
     done = {key_of(row) for row in read_rows(RESULTS)}
     tasks = {Path(files.split(",")[0]).name: (0.0,)} if files else dict.fromkeys(("reviews", "support"), RATES)
     wanted = [cell for name, rates in tasks.items() for cell in cells(name, rates) if key_of(cell) not in done]
-    wanted.sort(key=lambda cell: (cell["flip_rate"] == 0 and not files, cell["seed"]))
+    wanted.sort(key=lambda cell: (cell["learning_rate"] == SMALL_RATE, cell["seed"]))
     for name in tasks:
         task_of(name, SEEDS[0], files, scratch)  # makes the model, which all processes read
     with multiprocessing.get_context("spawn").Pool(os.cpu_count(), _start) as pool:
@@ -174,10 +174,9 @@ def read_cells() -> dict[tuple[str, ...], dict[str, dict[str, list[float]]]]:
 
 def table() -> str:
     """One line per data set, learning rate and beta: what each row scores, means over seeds."""
+    scored = " | ".join(f"{row}: accuracy, gold, KL" for row in ROWS)
     lines = [
-        "| pairs | flipped | learning rate | beta | seeds | "
-        + " | ".join(f"{row}: accuracy, gold, KL" for row in ROWS)
-        + " |",
+        f"| pairs | flipped | learning rate | beta | seeds | {scored} |",
         "|---" * (5 + len(ROWS)) + "|",
     ]
     for (task, rate, learning_rate, beta), cell in read_cells().items():
