@@ -116,7 +116,8 @@ def test_labels_that_follow_length_are_found():
     found = LinearModels(turn * features, covariates=turn * length).held_out(deal(600))
     alone = LinearModels(turn * length).held_out(deal(600)).margins
     assert (alone > 0).mean() > 0.7
-    assert auroc(-found.margins, is_flipped) > 0.9
+    assert auroc(-found.margins, is_flipped) > 0.98
+    assert abs(np.corrcoef(turn[:, 0] * found.margins, length[:, 0])[0, 1]) < 0.15
     assert auroc(-(found.margins + found.surface), is_flipped) < auroc(-found.margins, is_flipped) - 0.05
     assert auroc(-LinearModels(turn * features).held_out(deal(600)).margins, is_flipped) < 0.85
 
