@@ -262,11 +262,11 @@ def options_table() -> str:
     once = plan_run(LARGE, LARGE_PAIRS, RunSize(num_folds=0, needs_reference=False), GPU, tokens_at_once=8192).seconds
     lines = ["| run | to one epoch and its scoring pass |", "|---|---|"]
     for name, run in (
-        ("one round, no folds", RunSize(num_folds=0)),
-        ("one round, 2 folds", RunSize(num_folds=2)),
-        ("one round, 5 folds (default)", RunSize()),
-        ("two rounds, no folds, 20 % sampled anew", replace(RUN, num_folds=0)),
-        ("two rounds, 5 folds, 20 % sampled anew", RUN),
+        ("one round, no audit", RunSize(num_folds=0)),
+        ("one round, audit by features (default)", RunSize()),
+        ("one round, audit by models, 2 folds", RunSize(scorer="models", num_folds=2)),
+        ("one round, audit by models, 5 folds", RunSize(scorer="models")),
+        ("two rounds, audit by features, 20 % sampled anew", RUN),
     ):
         ratio = plan_run(LARGE, LARGE_PAIRS, run, GPU, tokens_at_once=8192).seconds / once
         lines.append(f"| {name} | {ratio:.1f} |")

@@ -303,7 +303,7 @@ def knowledge(tables: Table) -> str:
     if not surface:
         return f"{text}.{_refit(tables)}"
     best = max(surface, key=lambda row: row["agreement"])
-    text += f"; {best['meaning']} alone with {percent(best['agreement'])}."
+    text += f"; the best of what sees only the surface of the texts, {best['name']}, with {percent(best['agreement'])}."
     if taken["agreement"] <= best["high"]:
         text += " So it may know no more than that, and a suspect may only go against it."
     return f"{text}{_refit(tables)}"
@@ -313,9 +313,9 @@ def _refit(tables: Table) -> str:
     found = tables["filter"]
     if found is None:
         return ""
-    shown = f"{decimal(100 * found['gain'], 1)} points (standard error {decimal(100 * found['error'], 1)})"
+    shown = f"{decimal(100 * found['gain'], 1)} points more of them (standard error {decimal(100 * found['error'], 1)})"
     ending = "so they judge here" if found["helps"] else "which is not surely more, so models of all pairs judge here"
-    return f" Models that were fitted without the pairs that others contradict agree with {shown} more, {ending}."
+    return f" Models that were fitted without the pairs that others contradict agree with {shown}, {ending}."
 
 
 def readings(tables: Table) -> str:

@@ -111,12 +111,13 @@ def test_labels_that_follow_length_are_found():
     truth, length = two_kinds(600, 20), rng.normal(size=(600, 1))
     is_flipped = (length[:, 0] < 0) & (rng.random(600) < 0.6)
     turn = np.where(is_flipped, -1.0, 1.0)[:, None]
-    features = np.concatenate([truth, 2 * length], axis=1)
+    features = truth + 4 * length  # every number of it knows length
     assert 0.25 < is_flipped.mean() < 0.35
     found = LinearModels(turn * features, deal(600), covariates=turn * length).held_out()
     alone = LinearModels(turn * length, deal(600)).held_out().margins
     assert (alone > 0).mean() > 0.7
-    assert auroc(-found.margins, is_flipped) > 0.9
+    assert auroc(-found.margins, is_flipped) > 0.98
+    assert abs(np.corrcoef(turn[:, 0] * found.margins, length[:, 0])[0, 1]) < 0.15
     assert auroc(-(found.margins + found.surface), is_flipped) < auroc(-found.margins, is_flipped) - 0.05
     assert auroc(-LinearModels(turn * features, deal(600)).held_out().margins, is_flipped) < 0.85
 
@@ -146,7 +147,7 @@ def test_on_right_labels_there_is_nothing_to_gain():
     gains = []
     for seed in range(10):
         folds = deal(200, seed=seed)
-        models = LinearModels(known_truth(200, seed=seed), folds)
+        models = LinearModels(known_truth(200, 100, seed=seed), folds)
         refit = models.without_suspects(models.held_out(strengths=(STRENGTH,)))
         gains.append(refit.gain)
         assert refit.gain <= Z_90 * refit.error

@@ -191,9 +191,9 @@ def scorer(name, agreement, **more):
     ("others", "words"),
     [
         ([], "What judges the labels agrees with 71 % of those it has not seen."),
-        ([scorer("n-grams", 0.6), scorer("length", 0.65)], "; the lengths of the two responses alone with 65 %."),
-        ([scorer("length", 0.70)], "alone with 70 %. So it may know no more than that"),
-        ([scorer("hidden states", 0.70), scorer("n-grams", 0.6)], "single and in pairs alone with 60 %."),
+        ([scorer("n-grams", 0.6), scorer("length", 0.65)], "the surface of the texts, length, with 65 %."),
+        ([scorer("length", 0.70)], "length, with 70 %. So it may know no more than that"),
+        ([scorer("hidden states", 0.70), scorer("n-grams", 0.6)], "the texts, n-grams, with 60 %."),
     ],
 )
 def test_the_audit_says_whether_it_knows_more_than_the_surface(make_audit, others, words):
@@ -212,7 +212,7 @@ def test_every_name_in_the_table_has_a_meaning():
 @pytest.mark.parametrize(("helps", "words"), [(True, "so they judge here"), (False, "models of all pairs judge here")])
 def test_the_audit_says_whether_a_filter_helps(make_audit, helps, words):
     _, sentences = said(make_audit, filter={"gain": 0.0213, "error": 0.004, "helps": helps})
-    assert "agree with 2.1 points (standard error 0.4) more, " in sentences["knowledge"]
+    assert "agree with 2.1 points more of them (standard error 0.4), " in sentences["knowledge"]
     assert words in sentences["knowledge"]
 
 
