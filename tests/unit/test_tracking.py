@@ -43,7 +43,7 @@ def _tensorboard(monkeypatch):
 def config(folder, **options):
     common = {
         "output_dir": str(folder), "learning_rate": 3e-3, "per_device_train_batch_size": 4, "logging_steps": 1,
-        "max_length": 64, "use_cpu": True, "disable_tqdm": True, "rho": "0.2", "num_folds": 2,
+        "max_length": 64, "use_cpu": True, "disable_tqdm": True, "rho": "0.2", "num_folds": 2, "scorer": "models",
         "report_to": ["tensorboard"],
     }  # fmt: skip
     return ROPOConfig(**{**common, **options})

@@ -399,7 +399,7 @@ def test_rappo_drops_what_the_reference_contradicts(model, tokenizer, pairs, tmp
     ratio = torch.tensor([600.0, -10.0, -20.0, 400.0])
     trainer = ROPOTrainer(
         model,
-        config(tmp_path, loss="rappo", max_steps=1),
+        config(tmp_path, loss="rappo", beta=0.1, max_steps=1),
         train_dataset=PairDataset(
             tokenized.pairs, tokenized.tokens, reference=PairLogps(chosen=policy.chosen, rejected=policy.chosen - ratio)
         ),
