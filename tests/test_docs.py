@@ -122,6 +122,10 @@ def test_docs_show_the_measured_noise():
     assert benchmark("families").table() in page
 
 
+def test_docs_show_the_measured_beta():
+    assert benchmark("beta").table() in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_docs_show_the_kills():
     """The table is that of benchmarks/kills.json, in which every run ended as if it had not been killed."""
     module = benchmark("kills")
