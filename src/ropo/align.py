@@ -210,8 +210,9 @@ def run_audit(
 ) -> dict[str, Any]:
     """Find out how many labels are wrong and which, without aligning a model.
 
-    Trains `args.num_folds` models and keeps none of them. The same call with the same output folder goes on after the
-    last finished fold; `run_rounds` with the same folder and options goes on from the finished audit.
+    Reads every pair once and trains nothing (`scorer` "models" trains `num_folds` models and keeps none of them). The
+    same call with the same output folder goes on where it was stopped; `run_rounds` with the same folder and options
+    goes on from the finished audit.
 
     Args:
         model: As for `run_rounds`.

@@ -244,11 +244,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             paper="arXiv:2404.04102, adapted",
             is_shipped=True,
         ),
-        "ropo_two_folds": Method(
-            meaning="ropo with two folds in place of five: half of the pairs judge the other half",
-            options={"num_folds": 2},
-            like="ropo",
-        ),
         "ropo_paper": Method(
             meaning="ROPO with ρ given: train, drop the ρN largest losses of the trained model, train again",
             paper="arXiv:2404.04102",

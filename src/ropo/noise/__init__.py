@@ -1,6 +1,6 @@
 """How many labels are flipped, which ones, and what to do about each pair.
 
-In: the margin h of every pair, from a model that was not trained on that pair.
+In: the margin h of every pair, from a model that was not trained on that pair; `linear` makes such margins of features.
 Out: `estimate.FlipEstimate` (the rate with its interval, or an upper bound, and P(flipped) per pair), then
 `decide.Decisions` (keep, drop or flip, and a weight, for each pair).
 
