@@ -209,6 +209,7 @@ class Audit:
             (self._sign * margins)[is_open],
             annotators=[pair.annotator for pair, stays in zip(self.data.pairs, is_open, strict=True) if stays],
             is_trusted=known if known.any() else None,
+            is_wrong=self._sign[is_open] < 0,
             clusters=self._texts[is_open],
             covariate=np.log(lengths),
         )

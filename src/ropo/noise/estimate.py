@@ -225,6 +225,7 @@ def estimate_flips(
     level: float = 0.90,
     annotators: Sequence[str | None] | None = None,
     is_trusted: np.ndarray | None = None,
+    is_wrong: np.ndarray | None = None,
     rate: float | None = None,
     clusters: Clusters | None = None,
     covariate: np.ndarray | None = None,
@@ -278,7 +279,8 @@ def estimate_flips(
         margins: Held-out margin h of each pair, in any unit: multiplying all by a constant changes only `scale`.
         level: Nominal coverage of the interval, in (0, 1).
         annotators: Who labelled each pair; None where unknown.
-        is_trusted: Which labels are known to be right, shape (pairs,), bool.
+        is_trusted: Whose margins are those of a label that is known to be right, shape (pairs,), bool.
+        is_wrong: Which of these pairs the data labels the other way round, so that their annotators were wrong.
         rate: The flip rate where it is known, in [0, 0.5]; then only scale and link are fitted, and the interval is
             this point.
         clusters: A name for each pair, the same for copies of one pair, such as `ropo.data.validate.text_id`; every
@@ -304,7 +306,13 @@ def estimate_flips(
     if not 0.0 < level < 1.0:
         raise ValueError(f"estimate_flips needs level in (0, 1); got {level}. 0.9 asks for a 90 % interval.")
     trusted = np.zeros(len(margins), dtype=bool) if is_trusted is None else np.asarray(is_trusted, dtype=bool)
-    per_pair = {"is_trusted": trusted, "annotators": annotators, "clusters": clusters, "covariate": covariate}
+    per_pair = {
+        "is_trusted": trusted,
+        "is_wrong": is_wrong,
+        "annotators": annotators,
+        "clusters": clusters,
+        "covariate": covariate,
+    }
     for name, given in per_pair.items():
         if given is not None and len(given) != len(margins):
             raise ValueError(f"estimate_flips needs one entry of {name} per margin, {len(margins)}; got {len(given)}.")
@@ -332,7 +340,10 @@ def estimate_flips(
     if obstacle is not None and fixed is None:
         low, high = 0.0, _bound(doubtful, own, level)
     laws = [best, *(max((fit.law(end) for fit in fits), key=attrgetter("value")) for end in (low, high) if end != rate)]
-    per_annotator = [] if annotators is None else _annotator_rates(annotators, margins, trusted, laws, level, clusters)
+    wrong = np.zeros(len(margins), dtype=bool) if is_wrong is None else np.asarray(is_wrong, dtype=bool)
+    per_annotator = (
+        [] if annotators is None else _annotator_rates(annotators, margins, trusted, wrong, laws, level, clusters)
+    )
     by_name = {one.name: one.rate for one in per_annotator}
     rates = rate if annotators is None else np.array([by_name.get(str(name), rate) for name in annotators])
     return FlipEstimate(
@@ -447,6 +458,7 @@ def _annotator_rates(
     annotators: Sequence[str | None],
     margins: PerPair,
     trusted: Shaped[np.ndarray, " pairs"],
+    wrong: Shaped[np.ndarray, " pairs"],
     laws: Sequence[_Law],
     level: float,
     clusters: Clusters | None,
@@ -454,14 +466,14 @@ def _annotator_rates(
     """The rate of each annotator, the worst first; none if fewer than two are named.
 
     `laws` are the best one, then those at the ends of the interval of all: the scale is not known better than the rate
-    of all, and an annotator's interval reaches over those of all three.
+    of all, and an annotator's interval reaches over those of all three. Labels that are known count as what they are.
     """
     names = np.array(["" if name is None else str(name) for name in annotators])
     known = sorted({str(name) for name in names[~trusted]} - {""})
     laws = [laws[0], *(law for law in laws[1:] if law.scale)]
     if len(known) < 2 or not laws[0].scale:
         return []
-    weights = cluster_weights(within(clusters, names, of=~trusted), int((~trusted).sum()))
+    weights = cluster_weights(within(clusters, names), len(names))
     grid = np.linspace(0.0, 1.0, 1001)[:-1]
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in known}
     for law in laws:
@@ -469,14 +481,17 @@ def _annotator_rates(
         # The prior is a Beta law with its mode at the overall rate, worth PRIOR_PAIRS pairs.
         prior = PRIOR_PAIRS * (xlogy(law.rate, grid) + xlog1py(1 - law.rate, -grid))
         for name in known:
-            is_mine = names[~trusted] == name
-            profile = prior + (weights[is_mine] * _log_label(grid[:, None], p_right[None, is_mine])).sum(axis=1)
+            own = names == name
+            open_ = own[~trusted]
+            profile = prior + (weights[own & ~trusted] * _log_label(grid[:, None], p_right[None, open_])).sum(axis=1)
+            profile += xlogy(weights[own & trusted & wrong].sum(), grid)
+            profile += xlog1py(weights[own & trusted & ~wrong].sum(), -grid)
             inside = grid[profile >= profile.max() - chi2.ppf(level, df=1) / 2]
             found[name].append((float(grid[profile.argmax()]), float(inside[0]), float(inside[-1])))
     rates = [
         AnnotatorRate(
             name=name,
-            num_pairs=int(((names == name) & ~trusted).sum()),
+            num_pairs=int((names == name).sum()),
             rate=ends[0][0],
             low=min(low for _, low, _ in ends),
             high=max(high for _, _, high in ends),
