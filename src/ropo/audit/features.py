@@ -39,8 +39,8 @@ _STAGE = "linear"
 def by_features(question: Question) -> Scores:
     """Fit linear models on each entry of `BLOCKS`, and judge by the one that predicts unseen labels best.
 
-    That one is fitted again without the pairs that the first fit contradicts, if it surely agrees with more unseen
-    labels then.
+    That one is fitted again without the pairs that the first fit contradicts, if it agrees with more unseen
+    labels then, by more than the standard error.
 
     Returns:
         Margins in nats up to a scale. The views are those of the entries of `BLOCKS`, on the same scale.
@@ -92,7 +92,7 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
 def _refitted(
     models: LinearModels, judged: HeldOut, folds: NDArray[np.int64], *, is_known: NDArray[np.bool_]
 ) -> tuple[HeldOut | Refit, Filter | None]:
-    """What judges without suspects if that is surely better, else as it is; no filter where it cannot be tried."""
+    """What judges without suspects if that is better, else as it is; no filter where it cannot be tried."""
     if folds.max() < 2:  # the suspects of a fold are found by fits without two
         return judged, None
     refit = models.without_suspects(judged, is_known=is_known)

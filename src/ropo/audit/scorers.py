@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
 from ropo.noise.clusters import cluster_weights, mean_of
-from ropo.noise.shares import Z_90, wilson_interval
+from ropo.noise.shares import wilson_interval
 from ropo.pair_dataset import PairDataset
 from ropo.pairs import PairFeatures
 from ropo.policy import PolicySource
@@ -115,8 +115,8 @@ class Filter:
 
     @property
     def helps(self) -> bool:
-        """Whether the gain is surely above 0: 95 %, one-sided."""
-        return self.gain > Z_90 * self.error
+        """Whether the gain exceeds its standard error: without one the simpler model stays (Breiman et al. 1984)."""
+        return self.gain > self.error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -105,7 +105,7 @@ def resolve_rho(fixed: float | None, estimate: Mapping[str, Any], *, contradicte
     Args:
         fixed: What the user gave, or None to follow the estimate.
         estimate: `FlipEstimate.to_dict()`.
-        contradicted: Share of labels that held-out margins contradict, if models are surely better without them.
+        contradicted: Share of labels that held-out margins contradict, if models are better without them.
 
     Returns:
         ρ in [0, 0.5]: the estimated rate if it can be told and its interval excludes 0, else 0; but no less than

@@ -314,7 +314,7 @@ def _refit(tables: Table) -> str:
     if found is None:
         return ""
     shown = f"{decimal(100 * found['gain'], 1)} points more of them (standard error {decimal(100 * found['error'], 1)})"
-    ending = "so they judge here" if found["helps"] else "which is not surely more, so models of all pairs judge here"
+    ending = "so they judge here" if found["helps"] else "which is not enough, so models of all pairs judge here"
     return f" Models that were fitted without the pairs that others contradict agree with {shown}, {ending}."
 
 
