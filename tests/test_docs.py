@@ -120,6 +120,7 @@ def test_docs_show_the_measured_noise():
         assert table in page
     assert margins.table() in page
     assert benchmark("families").table() in page
+    assert benchmark("real_model").table() in page
 
 
 def test_docs_show_the_measured_beta():
