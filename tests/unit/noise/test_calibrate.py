@@ -77,11 +77,12 @@ def test_nothing_called_nothing_claimed():
     assert calibrate(margins, estimate_flips(margins), np.zeros(2000, dtype=bool)) is None
 
 
-def test_claims_about_one_bad_annotator_are_those_of_the_truth():
+@pytest.mark.parametrize("rate", [0.45, 0.9])
+def test_claims_about_one_bad_annotator_are_those_of_the_truth(rate):
     """All pairs of a half that are contradicted at all are called, and of the others only the surest."""
     rng = np.random.default_rng(7)
     clean, is_bad = rng.normal(1.5, 1.0, 20_000), np.arange(20_000) < 5_000
-    is_flipped = rng.random(20_000) < np.where(is_bad, 0.45, 0.02)
+    is_flipped = rng.random(20_000) < np.where(is_bad, rate, 0.02)
     margins = np.where(is_flipped, -clean, clean)
     names = ["bad" if bad else "good" for bad in is_bad]
     found = estimate_flips(margins, annotators=names)
