@@ -240,10 +240,10 @@ class ROPOConfig(TrainingArguments):
         None,
         "Output folder of an audit of the same pairs by the same model: its margins are read instead of training.",
     )
-    decision_rule: str | None = _option(
-        None,
-        "How the pairs to filter out are chosen: " + ", ".join(RULES) + ". Default: lowest_loss if rho is given, which "
-        "takes away just that share; else threshold.",
+    decision_rule: str = _option(
+        "auto",
+        "How the pairs to filter out are chosen: " + ", ".join(RULES) + "; or auto: lowest_loss, which takes away just "
+        "that share, where rho is given or a filter of all that is contradicted helps; else threshold.",
     )
 
     # Resampling.
@@ -411,7 +411,7 @@ class ROPOConfig(TrainingArguments):
             except ValueError:
                 raise ValueError(f"alpha needs a number or 'auto'; got {self.alpha!r}.") from None
         bind_loss(self.loss, beta=self.beta, options=self.loss_options)
-        if RULES[str(self.decision_rule)].needs_checks and not self.needs_audit:
+        if self.decision_rule != "auto" and RULES[self.decision_rule].needs_checks and not self.needs_audit:
             raise ValueError(
                 f"decision_rule {self.decision_rule} needs held-out margins; got num_folds={self.num_folds} and "
                 f"rho={self.rho}. Use num_folds of 2 or more and a rho above 0, or another rule."
@@ -455,7 +455,8 @@ class ROPOConfig(TrainingArguments):
     def _check_judge(self) -> None:
         """A judge has what it needs and something to do, and no option is ignored or holds a key."""
         check_judge(self)
-        if self.judge != "none" and not RULES[str(self.decision_rule)].takes_judge and not self.num_candidates:
+        takes_judge = self.decision_rule != "auto" and RULES[self.decision_rule].takes_judge
+        if self.judge != "none" and not takes_judge and not self.num_candidates:
             raise ValueError(
                 f"judge {self.judge} needs something to settle; got decision_rule {self.decision_rule} and "
                 "num_candidates 0. Use decision_rule hard_or_noisy, or resampling."
@@ -466,9 +467,8 @@ class ROPOConfig(TrainingArguments):
         self.rho = str(self.rho)
         if self.rho != "auto":
             self._check_rho()
-        if self.decision_rule is None:
-            self.decision_rule = "threshold" if self.rho == "auto" else "lowest_loss"
-        check_choice("decision_rule", self.decision_rule, RULES)
+        if self.decision_rule != "auto":
+            check_choice("decision_rule", self.decision_rule, RULES)
 
     def _check_rho(self) -> None:
         try:

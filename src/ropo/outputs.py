@@ -160,6 +160,7 @@ def _round_summary(this: Round) -> dict[str, Any]:
         "round": this.number,
         "flip_rate": _flip_rate(estimate),
         "is_informative": estimate["is_informative"],
+        "obstacle": estimate["obstacle"],
         "reason": estimate["reason"],
         **_chosen({name: Choice(**found[name]) for name in ("rho", "alpha")}),
         "num_pairs": this.num_data,
@@ -201,7 +202,7 @@ def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, 
     seconds = _audit_seconds(folder, audit)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}
-    names = ("flip_rate", "is_informative", "reason", "rho", "rho_why", "alpha", "alpha_why")
+    names = ("flip_rate", "is_informative", "obstacle", "reason", "rho", "rho_why", "alpha", "alpha_why")
     return {
         "task": "train",
         **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
@@ -306,6 +307,7 @@ def publish_audit(audit: Audit, *, folder: Path, read: Read) -> dict[str, Any]:
         "task": "audit",
         "flip_rate": _flip_rate(estimate),
         "is_informative": estimate["is_informative"],
+        "obstacle": estimate["obstacle"],
         "reason": estimate["reason"],
         **_chosen({"rho": judged.rho, "alpha": judged.alpha}),
         "num_pairs": sum(is_data),

@@ -35,7 +35,7 @@ from scipy.special import expit, logit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
-from ropo.audit.weights import Choice, decide_all, known_labels, resolve_alpha, resolve_rho, training_set
+from ropo.audit.weights import Choice, decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import SampledIds, TokenizedPair, TokenizedPairs, encode_prompts, tokenize_pairs
 from ropo.data.validate import text_id
@@ -255,10 +255,15 @@ class Round:
             found = estimate_flips(margins[:read], clusters=[text_id(pair) for pair in self.data.pairs[:read]])
             # A model agrees with labels that it has learned, so these margins only rank.
             estimate = found.to_dict() | {"margins": "in-sample", "is_informative": False, "reason": _IN_SAMPLE}
+            estimate["obstacle"] = "IN_SAMPLE"
             p_flip = found.p_flip
             rho = resolve_rho(self.args.fixed_rho, estimate)
             found_all = decide_all(
-                self.data.select(range(read)), margins[:read], p_flip, rho=rho.value, rule=str(self.args.decision_rule)
+                self.data.select(range(read)),
+                margins[:read],
+                p_flip,
+                rho=rho.value,
+                rule=resolve_rule(self.args.decision_rule, rho),
             )
             decisions, weights = (values.tolist() for values in found_all)
         else:
@@ -406,7 +411,7 @@ def run_all(
     """
     rounds: list[Round] = []
     if audit is None:
-        alpha = resolve_alpha(args.fixed_alpha, None)
+        alpha = resolve_alpha(args.fixed_alpha, is_audited=False)
         args = args.with_alpha(alpha.value)
         sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)

@@ -39,7 +39,7 @@ MODELS = {
 }
 MAPS = {"capped": LogitMap(cap=3.0), "scaled": LogitMap(scale=0.5)}
 SHAPE = [(3, 7, 2), (12, 1, 9), (1, 1, 1), (6, 20, 3)]
-SKETCHES = [Sketch(num_outputs=6, num_inputs=5), Sketch(num_outputs=6, num_inputs=5, is_by_hidden=True, seed=1)]
+SKETCHES = [Sketch(num_outputs=6, num_inputs=5), Sketch(num_outputs=3, num_inputs=8, seed=1)]
 
 
 def make_tokens(shape=SHAPE, seed=0):
@@ -86,14 +86,9 @@ def sketched_by_autograd(model, prompt, response, sketch, logit_map):
     logps_T = logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
     rng = torch.Generator().manual_seed(sketch.seed)
     q_HL = torch.randn(32, sketch.num_inputs, generator=rng) / sketch.num_inputs**0.5
-    if sketch.is_by_hidden:  # no product of the head with a random matrix, but the gradient by the hidden state
-        r_HK = torch.randn(sketch.num_outputs, 32, generator=rng).T / sketch.num_outputs**0.5
-        (d_last_TH,) = torch.autograd.grad(logps_T.sum(), last_TH)
-        gradient_KL = r_HK.T @ d_last_TH.T @ last_TH.detach() @ q_HL
-    else:
-        p_VK = torch.randn(len(weight_VH), sketch.num_outputs, generator=rng) / sketch.num_outputs**0.5
-        (d_weight_VH,) = torch.autograd.grad(logps_T.sum(), weight_VH)
-        gradient_KL = p_VK.T @ d_weight_VH @ q_HL
+    p_VK = torch.randn(len(weight_VH), sketch.num_outputs, generator=rng) / sketch.num_outputs**0.5
+    (d_weight_VH,) = torch.autograd.grad(logps_T.sum(), weight_VH)
+    gradient_KL = p_VK.T @ d_weight_VH @ q_HL
     return logps_T.sum().detach(), {
         "gradient": gradient_KL.flatten(),
         "hidden_last": last_TH.detach().mean(0),
@@ -273,6 +268,6 @@ def test_a_model_without_a_head_is_refused():
 
 def test_names_tell_sketches_apart():
     model = made("own head")
-    sketches = [Sketch(), Sketch(seed=1), Sketch(is_by_hidden=True), Sketch(num_outputs=32), Sketch(num_inputs=8)]
-    assert FeatureReader(model, Sketch()).name == "features1-random-64x32-seed0-layer2"
+    sketches = [Sketch(), Sketch(seed=1), Sketch(num_outputs=32), Sketch(num_inputs=8)]
+    assert FeatureReader(model, Sketch()).name == "features1-64x32-seed0-layer2"
     assert len({FeatureReader(model, sketch).name for sketch in sketches}) == len(sketches)

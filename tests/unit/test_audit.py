@@ -14,7 +14,7 @@ from ropo.audit import run as audit_run
 from ropo.audit.folds import _deal, folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
 from ropo.audit.scorers import Scores
-from ropo.audit.weights import Why, resolve_alpha, resolve_rho
+from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_rho, resolve_rule
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
 from ropo.ledger import read_ledger
@@ -98,10 +98,9 @@ def test_where_nothing_speaks_for_flips_ropo_is_dpo_bit_for_bit(model_folder, pa
 def test_rho_follows_the_estimate_and_alpha_is_zero(estimate, rho, why):
     found = resolve_rho(None, estimate)
     assert (found.value, found.why) == (rho, why)
-    found = resolve_alpha(None, estimate)
+    found = resolve_alpha(None, is_audited=True)
     assert (found.value, found.why) == (0.0, Why.AFTER_FILTER)
-    for resolve in (resolve_rho, resolve_alpha):
-        found = resolve(0.3, estimate)
+    for found in (resolve_rho(0.3, estimate), resolve_alpha(0.3, is_audited=True)):
         assert (found.value, found.why) == (0.3, Why.GIVEN)
 
 
@@ -199,8 +198,13 @@ def test_a_given_rho_takes_away_that_share(model_folder, pairs, tmp_path):
     for options in ({}, {"num_folds": 0, "rounds": 2}):
         summary = run_rounds(model_folder, pairs, config(tmp_path / f"O{len(options)}", rho="0.2", **options))
         assert (summary["is_informative"], summary["num_dropped"]) == (False, 4)
-    assert config(tmp_path, rho="0.2").decision_rule == "lowest_loss"
-    assert config(tmp_path).decision_rule == "threshold"
+    for given, why, expected in (
+        ("auto", Why.GIVEN, "lowest_loss"),
+        ("auto", Why.FILTER_HELPS, "lowest_loss"),
+        ("auto", Why.ESTIMATED, "threshold"),
+        ("threshold", Why.FILTER_HELPS, "threshold"),
+    ):
+        assert resolve_rule(given, Choice(value=0.2, why=why)) == expected
 
 
 @pytest.mark.parametrize("options", [{"num_folds": 0, "rho": "0.2"}, {"loss": "dpo", "rho": "0"}])

@@ -748,7 +748,7 @@ def config(tmp_path, **options):
 
 
 def test_no_judge_by_default(tmp_path):
-    args = config(tmp_path, decision_rule=None)
+    args = config(tmp_path, decision_rule="auto")
     assert (args.judge, args.judge_model, args.judge_api_key_env, args.judge_on_failure) == ("none", None, None, None)
     assert make_judge(args, tmp_path / "judge") is None
     assert not (tmp_path / "judge").exists()

@@ -63,7 +63,8 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     length = turn * _length(tokens)
     judged: dict[str, HeldOut] = {}
     for name, parts in BLOCKS.items():
-        models = LinearModels(turn * _joined(blocks, parts), folds, covariates=length, weights=weights)
+        own = turn * _joined([blocks[part] for part in parts if part in blocks])  # a model may lack one
+        models = LinearModels(own, folds, covariates=length, weights=weights)
         judged[name] = models.held_out()
         if judged[name].loss == min(one.loss for one in judged.values()):
             taken, best = name, models  # only one is kept: many pairs fill the memory
@@ -71,18 +72,18 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
         LENGTH: LinearModels(length, folds, weights=weights).held_out(),
         NGRAMS: LinearModels(turn * _ngrams(tokens), folds, covariates=length, weights=weights).held_out(),
     }
-    own, filter_ = _refitted(best, judged[taken], folds, is_known=is_known)
-    add = 1.0 if question.args.length_is_evidence else 0.0
+    final, filter_ = _refitted(best, judged[taken], folds, is_known=is_known)
+    evidence = 1.0 if question.args.length_is_evidence else 0.0
 
     def as_labelled(one: HeldOut | Refit) -> Floats:
-        return turn[:, 0] * (one.margins + add * one.surface)
+        return turn[:, 0] * (one.margins + evidence * one.surface)
 
-    margins = {name: as_labelled(own if name == taken else one) for name, one in judged.items()}
+    margins = {name: as_labelled(final if name == taken else one) for name, one in judged.items()}
     rows = [question.row(name, margins[name], is_taken=name == taken) for name in BLOCKS]
     rows += [question.row(name, as_labelled(one)) for name, one in surface.items()]
     return Scores(
         margins=margins[taken],
-        length=turn[:, 0] * (1.0 - add) * own.surface,
+        length=turn[:, 0] * (1.0 - evidence) * final.surface,
         views=np.stack([_scaled(one, margins[taken]) for one in margins.values()]),
         rows=tuple(rows),
         filter=filter_,
@@ -100,10 +101,9 @@ def _refitted(
     return (refit if found.helps else judged), found
 
 
-def _joined(blocks: Mapping[str, np.ndarray], parts: Sequence[str]) -> Floats:
-    """Blocks side by side, each with a mean squared norm of 1; a model may lack one."""
-    found = [blocks[name] for name in parts if name in blocks]
-    return np.concatenate([one / (np.sqrt((one**2).sum(axis=1).mean()) or 1.0) for one in found], axis=1)
+def _joined(blocks: Sequence[np.ndarray]) -> Floats:
+    """Blocks side by side, each with a mean squared norm of 1."""
+    return np.concatenate([one / (np.sqrt((one**2).sum(axis=1).mean()) or 1.0) for one in blocks], axis=1)
 
 
 def _scaled(margins: Floats, like: Floats) -> Floats:
@@ -115,7 +115,7 @@ def _scaled(margins: Floats, like: Floats) -> Floats:
 def _length(tokens: Sequence[TokenizedPair]) -> Floats:
     """log(tokens of chosen / tokens of rejected), shape (pairs, 1)."""
     lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in tokens], dtype=np.float64)
-    return np.log(lengths[:, :1] / lengths[:, 1:])
+    return -np.diff(np.log(np.maximum(lengths, 1.0)), axis=1)
 
 
 def _ngrams(tokens: Sequence[TokenizedPair]) -> Floats:

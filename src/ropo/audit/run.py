@@ -27,7 +27,16 @@ from ropo.audit.features import by_features
 from ropo.audit.folds import folds_of
 from ropo.audit.models import by_models
 from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Floats, Question, Scorer, Scores
-from ropo.audit.weights import Choice, Why, decide_all, known_labels, resolve_alpha, resolve_rho, training_set
+from ropo.audit.weights import (
+    Choice,
+    Why,
+    decide_all,
+    known_labels,
+    resolve_alpha,
+    resolve_rho,
+    resolve_rule,
+    training_set,
+)
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.data.validate import text_id
@@ -171,7 +180,7 @@ class Audit:
             scores.margins,
             p_flip,
             rho=rho.value,
-            rule=self._rule(rho),
+            rule=resolve_rule(self.args.decision_rule, rho),
             views=scores.views,
             judge=self.judge,
         )
@@ -182,7 +191,7 @@ class Audit:
             estimate=estimate,
             with_length=with_length,
             rho=rho,
-            alpha=resolve_alpha(self.args.fixed_alpha, estimate),
+            alpha=resolve_alpha(self.args.fixed_alpha, is_audited=True),
             noise_left=left,
             decisions=decisions.tolist(),
             weights=weights.tolist(),
@@ -192,11 +201,6 @@ class Audit:
         if PartialState().is_main_process:
             scores.write(self.folder, p_flip=torch.from_numpy(p_flip))
             write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
-
-    def _rule(self, rho: Choice) -> str:
-        """The rule that decides. A filter that helps is one of all that is contradicted, likely flips or not."""
-        given = str(self.args.decision_rule)
-        return "lowest_loss" if rho.why is Why.FILTER_HELPS and given == "threshold" else given
 
     def _flips(self, margins: Floats) -> FlipEstimate:
         """The estimate from margins of the pairs that are not to be left out, turned where the label is known."""

@@ -127,22 +127,36 @@ def resolve_rho(fixed: float | None, estimate: Mapping[str, Any], *, contradicte
     return Choice(value=min(rate, 0.5), why=Why.ESTIMATED)
 
 
-def resolve_alpha(fixed: float | None, estimate: Mapping[str, Any] | None) -> Choice:
-    """The α of the robust loss: as given, else 0, which is DPO on what the filter keeps.
+def resolve_rule(given: str, rho: Choice) -> str:
+    """The rule that decides which pairs to filter out.
+
+    Args:
+        given: A name in `RULES`, or "auto".
+        rho: The share of pairs, and why it is that.
+
+    Returns:
+        As given; for "auto" `threshold`, which spares pairs that are likelier right, where ρ follows the estimate, and
+        else `lowest_loss`: a share that was given, or a filter that was tried, is taken away as it is.
+    """
+    if given != "auto":
+        return given
+    return "lowest_loss" if rho.why in (Why.GIVEN, Why.FILTER_HELPS) else "threshold"
+
+
+def resolve_alpha(fixed: float | None, *, is_audited: bool) -> Choice:
+    """The α of the robust loss: as given; else 0, which is DPO, on what the filter keeps, and the paper's without one.
 
     Args:
         fixed: What the user gave, or None.
-        estimate: `FlipEstimate.to_dict()`; None without an audit, where ROPO's loss has the paper's α.
+        is_audited: Whether an audit has filtered the pairs.
 
     Examples:
-        >>> resolve_alpha(None, {"is_informative": True, "rate": 0.2, "low": 0.1}).value
-        0.0
-        >>> resolve_alpha(None, None)
-        Choice(value=14.0, why=<Why.NOT_ESTIMATED: 'not_estimated'>)
+        >>> resolve_alpha(None, is_audited=True).value, resolve_alpha(None, is_audited=False).value
+        (0.0, 14.0)
     """
     if fixed is not None:
         return Choice(value=fixed, why=Why.GIVEN)
-    if estimate is None:
+    if not is_audited:
         return Choice(value=ALPHA_OF_PAPER, why=Why.NOT_ESTIMATED)
     return Choice(value=0.0, why=Why.AFTER_FILTER)
 

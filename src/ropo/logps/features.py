@@ -45,14 +45,11 @@ class Sketch:
     """How the gradient by the head's weights is projected.
 
     Attributes:
-        is_by_hidden: P is the head times a random matrix, so that the first factor is the projected gradient by the
-            last hidden state, in which tokens that the head takes for similar ones are similar; False for P random.
         num_outputs: K, how many numbers are kept of the gradient by the head's output.
         num_inputs: L, how many are kept of the hidden state.
         seed: Of the random matrices.
     """
 
-    is_by_hidden: bool = False
     num_outputs: int = 64
     num_inputs: int = 32
     seed: int = 0
@@ -86,9 +83,8 @@ class FeatureReader:
     def name(self) -> str:
         """What the features depend on, beside the model and the pairs; fit for a folder's name."""
         sketch = self._sketch
-        kind = "hidden" if sketch.is_by_hidden else "random"
         size = f"{sketch.num_outputs}x{sketch.num_inputs}"
-        return f"features{_VERSION}-{kind}-{size}-seed{sketch.seed}-layer{self._num_middle}"
+        return f"features{_VERSION}-{size}-seed{sketch.seed}-layer{self._num_middle}"
 
     @torch.no_grad()
     def read(self, forward: Callable[[nn.Module, Batch], PairLogps], batch: Batch) -> tuple[PairLogps, Features]:
@@ -159,14 +155,8 @@ class FeatureReader:
             sketch, num_hidden = self._sketch, hidden_NH.shape[1]
             rng = torch.Generator().manual_seed(sketch.seed)
             q_HL = torch.randn(num_hidden, sketch.num_inputs, generator=rng) / sketch.num_inputs**0.5
-            num_probes = sketch.num_outputs if sketch.is_by_hidden else 0
-            r_KH = torch.randn(num_probes, num_hidden, generator=rng) / sketch.num_outputs**0.5
-            # Whatever the head's class, it is a linear map and a bias: what it makes of 0 is the bias.
-            raw_KV = head(nn.functional.pad(r_KH, (0, 0, 0, 1)).to(hidden_NH)).float()
-            if sketch.is_by_hidden:
-                p_VK = (raw_KV[:-1] - raw_KV[-1]).T.contiguous()
-            else:
-                p_VK = torch.randn(raw_KV.shape[1], sketch.num_outputs, generator=rng) / sketch.num_outputs**0.5
+            vocabulary = head(hidden_NH[:1]).shape[1]  # the weights may be sharded, quantised or an adapter's
+            p_VK = torch.randn(vocabulary, sketch.num_outputs, generator=rng) / sketch.num_outputs**0.5
             self._matrices = p_VK.to(hidden_NH.device), q_HL.to(hidden_NH.device)
         return self._matrices
 

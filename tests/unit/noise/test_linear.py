@@ -202,3 +202,15 @@ def test_a_stronger_penalty_makes_smaller_margins():
         for strength in (0.1, 3.0, 100.0)
     ]
     assert all(more > less for more, less in pairwise(sizes))
+
+
+def test_pairs_that_do_not_differ_are_not_judged():
+    """All responses of one length, or features that are all the same: margins of 0, and no warning."""
+    zeros = np.zeros((60, 1))
+    nothing = LinearModels(zeros, deal(60)).held_out()
+    assert not nothing.margins.any()
+    assert nothing.loss == pytest.approx(np.log(2))
+    features = np.random.default_rng(0).normal(size=(60, 8))
+    alike = LinearModels(features, deal(60), covariates=zeros).held_out()
+    np.testing.assert_allclose(alike.margins, LinearModels(features, deal(60)).held_out().margins, atol=3e-3)
+    assert not alike.surface.any()
