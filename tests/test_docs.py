@@ -121,6 +121,7 @@ def test_docs_show_the_measured_noise():
     assert margins.table() in page
     assert benchmark("families").table() in page
     assert benchmark("real_model").table() in page
+    assert benchmark("known_flips").table() in page
 
 
 def test_docs_show_the_measured_beta():

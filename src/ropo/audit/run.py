@@ -55,7 +55,7 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType({"features": by_features, "mode
 """The scorers by name; what each is, `ropo.config.SCORERS` says, where the option is checked."""
 
 NUM_DEALS = 4
-"""How often the pairs are dealt into folds: the mean of so many margins hangs less on the seed (docs/noise.md)."""
+"""How often the pairs are dealt into folds: the mean of several margins depends less on the seed than one."""
 
 _JUDGEMENT_FILE = "judgement.json"
 _STAGE = "judge"
