@@ -27,13 +27,13 @@ import numpy as np
 import torch
 
 from ropo import ROPOConfig, flip_labels, run_audit, run_rounds
-from ropo.bench.policy import score_policy
-from ropo.bench.rows import read_rows
-from ropo.bench.task import Task
-from ropo.bench.tasks import TASKS
 from ropo.data.load import load_pairs
-from ropo.policy import PolicySource, load_tokenizer
+from ropo.models.source import PolicySource, load_tokenizer
 from ropo.provenance import read_json
+from ropo_bench.policy_score import score_policy
+from ropo_bench.rows import read_rows
+from ropo_bench.task import Task
+from ropo_bench.tasks import TASKS
 
 RESULTS = Path(__file__).with_suffix(".csv")
 RATES, SEEDS, NUM_PAIRS, NUM_HELD_OUT, NUM_SAMPLES, BATCH = (0.25, 0.0), (1, 2), 1500, 1000, 400, 16

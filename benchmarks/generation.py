@@ -29,10 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from ropo import load_pairs
 from ropo.data.tokenize import encode_prompts
 from ropo.provenance import machine
-from ropo.resample import in_transformers
-from ropo.resample.call import Caller
-from ropo.resample.generate import sample_responses
-from ropo.resample.shared_prompt import choose_decoder
+from ropo.sampling import transformers_engine as in_transformers
+from ropo.sampling.call import Caller
+from ropo.sampling.generate import sample_responses
+from ropo.sampling.shared_prompt import choose_decoder
 
 RESULTS = Path(__file__).with_suffix(".csv")
 VOCABULARY, MEAN_LENGTH, NUM_CANDIDATES = 4096, 45, 8

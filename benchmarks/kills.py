@@ -42,9 +42,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ropo.checkpoints import MARKER
-from ropo.cli import main
+from ropo.cli.main import main
 from ropo.provenance import hash_file, is_leftover, versions
+from ropo.train.checkpoints import MARKER
 
 FIGURES = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"

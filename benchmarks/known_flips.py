@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from ropo import ROPOConfig, run_audit
-from ropo.bench.measures import auroc, precision_recall
-from ropo.bench.rows import read_rows
 from ropo.data.load import load_pairs
-from ropo.ledger import read_ledger
+from ropo.evaluate.measures import auroc, precision_recall
+from ropo.run.ledger import read_ledger
+from ropo_bench.rows import read_rows
 
 ROWS = Path(__file__).with_suffix(".csv")
 SEEDS = (1, 2, 3)

@@ -21,9 +21,9 @@ from peft import LoraConfig
 from safetensors.numpy import load_file
 
 from ropo import ROPOConfig, estimate_flips, flip_labels, run_audit, run_rounds
-from ropo.bench.measures import auroc
-from ropo.data.toy import make_pairs, save_toy
-from ropo.ledger import read_ledger
+from ropo.evaluate.measures import auroc
+from ropo.run.ledger import read_ledger
+from ropo_bench.toy import make_pairs, save_toy
 
 RESULTS = Path(__file__).with_suffix(".csv")
 RATES, SEEDS, NUM_PAIRS = (0.0, 0.3), (1, 2), 6000

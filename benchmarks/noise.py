@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit
-from ropo.bench.measures import auroc, average_precision, precision_recall
-from ropo.bench.rows import read_rows
-from ropo.data.toy import REVIEWS, SUPPORT, gold_reward, make_pairs, save_toy
-from ropo.ledger import read_ledger
+from ropo.evaluate.measures import auroc, average_precision, precision_recall
+from ropo.run.ledger import read_ledger
+from ropo_bench.rows import read_rows
+from ropo_bench.toy import REVIEWS, SUPPORT, gold_reward, make_pairs, save_toy
 
 HERE = Path(__file__).parent
 DETECTION = HERE / "noise_detection.csv"

@@ -26,11 +26,11 @@ import numpy as np
 from peft import LoraConfig
 
 from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit, run_rounds
-from ropo.bench.measures import auroc, precision_recall
-from ropo.bench.rows import read_rows
 from ropo.data.validate import read_checked
-from ropo.ledger import read_ledger
+from ropo.evaluate.measures import auroc, precision_recall
 from ropo.provenance import read_json
+from ropo.run.ledger import read_ledger
+from ropo_bench.rows import read_rows
 
 ROWS = Path(__file__).parent / "real_model.csv"
 COLUMNS = (

@@ -28,17 +28,17 @@ from scipy.stats import t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ropo import Pair, ROPOConfig, ROPOTrainer, __version__, flip_labels, run_audit
-from ropo.bench.policy import PolicyScore, each, score_policy
-from ropo.bench.rows import read_rows
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
-from ropo.data.toy import gold_reward, make_pairs, save_toy
-from ropo.ledger import read_ledger
 from ropo.logps.score import score_pairs
-from ropo.pair_dataset import PairDataset
 from ropo.pairs import PairLogps
-from ropo.resample.generate import Sample, sample_responses
-from ropo.resample.win_back import Scored, WonBack, win_back
-from ropo.trainer import losses_of, margins_of
+from ropo.resample.new_pairs import Scored, WonBack, win_back
+from ropo.run.ledger import read_ledger
+from ropo.sampling.generate import Sample, sample_responses
+from ropo.train.dataset import PairDataset
+from ropo.train.trainer import losses_of, margins_of
+from ropo_bench.policy_score import PolicyScore, each, score_policy
+from ropo_bench.rows import read_rows
+from ropo_bench.toy import gold_reward, make_pairs, save_toy
 
 RESULTS = Path(__file__).with_suffix(".csv")
 RATES, SEEDS, NUM_PAIRS, MOST_CANDIDATES = (0.2, 0.4), (1, 2, 3, 4, 5), 3000, 16

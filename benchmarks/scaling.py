@@ -1,4 +1,4 @@
-"""How the cost of training grows, counted by `ropo.plan` and measured; and what the planner says of large models.
+"""How the cost of training grows, counted by `ropo.run.plan` and measured; and what the planner says of large models.
 
     python benchmarks/scaling.py            # measures, writes scaling.csv and scaling_runs.csv
     python benchmarks/scaling.py --table    # the tables of docs/performance.md, and its picture, scaling.svg
@@ -31,15 +31,15 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from ropo import ROPOConfig, run_rounds
-from ropo.bench.figures import looks_of, names_at_ends, stand_alone
 from ropo.data.tokenize import TokenizedPair
-from ropo.data.toy import make_pairs, save_toy
-from ropo.forecast import model_size
 from ropo.logps.batch import packed_batch
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import packed_logps
-from ropo.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_run
 from ropo.report import svg
+from ropo.run.forecast import model_size
+from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_run
+from ropo_bench.figures import looks_of, names_at_ends, stand_alone
+from ropo_bench.toy import make_pairs, save_toy
 
 RESULTS = Path(__file__).with_suffix(".csv")
 RUN_RESULTS = RESULTS.with_name("scaling_runs.csv")

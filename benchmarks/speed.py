@@ -55,15 +55,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from ropo import PairDataset, ROPOConfig, load_pairs, run_rounds
-from ropo import trainer as ours
-from ropo.bench.rows import read_rows
-from ropo.data import toy
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps.batch import LAYOUTS, batches_by_length
 from ropo.logps.choose import choose_layout
 from ropo.logps.score import score_pairs
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.provenance import commit, machine, versions
+from ropo.train import trainer as ours
+from ropo_bench import toy
+from ropo_bench.rows import read_rows
 
 HERE = Path(__file__).parent
 RESULTS = Path(__file__).with_suffix(".csv")

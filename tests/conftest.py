@@ -9,7 +9,8 @@ from jaxtyping import install_import_hook
 
 # The pure rooms, where shapes are written down; dataclasses of other libraries have annotations of their own.
 install_import_hook(
-    ["ropo.pairs", "ropo.provenance", "ropo.logps", "ropo.losses", "ropo.noise", "ropo.bench"], "beartype.beartype"
+    ["ropo.pairs", "ropo.provenance", "ropo.logps", "ropo.losses", "ropo.noise", "ropo.evaluate.measures"],
+    "beartype.beartype",
 )
 
 from pathlib import Path

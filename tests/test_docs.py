@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from ropo.bench import methods
-from ropo.bench.export import EXPORTS
-from ropo.bench.grid_config import read_bench_config
-from ropo.bench.options import ExportArguments, WinRateArguments
-from ropo.bench.publish import publish_bench
-from ropo.bench.results import summary_table
-from ropo.bench.rows import read_rows
-from ropo.cli import parse_options, parse_train
+from ropo.cli.main import parse_options, parse_train
 from ropo.data.inject import noise_table
+from ropo.evaluate.export import EXPORTS
+from ropo.evaluate.options import ExportArguments, WinRateArguments
 from ropo.losses import methods_table
-from ropo.metrics import metrics_table
 from ropo.noise.decide import rules_table
 from ropo.resample.select import selection_table
+from ropo.train.metrics import metrics_table
+from ropo_bench import methods
+from ropo_bench.grid_config import read_bench_config
+from ropo_bench.publish import publish_bench
+from ropo_bench.results import summary_table
+from ropo_bench.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from ropo.align import run_audit as run_audit
-    from ropo.align import run_rounds as run_rounds
     from ropo.config import ROPOConfig as ROPOConfig
     from ropo.data.inject import flip_labels as flip_labels
     from ropo.data.load import load_pairs as load_pairs
@@ -26,11 +24,13 @@ if TYPE_CHECKING:
     from ropo.losses import LOSSES as LOSSES
     from ropo.noise.decide import decide as decide
     from ropo.noise.estimate import estimate_flips as estimate_flips
-    from ropo.pair_dataset import PairDataset as PairDataset
     from ropo.pairs import Pair as Pair
     from ropo.pairs import PairLogps as PairLogps
     from ropo.pairs import margin as margin
-    from ropo.trainer import ROPOTrainer as ROPOTrainer
+    from ropo.run.align import run_audit as run_audit
+    from ropo.run.align import run_rounds as run_rounds
+    from ropo.train.dataset import PairDataset as PairDataset
+    from ropo.train.trainer import ROPOTrainer as ROPOTrainer
 
 __version__ = "0.1.0"
 
@@ -38,17 +38,17 @@ _HOME = {
     "DataError": "ropo.data.validate",
     "LOSSES": "ropo.losses",
     "Pair": "ropo.pairs",
-    "PairDataset": "ropo.pair_dataset",
+    "PairDataset": "ropo.train.dataset",
     "PairLogps": "ropo.pairs",
     "ROPOConfig": "ropo.config",
-    "ROPOTrainer": "ropo.trainer",
+    "ROPOTrainer": "ropo.train.trainer",
     "decide": "ropo.noise.decide",
     "estimate_flips": "ropo.noise.estimate",
     "flip_labels": "ropo.data.inject",
     "load_pairs": "ropo.data.load",
     "margin": "ropo.pairs",
-    "run_audit": "ropo.align",
-    "run_rounds": "ropo.align",
+    "run_audit": "ropo.run.align",
+    "run_rounds": "ropo.run.align",
     "validate_pairs": "ropo.data.validate",
 }
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ropo.bench.rows import read_rows
-from ropo.cli import main
-from ropo.data.toy import make_model, make_tokenizer
+from ropo.cli.main import main
+from ropo_bench.rows import read_rows
+from ropo_bench.toy import make_model, make_tokenizer
 
 GRID = """\
 task: reviews

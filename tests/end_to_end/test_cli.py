@@ -13,11 +13,11 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTJConfig, LlamaConfig
 
 from ropo import __version__
-from ropo.cli import _dataset, _say_rate, _without_secrets, main, parse_train
+from ropo.cli.main import _dataset, _say_rate, _without_secrets, main, parse_train
 from ropo.config import ROPOConfig
 from ropo.data.read import HubDataset
-from ropo.ledger import SCHEMA
-from ropo.trainer import ROPOTrainer
+from ropo.run.ledger import SCHEMA
+from ropo.train.trainer import ROPOTrainer
 
 RECIPE = """\
 learning_rate: 3e-3
@@ -229,7 +229,7 @@ def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, t
 def test_a_folder_of_something_else_is_refused_before_anything_is_read(
     model_folder, dataset, recipe, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ropo.align.read_checked", lambda *_, **__: pytest.fail("the data was read"))
+    monkeypatch.setattr("ropo.run.align.read_checked", lambda *_, **__: pytest.fail("the data was read"))
     for folder in (model_folder, dataset.parent):
         before = sorted(path.name for path in folder.iterdir())
         assert train(model_folder, dataset, recipe, folder) == 2
@@ -238,7 +238,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_read(
 
 
 def test_a_warm_up_without_end_costs_no_reference(model_folder, dataset, recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
     assert train(model_folder, dataset, recipe, tmp_path / "O", "--warmup_steps", "1e9") == 2
     assert "warmup_steps needs fewer than the 3 steps of the shortest training; got 1e+09" in capsys.readouterr().err
 
@@ -246,8 +246,12 @@ def test_a_warm_up_without_end_costs_no_reference(model_folder, dataset, recipe,
 @pytest.mark.parametrize(
     ("more", "hidden", "said"),
     [
-        (["--report_to", "wandb"], "ropo.preflight.get_available_reporting_integrations", "report_to wandb needs its"),
-        (["--use_liger_kernel"], "ropo.preflight.is_liger_kernel_available", "use_liger_kernel needs the package"),
+        (
+            ["--report_to", "wandb"],
+            "ropo.train.checks.get_available_reporting_integrations",
+            "report_to wandb needs its",
+        ),
+        (["--use_liger_kernel"], "ropo.train.checks.is_liger_kernel_available", "use_liger_kernel needs the package"),
         (
             ["--optim", "adamw_bnb_8bit"],
             "transformers.trainer_optimizer.is_bitsandbytes_available",
@@ -267,7 +271,7 @@ def test_a_package_that_a_library_misses_is_one_sentence(dataset, recipe, tmp_pa
     def miss(*_, **__):
         raise ImportError("deepspeed is not installed")
 
-    monkeypatch.setattr("ropo.cli.run_rounds", miss)
+    monkeypatch.setattr("ropo.cli.main.run_rounds", miss)
     assert train("M", dataset, recipe, tmp_path / "O") == 2
     assert "ropo train: deepspeed is not installed" in capsys.readouterr().err
 
@@ -276,7 +280,7 @@ def test_a_package_that_a_library_misses_is_one_sentence(dataset, recipe, tmp_pa
 def test_an_adapter_that_does_not_fit_costs_no_reference(
     modules, model_folder, dataset, recipe, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
     words = ["--use_peft", "--lora_target_modules", modules]
     assert train(model_folder, dataset, recipe, tmp_path / "O", *words) == 2
     out, error = capsys.readouterr()
@@ -590,7 +594,7 @@ def test_version(capsys):
 
 def test_a_reader_that_goes_away_is_no_success():
     """As for other commands, so that `set -o pipefail` notices what was not said to the end."""
-    command = f"set -o pipefail; {sys.executable} -m ropo.cli losses | true; echo ${{PIPESTATUS[0]}}"
+    command = f"set -o pipefail; {sys.executable} -m ropo.cli.main losses | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("141\n", "")
 

@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from ropo.cli import main
+from ropo.cli.main import main
 from ropo.judge.endpoint import EndpointJudge
-from ropo.resample.engine import Response
-from ropo.resample.in_transformers import TransformersEngine
+from ropo.sampling.engine import Response
+from ropo.sampling.transformers_engine import TransformersEngine
 
 CONVERSATIONS = [
     {"question_id": 81, "category": "writing", "turns": ["the soup was good .", "not and"]},
@@ -85,7 +85,7 @@ def test_mt_bench_is_a_conversation(model_folder, mt_bench, sampled, capsys):
 
 
 def test_a_killed_export_goes_on_and_ends_in_the_same_file(model_folder, mt_bench, tmp_path, sampled, monkeypatch):
-    monkeypatch.setattr("ropo.bench.answers.time.time", lambda: 1.5)
+    monkeypatch.setattr("ropo.evaluate.answers.time.time", lambda: 1.5)
     assert export(model_folder, "mt_bench", mt_bench, tmp_path / "whole") == 0
     expected = (tmp_path / "whole" / "model_answer" / "tiny_model.jsonl").read_bytes()
     all_calls, killed = list(sampled), tmp_path / "killed"
@@ -102,7 +102,7 @@ def test_a_killed_export_goes_on_and_ends_in_the_same_file(model_folder, mt_benc
         with pytest.raises(KeyboardInterrupt):
             export(model_folder, "mt_bench", mt_bench, killed)
     assert not (killed / "model_answer").exists()
-    monkeypatch.setattr("ropo.bench.answers.time.time", lambda: 99.0)
+    monkeypatch.setattr("ropo.evaluate.answers.time.time", lambda: 99.0)
     sampled.clear()
     assert export(model_folder, "mt_bench", mt_bench, killed) == 0
     assert sampled == all_calls[2:]  # the first turn is not asked again

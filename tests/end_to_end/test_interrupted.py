@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ropo.lock import LOCK_FILE
+from ropo.utils.lock import LOCK_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def words(pairs, model_folder, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = (f"--model_name_or_path={model_folder}", f"--dataset_name={tmp_path / 'pairs.jsonl'}")
     options = (f"--{name}={value}" for name, value in {"output_dir": tmp_path / "O", **OPTIONS}.items())
-    return ["-m", "ropo.cli", "train", *data, *options]
+    return ["-m", "ropo.cli.main", "train", *data, *options]
 
 
 def start(*words):

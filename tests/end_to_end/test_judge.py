@@ -10,11 +10,11 @@ from functools import partial
 import pytest
 
 from ropo import run_rounds
-from ropo.cli import main
+from ropo.cli.main import main
 from ropo.config import ROPOConfig
-from ropo.endpoint import EndpointError
 from ropo.judge.endpoint import EndpointJudge
-from ropo.trainer import ROPOTrainer
+from ropo.train.trainer import ROPOTrainer
+from ropo.utils.endpoint import EndpointError
 
 OPTIONS = {
     "learning_rate": 3e-3, "per_device_train_batch_size": 4, "save_strategy": "no", "max_length": 64,
@@ -114,7 +114,7 @@ def test_the_command_line_says_it_in_one_line(model_folder, pairs, tmp_path, dea
     def failing(*_, **__):
         raise EndpointError(f"{dead_url} refused the connection. Start it.")
 
-    monkeypatch.setattr("ropo.cli.run_rounds", failing)
+    monkeypatch.setattr("ropo.cli.main.run_rounds", failing)
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "p", "chosen": " a", "rejected": " b"}\n')
     words = ["train", "--model_name_or_path", str(model_folder), "--dataset_name", str(data), "--output_dir", "o"]

@@ -21,7 +21,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from ropo.cli import main
+from ropo.cli.main import main
 from ropo.data.load import load_pairs
 from ropo.data.tokenize import tokenize_pairs
 

@@ -32,7 +32,7 @@ def as_on_gpus(self, *args, **options):
 
 state.PartialState.__init__ = as_on_gpus
 response_head.LOGITS_BUDGET_BYTES["cpu"] = 4 * 300 * 10
-from ropo.cli import main
+from ropo.cli.main import main
 sys.exit(main())
 """
 FSDP = {

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from ropo.align import run_audit, run_rounds
-from ropo.bench.measures import auroc
 from ropo.config import ROPOConfig
 from ropo.data.inject import BAD_ANNOTATOR, flip_labels
-from ropo.data.toy import make_pairs, save_toy
-from ropo.demo import run_demo
+from ropo.evaluate.measures import auroc
 from ropo.provenance import read_json
+from ropo.run.align import run_audit, run_rounds
+from ropo_bench.demo import run_demo
+from ropo_bench.toy import make_pairs, save_toy
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def test_two_processes_take_the_same_steps(model_folder, pairs, tmp_path):
     words = [f"--{name}={value}" for name, value in OPTIONS.items()]
     subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "ropo.cli", "train"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "ropo.cli.main", "train"),
             *(f"--model_name_or_path={model_folder}", f"--dataset_name={dataset}", f"--output_dir={two}"),
             # In pieces too, of which each process has a number of its own.
             *("--per_device_train_batch_size=2", "--max_tokens_per_batch=40", *words),

@@ -6,9 +6,9 @@ from datetime import datetime, timedelta
 import pytest
 from transformers import AutoTokenizer
 
-from ropo.cli import main
+from ropo.cli.main import main
 from ropo.data import template
-from ropo.rounds import Round
+from ropo.run.rounds import Round
 
 OPTIONS = (
     "--use_cpu", "--max_length", "96", "--max_steps", "1", "--rounds", "1", "--num_folds", "0", "--rho", "0",

@@ -3,9 +3,9 @@
 import pytest
 from datasets import Dataset
 
-from ropo.align import run_rounds
 from ropo.config import ROPOConfig
 from ropo.provenance import read_json
+from ropo.run.align import run_rounds
 
 trl = pytest.importorskip("trl", reason="installed by the extra `trl`")
 

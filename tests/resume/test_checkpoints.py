@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ropo import callbacks
-from ropo.checkpoints import MARKER, newest_complete, why_incomplete
 from ropo.config import ROPOConfig
 from ropo.provenance import DiskFullError
-from ropo.trainer import ROPOTrainer
+from ropo.train import callbacks
+from ropo.train.checkpoints import MARKER, newest_complete, why_incomplete
+from ropo.train.trainer import ROPOTrainer
 
 LOSSES = ("dpo", "ropo", "re_po", "gamma_po", "plc_dpo")  # two without a state of their own, three with one
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropo import stages
-from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig
 from ropo.provenance import DamagedFileError, hash_file, read_json, write_json
+from ropo.run.align import run_audit, run_rounds
 from ropo.stages import Stages
 
 MADE_AGAIN = (

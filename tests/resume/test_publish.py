@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ropo.align import run_rounds
 from ropo.config import ROPOConfig
-from ropo.ledger import read_ledger
 from ropo.provenance import DiskFullError, hash_file, read_json
+from ropo.run.align import run_rounds
+from ropo.run.ledger import read_ledger
 from ropo.stages import Stages
 
 
@@ -67,8 +67,8 @@ def test_no_room_for_the_results(model_folder, pairs, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     after = {path.name: hash_file(path) for path in folder.iterdir() if path.is_file()}
-    assert {name: after[name] for name in before if name != "ropo.lock"} == {
-        name: before[name] for name in before if name != "ropo.lock"
+    assert {name: after[name] for name in before if name != "ropo.utils.lock"} == {
+        name: before[name] for name in before if name != "ropo.utils.lock"
     }
     run_rounds(model_folder, pairs, config(folder))
 

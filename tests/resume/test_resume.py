@@ -14,13 +14,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ropo import stages
-from ropo.align import run_rounds
 from ropo.audit.features import by_features
 from ropo.audit.run import SCORERS
 from ropo.config import ROPOConfig
-from ropo.policy import PolicySource
+from ropo.models.source import PolicySource
 from ropo.provenance import hash_file, hash_tensors, read_json
-from ropo.trainer import ROPOTrainer
+from ropo.run.align import run_rounds
+from ropo.train.trainer import ROPOTrainer
 
 SCORED = {"features": ["linear"], "models": ["fold 0", "fold 1"]}
 ROUNDS = ["train", "score", "decide", "resample", "train", "score", "decide"]
@@ -145,7 +145,7 @@ def test_an_adapter_run_is_taken_up_again(model_folder, pairs, tmp_path, monkeyp
     assert read_json(folder / "ropo_config.json")["adapter"]["target_modules"] == [
         "k_proj", "o_proj", "q_proj", "v_proj",
     ]  # fmt: skip
-    monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
     again = run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
     assert again["seconds"] == first["seconds"]
 
@@ -283,7 +283,7 @@ def test_models_of_earlier_stages_are_not_kept(options, model_folder, pairs, tmp
 def test_finished_run_does_nothing(model_folder, pairs, tmp_path, monkeypatch):
     folder = tmp_path / "done"
     first = run_rounds(model_folder, pairs, config(folder))
-    monkeypatch.setattr("ropo.policy.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
     again = run_rounds(model_folder, pairs, config(folder))
     assert again["seconds"] == first["seconds"]
 

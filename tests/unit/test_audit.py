@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from ropo import config as config_module
-from ropo.align import run_audit, run_rounds
 from ropo.audit import run as audit_run
 from ropo.audit.folds import _deal, folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
@@ -17,11 +16,12 @@ from ropo.audit.scorers import Scores
 from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_rho, resolve_rule
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
-from ropo.ledger import read_ledger
 from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair
 from ropo.provenance import hash_file
-from ropo.trainer import ROPOTrainer
+from ropo.run.align import run_audit, run_rounds
+from ropo.run.ledger import read_ledger
+from ropo.train.trainer import ROPOTrainer
 
 
 def config(folder, **options):

@@ -11,10 +11,10 @@ from ropo.audit.features import BLOCKS
 from ropo.audit.run import Audit
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
+from ropo.models.source import PolicySource
 from ropo.noise.linear import LinearModels
-from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairFeatures
-from ropo.policy import PolicySource
+from ropo.train.dataset import PairDataset
 
 NUM_PAIRS = 300
 SURFACE = ["length", "n-grams"]

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ropo.align import run_rounds
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
-from ropo.evaluation import read_evaluation
 from ropo.logps.cache import reference_logps
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair, margin
 from ropo.provenance import hash_file, read_json
+from ropo.run.align import run_rounds
+from ropo.run.evaluation import read_evaluation
 
 
 def config(folder, **options):

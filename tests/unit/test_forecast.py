@@ -10,13 +10,14 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config, LlamaConfig
 
-from ropo import ROPOConfig, forecast
+from ropo import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
-from ropo.data.toy import make_pairs, save_toy
 from ropo.logps.batch import shared_prefix_batch
 from ropo.logps.shared_prefix import enable_response_logps, shared_prefix_logps
-from ropo.plan import PairSize, forward_operations
-from ropo.policy import PolicySource
+from ropo.models.source import PolicySource
+from ropo.run import forecast
+from ropo.run.plan import PairSize, forward_operations
+from ropo_bench.toy import make_pairs, save_toy
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_random_state_is_left_alone(toy, tmp_path):
 
 def test_it_is_told(toy, tmp_path, caplog):
     folder, tokenizer, tokens = toy
-    with caplog.at_level(logging.INFO, logger="ropo.forecast"):
+    with caplog.at_level(logging.INFO, logger="ropo.run.forecast"):
         forecast.tell_forecast(PolicySource(str(folder)), tokens, options(tmp_path), tokenizer, None, is_audit=True)
     assert "This run, if nothing of it is done yet: About" in caplog.text
     assert "GiB of memory" in caplog.text
@@ -145,7 +146,7 @@ def test_the_step_is_timed_as_the_model_will_be_loaded(toy, tmp_path, monkeypatc
     whole = forecast.forecast
     monkeypatch.setattr(forecast, "_seconds", seconds)
     monkeypatch.setattr(forecast, "forecast", lambda *given, **more: plans.append(whole(*given, **more)) or plans[-1])
-    caplog.set_level(logging.INFO, logger="ropo.forecast")
+    caplog.set_level(logging.INFO, logger="ropo.run.forecast")
     for source in (PolicySource(str(folder)), asked):
         forecast.tell_forecast(source, tokens, options(tmp_path), tokenizer, None, is_audit=True)
     is_half = dtype != "auto"
@@ -156,7 +157,7 @@ def test_the_step_is_timed_as_the_model_will_be_loaded(toy, tmp_path, monkeypatc
 def test_a_model_that_it_cannot_size_stops_nothing(toy, tmp_path, caplog):
     _, tokenizer, tokens = toy
     source = PolicySource(str(tmp_path / "nothing_here"))
-    with caplog.at_level(logging.INFO, logger="ropo.forecast"):
+    with caplog.at_level(logging.INFO, logger="ropo.run.forecast"):
         forecast.tell_forecast(source, tokens, options(tmp_path), tokenizer, None, is_audit=False)
     assert "cannot be told" in caplog.text
 

@@ -16,15 +16,15 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
-from ropo.endpoint import EndpointError
 from ropo.judge import reward_model
-from ropo.judge.answers import Answers
+from ropo.judge.answer_cache import Answers
 from ropo.judge.endpoint import EndpointJudge, parse_answer
 from ropo.judge.make import JUDGES, make_judge
 from ropo.judge.reward_model import RewardModelJudge
 from ropo.judge.verdicts import ask, flip_judge, settle
 from ropo.noise.decide import decide
 from ropo.pairs import Pair
+from ropo.utils.endpoint import EndpointError
 
 KEY = "sk-test-0123456789abcdef"
 
@@ -560,9 +560,9 @@ def test_processes_share_the_asking(tmp_path, monkeypatch):
             pass
 
     state = State()
-    monkeypatch.setattr("ropo.judge.answers.PartialState", lambda: state)
-    monkeypatch.setattr("ropo.judge.answers.broadcast_object_list", lambda _: None)
-    monkeypatch.setattr("ropo.judge.answers.gather_object", lambda mine: gathered.extend(mine) or gathered)
+    monkeypatch.setattr("ropo.judge.answer_cache.PartialState", lambda: state)
+    monkeypatch.setattr("ropo.judge.answer_cache.broadcast_object_list", lambda _: None)
+    monkeypatch.setattr("ropo.judge.answer_cache.gather_object", lambda mine: gathered.extend(mine) or gathered)
     made = []
     for state.process_index in range(3):
         made.append(Answers(tmp_path, "x"))
@@ -584,9 +584,9 @@ def test_an_error_of_one_process_is_an_error_of_all(tmp_path, monkeypatch):
         def wait_for_everyone(self):
             pass
 
-    monkeypatch.setattr("ropo.judge.answers.PartialState", State)
-    monkeypatch.setattr("ropo.judge.answers.broadcast_object_list", lambda _: None)
-    monkeypatch.setattr("ropo.judge.answers.gather_object", lambda mine: [*mine, ({}, "the other failed")])
+    monkeypatch.setattr("ropo.judge.answer_cache.PartialState", State)
+    monkeypatch.setattr("ropo.judge.answer_cache.broadcast_object_list", lambda _: None)
+    monkeypatch.setattr("ropo.judge.answer_cache.gather_object", lambda mine: [*mine, ({}, "the other failed")])
     with pytest.raises(RuntimeError, match="the other failed"):
         Answers(tmp_path, "x").share({"a": 1, "b": 2}, lambda _: None)
 

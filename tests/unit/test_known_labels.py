@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from ropo.align import _known_labels, run_audit
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
 from ropo.pairs import pair_id
+from ropo.run.align import _known_labels, run_audit
 
 ROWS = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
 

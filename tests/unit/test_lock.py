@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ropo import align
-from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig
-from ropo.lock import LOCK_FILE, owning
+from ropo.run import align
+from ropo.run.align import run_audit, run_rounds
+from ropo.utils.lock import LOCK_FILE, owning
 
 HOLDING = f"""
 import sys, time

@@ -20,15 +20,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ropo import model_files
-from ropo.align import run_rounds
-from ropo.bench import own
-from ropo.cli import main
+from ropo.cli.main import main
 from ropo.config import ROPOConfig
 from ropo.judge.reward_model import RewardModelJudge
-from ropo.model_files import not_finite
-from ropo.policy import PolicySource
-from ropo.trainer import ROPOTrainer
+from ropo.models import files as model_files
+from ropo.models.files import not_finite
+from ropo.models.source import PolicySource
+from ropo.run.align import run_rounds
+from ropo.train.trainer import ROPOTrainer
+from ropo_bench import own
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
@@ -336,7 +336,7 @@ def test_tensors_without_a_place_are_told_once(model_folder, caplog):
         source.skeleton()
         source.load()
         source.load()
-    told = [record.message for record in caplog.records if record.name == "ropo.model_files"]
+    told = [record.message for record in caplog.records if record.name == "ropo.models.files"]
     assert len(told) == 1
     assert f"{model_folder} holds tensors that its config.json has no place for" in told[0]
     assert "model.layers.1.input_layernorm.weight" in told[0]

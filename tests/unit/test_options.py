@@ -7,12 +7,12 @@ import typing
 
 import pytest
 
-from ropo.bench.grid_config import read_bench_config
-from ropo.bench.options import ExportArguments
-from ropo.cli import TrainArguments, main, parse_train
+from ropo.cli.main import TrainArguments, main, parse_train
 from ropo.config import ROPOConfig
-from ropo.options import check_words, read_yaml
-from ropo.preflight import check_training, check_warmup
+from ropo.evaluate.options import ExportArguments
+from ropo.train.checks import check_training, check_warmup
+from ropo.utils.options import check_words, read_yaml
+from ropo_bench.grid_config import read_bench_config
 
 WORDS = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", "O", "--use_cpu"]
 
@@ -280,7 +280,7 @@ def test_what_is_meant_passes(tmp_path):
 
 def test_ligers_losses_are_never_asked_for(tmp_path, monkeypatch):
     """Its fused loss replaces the model's forward pass, of which our losses read the logits."""
-    monkeypatch.setattr("ropo.preflight.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("ropo.train.checks.is_liger_kernel_available", lambda: True)
     args = config(tmp_path, use_liger_kernel=True, liger_kernel_config='{"rope": false}')
     assert args.liger_kernel_config == {"cross_entropy": False, "fused_linear_cross_entropy": False, "rope": False}
     with pytest.raises(ValueError, match="use_liger_kernel needs a GPU; got a CPU"):
@@ -367,7 +367,7 @@ def test_an_unexpected_exception_is_one_sentence(tmp_path, capsys, monkeypatch):
 
     sk = "sk-12345"
     monkeypatch.setenv("SOME_API_KEY", sk)
-    monkeypatch.setattr("ropo.cli.run_rounds", fail)
+    monkeypatch.setattr("ropo.cli.main.run_rounds", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     words = ["train", *WORDS[:-2], str(tmp_path / "O"), "--use_cpu", "--hub_token", "hf_secret1"]
     assert main(words) == 70
@@ -394,7 +394,7 @@ def test_no_exception_is_a_traceback(kind, tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("ropo.cli.run_rounds", fail)
+    monkeypatch.setattr("ropo.cli.main.run_rounds", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert main(["train", *WORDS]) == (2 if isinstance(error, ValueError) else 70)
     assert len(capsys.readouterr().err.strip().splitlines()) <= 2

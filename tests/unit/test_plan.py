@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropo.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_run, training_bytes
+from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_run, training_bytes
 
 MODEL = ModelSize(
     layer_weights=4_800_000,

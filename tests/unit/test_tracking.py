@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers.integrations import integration_utils
 
-from ropo.align import run_rounds
 from ropo.config import ROPOConfig
-from ropo.tracking import tracked
+from ropo.run.align import run_rounds
+from ropo.train.tracking import tracked
 
 
 class Writer:

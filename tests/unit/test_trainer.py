@@ -10,18 +10,18 @@ from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from ropo import trainer as ours
-from ropo.align import run_audit, run_rounds
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
-from ropo.metrics import METRICS
-from ropo.pair_dataset import PairDataset
+from ropo.models.source import check_adapter
 from ropo.pairs import Pair, PairLogps
-from ropo.policy import check_adapter
-from ropo.trainer import ROPOTrainer
+from ropo.run.align import run_audit, run_rounds
+from ropo.train import trainer as ours
+from ropo.train.dataset import PairDataset
+from ropo.train.metrics import METRICS
+from ropo.train.trainer import ROPOTrainer
 
 OPTIONS = {
     **{loss: {"flip_rate": 0.1} for loss in ("cdpo", "rdpo", "forward_corrected")},
@@ -264,7 +264,7 @@ def test_only_a_refusal_of_the_adapter_refuses_it(model, monkeypatch):
     def miss(*_):
         raise AttributeError("'Parameter' object has no attribute 'compress_statistics'")
 
-    monkeypatch.setattr("ropo.policy.get_peft_model", miss)
+    monkeypatch.setattr("ropo.models.source.get_peft_model", miss)
     check_adapter(model, LoraConfig(target_modules=["q_proj"]))
 
 

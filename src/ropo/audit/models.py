@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from ropo.audit.scorers import Floats, Question, Scores
 from ropo.audit.weights import training_set
 from ropo.config import LOSS_OPTIONS, ROPOConfig
-from ropo.pair_dataset import PairDataset
 from ropo.provenance import write_aside
 from ropo.stages import Stages
-from ropo.tracking import tracked
-from ropo.trainer import ROPOTrainer
+from ropo.train.dataset import PairDataset
+from ropo.train.tracking import tracked
+from ropo.train.trainer import ROPOTrainer
 
 NUM_CHECKS = 3
 _CHECKPOINTS = "fold_{}_checkpoints"

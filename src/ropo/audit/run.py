@@ -41,13 +41,13 @@ from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
+from ropo.models.source import PolicySource, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
-from ropo.pair_dataset import PairDataset
 from ropo.pairs import PairFeatures
-from ropo.policy import PolicySource, release_memory
 from ropo.provenance import hash_tensors, read_json, write_json
 from ropo.stages import Stages
+from ropo.train.dataset import PairDataset
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
+from ropo.models.source import PolicySource
 from ropo.noise.clusters import cluster_weights, mean_of
 from ropo.noise.shares import wilson_interval
-from ropo.pair_dataset import PairDataset
 from ropo.pairs import PairFeatures
-from ropo.policy import PolicySource
 from ropo.provenance import read_json, write_aside, write_json
+from ropo.train.dataset import PairDataset
 
 Floats = NDArray[np.float64]
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ropo.judge.verdicts import Judge, flip_judge
 from ropo.noise.decide import RULES, decide
-from ropo.pair_dataset import PairDataset
 from ropo.pairs import Pair, PairLogps
+from ropo.train.dataset import PairDataset
 
 Floats = NDArray[np.float64]
 

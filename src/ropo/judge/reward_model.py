@@ -21,11 +21,11 @@ from transformers import (
 
 from ropo.data.problems import rows_left_out
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
-from ropo.judge.answers import Answers
+from ropo.judge.answer_cache import Answers
 from ropo.logps.batch import batches_by_length, plain_batch
 from ropo.logps.cache import reference_hash
 from ropo.logps.score import progress_bar
-from ropo.model_files import (
+from ropo.models.files import (
     TOKENIZER_SETTINGS,
     ModelKind,
     check_ids,

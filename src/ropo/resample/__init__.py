@@ -1,1 +1,1 @@
-"""Win back the prompts of discarded pairs: `generate` samples responses, `select` chooses new pairs."""
+"""New pairs for the prompts of dropped pairs: sample candidates, choose by margin (ROPO, section 3.3)."""

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ropo.bench import cell
-from ropo.bench.policy import each
-from ropo.bench.task import Task
-from ropo.data.toy import gold_reward, make_model, make_pairs, make_tokenizer
+from ropo_bench import cell
+from ropo_bench.policy_score import each
+from ropo_bench.task import Task
+from ropo_bench.toy import gold_reward, make_model, make_pairs, make_tokenizer
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from ropo.bench import sentiment
-from ropo.bench.tasks import TASKS
-from ropo.bench.word_reward import WordReward
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
+from ropo_bench import sentiment
+from ropo_bench.tasks import TASKS
+from ropo_bench.word_reward import WordReward
 
 SHARED = Path(os.environ.get("ROPO_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
 REAL = SHARED / "sentence_polarity.zip"
@@ -87,7 +87,7 @@ def test_what_is_made_is_used_again(folder, source, made, monkeypatch):
         raise AssertionError("made again")
 
     monkeypatch.setattr(sentiment, "pretrain", refuse)
-    monkeypatch.setattr("ropo.resample.in_transformers.TransformersEngine.sample", refuse)
+    monkeypatch.setattr("ropo.sampling.transformers_engine.TransformersEngine.sample", refuse)
     assert sentiment.prepare(folder, source) == made
     assert sentiment.make_pairs(made, 20, seed=5) == before
     with pytest.raises(AssertionError, match="made again"):

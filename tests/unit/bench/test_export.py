@@ -1,6 +1,6 @@
 """Questions of other projects are read or refused, and answers stand where and as the projects read them.
 
-The fixtures have the fields of the real files, at the commits that `ropo.bench.export` names, and texts of our own.
+The fixtures have the fields of the real files, at the commits that `ropo.evaluate.export` names, and texts of our own.
 """
 
 import json
@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from ropo.bench.export import EXPORTS, Answer, read_questions, write_answers
-from ropo.bench.options import ExportArguments
 from ropo.data.validate import DataError
+from ropo.evaluate.export import EXPORTS, Answer, read_questions, write_answers
+from ropo.evaluate.options import ExportArguments
 
 QUESTIONS = {
     "alpaca_eval": [

@@ -5,15 +5,15 @@ import time
 import numpy as np
 import pytest
 
-from ropo.bench import cell as cell_module
-from ropo.bench import grid
-from ropo.bench.cell import NUM_SEEN_BY_WEAK_ANNOTATOR, NUM_SPARE, Cell, make_task, measure, named, plant
-from ropo.bench.grid import best_setting, missing_cells, missing_trials, run_bench
-from ropo.bench.grid_config import BenchConfig, read_bench_config
-from ropo.bench.methods import METHODS, trials_of
-from ropo.bench.rows import KEY, append_row, read_rows
-from ropo.bench.word_reward import fit_on_pairs
 from ropo.data.inject import NOISE
+from ropo_bench import cell as cell_module
+from ropo_bench import grid
+from ropo_bench.cell import NUM_SEEN_BY_WEAK_ANNOTATOR, NUM_SPARE, Cell, make_task, measure, named, plant
+from ropo_bench.grid import best_setting, missing_cells, missing_trials, run_bench
+from ropo_bench.grid_config import BenchConfig, read_bench_config
+from ropo_bench.methods import METHODS, trials_of
+from ropo_bench.rows import KEY, append_row, read_rows
+from ropo_bench.word_reward import fit_on_pairs
 
 SMALL = {"num_pairs": 24, "num_held_out": 10, "num_samples": 4, "num_trials": 2, "options": {"use_cpu": True}}
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from ropo.bench.measures import auroc, average_precision, mean_of, precision_recall, share_of
-from ropo.bench.policy import each, score_policy
-from ropo.data import toy
+from ropo.evaluate.measures import auroc, average_precision, mean_of, precision_recall, share_of
+from ropo_bench import toy
+from ropo_bench.policy_score import each, score_policy
 
 
 def test_auroc_counts_ties_half():

@@ -6,15 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from ropo.bench import methods, selective
-from ropo.bench.cell import make_task
-from ropo.bench.grid_config import BenchConfig
-from ropo.bench.methods import METHODS, Noisy, run_method
-from ropo.bench.perp_correct import Mixture, correct_by_perplexity, fit_mixture, perplexity_differences
 from ropo.config import ROPOConfig
 from ropo.data.inject import flip_labels
 from ropo.losses import LOSSES
 from ropo.pairs import Pair
+from ropo_bench import methods, selective
+from ropo_bench.cell import make_task
+from ropo_bench.grid_config import BenchConfig
+from ropo_bench.methods import METHODS, Noisy, run_method
+from ropo_bench.perp_correct import Mixture, correct_by_perplexity, fit_mixture, perplexity_differences
 
 OPTIONS = {
     "per_device_train_batch_size": 8,
@@ -121,9 +121,9 @@ def test_perplexity_counts_the_prompt_and_each_token_alike(noisy, model_folder, 
 def test_perp_correct_turns_what_the_surrogate_finds_the_wrong_way_round(noisy, monkeypatch, tmp_path):
     """With a surrogate that knows the truth up to some noise, nearly all flips are turned and few others."""
     rng = np.random.default_rng(0)
-    monkeypatch.setattr("ropo.bench.perp_correct.run_rounds", lambda *given: Path(given[2].output_dir).mkdir())
+    monkeypatch.setattr("ropo_bench.perp_correct.run_rounds", lambda *given: Path(given[2].output_dir).mkdir())
     monkeypatch.setattr(
-        "ropo.bench.perp_correct.perplexity_differences",
+        "ropo_bench.perp_correct.perplexity_differences",
         lambda *_: rng.normal(np.where(noisy.is_flipped, 1.0, -1.0), 0.4),
     )
     found = correct_by_perplexity(

@@ -9,13 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ropo import Pair
-from ropo.bench import grid as bench_grid
-from ropo.bench import own
-from ropo.bench.grid import run_bench
-from ropo.bench.grid_config import BenchConfig, read_bench_config
-from ropo.bench.rows import read_rows
-from ropo.data.toy import make_model, make_pairs, make_tokenizer
 from ropo.judge.make import JUDGES
+from ropo_bench import grid as bench_grid
+from ropo_bench import own
+from ropo_bench.grid import run_bench
+from ropo_bench.grid_config import BenchConfig, read_bench_config
+from ropo_bench.rows import read_rows
+from ropo_bench.toy import make_model, make_pairs, make_tokenizer
 
 PAIRS = [Pair(prompt=f"p{i} ", chosen=f"good {i}", rejected=f"bad {i}", row=i) for i in range(40)]
 
@@ -31,7 +31,7 @@ def says(pairs):
 
 def test_the_judge_is_the_truth(caplog):
     swapped = [Pair(prompt=p.prompt, chosen=p.rejected, rejected=p.chosen, row=p.row) for p in PAIRS[:20]]
-    with caplog.at_level(logging.INFO, logger="ropo.bench.own"):
+    with caplog.at_level(logging.INFO, logger="ropo_bench.own"):
         found = own.settled(says, [*swapped, *PAIRS[20:]])
     assert len(found) == 32
     assert all("good" in pair.chosen and pair.prompt.strip()[-1] not in "37" for pair in found)

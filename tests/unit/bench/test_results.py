@@ -5,10 +5,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ropo.bench.figures import spread
-from ropo.bench.methods import METHODS
-from ropo.bench.publish import publish_bench
-from ropo.bench.results import (
+from ropo_bench.figures import spread
+from ropo_bench.methods import METHODS
+from ropo_bench.publish import publish_bench
+from ropo_bench.results import (
     cell_tables,
     cells_of,
     detection_table,
@@ -21,7 +21,7 @@ from ropo.bench.results import (
     shipped_table,
     summary_table,
 )
-from ropo.bench.rows import append_row, read_rows
+from ropo_bench.rows import append_row, read_rows
 
 # accuracy by method and seed: the floor 0.8, the ceiling 0.9 and in between what closes half of the gap.
 SCORES = {

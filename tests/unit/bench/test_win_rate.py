@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ropo.bench.measures import share_of
-from ropo.bench.options import WinRateArguments
-from ropo.bench.win_rate import Comparison, Outputs, compare, read_outputs, run_win_rate, win_rate
 from ropo.data.validate import DataError
+from ropo.evaluate.measures import share_of
+from ropo.evaluate.options import WinRateArguments
+from ropo.evaluate.win_rate import Comparison, Outputs, compare, read_outputs, run_win_rate, win_rate
 
 
 def comparisons(*said, output="long text", baseline="short"):

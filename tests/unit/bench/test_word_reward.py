@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from ropo.bench.word_reward import WordReward, fit_on_pairs, fit_on_texts, terms
 from ropo.pairs import Pair
+from ropo_bench.word_reward import WordReward, fit_on_pairs, fit_on_texts, terms
 
 PLANTED = {"superb": 2.0, "fine": 1.0, "plain": 0.0, "dull": -1.0, "awful": -2.0}
 

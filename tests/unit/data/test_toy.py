@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ropo.data.grammar import REVIEWS, SUPPORT, sample_prompt, sample_response
-from ropo.data.toy import gold_reward, make_model, make_pairs, make_tokenizer, pretrain, save_toy
+from ropo_bench.grammar import REVIEWS, SUPPORT, sample_prompt, sample_response
+from ropo_bench.toy import gold_reward, make_model, make_pairs, make_tokenizer, pretrain, save_toy
 
 PROMPT = "Review the soup at the Blue Door ."
 

@@ -17,7 +17,7 @@ from ropo.logps.cache import reference_features, reference_hash, reference_logps
 from ropo.logps.features import FeatureReader, Sketch
 from ropo.pairs import PairFeatures
 from ropo.provenance import DamagedFileError
-from ropo.trainer import ROPOTrainer
+from ropo.train.trainer import ROPOTrainer
 
 
 @pytest.fixture

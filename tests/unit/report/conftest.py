@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ropo.ledger import ledger_table
 from ropo.pairs import Pair
+from ropo.run.ledger import ledger_table
 
 COLUMNS = ("pair_id", "row", "round", "margin", "loss", "weight", "p_flip", "decision", "origin")
 TYPES = (pa.string(), pa.int64(), pa.int32(), *[pa.float64()] * 4, pa.string(), pa.string())

@@ -12,10 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ropo.data.tokenize import encode_prompts
 from ropo.provenance import hash_file
-from ropo.resample import generate, in_transformers, shared_prompt
-from ropo.resample.engine import Prompt, Response, Sampling, response_of, seeded, stop_tokens
-from ropo.resample.generate import sample_responses
-from ropo.resample.in_transformers import TransformersEngine
+from ropo.sampling import generate, shared_prompt
+from ropo.sampling import transformers_engine as in_transformers
+from ropo.sampling.engine import Prompt, Response, Sampling, response_of, seeded, stop_tokens
+from ropo.sampling.generate import sample_responses
+from ropo.sampling.transformers_engine import TransformersEngine
 
 OPTIONS = {"num_candidates": 2, "max_new_tokens": 8, "seed": 5}
 

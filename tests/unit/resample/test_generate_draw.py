@@ -4,8 +4,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from ropo.resample import draw
-from ropo.resample.draw import choose_tokens, draw_noise
+from ropo.sampling import draw
+from ropo.sampling.draw import choose_tokens, draw_noise
 
 LOGITS = torch.tensor([1.2, -0.3, 0.4, 2.0, -1.5, 0.0, 0.9, -0.8])
 

@@ -9,10 +9,10 @@ import pytest
 from accelerate import PartialState
 
 from ropo.config import ROPOConfig
-from ropo.resample.engines import ENGINES, Reach, engine_options, open_engine
-from ropo.resample.in_transformers import TransformersEngine
-from ropo.resample.in_vllm import VllmEngine
-from ropo.resample.on_server import ServerEngine
+from ropo.sampling.engines import ENGINES, Reach, engine_options, open_engine
+from ropo.sampling.server_engine import ServerEngine
+from ropo.sampling.transformers_engine import TransformersEngine
+from ropo.sampling.vllm_engine import VllmEngine
 
 SERVER = {
     "generation_engine": "server",
@@ -73,7 +73,7 @@ def test_defaults(tmp_path):
     ],
 )
 def test_refusals(options, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("ropo.resample.in_vllm.find_spec", lambda _: None)
+    monkeypatch.setattr("ropo.sampling.vllm_engine.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=words):
         config(tmp_path, **options)
 

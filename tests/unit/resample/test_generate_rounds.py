@@ -7,12 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from peft import LoraConfig
 
-from ropo.align import run_rounds
 from ropo.config import ROPOConfig
 from ropo.provenance import hash_file
-from ropo.resample import generate, in_transformers
-from ropo.resample.engine import Response
-from ropo.rounds import Round
+from ropo.run.align import run_rounds
+from ropo.run.rounds import Round
+from ropo.sampling import generate
+from ropo.sampling import transformers_engine as in_transformers
+from ropo.sampling.engine import Response
 
 
 def config(folder, **options):

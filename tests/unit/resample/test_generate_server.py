@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ropo.endpoint import EndpointError
-from ropo.resample.engine import Prompt, Response, Sampling
-from ropo.resample.generate import sample_responses
-from ropo.resample.on_server import ServerEngine
+from ropo.sampling.engine import Prompt, Response, Sampling
+from ropo.sampling.generate import sample_responses
+from ropo.sampling.server_engine import ServerEngine
+from ropo.utils.endpoint import EndpointError
 
 SAMPLING = Sampling(num_candidates=2, max_new_tokens=5, temperature=0.7, top_p=0.9)
 SECRET = "sk-this-is-the-key-of-the-test"
@@ -236,7 +236,7 @@ def test_one_failure_ends_the_waiting_of_others(server, tokenizer):
 
 def test_broken_off_and_taken_up_again(server, engine, tokenizer, tmp_path, monkeypatch):
     """What the server answered before it broke down is not asked again."""
-    monkeypatch.setattr("ropo.resample.on_server._TOKENS_PER_SHARD", 60)
+    monkeypatch.setattr("ropo.sampling.server_engine._TOKENS_PER_SHARD", 60)
     ids = [list(prompt.ids) for prompt in prompts(tokenizer, 6)]
     options = {"num_candidates": 2, "max_new_tokens": 5, "folder": tmp_path, "model_digest": "m"}
     expected = sample_responses(engine(), tokenizer, ids, num_candidates=2, max_new_tokens=5)

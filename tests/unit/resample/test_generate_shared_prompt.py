@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from ropo.logps.shared_prefix import enable_response_logps
-from ropo.resample import call as calls
-from ropo.resample import shared_prompt
-from ropo.resample.call import Caller, Job
-from ropo.resample.engine import Sampling, seeded
-from ropo.resample.shared_prompt import DECODERS, choose_decoder
+from ropo.sampling import call as calls
+from ropo.sampling import shared_prompt
+from ropo.sampling.call import Caller, Job
+from ropo.sampling.engine import Sampling, seeded
+from ropo.sampling.shared_prompt import DECODERS, choose_decoder
 
 VOCABULARY, PAD, EOS = 60, 0, 1
 PROMPTS = [

@@ -11,9 +11,9 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, GenerationConfig
 
-from ropo.resample.engine import Prompt, Response, Sampling
-from ropo.resample.generate import sample_responses
-from ropo.resample.in_vllm import VllmEngine
+from ropo.sampling.engine import Prompt, Response, Sampling
+from ropo.sampling.generate import sample_responses
+from ropo.sampling.vllm_engine import VllmEngine
 
 SAMPLING = Sampling(num_candidates=2, max_new_tokens=5, temperature=0.7, top_p=0.9)
 
@@ -162,7 +162,7 @@ def test_shards(vllm, tokenizer, tmp_path):
 
 
 def test_missing_package(tokenizer, monkeypatch):
-    monkeypatch.setattr("ropo.resample.in_vllm.find_spec", lambda _: None)
+    monkeypatch.setattr("ropo.sampling.vllm_engine.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs the package vllm; .* pip install 'ropo\[vllm\]', or use"):
         VllmEngine("m", tokenizer)
 

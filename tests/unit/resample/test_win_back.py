@@ -10,9 +10,9 @@ import torch
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
 from ropo.logps.score import score_pairs
 from ropo.pairs import Pair, margin
-from ropo.resample.generate import Sample, sample_responses
+from ropo.resample.new_pairs import Scored, win_back
 from ropo.resample.select import Guards
-from ropo.resample.win_back import Scored, win_back
+from ropo.sampling.generate import Sample, sample_responses
 
 BATCHING = {"pad_token_id": 0}
 

@@ -1,0 +1,439 @@
+"""The loop: train, score, decide, resample, and again.
+
+In: an initial model, pairs with reference log-probabilities, their audit, a `ROPOConfig`. Out: one folder per round.
+
+::
+
+    minimise over θ, w   Σ w_i ℓ(θ; s_i)   subject to   Σ w_i = N − ⌊ρN⌋,  0 ≤ w_i ≤ 1     (arXiv:2404.04102v2)
+
+by alternation: w from held-out losses before the first training (`ropo.audit`), θ with w fixed (stage train), and new
+pairs for the prompts that w discards (stage resample). Every stage reads files and writes files.
+
+Where the paper leaves a choice open, it is ours and named here: the losses that w is decided by are held-out; ρ follows
+the estimated flip rate unless it is given, and is 0 while the estimate's interval touches 0; the reference is the
+initial model throughout; a round restarts from it unless told to carry on with the model of the round before. Without
+folds (`num_folds` 0) w is decided by the losses of the model just trained, as in the paper, and ρ must be given.
+"""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from scipy.special import expit, logit
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ropo.audit import Audit
+from ropo.audit.weights import Choice, decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
+from ropo.config import ROPOConfig
+from ropo.data.tokenize import SampledIds, TokenizedPair, TokenizedPairs, encode_prompts, tokenize_pairs
+from ropo.data.validate import text_id
+from ropo.judge.verdicts import Judge
+from ropo.logps.score import score_pairs
+from ropo.models.source import PolicySource
+from ropo.noise.estimate import estimate_flips
+from ropo.pairs import Pair, PairLogps
+from ropo.provenance import read_json, write_aside, write_json
+from ropo.resample.new_pairs import NOTHING, Scored, Scorer, WonBack, win_back
+from ropo.resample.select import SELECTION_RULES
+from ropo.sampling.engines import Reach, open_engine
+from ropo.sampling.generate import sample_responses
+from ropo.stages import Stages
+from ropo.train.dataset import PairDataset
+from ropo.train.tracking import tracked
+from ropo.train.trainer import ROPOTrainer, batching, losses_of, margins_of
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINTS = "checkpoints"
+_TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
+_DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
+_HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
+_RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
+
+_IN_SAMPLE = (
+    "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "
+    "With num_folds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
+)
+
+
+class Round:
+    """One round in its folder.
+
+    Args:
+        number: From 0.
+        folder: Where its stages write.
+        args: Options of the run.
+        source: Loads the initial model and trained ones.
+        tokenizer: The model's.
+        data: All pairs of the data that fit, as the data labels them, then the trusted ones, then the resampled pairs
+            that this round trains on, with reference log-probabilities.
+        audit: What is known about the labels; None to go by the margins of the trained model.
+        reference_of: Reference log-probabilities of tokenized pairs; loads the reference only for pairs never seen.
+        peft_config: For adapters.
+        judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
+        alpha: Of the loss, and why.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        folder: Path,
+        args: ROPOConfig,
+        source: PolicySource,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PairDataset,
+        audit: Audit | None,
+        reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
+        peft_config: PeftConfig | None,
+        judge: Judge | None = None,
+        alpha: Choice,
+    ) -> None:
+        self.alpha = alpha
+        self.number, self.folder, self.args = number, folder, args
+        self.source, self.tokenizer, self.data, self.peft_config = source, tokenizer, data, peft_config
+        self.reference_of = reference_of
+        self.audit, self.judge = audit, judge
+        self.num_data = sum(pair.origin == "data" for pair in data.pairs)
+        self.num_read = sum(pair.origin != "resampled" for pair in data.pairs)
+        self.stages = Stages(folder)
+        self.model_folder = folder / "model"
+        self.trained = ""  # digest of what its model was made from, once it is
+
+    def run(self, dataset: PairDataset, *, start: Path | None, digest: str, is_last: bool) -> str:
+        """Run every stage of the round.
+
+        Args:
+            dataset: What to train on: the kept and flipped pairs and the resampled ones, with weights.
+            start: Folder of the model to carry on with; None starts from the initial model.
+            digest: Of everything that made `dataset` and `start`.
+            is_last: No training follows the last round, so it does not resample.
+
+        Returns:
+            Digest of the round, for the next one.
+        """
+        inputs = [digest, self.args.loss]
+        train = tracked(self.args, self.folder)(lambda: self._train(dataset, start, inputs))
+        digest = self.trained = self.stages.run("train", inputs, self._train_files, train, scratch=_CHECKPOINTS)
+        digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
+        digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
+        if not is_last:
+            made_by = digest
+            digest = self.stages.run("resample", digest, _RESAMPLE_FILES, lambda: self._resample(made_by))
+            self._clear_up()
+        return digest
+
+    def margins(self) -> NDArray[np.float64]:
+        """Margin of every pair of `data` under the trained model, shape (pairs,), nats."""
+        return margins_of(self._scores(), self.data.reference, self.args)
+
+    def losses(self) -> NDArray[np.float64]:
+        """Training loss of every pair of `data` at its margin, shape (pairs,)."""
+        return losses_of(self.margins(), self.args)
+
+    def p_flip(self) -> NDArray[np.float64]:
+        """Probability that the label is wrong, of every pair of `data`, shape (pairs,)."""
+        return load_file(self.folder / "flips.safetensors")["p_flip"].double().numpy()
+
+    def decisions(self) -> dict[str, Any]:
+        """What `_decide` wrote: `rho` and `alpha` with why, and per pair `decisions` and `weights`.
+
+        A dropped pair whose prompt was won back reads "resample".
+        """
+        found: dict[str, Any] = read_json(self.folder / "decisions.json")
+        won_back = {pair.row for pair in self.new_pairs()}
+        found["decisions"] = [
+            "resample" if what == "drop" and pair.origin == "data" and pair.row in won_back else what
+            for what, pair in zip(found["decisions"], self.data.pairs, strict=True)
+        ]
+        return found
+
+    def new_pairs(self) -> list[Pair]:
+        """Pairs that this round made; none before its resampling or in the last round."""
+        return [pair for pair, _ in self._resampled()]
+
+    def _resampled(self) -> list[tuple[Pair, SampledIds | None]]:
+        """New pairs with the tokens that were drawn, since their texts may give others."""
+        path = self.folder / "resampled.jsonl"
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
+        drawn = [row.pop("sampled", None) for row in rows]
+        return [
+            (Pair(**row), one and SampledIds(name=one["name"], ids=tuple(one["ids"])))
+            for row, one in zip(rows, drawn, strict=True)
+        ]
+
+    def _tokenize_new(self, new: Sequence[tuple[Pair, SampledIds | None]]) -> TokenizedPairs:
+        pairs, drawn = zip(*new, strict=True)
+        return tokenize_pairs(pairs, self.tokenizer, max_length=self.args.max_length, sampled=drawn)
+
+    def next_datasets(self) -> tuple[PairDataset, PairDataset]:
+        """What the next round scores and what it trains on.
+
+        Returns:
+            All pairs of the data and the resampled pairs that go on, as labelled; and the weighted training set, with
+            dropped pairs left out and flipped ones turned round.
+        """
+        found = self.decisions()
+        stays = [i for i, what in enumerate(found["decisions"]) if i < self.num_read or what == "keep"]
+        scored = self.data.select(stays)
+        for place, i in enumerate(stays):
+            if i >= self.num_read:  # of data pairs the weights are those that the data gives
+                scored.weights[place] = found["weights"][i]
+        num_before = len(scored)
+        if new := self._resampled():
+            tokenized = self._tokenize_new(new)
+            reference = load_file(self.folder / "resampled_reference.safetensors")
+            scored = scored.joined(tokenized, PairLogps(**reference) if reference else None)
+        weights = [found["weights"][i] for i in stays] + scored.weights[num_before:]
+        is_flipped = [found["decisions"][i] == "flip" for i in stays] + [False] * (len(scored) - num_before)
+        return scored, training_set(scored, np.array(weights), np.array(is_flipped))
+
+    def _train(self, dataset: PairDataset, start: Path | None, made_from: Sequence[str]) -> None:
+        args = copy.copy(self.args)
+        args.output_dir = str(self.folder / _CHECKPOINTS)
+        args.seed = self.args.seed + self.number
+        # As many steps as on all pairs of the data: what a filter takes away must not shorten the training as well.
+        args.num_train_epochs = self.args.num_train_epochs * max(1.0, self.num_read / len(dataset))
+        trainer = ROPOTrainer(
+            self.source.load(start, is_trainable=True),
+            args,
+            train_dataset=dataset,
+            processing_class=self.tokenizer,
+            peft_config=self.peft_config if start is None else None,
+            halfway_folder=self.folder / _HALFWAY if self._needs_halfway else None,
+        )
+        trainer.train_or_resume(made_from)
+        trainer.save_whole(self.model_folder)
+        first_margins = trainer.gather_first_margins()
+        if PartialState().is_main_process:
+            with write_aside(self.folder / "first_margins.safetensors") as path:
+                save_file({"margins": first_margins}, path)
+            # Without its last line, which holds times: the same training leaves the same files.
+            log = [line for line in trainer.state.log_history if "train_runtime" not in line]
+            write_json(self.folder / "training_log.json", log)
+
+    def _clear_up(self) -> None:
+        """Remove what only resampling reads; it is finished, so nobody will ask for it again."""
+        if PartialState().is_main_process:
+            shutil.rmtree(self.folder / _HALFWAY, ignore_errors=True)
+        PartialState().wait_for_everyone()
+
+    @property
+    def _train_files(self) -> list[str]:
+        is_read = self._needs_halfway and not self.stages.holds("resample", _RESAMPLE_FILES)
+        return [*_TRAIN_FILES, *([_HALFWAY] if is_read else [])]
+
+    @property
+    def _needs_halfway(self) -> bool:
+        return bool(self.args.num_candidates) and SELECTION_RULES[self.args.selection_rule].needs_views
+
+    def _score(self) -> None:
+        policy = self.source.load(self.model_folder)
+        logps = score_pairs(
+            policy, self.data.tokens, title=f"Round {self.number}: scoring", **batching(self.args, self.tokenizer)
+        )
+        self._write_tensors("scores.safetensors", _tensors(logps))
+
+    def _scores(self) -> PairLogps:
+        return PairLogps(**load_file(self.folder / "scores.safetensors"))
+
+    def _decide(self) -> None:
+        margins, read = self.margins(), self.num_read
+        if self.audit is None:
+            found = estimate_flips(margins[:read], clusters=[text_id(pair) for pair in self.data.pairs[:read]])
+            # A model agrees with labels that it has learned, so these margins only rank.
+            estimate = found.to_dict() | {"margins": "in-sample", "is_informative": False, "reason": _IN_SAMPLE}
+            estimate["obstacle"] = "IN_SAMPLE"
+            p_flip = found.p_flip
+            rho = resolve_rho(self.args.fixed_rho, estimate)
+            found_all = decide_all(
+                self.data.select(range(read)),
+                margins[:read],
+                p_flip,
+                rho=rho.value,
+                rule=resolve_rule(self.args.decision_rule, rho),
+            )
+            decisions, weights = (values.tolist() for values in found_all)
+        else:
+            judged, p_flip = self.audit.judgement, self.audit.p_flip()
+            estimate = {**judged.estimate, "margins": "held-out"}
+            rho, decisions, weights = judged.rho, judged.decisions, judged.weights
+        # Resampled pairs carry the model's own labels: one goes on, with a little less weight each time, as long as the
+        # policy sides with it.
+        resampled = margins[read:]
+        faded = np.where(resampled > 0, self.args.resampled_decay * np.array(self.data.weights[read:]), 0.0)
+        p_resampled = expit(logit(estimate["rate"]) - estimate["scale"] * resampled)
+        self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(np.concatenate([p_flip, p_resampled]))})
+        told = {
+            "rho": asdict(rho),
+            "alpha": asdict(self.alpha),
+            "decisions": [*decisions, *np.where(resampled > 0, "keep", "drop").tolist()],
+            "weights": [*weights, *faded.tolist()],
+        }
+        if PartialState().is_main_process:
+            write_json(self.folder / "flip_estimate.json", estimate)
+            write_json(self.folder / "decisions.json", told)
+
+    def _resample(self, digest: str) -> None:
+        found = read_json(self.folder / "decisions.json")["decisions"]
+        has_new = {self.data.pairs[i].row for i in range(self.num_read, len(found)) if found[i] == "keep"}
+        lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
+        won = self._win_back(lost, digest) if lost and self.args.num_candidates else NOTHING
+        reference: dict[str, torch.Tensor] = {}
+        new = list(zip(won.pairs, won.sampled, strict=True))
+        if new and self.data.reference is not None:
+            reference = _tensors(self.reference_of(self._tokenize_new(new).tokens))
+        self._write_tensors("resampled_reference.safetensors", reference)
+        if PartialState().is_main_process:
+            with write_aside(self.folder / "resampled.jsonl") as path:
+                rows = [{**asdict(pair), "sampled": drawn and asdict(drawn)} for pair, drawn in new]
+                path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            told = {"num_prompts": len(lost), "num_judged": won.num_judged, "refused": won.refused}
+            write_json(self.folder / "resampling.json", told)
+
+    def _win_back(self, lost: Sequence[int], digest: str) -> WonBack:
+        args = self.args
+        found = read_json(self.folder / "decisions.json")["decisions"]
+        losses = self.losses()
+        parents = [self.data.pairs[i] for i in lost]
+        policy = partial(self.source.load, self.model_folder)  # not before it is needed: vLLM wants the memory
+        reach = self._reach(policy if args.sample_from == "policy" else None)
+        with open_engine(args.generation_engine, reach) as engine:
+            samples = sample_responses(
+                engine,
+                self.tokenizer,
+                encode_prompts([pair.prompt for pair in parents], self.tokenizer),
+                num_candidates=args.num_candidates,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seed=args.seed + 1000 * self.number,
+                folder=self.folder / "samples",
+                model_digest=digest,
+                title=f"Round {self.number}: sampling",
+            )
+        reference = self.data.reference
+        return win_back(
+            parents,
+            samples,
+            policy=Scored(parents=self._scores()[list(lost)], score=self._scorer(policy)),
+            reference=None if reference is None else Scored(parents=reference[list(lost)], score=self.reference_of),
+            earlier=self._earlier(lost),
+            margins_of=lambda own, base: margins_of(own, base, args),
+            loss_of=lambda margins: losses_of(margins, args),
+            tokenizer=self.tokenizer,
+            max_length=args.max_length,
+            rule=args.selection_rule,
+            guards=args.guards,
+            kept_losses=losses[np.array(found) == "keep"],
+            judge=self.judge,
+            weight=args.resampled_weight,
+            seed=args.seed + 1000 * self.number,
+        )
+
+    def _scorer(self, policy: Callable[[], PreTrainedModel]) -> Scorer:
+        options, title = batching(self.args, self.tokenizer), f"Round {self.number}: scoring samples"
+        return lambda tokens: score_pairs(policy(), tokens, title=title, **options)
+
+    def _earlier(self, lost: Sequence[int]) -> Scored | None:
+        """The model half way through this round's training, for rules that compare with it."""
+        if not self._needs_halfway:
+            return None
+        score = self._scorer(partial(self.source.load, self.folder / _HALFWAY))
+        return Scored(parents=score([self.data.tokens[i] for i in lost]), score=score)
+
+    def _reach(self, policy: Callable[[], PreTrainedModel] | None) -> Reach:
+        """Where an engine finds the model that this round has trained, or the initial one if `policy` is None."""
+        is_adapter, is_initial = self.source.is_adapter, policy is None
+        return Reach(
+            tokenizer=self.tokenizer,
+            load=policy or self.source.load,
+            folder=self.source.name_or_path if is_adapter or is_initial else self.model_folder,
+            adapter=self.model_folder if is_adapter and not is_initial else None,
+            load_options=self.source.load_options,
+            use_bf16=self.args.bf16,
+            url=self.args.generation_url,
+            name=self.args.generation_model,
+            api_key_env=self.args.generation_api_key_env,
+        )
+
+    def _write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        if PartialState().is_main_process:
+            with write_aside(self.folder / name) as path:
+                save_file(dict(tensors), path)
+
+
+def _tensors(logps: PairLogps) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in asdict(logps).items() if value is not None}
+
+
+def run_all(
+    data: PairDataset,
+    audit: Audit | None,
+    args: ROPOConfig,
+    *,
+    folder: Path,
+    source: PolicySource,
+    tokenizer: PreTrainedTokenizerBase,
+    reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
+    peft_config: PeftConfig | None,
+    judge: Judge | None = None,
+    digest: str,
+) -> list[Round]:
+    """Run `args.rounds` rounds, each in a folder of its own.
+
+    Args:
+        data: All pairs of the data that fit, then the trusted ones, with reference log-probabilities.
+        audit: What is known about the labels, finished; None to go by the margins of the trained model.
+        args: Options.
+        folder: The rounds become `00`, `01`, ... in it.
+        source: Loads the initial model and trained ones.
+        tokenizer: The model's.
+        reference_of: Reference log-probabilities of tokenized pairs.
+        peft_config: For adapters.
+        judge: Asked about what the selection rule cannot settle; None for nobody.
+        digest: Of everything that made `data` and `audit`, and of the options.
+
+    Returns:
+        The rounds, in order; the last one's model is the result.
+    """
+    rounds: list[Round] = []
+    if audit is None:
+        alpha = resolve_alpha(args.fixed_alpha, is_audited=False)
+        args = args.with_alpha(alpha.value)
+        sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
+        scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
+    else:
+        alpha, args, scored, trained_on = audit.judgement.alpha, audit.options(), data, audit.training()
+    for number in range(args.rounds):
+        if rounds:
+            scored, trained_on = rounds[-1].next_datasets()
+        this = Round(
+            number,
+            folder=folder / f"{number:02d}",
+            args=args,
+            source=source,
+            tokenizer=tokenizer,
+            data=scored,
+            audit=audit,
+            reference_of=reference_of,
+            peft_config=peft_config,
+            judge=judge,
+            alpha=alpha,
+        )
+        start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
+        digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)
+        rounds.append(this)
+    return rounds

@@ -1,0 +1,200 @@
+"""Sample responses to prompts, shard by shard, so that a killed run goes on where it was.
+
+In: a model or an engine, prompts as token ids, a folder for the shards. Out: K responses per prompt, as text, and
+whether each ended.
+
+The one idea: prompts are sorted by length and dealt into shards; a finished shard is a file whose name is a digest of
+everything that made it, so it is found again, never sampled twice, and of no use to another model or other options.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ropo.provenance import hash_value, write_aside
+from ropo.sampling.engine import Advance, Engine, Prompt, Response, Sampling, seeded
+from ropo.sampling.transformers_engine import TransformersEngine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sampled response.
+
+    Attributes:
+        prompt: Place of its prompt in the input.
+        text: The response without special tokens.
+        num_tokens: Its tokens, the end-of-sequence token not counted.
+        is_finished: Whether the model ended it by itself.
+        ids: See `Response`.
+    """
+
+    prompt: int
+    text: str
+    num_tokens: int
+    is_finished: bool
+    ids: tuple[int, ...] | None = None
+
+
+def sample_responses(
+    model: PreTrainedModel | Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_candidates: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    folder: Path | None = None,
+    model_digest: str | None = None,
+    title: str = "Sampling responses",
+) -> list[Sample]:
+    """Draw `num_candidates` responses for each prompt.
+
+    The same call gives the same text: chance belongs to a prompt (see `engine`), and neither reads nor moves the global
+    random state. With several processes each samples its share of the shards and all return everything.
+
+    Args:
+        model: A causal language model on its device, or an engine from `engines.open_engine`.
+        tokenizer: The model's, for padding and decoding.
+        prompts: Token ids of each prompt.
+        num_candidates: Responses per prompt.
+        max_new_tokens: Longest response.
+        temperature: Sampling temperature.
+        top_p: Nucleus sampling.
+        seed: Of everything that is drawn.
+        folder: Where finished shards are kept; None to keep none.
+        model_digest: Names the model by its content; needed with `folder`.
+        title: What the progress bar says.
+
+    Returns:
+        `num_candidates` samples per prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: If an option is out of range, a prompt is empty, or shards are to be kept without `model_digest`.
+    """
+    sampling = Sampling(
+        num_candidates=num_candidates, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    )
+    if folder is not None and not model_digest:
+        raise ValueError(
+            "sample_responses needs model_digest to keep shards; got none. Pass a digest that changes with the model, "
+            "or no folder."
+        )
+    if empty := [i for i, ids in enumerate(prompts) if not len(ids)]:
+        raise ValueError(f"Sampling needs prompts with tokens; got none in prompt {empty[0]}. Leave it out.")
+    if not prompts:
+        return []
+    engine = TransformersEngine(lambda: model, tokenizer) if isinstance(model, nn.Module) else model
+    state = PartialState()
+    shards = _deal(seeded(prompts, seed), sampling, engine.tokens_per_shard, num_processes=state.num_processes)
+    mine = shards[state.process_index :: state.num_processes]
+    files = {} if folder is None else _files(folder, mine, sampling, {**engine.identity, "model": model_digest})
+    known = {number: found for number, path in files.items() if (found := _read(path, len(mine[number]), sampling))}
+    if known:
+        logger.info("%d of %d shards of samples are read from %s", len(known), len(mine), folder)
+    samples: list[tuple[int, int, Sample]] = []
+    num_known = sum(len(mine[number]) for number in known)
+    with _progress_bar(title, sum(map(len, mine)), num_known, is_shown=state.is_main_process) as advance:
+        for number, shard in enumerate(mine):
+            found = known.get(number) or engine.sample([prompt for _, prompt in shard], sampling, advance)
+            if number in files and number not in known:
+                _write(files[number], found)
+            for (place, _), responses in zip(shard, found, strict=True):
+                samples += [(place, k, Sample(prompt=place, **asdict(one))) for k, one in enumerate(responses)]
+    if state.num_processes > 1:
+        samples = gather_object(samples)
+    return [sample for _, _, sample in sorted(samples, key=lambda item: item[:2])]
+
+
+_Shard = list[tuple[int, Prompt]]  # prompts and their places in the input
+
+
+def _deal(prompts: Sequence[Prompt], sampling: Sampling, tokens_per_shard: int, *, num_processes: int) -> list[_Shard]:
+    """Deal prompts into shards of neighbouring lengths and equal cost, the longest first.
+
+    There are as many shards as `tokens_per_shard` asks for, and then some, so that all processes get as many.
+    """
+    order = sorted(enumerate(prompts), key=lambda item: -len(item[1].ids))
+    costs = [sampling.num_candidates * (len(prompt.ids) + sampling.max_new_tokens) for _, prompt in order]
+    num_turns = -(-sum(costs) // (tokens_per_shard * num_processes))
+    each = -(-sum(costs) // (num_turns * num_processes))
+    shards: dict[int, _Shard] = {}
+    before = 0
+    for item, cost in zip(order, costs, strict=True):
+        shards.setdefault((2 * before + cost) // (2 * each), []).append(item)  # where its middle falls
+        before += cost
+    return list(shards.values())
+
+
+def _files(folder: Path, shards: Sequence[_Shard], sampling: Sampling, made_by: dict[str, Any]) -> dict[int, Path]:
+    """Where each shard is kept, under a digest of everything that makes it."""
+    found = {}
+    for number, shard in enumerate(shards):
+        told = [[list(prompt.ids), prompt.seed] for _, prompt in shard]
+        digest = hash_value({"made_by": made_by, "sampling": asdict(sampling), "prompts": told})
+        found[number] = folder / f"{digest[:32]}.jsonl"
+    return found
+
+
+def _write(path: Path, found: Sequence[Sequence[Response]]) -> None:
+    rows = [
+        json.dumps({"prompt": i, "candidate": k, **asdict(response)}, ensure_ascii=False)
+        for i, responses in enumerate(found)
+        for k, response in enumerate(responses)
+    ]
+    rows.append(json.dumps({"sha256": hash_value(rows)}))
+    with write_aside(path) as aside:
+        aside.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+def _read(path: Path, num_prompts: int, sampling: Sampling) -> list[list[Response]] | None:
+    """The responses of a finished shard; None if there is none or somebody has changed it."""
+    if not path.exists():
+        return None
+    found: list[list[Response]] = [[] for _ in range(num_prompts)]
+    try:
+        # Not splitlines(): a text may hold characters that it takes for the end of a line.
+        *rows, last = path.read_text(encoding="utf-8").split("\n")[:-1]
+        for row in map(json.loads, rows if json.loads(last) == {"sha256": hash_value(rows)} else []):
+            ids = None if row["ids"] is None else tuple(row["ids"])
+            found[row["prompt"]].append(Response(**{**{name: row[name] for name in Response.__slots__}, "ids": ids}))
+    except (ValueError, KeyError, IndexError, TypeError):
+        found = []
+    if [len(responses) for responses in found] != [sampling.num_candidates] * num_prompts:
+        logger.warning("%s is not what was written there; its prompts are sampled again.", path)
+        return None
+    return found
+
+
+@contextmanager
+def _progress_bar(title: str, total: int, num_known: int, *, is_shown: bool) -> Iterator[Advance]:
+    """Show prompts done, tokens per second and the time left; gone when done."""
+    columns = (
+        *Progress.get_default_columns()[:-1],
+        TextColumn("{task.completed}/{task.total} prompts, {task.fields[rate]:.0f} tokens/s,"),
+        TimeRemainingColumn(),
+    )
+    num_tokens, start = 0, time.monotonic()
+    with Progress(*columns, transient=True, disable=not is_shown) as bar:
+        task = bar.add_task(title, total=total, completed=num_known, rate=0.0)
+
+        def advance(more_prompts: int, more_tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += more_tokens
+            bar.update(task, advance=more_prompts, rate=num_tokens / max(time.monotonic() - start, 1e-9))
+
+        yield advance

@@ -1,0 +1,184 @@
+"""The `server` engine: a running server that speaks OpenAI's completions protocol, such as `vllm serve`.
+
+In: its address and the name of a model there. Out: an `Engine`.
+
+The one idea: prompts go over as token ids, so the server sees exactly what training sees, and with a seed each, so that
+asking again gives the same. Which model answers is the server's affair: it need not be the one in training, and then
+the responses are not the policy's own.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
+from ropo.utils.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
+
+_TOKENS_PER_SHARD = 2**18
+_SEED_BITS = 31  # servers that are not vLLM take no more
+_SHOWN = 60  # characters of a prompt in a message
+
+
+class ServerEngine:
+    """Samples from a running server.
+
+    Args:
+        url: Base address of the server, as `resource_url` takes it.
+        model: Name of the model there.
+        tokenizer: That model's: prompts are sent as its token ids.
+        api_key_env: Environment variable that holds the key; None for none. The key is read when a request is made and
+            kept nowhere.
+        num_threads: Requests at a time; the server batches them.
+        timeout_seconds: Longest time of one attempt; all candidates of a prompt are drawn in it.
+        max_retries: Most attempts after the first.
+        max_total_seconds: Longest time of all attempts at one request.
+        sleep: Waits before a request is repeated. Default: a wait that ends when another request has failed for good.
+
+    Raises:
+        ValueError: If the address is unusable, or a key cannot be sent there.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        api_key_env: str | None = "OPENAI_API_KEY",
+        num_threads: int = 16,
+        timeout_seconds: float = 600.0,
+        max_retries: int = 5,
+        max_total_seconds: float = 1800.0,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        check_url(url, what="Engine server")
+        check_key(url, api_key_env, what="Engine server")
+        self._url, self._model, self._tokenizer = resource_url(url, "completions"), model, tokenizer
+        self._api_key_env, self._num_threads = api_key_env, num_threads
+        self._limits: dict[str, Any] = {
+            "timeout_seconds": timeout_seconds,
+            "max_retries": max_retries,
+            "max_total_seconds": max_total_seconds,
+            "sleep": sleep or self._pause,
+        }
+        self._has_failed = threading.Event()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What changes the responses: which model answers, wherever it is."""
+        return {"engine": "server", "model": self._model}
+
+    @property
+    def tokens_per_shard(self) -> int:
+        """Few enough that little is asked twice after a kill."""
+        return _TOKENS_PER_SHARD
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance) -> list[list[Response]]:
+        """Draw responses.
+
+        Args:
+            prompts: At least one.
+            sampling: How to draw.
+            advance: Called with the prompts and tokens that have just been finished.
+
+        Returns:
+            `sampling.num_candidates` responses for each prompt.
+
+        Raises:
+            EndpointError: If the server gives no usable answer to a prompt; names both, and what to do.
+            ValueError: If the key is unusable.
+        """
+        self._has_failed.clear()
+        found: list[list[Response]] = [[] for _ in prompts]
+        pool = ThreadPoolExecutor(self._num_threads, ASKING)
+        futures = {pool.submit(self._ask, prompt, sampling): i for i, prompt in enumerate(prompts)}
+        try:
+            for future in as_completed(futures):
+                found[futures[future]] = future.result()
+                advance(1, sum(response.num_tokens for response in future.result()))
+        except BaseException as error:
+            self._has_failed.set()
+            stop_asking(pool, futures, error)
+            raise
+        pool.shutdown()
+        return found
+
+    def close(self) -> None:
+        """Nothing to give back: the server runs on."""
+
+    def _pause(self, seconds: float) -> None:
+        if self._has_failed.wait(seconds):
+            raise _StoppedError
+
+    def _ask(self, prompt: Prompt, sampling: Sampling) -> list[Response]:
+        # What is left out would be taken from the options that the model was published with.
+        body = {
+            "model": self._model,
+            "prompt": list(prompt.ids),
+            "n": sampling.num_candidates,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": prompt.seed % 2**_SEED_BITS,
+            "stop_token_ids": list(stop_tokens(self._tokenizer, None)),
+            "return_token_ids": True,  # of vLLM; where it is not known, only the text comes back
+        }
+        try:
+            answer = post_json(self._url, body, api_key_env=self._api_key_env, **self._limits)
+            choices = _choices(answer, sampling.num_candidates)
+        except EndpointError as error:
+            raise EndpointError(
+                f"{error} The prompt has {len(prompt.ids)} tokens and ends with {self._end_of(prompt)!r}; "
+                f"{sampling.num_candidates} responses of {self._model} were asked of {self._url.partition('?')[0]}.",
+                status=error.status,
+                is_final=error.is_final,
+            ) from None
+        return [self._response(choice) for choice in choices]
+
+    def _response(self, choice: dict[str, Any]) -> Response:
+        text = choice["text"].encode("utf-8", errors="replace").decode()  # JSON can hold half a character
+        is_finished, drawn = choice.get("finish_reason") == "stop", choice.get("token_ids")
+        if isinstance(drawn, list) and drawn and all(type(one) is int and one >= 0 for one in drawn):
+            found = response_of(drawn, stop_tokens(self._tokenizer, None), self._tokenizer)
+            return told_finished(replace(found, text=text), is_finished=is_finished)
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return Response(text=text, num_tokens=len(ids), is_finished=is_finished)
+
+    def _end_of(self, prompt: Prompt) -> str:
+        return str(self._tokenizer.decode(list(prompt.ids[-_SHOWN:])))[-_SHOWN:]
+
+
+def _choices(answer: dict[str, Any], num_candidates: int) -> list[dict[str, Any]]:
+    """The choices of an answer by their index."""
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not all(
+        isinstance(choice, dict) and isinstance(choice.get("text"), str) for choice in choices
+    ):
+        raise EndpointError(
+            f"Sampling needs choices with text; got {str(answer)[:_SHOWN]!r}. Check that the address is that of "
+            "a completions server, as `vllm serve` starts.",
+            is_final=True,
+        )
+    if len(choices) != num_candidates:
+        raise EndpointError(
+            f"Sampling needs as many choices as it asks for; got {len(choices)}, not {num_candidates}. Use a server "
+            "that obeys `n`, or set num_candidates to 1.",
+            is_final=True,
+        )
+    return sorted(choices, key=_index)
+
+
+def _index(choice: dict[str, Any]) -> int:
+    index = choice.get("index")
+    return index if isinstance(index, int) else 0
+
+
+class _StoppedError(Exception):
+    """Another request has failed for good while this one was waiting to be repeated."""

@@ -1,0 +1,194 @@
+"""The `vllm` engine: vLLM on a saved model, in this process.
+
+In: the folder of a model or of an adapter. Out: an `Engine`.
+
+The one idea: vLLM batches, shares prompts and schedules by itself, so it gets whole shards; an adapter is handed over
+beside its base model, never merged. vLLM is imported when the first prompts come, since it is an optional extra.
+"""
+
+import gc
+import importlib
+import json
+import shutil
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ropo.provenance import RunError
+from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
+
+_TOKENS_PER_SHARD = 2**21
+_MEMORY_SHARE = 0.9  # of the GPU memory that is free when it starts
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ones that vLLM allows as the largest
+
+
+class VllmEngine:
+    """Samples with vLLM.
+
+    Args:
+        model: Folder or hub id of a whole model.
+        tokenizer: The model's.
+        adapter: Folder of a LoRA adapter of it.
+        options: Passed to `vllm.LLM` (revision, trust_remote_code, ...).
+        use_bf16: Compute in bfloat16; else in what vLLM takes for the model's type, float16 for float32.
+
+    Raises:
+        ValueError: If vLLM is not installed, there are several processes, or the adapter's rank is beyond vLLM.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        adapter: Path | None = None,
+        options: Mapping[str, Any] | None = None,
+        use_bf16: bool = False,
+    ) -> None:
+        check_vllm(PartialState().num_processes)
+        self._model, self._tokenizer, self._adapter = str(model), tokenizer, adapter
+        self._options = {"dtype": "bfloat16" if use_bf16 else "auto", **(options or {})}
+        if adapter is not None:
+            self._options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _largest_rank(adapter)}
+        self._llm: Any = None
+        self._forget_tokenizer: Callable[[], object] = lambda: None
+        self._max_tokens = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What changes the responses: the options of vLLM."""
+        return {"engine": "vllm", "options": self._options}
+
+    @property
+    def tokens_per_shard(self) -> int:
+        """Enough that starting and ending a shard costs little."""
+        return _TOKENS_PER_SHARD
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance) -> list[list[Response]]:
+        """Draw responses.
+
+        Args:
+            prompts: At least one.
+            sampling: How to draw.
+            advance: Called with the prompts and tokens of the whole call at its end.
+
+        Returns:
+            `sampling.num_candidates` responses for each prompt.
+
+        Raises:
+            RunError: If vLLM gives another number of responses.
+        """
+        vllm: Any = importlib.import_module("vllm")
+        self._start(vllm, max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens)
+        stop_ids = stop_tokens(self._tokenizer, self._published())
+        options = {
+            "n": sampling.num_candidates,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop_token_ids": list(stop_ids),
+            "detokenize": False,
+        }
+        lora: Any = None
+        if self._adapter is not None:
+            lora = importlib.import_module("vllm.lora.request").LoRARequest("policy", 1, str(self._adapter))
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts],
+            [vllm.SamplingParams(seed=prompt.seed, **options) for prompt in prompts],
+            use_tqdm=False,
+            lora_request=lora,
+        )
+        found = [
+            [
+                told_finished(
+                    response_of(list(one.token_ids), stop_ids, self._tokenizer), is_finished=one.finish_reason == "stop"
+                )
+                for one in sorted(output.outputs, key=lambda one: one.index)
+            ]
+            for output in outputs
+        ]
+        counts = {len(responses) for responses in found}
+        if len(found) != len(prompts) or counts != {sampling.num_candidates}:
+            raise RunError(
+                f"Sampling needs {sampling.num_candidates} responses to each of {len(prompts)} prompts; got "
+                f"{len(found)} answers of {sorted(counts)} from vLLM. Use another version of vLLM, or another engine."
+            )
+        advance(len(found), sum(response.num_tokens for responses in found for response in responses))
+        return found
+
+    def close(self) -> None:
+        """End vLLM, and give back its memory and what torch keeps of trained models: vLLM can use only what is free."""
+        core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
+        shutdown = getattr(core, "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+        self._llm, self._max_tokens = None, 0
+        self._forget_tokenizer()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _start(self, vllm: Any, max_tokens: int) -> None:
+        """Start vLLM, or start it anew for longer texts; prompts come longest first, so that is rare."""
+        if self._llm is not None and max_tokens <= self._max_tokens:
+            return
+        self.close()
+        # It gets and gives tokens only. But without a tokenizer of its own it does not start with models that could
+        # take pictures too (vllm-project/vllm#54904), and a model's folder need not hold one.
+        folder = mkdtemp()
+        self._forget_tokenizer = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._tokenizer.save_pretrained(folder)
+        options = {"max_model_len": max_tokens, "tokenizer": folder, **self._options}
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            options.setdefault("gpu_memory_utilization", round(_MEMORY_SHARE * free / total, 3))
+        self._llm, self._max_tokens = vllm.LLM(model=self._model, **options), max_tokens
+
+    def _published(self) -> GenerationConfig | None:
+        try:
+            found: GenerationConfig = GenerationConfig.from_pretrained(
+                self._model, revision=self._options.get("revision") or "main"
+            )
+        except OSError:  # many models have none
+            return None
+        return found
+
+
+def check_vllm(num_processes: int) -> None:
+    """Refuse where vLLM could not be used.
+
+    Args:
+        num_processes: Of this run.
+
+    Raises:
+        ValueError: If vLLM is not installed or there are several processes.
+    """
+    if find_spec("vllm") is None:
+        raise ValueError(
+            "Engine vllm needs the package vllm; got an installation without it. pip install 'ropo[vllm]', or use "
+            "engine transformers."
+        )
+    if num_processes > 1:
+        raise ValueError(
+            f"Engine vllm needs one process; got {num_processes}. Start `vllm serve` on GPUs of its own and use engine "
+            "server, or use engine transformers."
+        )
+
+
+def _largest_rank(adapter: Path) -> int:
+    """What to tell vLLM about the rank of an adapter."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    for allowed in _LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise ValueError(
+        f"Engine vllm needs a LoRA rank of at most {_LORA_RANKS[-1]}; got {rank}. Use engine transformers."
+    )

@@ -1,0 +1,1 @@
+"""What knows nothing of preferences: folder locks, signals, option types, HTTP endpoints."""
