@@ -9,7 +9,7 @@ import ropo
 
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
-    "pairs", "provenance", "stages", "utils", "data", "logps", "losses", "noise", "models", "judge", "sampling",
+    "pairs", "provenance", "stages", "options", "endpoint", "data", "logps", "losses", "noise", "models", "judge", "sampling",
     "resample", "config", "train", "audit", "report", "run", "evaluate", "cli", "__main__",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]

@@ -18,15 +18,15 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from ropo.endpoint import check_key, check_url
 from ropo.judge.endpoint import ON_FAILURE
 from ropo.judge.make import JUDGES, judge_options
 from ropo.losses import LOSSES, bind_loss
 from ropo.noise.decide import RULES
+from ropo.options import check_choice, check_folder, check_keys, check_types, choices_of, read_object
 from ropo.resample.select import SELECTION_RULES, Guards
 from ropo.sampling.engine import Sampling
 from ropo.sampling.engines import ENGINES, engine_options
-from ropo.utils.endpoint import check_key, check_url
-from ropo.utils.options import check_choice, check_folder, check_keys, check_types, choices_of, read_object
 
 # Options of single losses. `None` means the default of the loss; a value that the chosen loss ignores is an error.
 LOSS_OPTIONS = (

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ropo.provenance import RunError, hash_file, hash_value, read_json, write_json
-from ropo.utils.lock import owning
+from ropo.run.lock import owning
 from ropo_bench.cell import WORK, Cell, make_task, measure, named
 from ropo_bench.grid_config import BenchConfig
 from ropo_bench.methods import METHODS, trials_of

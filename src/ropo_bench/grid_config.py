@@ -10,7 +10,7 @@ from typing import Any
 
 from ropo.config import TEXT_OR_NUMBER, ROPOConfig
 from ropo.data.inject import NOISE
-from ropo.utils.options import (
+from ropo.options import (
     check_choice,
     check_mapping,
     check_values,

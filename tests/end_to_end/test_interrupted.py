@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ropo.utils.lock import LOCK_FILE
+from ropo.run.lock import LOCK_FILE
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ import pytest
 from ropo import run_rounds
 from ropo.cli.main import main
 from ropo.config import ROPOConfig
+from ropo.endpoint import EndpointError
 from ropo.judge.endpoint import EndpointJudge
 from ropo.train.trainer import ROPOTrainer
-from ropo.utils.endpoint import EndpointError
 
 OPTIONS = {
     "learning_rate": 3e-3, "per_device_train_batch_size": 4, "save_strategy": "no", "max_length": 64,

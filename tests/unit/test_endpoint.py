@@ -18,7 +18,7 @@ import urllib.error
 
 import pytest
 
-from ropo.utils.endpoint import EndpointError, check_url, post_json, resource_url
+from ropo.endpoint import EndpointError, check_url, post_json, resource_url
 
 KEY = "sk-test/0123456789abcdef+secret"
 OK = (200, {"answer": "yes"})
@@ -187,7 +187,7 @@ def test_what_the_network_says(monkeypatch, key, error, said, is_final):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr("ropo.utils.endpoint._exchange", fail)
+    monkeypatch.setattr("ropo.endpoint._exchange", fail)
     waits = Waits()
     with pytest.raises(EndpointError) as caught:
         post("https://example.invalid/v1", waits, max_retries=1)

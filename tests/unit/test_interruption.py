@@ -10,12 +10,12 @@ from functools import partial
 import pytest
 
 from ropo.cli import main as cli
+from ropo.cli.interruption import Interrupted, raising_interrupted
+from ropo.endpoint import ASKING
 from ropo.judge.endpoint import EndpointJudge
 from ropo.sampling.engine import Sampling
 from ropo.sampling.server_engine import ServerEngine
 from ropo.stages import Stages
-from ropo.utils.endpoint import ASKING
-from ropo.utils.interruption import Interrupted, raising_interrupted
 
 NUMBERS = {signal.SIGINT: "interrupted by Ctrl-C", signal.SIGTERM: "interrupted by SIGTERM"}
 
@@ -120,7 +120,7 @@ def test_nobody_waits_for_a_server(who, pairs, tokenizer, tmp_path, monkeypatch)
         engine = ServerEngine("http://localhost:1/v1", "m", tokenizer)
         sampling = Sampling(num_candidates=1, max_new_tokens=4)
         ask = partial(engine.sample, [[1, 2], [3]], sampling, lambda *_: None)
-    monkeypatch.setattr("ropo.utils.endpoint._GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("ropo.endpoint._GRACE_SECONDS", 0.1)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

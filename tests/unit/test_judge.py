@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
+from ropo.endpoint import EndpointError
 from ropo.judge import reward_model
 from ropo.judge.answer_cache import Answers
 from ropo.judge.endpoint import EndpointJudge, parse_answer
@@ -24,7 +25,6 @@ from ropo.judge.reward_model import RewardModelJudge
 from ropo.judge.verdicts import ask, flip_judge, settle
 from ropo.noise.decide import decide
 from ropo.pairs import Pair
-from ropo.utils.endpoint import EndpointError
 
 KEY = "sk-test-0123456789abcdef"
 

@@ -10,7 +10,7 @@ import pytest
 from ropo.config import ROPOConfig
 from ropo.run import align
 from ropo.run.align import run_audit, run_rounds
-from ropo.utils.lock import LOCK_FILE, owning
+from ropo.run.lock import LOCK_FILE, owning
 
 HOLDING = f"""
 import sys, time

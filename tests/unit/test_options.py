@@ -10,8 +10,8 @@ import pytest
 from ropo.cli.main import TrainArguments, main, parse_train
 from ropo.config import ROPOConfig
 from ropo.evaluate.options import ExportArguments
+from ropo.options import check_words, read_yaml
 from ropo.train.checks import check_training, check_warmup
-from ropo.utils.options import check_words, read_yaml
 from ropo_bench.grid_config import read_bench_config
 
 WORDS = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", "O", "--use_cpu"]

@@ -32,12 +32,14 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from ropo import __version__
+from ropo.cli.interruption import raising_interrupted
 from ropo.config import ROPOConfig, in_trl
 from ropo.data.load import load_pairs
 from ropo.data.problems import printable, render, rows_left_out
 from ropo.data.read import HubDataset
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
+from ropo.endpoint import ASKING, EndpointError
 from ropo.evaluate.answers import export_answers
 from ropo.evaluate.options import ExportArguments, WinRateArguments
 from ropo.evaluate.win_rate import run_win_rate
@@ -45,12 +47,7 @@ from ropo.losses import methods_table
 from ropo.models.files import check_ids, ids_of
 from ropo.models.source import PolicySource, check_positions, find_model, load_tokenizer
 from ropo.noise.reading import WIDE_RANGE
-from ropo.provenance import RunError
-from ropo.run.align import run_audit, run_rounds
-from ropo.utils.endpoint import ASKING, EndpointError
-from ropo.utils.interruption import raising_interrupted
-from ropo.utils.lock import owning
-from ropo.utils.options import (
+from ropo.options import (
     check_choice,
     check_folder,
     check_types,
@@ -60,6 +57,9 @@ from ropo.utils.options import (
     read_yaml,
     short,
 )
+from ropo.provenance import RunError
+from ropo.run.align import run_audit, run_rounds
+from ropo.run.lock import owning
 from ropo_bench.demo import run_demo
 from ropo_bench.grid import run_bench
 from ropo_bench.grid_config import read_bench_config

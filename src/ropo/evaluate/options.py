@@ -13,8 +13,8 @@ from typing import Any
 from ropo.config import ROPOConfig, check_engine, check_judge
 from ropo.evaluate.export import EXPORTS
 from ropo.judge.make import JUDGES
+from ropo.options import check_choice, check_folder, check_types
 from ropo.sampling.engine import Sampling
-from ropo.utils.options import check_choice, check_folder, check_types
 
 DTYPES = ("auto", "float32", "bfloat16")
 LIKELIEST = 1e-4  # the temperature that stands for 0: FastChat, too, draws nothing below it

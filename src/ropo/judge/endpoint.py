@@ -18,11 +18,11 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ropo.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
 from ropo.judge.answer_cache import UNREADABLE, Answers
 from ropo.logps.score import progress_bar
 from ropo.pairs import Pair, Text
 from ropo.provenance import hash_value
-from ropo.utils.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
 
 logger = logging.getLogger(__name__)
 

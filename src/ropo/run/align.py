@@ -48,6 +48,7 @@ from ropo.provenance import (
 )
 from ropo.run.evaluation import EvaluationSet, evaluate, read_evaluation
 from ropo.run.forecast import tell_forecast
+from ropo.run.lock import LOCK_FILE, owning
 from ropo.run.outputs import Read, publish, publish_audit
 from ropo.run.rounds import run_all
 from ropo.stages import Stages
@@ -55,7 +56,6 @@ from ropo.train.checks import check_training, check_warmup
 from ropo.train.dataset import PairDataset
 from ropo.train.launch import Launch, tell_other_launch
 from ropo.train.trainer import batching
-from ropo.utils.lock import LOCK_FILE, owning
 
 logger = logging.getLogger(__name__)
 

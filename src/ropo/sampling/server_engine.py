@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ropo.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
 from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
-from ropo.utils.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
 
 _TOKENS_PER_SHARD = 2**18
 _SEED_BITS = 31  # servers that are not vLLM take no more

@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from ropo.endpoint import EndpointError
 from ropo.sampling.engine import Prompt, Response, Sampling
 from ropo.sampling.generate import sample_responses
 from ropo.sampling.server_engine import ServerEngine
-from ropo.utils.endpoint import EndpointError
 
 SAMPLING = Sampling(num_candidates=2, max_new_tokens=5, temperature=0.7, top_p=0.9)
 SECRET = "sk-this-is-the-key-of-the-test"

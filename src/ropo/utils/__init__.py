@@ -1,1 +1,0 @@
-"""What knows nothing of preferences: folder locks, signals, option types, HTTP endpoints."""
