@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from ropo.endpoint import check_key, check_url
+from ropo.endpoint.address import check_key, check_url
 from ropo.judge.endpoint import ON_FAILURE
 from ropo.judge.make import JUDGES, judge_options
 from ropo.losses import LOSSES, bind_loss

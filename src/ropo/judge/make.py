@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from ropo.endpoint.address import Endpoint
 from ropo.judge.endpoint import EndpointJudge
 from ropo.judge.reward_model import RewardModelJudge
 from ropo.judge.verdicts import Judge
@@ -67,10 +68,8 @@ JUDGES: Mapping[str, JudgeSpec] = MappingProxyType(
         ),
         "endpoint": JudgeSpec(
             make=lambda args, folder: EndpointJudge(
-                str(args.judge_url),
-                str(args.judge_model),
+                Endpoint(url=str(args.judge_url), model=str(args.judge_model), api_key_env=args.judge_api_key_env),
                 folder,
-                api_key_env=args.judge_api_key_env,
                 on_failure=str(args.judge_on_failure),
             ),
             meaning="a chat model behind an OpenAI-compatible address",

@@ -158,12 +158,12 @@ def response_of(ids: list[int], stop_ids: Sequence[int], tokenizer: PreTrainedTo
     )
 
 
-def told_finished(response: Response, *, is_finished: bool) -> Response:
-    """A response of which a server says whether the model ended it; where its tokens say otherwise, they are not kept.
+def with_end(response: Response, *, is_finished: bool) -> Response:
+    """A response with the engine's word on whether the model ended it; tokens that contradict it are not kept.
 
     Args:
         response: As `response_of` makes it.
-        is_finished: What the server says.
+        is_finished: What the engine says.
 
     Returns:
         The response.

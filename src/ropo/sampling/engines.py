@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ropo.endpoint.address import Endpoint
 from ropo.sampling.engine import Engine
 from ropo.sampling.server_engine import ServerEngine
 from ropo.sampling.transformers_engine import TransformersEngine
@@ -87,7 +88,14 @@ ENGINES: Mapping[str, EngineSpec] = MappingProxyType(
         ),
         "server": EngineSpec(
             make=lambda reach: ServerEngine(
-                str(reach.url), str(reach.name), reach.tokenizer, api_key_env=reach.api_key_env
+                Endpoint(
+                    url=str(reach.url),
+                    model=str(reach.name),
+                    api_key_env=reach.api_key_env,
+                    timeout_seconds=600.0,  # long texts, and all candidates of a prompt at once
+                    max_total_seconds=1800.0,
+                ),
+                reach.tokenizer,
             ),
             meaning="a running OpenAI-compatible completions server; whatever model it serves answers",
             needs=("generation_url", "generation_model"),

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ropo.provenance import RunError
-from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
+from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, with_end
 
 _TOKENS_PER_SHARD = 2**21
 _MEMORY_SHARE = 0.9  # of the GPU memory that is free when it starts
@@ -107,7 +107,7 @@ class VllmEngine:
         )
         found = [
             [
-                told_finished(
+                with_end(
                     response_of(list(one.token_ids), stop_ids, self._tokenizer), is_finished=one.finish_reason == "stop"
                 )
                 for one in sorted(output.outputs, key=lambda one: one.index)
