@@ -14,6 +14,7 @@ from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
 from ropo.evaluate.measures import Mean, mean_of, share_of
 from ropo.logps.score import score_pairs
 from ropo.pairs import Pair, margin
+from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import Sample, sample_responses
 
 GoldRewards = Callable[[Sequence[Any], Sequence[Any]], list[float]]
@@ -85,8 +86,7 @@ def score_policy(
         policy,
         tokenizer,
         prompt_ids,
-        num_candidates=1,
-        max_new_tokens=max_new_tokens,
+        Sampling(num_candidates=1, max_new_tokens=max_new_tokens),
         seed=seed,
         title="Sampling for the gold reward",
     )

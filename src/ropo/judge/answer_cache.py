@@ -1,4 +1,4 @@
-"""What a judge has answered, kept so that nothing is asked, or paid for, twice.
+"""The answers of judges, kept so that nothing is asked, or paid for, twice.
 
 In: answers under keys that name everything they depend on. Out: JSON lines in a folder, written as answers arrive, so
 that a run that is killed asks only for the rest.
@@ -70,7 +70,7 @@ class Answers:
             self._new.update(answers)
 
     def share(self, missing: Mapping[str, Unit], work: Callable[[Mapping[str, Unit]], None]) -> None:
-        """Let each process work on its part of what is missing, and tell all what each has found.
+        """Let each process work on its part of what is missing, and share the answers among all.
 
         Args:
             missing: What to ask, by any name; the same in all processes.

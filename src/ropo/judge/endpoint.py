@@ -2,8 +2,8 @@
 
 In: an address, the name of a model there, pairs. Out: 1, 0.5, 0 or None per pair; what it cost.
 
-The one idea: chat models like the response that stands first, so a preference counts only if it survives the exchange
-of the two. The texts are untrusted: they are told to the judge as data, between lines that they cannot forge.
+The one idea: chat models prefer the response that stands first, so a preference counts only if it survives the exchange
+of the two. The texts are untrusted: the judge reads them as data, between lines that they cannot forge.
 """
 
 import json
@@ -157,9 +157,9 @@ class EndpointJudge:
         self._failure = None
         self._failures_in_row = min(self._failures_in_row, self._max_failures - 1)
         self._answers.share(missing, self._ask_all)
-        found = [self._p_right(*questions) for questions in asked]
-        self._report(found)
-        return found
+        p_right = [self._p_right(*questions) for questions in asked]
+        self._report(p_right)
+        return p_right
 
     def _questions(self, pair: Pair) -> tuple[_Question, _Question]:
         """The pair in both orders: `chosen` as A, then `rejected` as A."""
@@ -239,15 +239,15 @@ class EndpointJudge:
             if must_stop or self._failures_in_row >= self._max_failures:
                 self._has_stopped.set()
 
-    def _report(self, found: Sequence[float | None]) -> None:
+    def _report(self, p_right: Sequence[float | None]) -> None:
         logger.info("What the judge was asked: %s", asdict(self.costs))
-        num_unsettled = sum(p is None for p in found)
+        num_unsettled = sum(p is None for p in p_right)
         if num_unsettled:
             logger.warning(
                 "The judge gave no verdict on %d of %d pairs%s. %s These pairs are decided without it; the same "
                 "command asks again for answers that did not come or could not be read.",
                 num_unsettled,
-                len(found),
+                len(p_right),
                 " and was asked no more" if self._has_stopped.is_set() else "",
                 self._failure or "Its answers could not be read.",
             )
@@ -296,7 +296,7 @@ def _without_tokens(text: str) -> str:
     text = _HEADER.sub("", text)
     ends = list(_END_OF_THOUGHTS.finditer(text))
     begins = [one.start() for one in _THOUGHTS.finditer(text)]
-    # Thoughts stand first. A tag that opens anywhere else is part of some text, and what is the answer cannot be told.
+    # Thoughts stand first. A tag that opens anywhere else is part of some text, and no answer is clear.
     if begins and (text[: begins[0]].strip() or not ends):
         return ""
     text = _HEADER.sub("", text[ends[-1].end() :] if ends else text)
@@ -311,16 +311,16 @@ def _choice(match: re.Match[str]) -> str:
 def _body(model: str, prompt: Text, first: Text, second: Text) -> dict[str, Any]:
     # A text that held the mark would have to hold its own hash.
     mark = hash_value([prompt, first, second])[:16]
-    told = {"prompt": _told(prompt, mark), "first": _told(first, mark), "second": _told(second, mark)}
+    texts = {"prompt": _written(prompt, mark), "first": _written(first, mark), "second": _written(second, mark)}
     return {
         "model": model,
-        "messages": [{"role": "user", "content": _QUESTION.format(mark=mark, **told)}],
+        "messages": [{"role": "user", "content": _QUESTION.format(mark=mark, **texts)}],
         "temperature": 0,
         "max_tokens": _MAX_ANSWER_TOKENS,
     }
 
 
-def _told(text: Text, mark: str) -> str:
+def _written(text: Text, mark: str) -> str:
     """A text as the judge reads it; the turns of a conversation begin with lines that they cannot forge."""
     if isinstance(text, str):
         return text

@@ -78,7 +78,7 @@ class Caller:
         mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
-    def room_after(self, ids: Sequence[int]) -> int:
+    def max_response_tokens(self, ids: Sequence[int]) -> int:
         """Most tokens that can follow a prompt; only a table of learned positions sets a limit.
 
         Args:

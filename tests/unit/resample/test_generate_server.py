@@ -156,7 +156,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 ):
     monkeypatch.setenv("MY_KEY", SECRET)
     made = engine(api_key_env="MY_KEY")
-    options = {"num_candidates": 2, "max_new_tokens": 5, "folder": tmp_path, "model_digest": "m"}
+    options = {"sampling": Sampling(num_candidates=2, max_new_tokens=5), "folder": tmp_path, "model_digest": "m"}
     ids = [list(prompt.ids) for prompt in prompts(tokenizer, 3)]
     sample_responses(made, tokenizer, ids, **options)
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {SECRET}"}
@@ -241,8 +241,8 @@ def test_broken_off_and_taken_up_again(server, engine, tokenizer, tmp_path, monk
     """What the server answered before it broke down is not asked again."""
     monkeypatch.setattr("ropo.sampling.server_engine._TOKENS_PER_SHARD", 60)
     ids = [list(prompt.ids) for prompt in prompts(tokenizer, 6)]
-    options = {"num_candidates": 2, "max_new_tokens": 5, "folder": tmp_path, "model_digest": "m"}
-    expected = sample_responses(engine(), tokenizer, ids, num_candidates=2, max_new_tokens=5)
+    options = {"sampling": Sampling(num_candidates=2, max_new_tokens=5), "folder": tmp_path, "model_digest": "m"}
+    expected = sample_responses(engine(), tokenizer, ids, options["sampling"])
     server.bodies.clear()
     server.answers = [answer, answer, answer, lambda _: (400, "broken")]
     with pytest.raises(EndpointError, match="status 400"):
