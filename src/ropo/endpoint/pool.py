@@ -1,4 +1,4 @@
-"""Many requests at a time, and how they end when one fails or somebody presses Ctrl-C.
+"""Many requests at a time, and how they end when one fails or on Ctrl-C.
 
 In: a function that makes one request, items. Out: its answers.
 """

@@ -47,7 +47,7 @@ class Answers:
             broadcast_object_list(known)
         self.unreadable = {key for key, answer in known[0].items() if answer == UNREADABLE}
         self._known: dict[str, Answer] = {key: known[0][key] for key in known[0].keys() - self.unreadable}
-        state.wait_for_everyone()  # nobody writes before all is read
+        state.wait_for_everyone()  # all is read before anything is written
         # A run that was killed in the middle of a line has left one without an end.
         self._needs_line_end = self._path.exists() and self._path.read_bytes()[-1:] not in (b"", b"\n")
 

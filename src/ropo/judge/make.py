@@ -91,7 +91,7 @@ def judge_options() -> dict[str, list[str]]:
 
 
 def make_judge(args: JudgeOptions, folder: Path) -> Judge | None:
-    """Make the judge that options ask for; no weights are loaded and nobody is asked before it is called.
+    """Make the judge that options ask for; no weights are loaded and no request is made before it is called.
 
     With several processes all must make it and call it together, with the same pairs; each asks for its share.
 

@@ -160,7 +160,7 @@ def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTok
     tokenizer = _tokenizer(name_or_path)
     if names := not_finite(model):
         raise ValueError(f"A reward model needs finite weights; {name_or_path} has NaN or infinity in {names}.")
-    model.config.use_cache = False  # keys and values of a batch would be kept for a text that nobody goes on with
+    model.config.use_cache = False  # nothing is generated
     return model.to(PartialState().device).eval(), tokenizer
 
 

@@ -5,9 +5,9 @@ Out: at most one candidate per prompt, the prompts that the rule could not settl
 
 The paper states the purpose (to make up for the information in discarded queries, guided by the robust loss), not
 the procedure (arXiv:2404.04102v2, abstract). The procedure here is ours: the robust loss falls with the margin, so of
-the two orientations of a candidate pair the loss always prefers the one the policy already believes; the pair is
-therefore oriented by the sign of its margin. What this sign is worth depends on where the response was drawn
-(docs/resampling.md): a policy rates its own samples above whatever else there is.
+the two orientations of a candidate pair the loss always prefers the one that the policy prefers; the pair is therefore
+oriented by the sign of its margin. How reliable this sign is depends on the model that was sampled: a policy rates its
+own samples above other responses (docs/resampling.md).
 
 Add a rule: write a function `Field -> position or None`, and add a line to SELECTION_RULES.
 Add a guard: a field in `Guards` whose default lets everything pass, a reason in `Refusal`, and the line in `_refusal`

@@ -128,7 +128,7 @@ class Job:
     num_rows: int
 
     def noise(self, places: Sequence[int]) -> Tensor:
-        """Chance of all candidates of some prompts, shape (B, N), on the model's device."""
+        """Random numbers of all candidates of some prompts, shape (B, N), on the model's device."""
         size = {"num_candidates": self.sampling.num_candidates, "max_new_tokens": self.sampling.max_new_tokens}
         return torch.cat([draw_noise(self.prompts[i].seed, **size) for i in places]).to(self.call.device)
 

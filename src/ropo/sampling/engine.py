@@ -2,8 +2,8 @@
 
 In: what the caller wants sampled. Out: plain values that all engines share, and the interface they offer.
 
-The one idea: chance belongs to the prompt. Each prompt has a seed of its own, made from its token ids, so what is drawn
-for it depends neither on its neighbours in a batch nor on the order of the data nor on the number of processes.
+The one idea: randomness belongs to the prompt. Each prompt has its own seed, made from its token ids, so its responses
+depend neither on its neighbours in a batch nor on the order of the data nor on the number of processes.
 
 Add an engine: write a class with the methods of `Engine` in a file beside this one, and add a line to ENGINES in
 `engines.py`.
@@ -109,7 +109,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what `sample` has taken; the engine is not used any more."""
+        """Release what `sample` has loaded; the engine is not used any more."""
         ...
 
 

@@ -51,7 +51,7 @@ class EngineSpec:
     """A kind of engine.
 
     Attributes:
-        make: Makes it; cheap, nothing is loaded and nobody is asked.
+        make: Makes it; cheap, nothing is loaded and no request is made.
         meaning: One phrase for the help.
         needs: Options that it needs.
         takes: Options that it can do without, with what stands in for them.

@@ -61,8 +61,8 @@ def sample_responses(
 ) -> list[Sample]:
     """Draw responses to prompts.
 
-    The same call gives the same text: chance belongs to a prompt (see `engine`), and neither reads nor moves the global
-    random state. With several processes each samples its share of the shards and all return everything.
+    The same call gives the same text: each prompt has its own seed (see `engine`), and the global random state is
+    neither read nor moved. With several processes each samples its share of the shards and all return everything.
 
     Args:
         model: A causal language model on its device, or an engine from `engines.open_engine`.
@@ -158,7 +158,7 @@ def _write(path: Path, responses: Sequence[Sequence[Response]]) -> None:
 
 
 def _read(path: Path, num_prompts: int, sampling: Sampling) -> list[list[Response]] | None:
-    """The responses of a finished shard; None if there is none or somebody has changed it."""
+    """The responses of a finished shard; None if there is none or the file was changed."""
     if not path.exists():
         return None
     responses: list[list[Response]] = [[] for _ in range(num_prompts)]

@@ -2,9 +2,9 @@
 
 In: its address and the name of a model there. Out: an `Engine`.
 
-The one idea: prompts go over as token ids, so the server sees exactly what training sees, and with a seed each, so that
-asking again gives the same. Which model answers is the server's affair: it need not be the one in training, and then
-the responses are not the policy's own.
+The one idea: prompts are sent as token ids, so the server sees exactly what training sees, and with a seed each, so the
+same request gives the same responses. The server decides which model answers: if it is not the one in training, the
+responses are not samples of the policy.
 """
 
 import threading
@@ -54,7 +54,7 @@ class ServerEngine:
 
     @property
     def tokens_per_shard(self) -> int:
-        """Few enough that little is asked twice after a kill."""
+        """Few enough that a killed run repeats little."""
         return _TOKENS_PER_SHARD
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance) -> list[list[Response]]:
@@ -82,7 +82,7 @@ class ServerEngine:
         )
 
     def close(self) -> None:
-        """Nothing to give back: the server runs on."""
+        """Nothing to release."""
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> list[Response]:
         # What is left out would be taken from the options that the model was published with.

@@ -26,7 +26,7 @@ from ropo.sampling.growing_cache import bytes_per_token, new_cache, regroup
 from ropo.sampling.plain_generate import ask_generate
 
 _SPARE_COLUMNS = 64  # columns that the cache can grow by before it is copied
-_LEAVE_SHARE = 4  # rows are regrouped when one in so many has ended: till then it is cheaper to compute for nobody
+_LEAVE_SHARE = 4  # rows are regrouped when one in so many has ended; before, copying costs more than their idle steps
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # a row's positions follow from the longest row of its batch
 
 
@@ -70,7 +70,7 @@ class _Entering:
 class _Flight:
     """Rows that are decoded together.
 
-    A row that has ended goes on until it leaves, at the same position and with the same noise; nobody reads that.
+    A row that has ended stays in the batch until it leaves, at the same position; what it computes is not read.
     """
 
     def __init__(self, job: Job) -> None:
@@ -82,7 +82,7 @@ class _Flight:
         self._since: list[Tensor] = []  # tokens drawn in each step since rows were regrouped
         self._width = 0
         self._mask_BT = torch.zeros(0, 0)
-        # Of each row: last token, its position, number of tokens drawn, most of them, noise, whether it has ended.
+        # Of each row: last token, its position, number of tokens drawn, their limit, noise, whether it has ended.
         self._state: dict[str, Tensor] = {}
         self.num_done = 0
 
@@ -104,9 +104,9 @@ class _Flight:
         )
         where_B = state["count"].clamp(max=state["noise"].shape[1] - 1)
         state["last"] = self._job.choose(logits_BV, state["noise"].gather(1, where_B[:, None]).squeeze(1))
-        goes_on_B = ~state["has_ended"]
-        state["position"] = state["position"] + goes_on_B
-        state["count"] = state["count"] + goes_on_B
+        is_open_B = ~state["has_ended"]
+        state["position"] = state["position"] + is_open_B
+        state["count"] = state["count"] + is_open_B
         state["has_ended"] = state["has_ended"] | self._ends(state)
         self._since.append(state["last"])
         self._look()
@@ -121,7 +121,7 @@ class _Flight:
         self._job.check(num_broken, self.num_rows)
 
     def regroup(self, enters: Sequence[int]) -> Ended:
-        """Let rows that have ended leave and those of new prompts enter.
+        """Remove rows that have ended and add those of new prompts.
 
         Args:
             enters: Places of prompts, longest first.

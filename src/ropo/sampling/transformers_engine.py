@@ -82,7 +82,7 @@ class TransformersEngine:
             model.train(was_training)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._model = None
 
     def _sample(

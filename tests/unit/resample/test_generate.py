@@ -1,4 +1,4 @@
-"""Sampling as a whole: the same call gives the same text, and a killed one goes on after its last finished shard."""
+"""Sampling as a whole: the same call gives the same text, and a killed one resumes after its last finished shard."""
 
 import json
 import random
