@@ -76,8 +76,8 @@ def _fold_margins(
             eval_dataset=judged,
             processing_class=question.tokenizer,
             peft_config=question.peft_config,
-            num_checks=NUM_CHECKS,
         )
+        trainer.check_evenly(NUM_CHECKS)
         trainer.train_or_resume([question.digest, fold])
         margins = torch.stack(trainer.check_margins)
         if PartialState().is_main_process:

@@ -53,9 +53,8 @@ from ropo.run.outputs import Read, publish, publish_audit
 from ropo.run.rounds import run_all
 from ropo.stages import Stages
 from ropo.train.checks import check_training, check_warmup
-from ropo.train.dataset import PairDataset
+from ropo.train.dataset import PairDataset, batching
 from ropo.train.launch import Launch, tell_other_launch
-from ropo.train.trainer import batching
 
 logger = logging.getLogger(__name__)
 
