@@ -10,9 +10,9 @@ import ropo
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
     "pairs", "provenance", "stages", "options", "endpoint", "data", "logps", "losses", "noise", "models", "judge",
-    "sampling", "resample", "config", "train", "audit", "report", "run", "evaluate", "cli", "__main__",
+    "sampling", "resample", "train", "audit", "config", "report", "run", "evaluate", "cli", "__main__",
 ]  # fmt: skip
-PURE = ORDER[: ORDER.index("config")]
+PURE = ORDER[: ORDER.index("train")]
 SOURCE = Path(ropo.__file__).parent
 
 

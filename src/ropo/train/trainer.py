@@ -1,6 +1,6 @@
 """`ROPOTrainer`: one noise-tolerant training stage on weighted preference pairs.
 
-In: a model, pairs with weights and reference log-probabilities, a `ROPOConfig`. Out: a trained model, a log, and the
+In: a model, pairs with weights and reference log-probabilities, `TrainOptions`. Out: a trained model, a log, and the
 margin each pair had when the model first saw it.
 
 It stands on the public surface of `transformers.Trainer`: `compute_loss`, `get_batch_samples`, `prediction_step`,
@@ -37,7 +37,6 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import ropo
-from ropo.config import ROPOConfig, check_config, in_trl
 from ropo.data.problems import render
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import read_checked
@@ -45,7 +44,7 @@ from ropo.logps.batch import Batch
 from ropo.logps.cache import reference_logps
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
-from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
+from ropo.losses import LOSSES, BoundLoss, gradient_weight, re_po_posterior
 from ropo.models.files import check_ids, ids_of, not_finite
 from ropo.models.source import PolicySource, check_adapter, find_model, load_tokenizer
 from ropo.pairs import PairLogps, margin, margin_per_token
@@ -65,6 +64,7 @@ from ropo.train.checks import check_training
 from ropo.train.dataset import PairCollator, PairDataset
 from ropo.train.launch import Launch
 from ropo.train.metrics import RunningMeans, of_margins
+from ropo.train.options import TrainOptions, check_kind, instead_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ _CPU_TOKENS = 2048
 # below 1e-38, with which they take up to twenty times as long.
 _SMALLEST_GRADIENT = 1e-20
 
+_RELIABILITY = 0.9  # of every annotator at the start; what `re_po` has by default
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
 _MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597, the main recipe)
 
@@ -87,11 +88,12 @@ class ROPOTrainer(Trainer):
 
     Args:
         model: A causal language model, or the folder or hub id of one.
-        args: Options.
+        args: Options, such as a `ROPOConfig`.
         train_dataset: Pairs, a `PairDataset`, or anything that `ropo.data.load.load_pairs` reads.
         eval_dataset: Likewise.
         processing_class: The tokenizer; loaded from where the model is when not given.
         peft_config: Wraps the model with an adapter; the model without it is then the reference.
+        loss: The loss; by default that of `args`.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
         halfway_folder: Where the model is saved half way through its training, if anywhere.
@@ -100,7 +102,7 @@ class ROPOTrainer(Trainer):
         **unknown: None is taken. It is here so that `ref_model`, which TRL takes, is answered in a sentence.
 
     Raises:
-        TypeError: If `args` is no `ROPOConfig`, or a keyword is unknown.
+        TypeError: If `args` is no `TrainOptions`, or a keyword is unknown.
         ValueError: If the data is empty or not fit for training; if several GPUs are used in one process.
         FloatingPointError: If a loss is not finite; the message names the pairs.
     """
@@ -111,12 +113,13 @@ class ROPOTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        args: ROPOConfig,
+        args: TrainOptions,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
+        loss: BoundLoss | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         num_checks: int = 0,
@@ -124,9 +127,11 @@ class ROPOTrainer(Trainer):
         **unknown: NoReturn,
     ) -> None:
         for name in unknown:
-            raise TypeError(f"ROPOTrainer takes no {name}.{in_trl(name)}")
-        check_config(args, taker="ROPOTrainer")
+            raise TypeError(f"ROPOTrainer takes no {name}.{instead_of(name)}")
+        check_kind(args, TrainOptions, taker="ROPOTrainer")
         check_training(args)
+        self.loss = loss or args.bound_loss()
+        self.spec = self.loss.spec
         model, self.tokenizer = _model_and_tokenizer(model, processing_class)
         self.pad_token_id: int = self.tokenizer.pad_token_id
         if self.pad_token_id is None:
@@ -155,12 +160,11 @@ class ROPOTrainer(Trainer):
         _tell_once(f"Forward: {self.layout}, since {reason}.")
         self.options = args
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
-        self.spec = LOSSES[args.loss]
-        if train_dataset is not None:
+        if train_dataset is not None and loss is None:
             _say_which_alpha(args)
-        self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
         # The last one is that of annotators who are in the evaluation set only; nothing is learned of them.
-        self.reliability = torch.full((len(sample.annotators) + 1,), args.reliability or 0.9, device=args.device)
+        first = self.loss.options.get("reliability", _RELIABILITY)
+        self.reliability = torch.full((len(sample.annotators) + 1,), first, device=args.device)
         self.moments = torch.zeros(3, device=args.device)  # sums of weights, means and variances: `update_moments`
         self._step_margins: list[Tensor] = []
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
@@ -208,7 +212,7 @@ class ROPOTrainer(Trainer):
             max_tokens = None
         return PairCollator(dataset=dataset, layout=self.layout, pad_token_id=self.pad_token_id, max_tokens=max_tokens)
 
-    def _prepare(self, source: Any, model: PreTrainedModel, args: ROPOConfig) -> PairDataset | None:
+    def _prepare(self, source: Any, model: PreTrainedModel, args: TrainOptions) -> PairDataset | None:
         """Whatever was given as data, as a `PairDataset` with reference log-probabilities if the loss needs them."""
         if source is None or isinstance(source, PairDataset):
             return source
@@ -221,7 +225,7 @@ class ROPOTrainer(Trainer):
         name = model.config.name_or_path or type(model).__name__
         check_ids(model, self.tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=name)
         reference = None
-        if LOSSES[args.loss].needs_reference:
+        if self.spec.needs_reference:
             cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
             reference = reference_logps(model, tokenized.tokens, cache_dir=cache_dir, **batching(args, self.tokenizer))
         return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
@@ -463,15 +467,15 @@ class ROPOTrainer(Trainer):
 
     def _margin(self, logps: PairLogps, inputs: Batch) -> Tensor:
         if self.spec.per_token:
-            return margin_per_token(logps, beta=self.options.beta)
+            return margin_per_token(logps, beta=self.loss.beta)
         if "reference_chosen" not in inputs:
             if self.spec.needs_reference:
                 raise ValueError(
-                    f"{self.options.loss} needs reference log-probs; the PairDataset has none. Pass reference=."
+                    f"{self.loss.name} needs reference log-probs; the PairDataset has none. Pass reference=."
                 )
-            return self.options.beta * (logps.chosen - logps.rejected)
+            return self.loss.beta * (logps.chosen - logps.rejected)
         reference = PairLogps(chosen=inputs["reference_chosen"], rejected=inputs["reference_rejected"])
-        return margin(logps, reference, beta=self.options.beta)
+        return margin(logps, reference, beta=self.loss.beta)
 
     def _loss(self, h: Tensor, inputs: Batch) -> Tensor:
         """Loss per pair, given exactly the inputs it names; a loss of the whole batch sees that of all processes."""
@@ -484,12 +488,12 @@ class ROPOTrainer(Trainer):
         }
         given = {name: known[name]() for name in self.spec.inputs}
         if not self.spec.needs_whole_batch:
-            loss = self.loss_of_margin(h, **given)
+            loss = self.loss(h, **given)
         else:
             # Pairs of other processes are numbers here; in their own process they have their gradient.
             first, numbers = self.accelerator.process_index * len(h), gather(h.detach())
             whole = torch.cat([numbers[:first], h, numbers[first + len(h) :]])
-            loss = self.loss_of_margin(whole, **given)[first : first + len(h)]
+            loss = self.loss(whole, **given)[first : first + len(h)]
         if torch.is_grad_enabled():
             self._learn(h.detach(), inputs)
         return loss
@@ -546,11 +550,11 @@ class ROPOTrainer(Trainer):
         is_training = torch.is_grad_enabled()
         found = {"logps/chosen": chosen, "logps/rejected": rejected}
         if "reference_chosen" in inputs:
-            found["rewards/chosen"] = self.options.beta * (chosen - inputs["reference_chosen"])
-            found["rewards/rejected"] = self.options.beta * (rejected - inputs["reference_rejected"])
+            found["rewards/chosen"] = self.loss.beta * (chosen - inputs["reference_chosen"])
+            found["rewards/rejected"] = self.loss.beta * (rejected - inputs["reference_rejected"])
         found |= of_margins(h)
         if self.spec.is_per_pair:
-            found["gradient_weight"] = gradient_weight(self.loss_of_margin, h)
+            found["gradient_weight"] = gradient_weight(self.loss, h)
         self._means["train" if is_training else "eval"].add(found)
         # Nothing here asks the device for a value, which would make it wait.
         where = inputs["position"]
@@ -573,7 +577,7 @@ def _model_and_tokenizer(
     return model, tokenizer or load_tokenizer(place)
 
 
-def _say_which_alpha(args: ROPOConfig) -> None:
+def _say_which_alpha(args: TrainOptions) -> None:
     if args.alpha == "auto":
         logger.warning(
             "alpha is %g, the paper's: a training alone estimates nothing and filters nothing. Give a number, take "
@@ -601,28 +605,27 @@ def turn_dropout_off(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def margins_of(policy: PairLogps, reference: PairLogps | None, args: ROPOConfig) -> NDArray[np.float64]:
-    """Margins as the chosen loss reads them, shape (pairs,), nats.
+def margins_of(policy: PairLogps, reference: PairLogps | None, loss: BoundLoss) -> NDArray[np.float64]:
+    """Margins as a loss reads them, shape (pairs,), nats.
 
     Args:
         policy: Log-probabilities under the policy.
         reference: The same under the reference; not used by reference-free losses.
-        args: `loss` and `beta` count.
+        loss: The loss.
     """
-    if LOSSES[args.loss].per_token:
-        return margin_per_token(policy, beta=args.beta).double().numpy()
+    if loss.spec.per_token:
+        return margin_per_token(policy, beta=loss.beta).double().numpy()
     assert reference is not None  # noqa: S101 - `prepare` computes it for every loss that reads it
-    return margin(policy, reference, beta=args.beta).double().numpy()
+    return margin(policy, reference, beta=loss.beta).double().numpy()
 
 
-def losses_of(margins: NDArray[np.float64], args: ROPOConfig) -> NDArray[np.float64]:
+def losses_of(margins: NDArray[np.float64], loss: BoundLoss) -> NDArray[np.float64]:
     """Training loss at each margin, shape (pairs,)."""
-    loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
     values: NDArray[np.float64] = loss(torch.from_numpy(np.ascontiguousarray(margins))).numpy()
     return values
 
 
-def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def batching(args: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """How pairs are put into batches for scoring, as keyword arguments."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {
