@@ -97,14 +97,14 @@ class Cell:
         self.reference = AutoModelForCausalLM.from_pretrained(base)
         self.args = ROPOConfig(output_dir=str(folder), seed=seed, **COMMON, **ROPO)
         summary = run_audit(base, self.noisy, self.args)
-        self.args = self.args.with_alpha(summary["alpha"])
+        self.loss = self.args.bound_loss(summary["alpha"])
         ledger = read_ledger(folder / "ledger.parquet").to_pandas()
         is_kept = {row: what == "keep" for row, what in zip(ledger["row"], ledger["decision"], strict=True)}
         self.kept = [pair for pair in self.noisy if is_kept[pair.row]]
         self.dropped = [pair for pair in self.noisy if not is_kept[pair.row]]
         self.first = self.train(self.kept, None, halfway=folder / "halfway")
         self.first.save_pretrained(folder / "first")
-        self.kept_losses = losses_of(self._margins(self.kept), self.args)
+        self.kept_losses = losses_of(self._margins(self.kept), self.loss)
         self.samples: dict[str, tuple[list[Sample], float]] = {}
         self.scores: dict[tuple[Any, ...], PolicyScore] = {}
 
@@ -113,17 +113,17 @@ class Cell:
         return score_pairs(model, tokens, Batching(pad_token_id=self.tokenizer.pad_token_id))
 
     def _margins(self, pairs: Sequence[Pair]) -> np.ndarray:
-        return margins_of(self._scored(self.first, pairs), self._scored(self.reference, pairs), self.args)
+        return margins_of(self._scored(self.first, pairs), self._scored(self.reference, pairs), self.loss)
 
     def train(self, pairs: Sequence[Pair], start: Path | None, *, halfway: Path | None = None) -> PreTrainedModel:
         """Train on pairs for as many steps as all pairs of the data would take."""
         tokenized = tokenize_pairs(pairs, self.tokenizer, max_length=128)
         data = PairDataset(tokenized.pairs, tokenized.tokens, reference=self._scored(self.reference, pairs))
-        args = self.args
-        args.num_train_epochs = NUM_PAIRS / len(data)
-        args.seed = self.seed + (start is not None)
+        args = self.args.of_stage(
+            self.folder, seed=self.seed + (start is not None), num_train_epochs=NUM_PAIRS / len(data)
+        )
         model = AutoModelForCausalLM.from_pretrained(start or self.base)
-        trainer = ROPOTrainer(model, args, train_dataset=data, processing_class=self.tokenizer)
+        trainer = ROPOTrainer(model, args, data, processing_class=self.tokenizer, loss=self.loss)
         if halfway is not None:
             trainer.save_halfway(halfway)
         trainer.train()
@@ -163,8 +163,8 @@ class Cell:
             earlier=scored(AutoModelForCausalLM.from_pretrained(self.folder / "halfway"))
             if args.selection_rule == "uncertainty_aware"
             else None,
-            margins_of=lambda own, base: margins_of(own, base, self.args),
-            loss_of=lambda margins: losses_of(margins, self.args),
+            margins_of=lambda own, base: margins_of(own, base, self.loss),
+            loss_of=lambda margins: losses_of(margins, self.loss),
             tokenizer=self.tokenizer,
             max_length=128,
             rule=args.selection_rule,

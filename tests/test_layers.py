@@ -18,7 +18,7 @@ import ropo_bench
 # A package may import packages that stand above it, and its own files.
 ABOVE_THE_BORDER = ["pairs", "provenance", "stages", "options", "data", "logps", "losses", "noise"]
 ORDER = [
-    *ABOVE_THE_BORDER, "endpoint", "models", "judge", "sampling", "resample", "config", "train", "audit", "report",
+    *ABOVE_THE_BORDER, "endpoint", "models", "judge", "sampling", "resample", "train", "audit", "config", "report",
     "run", "evaluate", "cli", "__main__",
 ]  # fmt: skip
 SOURCE, BENCH = (Path(module.__file__).parent for module in (ropo, ropo_bench))

@@ -9,17 +9,15 @@ the judge prefers it to the better response of the pair whose prompt it answers.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from scipy.special import logit
 
-from ropo.config import check_judge
 from ropo.data.validate import read_checked
-from ropo.judge.make import JUDGES, judge_options
+from ropo.judge.options import JUDGES, JudgeOptions, make_judge
 from ropo.judge.verdicts import Judge, ask
 from ropo.models.source import PolicySource, find_model
 from ropo.pairs import Pair, Text
@@ -30,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MIN_SURE = 0.75  # probability of the better response; below it the judge is taken to be unsure
 CLIP = 1e-3  # of probabilities, before they become log-odds
-JUDGE_OPTIONS = ("judge", *judge_options())
+JUDGE_OPTIONS = tuple(one.name for one in fields(JudgeOptions))
 LACKS = ("topic", "larger_model")  # kinds of noise: no subject is known, and no reward of a response by itself
 
 
@@ -77,11 +75,12 @@ def judge_of(options: Mapping[str, Any], folder: Path) -> Judge:
     Raises:
         ValueError: As `judge_args`, or if what the options name is no judge.
     """
-    args = judge_args(options)
-    return JUDGES[args.judge].make(args, folder)
+    judge = make_judge(judge_args(options), folder)
+    assert judge is not None  # noqa: S101 - `judge_args` refuses options that name none
+    return judge
 
 
-def judge_args(options: Mapping[str, Any]) -> Any:
+def judge_args(options: Mapping[str, Any]) -> JudgeOptions:
     """The options of a judge, checked and filled in; nothing is loaded and nobody is asked.
 
     An endpoint that fails stops the benchmark by default: what it did not say would otherwise be left out of the truth,
@@ -91,7 +90,7 @@ def judge_args(options: Mapping[str, Any]) -> Any:
         options: Named as in `ROPOConfig`.
 
     Returns:
-        `JudgeOptions`.
+        The options.
 
     Raises:
         ValueError: If an option is unknown, missing or ignored, or none names a judge.
@@ -99,10 +98,9 @@ def judge_args(options: Mapping[str, Any]) -> Any:
     for name in options:
         if name not in JUDGE_OPTIONS:
             raise ValueError(f"judge needs options named {', '.join(JUDGE_OPTIONS)}; got {name}.")
-    args = SimpleNamespace(**{**dict.fromkeys(JUDGE_OPTIONS), "judge": "none", **options})
-    if args.judge in judge_options()["judge_on_failure"] and args.judge_on_failure is None:
-        args.judge_on_failure = "stop"
-    check_judge(args)
+    may_fail = [name for name, spec in JUDGES.items() if "judge_on_failure" in spec.takes]
+    stops = {"judge_on_failure": "stop"} if options.get("judge") in may_fail else {}
+    args = JudgeOptions(**{**stops, **{name: value for name, value in options.items() if value is not None}})
     if args.judge == "none":
         raise ValueError(f"The task own needs a judge; got none. Set judge to one of {', '.join(JUDGES)}.")
     return args

@@ -22,14 +22,14 @@ from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerB
 from ropo.audit import Audit
 from ropo.audit.folds import folds_of
 from ropo.audit.scorers import SCORED_FILES
-from ropo.config import ROPOConfig, check_config
+from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import VERDICTS, read_verdicts, verdicts_of, with_verdicts
 from ropo.data.template import date_of, writes_date
 from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
-from ropo.judge.make import make_judge
+from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.models.files import check_ids, ids_of
 from ropo.models.reference import Reference
@@ -55,20 +55,9 @@ from ropo.stages import Stages
 from ropo.train.checks import check_training, check_warmup
 from ropo.train.dataset import PairDataset, batching
 from ropo.train.launch import Launch, tell_other_launch
+from ropo.train.options import check_kind
 
 logger = logging.getLogger(__name__)
-
-# Options that do not change what is computed: they may differ when a run is taken up again. `max_tokens_per_batch` may
-# change the last digits: who lowers it for want of memory goes on from the last checkpoint.
-_NOT_IDENTITY = (
-    "output_dir", "reference_cache_dir", "rounds", "resume_from_checkpoint",
-    "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_steps",
-    "logging_strategy", "logging_first_step", "save_strategy", "save_steps", "save_total_limit",
-    "dataloader_num_workers", "max_tokens_per_batch", "hub_token", "push_to_hub", "local_rank",
-    "audit_from",  # its margins count, wherever they are
-    "do_train", "do_eval", "do_predict", "judge_url", "judge_api_key_env", "judge_on_failure", "generation_url",
-    "generation_api_key_env",
-)  # fmt: skip
 
 # Options of `Trainer` with which a training that is stopped would end in other weights, or be taken for finished.
 _NOT_RESUMED = {
@@ -158,7 +147,7 @@ def run_rounds(
         DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
         ValueError: If the output folder holds something else than this run, or a verdict is about another pair.
     """
-    check_config(args, taker="run_rounds")
+    check_kind(args, ROPOConfig, taker="run_rounds")
     if args.audit_from is not None and not args.needs_audit:
         raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
     with owning(Path(str(args.output_dir))):
@@ -236,7 +225,7 @@ def run_audit(
         DataError: As for `run_rounds`.
         ValueError: As for `run_rounds`; or if `num_folds` is 0.
     """
-    check_config(args, taker="run_audit")
+    check_kind(args, ROPOConfig, taker="run_audit")
     if not args.num_folds:
         raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
     with owning(Path(str(args.output_dir))):
@@ -301,7 +290,7 @@ def _prepare(
     trusted_tokens = tokenize_pairs(known, tokenizer, max_length=args.max_length)
     if found := [problem for problem in trusted_tokens.problems if problem.row is not None]:
         logger.warning("Trusted pairs:\n%s", render(found))
-    check_warmup(args, num_pairs=len(tokenized) + len(trusted_tokens))
+    check_warmup(args, num_pairs=args.fewest_trained_on(len(tokenized) + len(trusted_tokens)))
     if peft_config is not None:
         check_adapter(skeleton, peft_config)
     evaluation = None
@@ -320,7 +309,7 @@ def _prepare(
     for part in parts:
         check_ids(skeleton, tokenizer, ids_of(part.pairs, part.tokens), name_or_path=name)
     identity = {
-        "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
+        "options": args.identity(),
         "model": [source.fingerprint(), source.load_options],
         "tokenizer": _fingerprint(tokenizer),
         "data": loaded.sha256,

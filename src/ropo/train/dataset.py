@@ -15,15 +15,14 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ropo.config import ROPOConfig
 from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import read_checked
 from ropo.logps.batch import LAYOUTS, Batch, Batching, pad_token_id_of, split_by_tokens
 from ropo.logps.cache import reference_logps
-from ropo.losses import LOSSES
 from ropo.models.files import check_ids, ids_of
 from ropo.pairs import Pair, PairLogps
+from ropo.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -101,21 +100,27 @@ class PairDataset(Dataset[dict[str, Any]]):
         return {"input_ids": self.tokens[i], "position": i}
 
 
-def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> Batching:
+def batching(args: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> Batching:
     """How pairs are put into batches for scoring."""
     return Batching(pad_token_id=pad_token_id_of(tokenizer), use_bf16=args.bf16, max_tokens=args.max_tokens_per_batch)
 
 
 def prepare_dataset(
-    source: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ROPOConfig
+    source: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainOptions,
+    *,
+    needs_reference: bool,
 ) -> PairDataset | None:
-    """Whatever was given as data, as a `PairDataset` with reference log-probabilities if the loss needs them.
+    """Whatever was given as data, as a `PairDataset`, with reference log-probabilities if they are needed.
 
     Args:
         source: Anything that `ropo.data.load.load_pairs` reads; a `PairDataset` or None is returned as it is.
         model: The reference.
         tokenizer: Of the model.
         args: Options.
+        needs_reference: Whether the loss reads them.
 
     Raises:
         DataError: If a row cannot be read and `on_bad_rows` says so.
@@ -132,7 +137,7 @@ def prepare_dataset(
     name = model.config.name_or_path or type(model).__name__
     check_ids(model, tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=name)
     reference = None
-    if LOSSES[args.loss].needs_reference:
+    if needs_reference:
         cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
         reference = reference_logps(model, tokenized.tokens, batching(args, tokenizer), cache_dir=cache_dir)
     return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)

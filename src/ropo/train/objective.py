@@ -7,7 +7,6 @@ Shapes: B pairs of a batch.
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ from accelerate.utils import gather, reduce
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ropo.config import ROPOConfig
 from ropo.logps.batch import Batch
-from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
+from ropo.losses import LOSSES, BoundLoss, gradient_weight, re_po_posterior
 from ropo.pairs import PairLogps, margin, margin_per_token
+from ropo.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -27,31 +26,32 @@ logger = logging.getLogger(__name__)
 # below 1e-38, with which they take up to twenty times as long.
 _SMALLEST_GRADIENT = 1e-20
 
+_RELIABILITY = 0.9  # of every annotator at the start; what `re_po` has by default
 _RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
 _MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597, the main recipe)
 
 
 class Objective:
-    """The loss of a training, bound to its options, with the state that it learns.
+    """The loss of a training with the state that it learns.
 
     Args:
-        args: Options; loss, beta and the options of the loss count.
+        loss: With β and its options.
         num_annotators: Of the training data.
+        device: Of the model.
 
     Attributes:
-        spec: The entry of the loss in `LOSSES`.
         loss_of_margin: The loss as a function of the margin, nats.
+        spec: Its entry in `LOSSES`.
         reliability: Probability that a label is right, per annotator, shape (annotators + 1,). The last one is that of
             annotators who are in the evaluation set only; nothing is learned of them.
         moments: Moving sums of weights, means and variances of the margins, shape (3,); see `update_moments`.
     """
 
-    def __init__(self, args: ROPOConfig, *, num_annotators: int) -> None:
-        self.spec = LOSSES[args.loss]
-        self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
-        self.reliability = torch.full((num_annotators + 1,), args.reliability or 0.9, device=args.device)
-        self.moments = torch.zeros(3, device=args.device)
-        self._name, self._beta = args.loss, args.beta
+    def __init__(self, loss: BoundLoss, *, num_annotators: int, device: torch.device) -> None:
+        self.loss_of_margin, self.spec = loss, loss.spec
+        first = loss.options.get("reliability", _RELIABILITY)
+        self.reliability = torch.full((num_annotators + 1,), first, device=device)
+        self.moments = torch.zeros(3, device=device)
         self._step_margins: list[Tensor] = []
 
     def margin(self, logps: PairLogps, inputs: Batch) -> Tensor:
@@ -67,13 +67,15 @@ class Objective:
 
     def _margin(self, logps: PairLogps, inputs: Batch) -> Tensor:
         if self.spec.per_token:
-            return margin_per_token(logps, beta=self._beta)
+            return margin_per_token(logps, beta=self.loss_of_margin.beta)
         if "reference_chosen" not in inputs:
             if self.spec.needs_reference:
-                raise ValueError(f"{self._name} needs reference log-probs; the PairDataset has none. Pass reference=.")
-            return self._beta * (logps.chosen - logps.rejected)
+                raise ValueError(
+                    f"{self.loss_of_margin.name} needs reference log-probs; the PairDataset has none. Pass reference=."
+                )
+            return self.loss_of_margin.beta * (logps.chosen - logps.rejected)
         reference = PairLogps(chosen=inputs["reference_chosen"], rejected=inputs["reference_rejected"])
-        return margin(logps, reference, beta=self._beta)
+        return margin(logps, reference, beta=self.loss_of_margin.beta)
 
     def loss(self, h: Tensor, inputs: Batch, *, progress: float) -> Tensor:
         """Loss per pair; a loss of the whole batch sees the pairs of all processes.
@@ -107,8 +109,8 @@ class Objective:
         if "reference_chosen" not in inputs:
             return {}
         return {
-            "rewards/chosen": self._beta * (logps.chosen - inputs["reference_chosen"]),
-            "rewards/rejected": self._beta * (logps.rejected - inputs["reference_rejected"]),
+            "rewards/chosen": self.loss_of_margin.beta * (logps.chosen - inputs["reference_chosen"]),
+            "rewards/rejected": self.loss_of_margin.beta * (logps.rejected - inputs["reference_rejected"]),
         }
 
     def gradient_weight(self, h: Tensor) -> dict[str, Tensor]:
@@ -158,7 +160,7 @@ def _without_the_smallest(gradient: Tensor) -> Tensor:
     return torch.where(gradient.abs() < _SMALLEST_GRADIENT, 0.0, gradient)
 
 
-def warn_about_alpha(args: ROPOConfig) -> None:
+def warn_about_alpha(args: TrainOptions) -> None:
     """Say which alpha a training takes where it is left open: nothing has estimated or filtered anything for it."""
     if args.alpha == "auto":
         logger.warning(
@@ -168,22 +170,21 @@ def warn_about_alpha(args: ROPOConfig) -> None:
         )
 
 
-def margins_of(policy: PairLogps, reference: PairLogps | None, args: ROPOConfig) -> NDArray[np.float64]:
-    """Margins as the chosen loss reads them, shape (pairs,), nats.
+def margins_of(policy: PairLogps, reference: PairLogps | None, loss: BoundLoss) -> NDArray[np.float64]:
+    """Margins as a loss reads them, shape (pairs,), nats.
 
     Args:
         policy: Log-probabilities under the policy.
         reference: The same under the reference; not used by reference-free losses.
-        args: `loss` and `beta` count.
+        loss: The loss.
     """
-    if LOSSES[args.loss].per_token:
-        return margin_per_token(policy, beta=args.beta).double().numpy()
+    if loss.spec.per_token:
+        return margin_per_token(policy, beta=loss.beta).double().numpy()
     assert reference is not None  # noqa: S101 - it is computed for every loss that reads it
-    return margin(policy, reference, beta=args.beta).double().numpy()
+    return margin(policy, reference, beta=loss.beta).double().numpy()
 
 
-def losses_of(margins: NDArray[np.float64], args: ROPOConfig) -> NDArray[np.float64]:
-    """Training loss at each margin, shape (pairs,)."""
-    loss: Any = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
+def losses_of(margins: NDArray[np.float64], loss: BoundLoss) -> NDArray[np.float64]:
+    """Loss at each margin, shape (pairs,)."""
     values: NDArray[np.float64] = loss(torch.from_numpy(np.ascontiguousarray(margins))).numpy()
     return values

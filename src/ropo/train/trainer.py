@@ -1,6 +1,6 @@
 """`ROPOTrainer`: one noise-tolerant training stage on weighted preference pairs.
 
-In: a model, pairs with weights and reference log-probabilities, a `ROPOConfig`. Out: a trained model, a log, and the
+In: a model, pairs with weights and reference log-probabilities, `TrainOptions`. Out: a trained model, a log, and the
 margin each pair had when the model first saw it.
 
 It stands on the public surface of `transformers.Trainer`: `compute_loss`, `get_batch_samples`, `prediction_step`,
@@ -27,10 +27,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import ropo
-from ropo.config import ROPOConfig, check_config, in_trl
 from ropo.logps.batch import Batch, pad_token_id_of
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
+from ropo.losses import BoundLoss
 from ropo.models.source import check_adapter
 from ropo.pairs import PairLogps
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
@@ -52,6 +52,7 @@ from ropo.train.launch import Launch
 from ropo.train.metrics import RunningMeans, of_margins
 from ropo.train.model import model_and_tokenizer, turn_dropout_off, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
+from ropo.train.options import TrainOptions, check_kind, instead_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +68,18 @@ class ROPOTrainer(Trainer):
 
     Args:
         model: A causal language model, or the folder or hub id of one.
-        args: Options.
+        args: Options, such as a `ROPOConfig`.
         train_dataset: Pairs, a `PairDataset`, or anything that `ropo.data.load.load_pairs` reads.
         eval_dataset: Likewise.
         processing_class: The tokenizer; loaded from where the model is when not given.
         peft_config: Wraps the model with an adapter; the model without it is then the reference.
+        loss: The loss; by default that of `args`.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
         **unknown: None is taken. It is here so that `ref_model`, which TRL takes, is answered in a sentence.
 
     Raises:
-        TypeError: If `args` is no `ROPOConfig`, or a keyword is unknown.
+        TypeError: If `args` is no `TrainOptions`, or a keyword is unknown.
         ValueError: If the data is empty or not fit for training; if several GPUs are used in one process.
         FloatingPointError: If a loss is not finite; the message names the pairs.
     """
@@ -88,27 +90,30 @@ class ROPOTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        args: ROPOConfig,
+        args: TrainOptions,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
+        loss: BoundLoss | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         **unknown: NoReturn,
     ) -> None:
         for name in unknown:
-            raise TypeError(f"ROPOTrainer takes no {name}.{in_trl(name)}")
-        check_config(args, taker="ROPOTrainer")
+            raise TypeError(f"ROPOTrainer takes no {name}.{instead_of(name)}")
+        check_kind(args, TrainOptions, taker="ROPOTrainer")
         check_training(args)
         model, self.tokenizer = model_and_tokenizer(model, processing_class)
         turn_dropout_off(model)
         if peft_config is not None:
             check_adapter(model, peft_config)
         model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
+        needs_reference = (loss or args.bound_loss()).spec.needs_reference
         train_dataset, eval_dataset = (
-            prepare_dataset(source, model, self.tokenizer, args) for source in (train_dataset, eval_dataset)
+            prepare_dataset(source, model, self.tokenizer, args, needs_reference=needs_reference)
+            for source in (train_dataset, eval_dataset)
         )
         if train_dataset is not None and eval_dataset is not None:
             eval_dataset = eval_dataset.with_annotators(train_dataset.annotators)
@@ -118,9 +123,11 @@ class ROPOTrainer(Trainer):
         model = with_adapter(model, peft_config, seed=args.seed)
         self.options = args
         self.layout = self._choose_layout(model, sample, is_trained=train_dataset is not None)
-        if train_dataset is not None:
+        if train_dataset is not None and loss is None:
             warn_about_alpha(args)
-        self.training_objective = Objective(args, num_annotators=len(sample.annotators))
+        self.training_objective = Objective(
+            loss or args.bound_loss(), num_annotators=len(sample.annotators), device=args.device
+        )
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
         self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"), device=args.device)
