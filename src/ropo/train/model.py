@@ -9,27 +9,32 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ropo.models.source import PolicySource, find_model, load_tokenizer
+from ropo.models.source import PolicySource, check_adapter, find_model, load_tokenizer
 
 
-def model_and_tokenizer(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None
+def make_ready(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Both, loaded where they are not given.
+    """Both, loaded where they are not given; the model without dropout, and known to take the adapter.
 
     Args:
         model: A model, or the folder or hub id of one.
         tokenizer: Its tokenizer; None to load it from where the model is.
+        peft_config: Settings of the adapter that it will get, if any; see `with_adapter`.
 
     Raises:
-        ValueError: If there is no tokenizer and no place to load it from.
+        ValueError: If there is no tokenizer and no place to load it from, or the adapter does not fit.
     """
     place: str = find_model(model) if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
         model = PolicySource(place).load()
     if tokenizer is None and not place:
         raise ValueError("ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer.")
-    return model, tokenizer or load_tokenizer(place)
+    tokenizer = tokenizer or load_tokenizer(place)
+    turn_dropout_off(model)
+    if peft_config is not None:
+        check_adapter(model, peft_config)
+    return model, tokenizer
 
 
 def turn_dropout_off(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypedDict, Unpack
 
 import torch
 from peft import PeftConfig
@@ -31,7 +31,6 @@ from ropo.logps.batch import Batch, pad_token_id_of
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import BoundLoss
-from ropo.models.source import check_adapter
 from ropo.pairs import PairLogps
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
 from ropo.train.callbacks import (
@@ -50,7 +49,7 @@ from ropo.train.dataset import PairCollator, PairDataset, prepare_dataset
 from ropo.train.failures import check_finite, how_to_save_memory
 from ropo.train.launch import Launch
 from ropo.train.metrics import RunningMeans, of_margins
-from ropo.train.model import model_and_tokenizer, turn_dropout_off, with_adapter
+from ropo.train.model import make_ready, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
 from ropo.train.options import TrainOptions, check_kind, instead_of
 
@@ -58,6 +57,13 @@ logger = logging.getLogger(__name__)
 
 # Most unique tokens in one forward pass on a CPU, unless the user says otherwise. More costs memory and gains nothing.
 _CPU_TOKENS = 2048
+
+
+class TrainerOptions(TypedDict, total=False):
+    """What is handed on to `transformers.Trainer` as it is."""
+
+    callbacks: list[TrainerCallback] | None
+    optimizers: tuple[Any, Any]
 
 
 class ROPOTrainer(Trainer):
@@ -74,9 +80,7 @@ class ROPOTrainer(Trainer):
         processing_class: The tokenizer; loaded from where the model is when not given.
         peft_config: Wraps the model with an adapter; the model without it is then the reference.
         loss: The loss; by default that of `args`.
-        callbacks: As for `Trainer`.
-        optimizers: As for `Trainer`.
-        **unknown: None is taken. It is here so that `ref_model`, which TRL takes, is answered in a sentence.
+        **others: `callbacks` and `optimizers`, as for `Trainer`.
 
     Raises:
         TypeError: If `args` is no `TrainOptions`, or a keyword is unknown.
@@ -97,22 +101,17 @@ class ROPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         loss: BoundLoss | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        **unknown: NoReturn,
+        **others: Unpack[TrainerOptions],
     ) -> None:
-        for name in unknown:
+        for name in others.keys() - TrainerOptions.__annotations__:  # `ref_model`, which TRL takes, is answered
             raise TypeError(f"ROPOTrainer takes no {name}.{instead_of(name)}")
         check_kind(args, TrainOptions, taker="ROPOTrainer")
         check_training(args)
-        model, self.tokenizer = model_and_tokenizer(model, processing_class)
-        turn_dropout_off(model)
-        if peft_config is not None:
-            check_adapter(model, peft_config)
+        model, self.tokenizer = make_ready(model, processing_class, peft_config)
         model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
-        needs_reference = (loss or args.bound_loss()).spec.needs_reference
+        bound_loss = loss or args.bound_loss()
         train_dataset, eval_dataset = (
-            prepare_dataset(source, model, self.tokenizer, args, needs_reference=needs_reference)
+            prepare_dataset(source, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference)
             for source in (train_dataset, eval_dataset)
         )
         if train_dataset is not None and eval_dataset is not None:
@@ -125,9 +124,7 @@ class ROPOTrainer(Trainer):
         self.layout = self._choose_layout(model, sample, is_trained=train_dataset is not None)
         if train_dataset is not None and loss is None:
             warn_about_alpha(args)
-        self.training_objective = Objective(
-            loss or args.bound_loss(), num_annotators=len(sample.annotators), device=args.device
-        )
+        self.training_objective = Objective(bound_loss, num_annotators=len(sample.annotators), device=args.device)
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
         self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"), device=args.device)
@@ -143,8 +140,8 @@ class ROPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.tokenizer,
-            callbacks=[*(callbacks or []), *self._own_callbacks()],
-            optimizers=optimizers,
+            callbacks=[*(others.get("callbacks") or []), *self._own_callbacks()],
+            optimizers=others.get("optimizers", (None, None)),
         )
         self.label_names = []
         self._keep_outputs_in_float32()
