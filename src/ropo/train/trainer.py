@@ -3,10 +3,9 @@
 In: a model, pairs with weights and reference log-probabilities, `TrainOptions`. Out: a trained model, a log, and the
 margin each pair had when the model first saw it.
 
-It stands on the public surface of `transformers.Trainer`: `compute_loss`, `get_batch_samples`, `prediction_step`,
-`log` and callbacks; the one exception is `_get_train_sampler`, without which an epoch would not resume in its order.
-What `Trainer` and `accelerate` give (mixed precision, accumulation, checkpoints, loggers, several devices) is
-therefore there.
+It builds on the public methods of `transformers.Trainer`: `compute_loss`, `get_batch_samples`, `prediction_step`, `log`
+and callbacks; the one exception is `_get_train_sampler`, without which an epoch would not resume in its order. So what
+`Trainer` and `accelerate` offer is there: mixed precision, accumulation, checkpoints, loggers, several devices.
 """
 
 import contextlib
