@@ -36,9 +36,8 @@ from ropo.run.known_labels import known_labels, tell_idle
 from ropo.run.outputs import Read
 from ropo.stages import Stages
 from ropo.train.checks import check_warmup
-from ropo.train.dataset import PairDataset
+from ropo.train.dataset import PairDataset, batching
 from ropo.train.launch import Launch, tell_other_launch
-from ropo.train.trainer import batching
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def prepare(
     trusted_tokens = tokenize_pairs(known, tokenizer, max_length=args.max_length)
     if found := [problem for problem in trusted_tokens.problems if problem.row is not None]:
         logger.warning("Trusted pairs:\n%s", render(found))
-    check_warmup(args, num_pairs=len(tokenized) + len(trusted_tokens))
+    check_warmup(args, num_pairs=args.fewest_trained_on(len(tokenized) + len(trusted_tokens)))
     if peft_config is not None:
         check_adapter(skeleton, peft_config)
     evaluation = None
