@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
+from ropo.logps.batch import Batching
 from ropo.logps.score import score_pairs
 from ropo.pairs import Pair, margin
 from ropo.resample.new_pairs import Scored, Scoring, resample_pairs
@@ -15,7 +16,7 @@ from ropo.resample.select import Criteria, Guards, Refusal
 from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import Sample, sample_responses
 
-BATCHING = {"pad_token_id": 0}
+BATCHING = Batching(pad_token_id=0)
 GUARDS = Guards()
 NOTHING_BELIEVED = Guards(max_abs_margin=1e-9)
 
@@ -43,7 +44,9 @@ def run(model, reference, tokenizer, parents, samples, *, earlier=None, rule="mi
     tokens = tokenize_pairs(parents, tokenizer, max_length=128).tokens
 
     def scored(each):
-        score = each if callable(each) and not hasattr(each, "config") else partial(score_pairs, each, **BATCHING)
+        score = (
+            each if callable(each) and not hasattr(each, "config") else partial(score_pairs, each, batching=BATCHING)
+        )
         return Scored(parents=score(tokens), score=score)
 
     scoring = Scoring(
@@ -67,7 +70,7 @@ def test_margins_are_those_of_the_new_pairs(model, reference, tokenizer, parents
     assert [pair.row for pair in made.pairs] == [0, 1, 2, 3]
     assert [pair.parent_id for pair in made.pairs] == [pair.id for pair in parents]
     tokens = tokenize_pairs(made.pairs, tokenizer, max_length=128).tokens
-    scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+    scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
     np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), made.margins, atol=1e-4)
     assert (made.margins > 0).all()
     originals = {(pair.chosen, pair.rejected) for pair in parents}
@@ -106,7 +109,7 @@ def test_uncertainty_aware_follows_the_earlier_model(model, reference, tokenizer
     rule = "uncertainty_aware"
 
     def opposite(tokens):
-        ours, base = (score_pairs(each, tokens, **BATCHING) for each in (model, reference))
+        ours, base = (score_pairs(each, tokens, BATCHING) for each in (model, reference))
         return replace(ours, chosen=2 * base.chosen - ours.chosen, rejected=2 * base.rejected - ours.rejected)
 
     same = run(model, reference, tokenizer, parents, samples, earlier=model, rule=rule)
@@ -149,7 +152,7 @@ def test_a_judge_turns_pairs_round_or_leaves_them(model, reference, tokenizer, p
     assert made.margins[0] < 0 < made.margins[1]
     assert made.refused[Refusal.PROMPT_UNSETTLED] == 2
     tokens = tokenize_pairs(made.pairs, tokenizer, max_length=128).tokens
-    scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+    scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
     np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), made.margins, atol=1e-4)
 
 
@@ -188,7 +191,7 @@ def test_drawn_tokens_are_what_is_scored(model, reference, tokenizer, parents):
             assert getattr(pair, drawn.name) == " verykind"
             assert drawn.ids == samples[0].ids
         tokens = tokenize_pairs(made.pairs, tokenizer, max_length=128, sampled=made.sampled).tokens
-        scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+        scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
         np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), made.margins, atol=1e-4)
 
 
