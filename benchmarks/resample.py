@@ -93,7 +93,7 @@ class Cell:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.reference = AutoModelForCausalLM.from_pretrained(base)
         self.args = ROPOConfig(output_dir=str(folder), seed=seed, **COMMON, **ROPO)
-        summary = run_audit(base, self.noisy, self.args)
+        summary = run_audit(base, self.noisy, self.args).summary
         self.args = self.args.with_alpha(summary["alpha"])
         ledger = read_ledger(folder / "ledger.parquet").to_pandas()
         is_kept = {row: what == "keep" for row, what in zip(ledger["row"], ledger["decision"], strict=True)}

@@ -15,6 +15,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,28 @@ def commit() -> str:
 
     found = git("rev-parse", "--short=10", "HEAD")
     return found + ("+" if found and git("status", "--porcelain", "--", str(here)) else "")
+
+
+_COMMAND: ContextVar[str] = ContextVar("command", default="")
+
+
+@contextmanager
+def typed(command: str) -> Iterator[None]:
+    """Within, `command()` is what the user typed.
+
+    Args:
+        command: As it can be typed again, without secrets.
+    """
+    token = _COMMAND.set(command)
+    try:
+        yield
+    finally:
+        _COMMAND.reset(token)
+
+
+def command() -> str:
+    """What the user typed; empty where Python was called."""
+    return _COMMAND.get()
 
 
 def machine() -> dict[str, str]:

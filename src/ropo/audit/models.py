@@ -70,12 +70,12 @@ def _fold_margins(
         own.output_dir = str(folder / _CHECKPOINTS.format(fold))
         own.per_device_eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
         trainer = ROPOTrainer(
-            question.source.load(),
+            question.model.load(),
             own,
             train_dataset=training,
             eval_dataset=judged,
-            processing_class=question.tokenizer,
-            peft_config=question.peft_config,
+            processing_class=question.model.tokenizer,
+            peft_config=question.model.adapter,
             num_checks=NUM_CHECKS,
         )
         trainer.train_or_resume([question.digest, fold])

@@ -44,8 +44,8 @@ from ropo.evaluate.answers import export_answers
 from ropo.evaluate.options import ExportArguments, WinRateArguments
 from ropo.evaluate.win_rate import run_win_rate
 from ropo.losses import methods_table
-from ropo.models.files import check_ids, ids_of
-from ropo.models.source import PolicySource, check_positions, find_model, load_tokenizer
+from ropo.models.fit import check_ids, check_positions, ids_of
+from ropo.models.source import Model, find_model, load_tokenizer
 from ropo.noise.reading import WIDE_RANGE
 from ropo.options import (
     check_choice,
@@ -57,8 +57,9 @@ from ropo.options import (
     read_yaml,
     short,
 )
-from ropo.provenance import RunError
+from ropo.provenance import RunError, typed
 from ropo.run.align import run_audit, run_rounds
+from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.run.lock import owning
 from ropo_bench.demo import run_demo
 from ropo_bench.grid import run_bench
@@ -306,22 +307,26 @@ def _demo(words: list[str]) -> int:
     return DONE
 
 
-def _inputs(task: str, given: TrainArguments, words: list[str]) -> dict[str, Any]:
-    """What `run_rounds` and `run_audit` take beside the model, the dataset and the options."""
-    return {
-        "peft_config": _adapter(given),
-        "split": given.dataset_split,
-        "columns": _columns(given),
-        "load_options": {
-            "dtype": given.dtype,
-            **({} if given.attn_implementation is None else {"attn_implementation": given.attn_implementation}),
-            "revision": given.model_revision,
-            "trust_remote_code": given.trust_remote_code,
-        },
-        "trusted": given.trusted,
-        "decisions": None if given.decisions is None else Path(given.decisions),
-        "command": shlex.join(["ropo", task, *_without_secrets(words)]),
+def _model(given: TrainArguments) -> Model:
+    options = {
+        "dtype": given.dtype,
+        **({} if given.attn_implementation is None else {"attn_implementation": given.attn_implementation}),
+        "revision": given.model_revision,
+        "trust_remote_code": given.trust_remote_code,
     }
+    return Model(str(given.model_name_or_path), adapter=_adapter(given), load_options=options)
+
+
+def _pairs(given: TrainArguments) -> DataSource:
+    return DataSource(_dataset(given, given.dataset_name), split=given.dataset_split, columns=_columns(given))
+
+
+def _review(given: TrainArguments) -> ReviewInputs:
+    return ReviewInputs(trusted=given.trusted, decisions=given.decisions)
+
+
+def _typed(task: str, words: list[str]) -> str:
+    return shlex.join(["ropo", task, *_without_secrets(words)])
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
@@ -387,9 +392,8 @@ def _audit(words: list[str]) -> int:
     given, args = parse_train(words, task="audit")
     if given.eval_dataset_name is not None:
         logging.getLogger(__name__).warning("An audit keeps no model, so eval_dataset_name does nothing here.")
-    summary = run_audit(
-        str(given.model_name_or_path), _dataset(given, given.dataset_name), args, **_inputs("audit", given, words)
-    )
+    with typed(_typed("audit", words)):
+        summary = run_audit(_model(given), _pairs(given), args, review=_review(given)).summary
     if not PartialState().is_main_process:
         return DONE
     _say_rate(summary)
@@ -407,14 +411,11 @@ def _audit(words: list[str]) -> int:
 
 def _train(words: list[str]) -> int:
     given, args = parse_train(words)
-    summary = run_rounds(
-        str(given.model_name_or_path),
-        _dataset(given, given.dataset_name),
-        args,
-        eval_dataset=_dataset(given, given.eval_dataset_name),
-        eval_split=given.eval_dataset_split,
-        **_inputs("train", given, words),
-    )
+    evaluation = _dataset(given, given.eval_dataset_name)
+    source = None if evaluation is None else DataSource(evaluation, split=given.eval_dataset_split)
+    with typed(_typed("train", words)):
+        result = run_rounds(_model(given), _pairs(given), args, eval_dataset=source, review=_review(given))
+    summary = result.summary
     if not PartialState().is_main_process:
         return DONE
     _say_rate(summary)
@@ -532,7 +533,7 @@ def _validate(words: list[str]) -> int:
     given = _validate_options(words)
     source = tokenized = None
     if given.model_name_or_path:
-        source = PolicySource(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
+        source = Model(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
         skeleton = source.skeleton()
         tokenizer = load_tokenizer(source.name_or_path, source.load_options)
     dataset = _dataset(given, given.dataset_name)

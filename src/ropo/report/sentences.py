@@ -6,25 +6,14 @@ In: the dict of `tables.build_tables`. Out: strings, with commands and options b
 from collections.abc import Mapping
 from typing import Any
 
-from ropo.audit.weights import Why
 from ropo.report.advice import ADVICE, FEW, SMALL_RATE, is_open
 from ropo.report.biases import LENGTH, kept_differ
+from ropo.report.clauses import CLAUSES
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range
 
 NUM_DIFFERING = 0.03  # of the pairs: the two sums of flips differ by so much that a reader notices
 
 _CALLED = "This counts what P(flipped) calls, not how well the margins rank the labels."
-
-CLAUSES: Mapping[str, str] = {
-    Why.GIVEN: "it was given",
-    Why.ESTIMATED: "this is the estimated flip rate",
-    Why.FILTER_HELPS: "models agree with more labels that they have not seen when contradicted pairs are left out",
-    Why.MAY_BE_CLEAN: "the labels may all be right",
-    Why.CANNOT_TELL: "the margins cannot tell how many labels are flipped",
-    Why.AFTER_FILTER: "what looks wrong is left to the filter",
-    Why.NOT_ESTIMATED: "nothing was estimated, and it is the paper's",
-}
-"""Why ρ or α is what it is, as clauses that complete "since ..."."""
 
 Table = Mapping[str, Any]
 

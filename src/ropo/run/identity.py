@@ -11,13 +11,12 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from ropo.audit.scorers import SCORED_FILES
 from ropo.config import ROPOConfig
 from ropo.data.template import date_of, writes_date
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.provenance import (
     DamagedFileError,
     hash_file,
@@ -58,9 +57,7 @@ _SCORED_BY = ("scorer", "length_is_evidence", "num_folds", "seed", "max_length")
 
 def identity_of(
     args: ROPOConfig,
-    source: PolicySource,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: PeftConfig | None,
+    model: Model,
     *,
     digests: Mapping[str, str | None],
     date: str | None,
@@ -69,9 +66,7 @@ def identity_of(
 
     Args:
         args: Options.
-        source: Of the initial model.
-        tokenizer: The model's.
-        peft_config: For adapters.
+        model: The initial one.
         digests: Of what was read: `data`, `trusted`, `verdicts`; None for what is not there.
         date: That a chat template writes; None for one that writes none.
 
@@ -83,10 +78,10 @@ def identity_of(
     """
     found = {
         "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
-        "model": [source.fingerprint(), source.load_options],
-        "tokenizer": _fingerprint(tokenizer),
+        "model": [model.fingerprint(), model.load_options],
+        "tokenizer": _fingerprint(model.tokenizer),
         **digests,
-        "adapter": None if peft_config is None else peft_config.to_dict(),
+        "adapter": None if model.adapter is None else model.adapter.to_dict(),
         **({} if date is None else {"date": date}),
     }
     identity: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=_as_json))

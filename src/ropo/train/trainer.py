@@ -46,8 +46,9 @@ from ropo.logps.cache import reference_logps
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
-from ropo.models.files import check_ids, ids_of, not_finite
-from ropo.models.source import PolicySource, check_adapter, find_model, load_tokenizer
+from ropo.models.files import not_finite
+from ropo.models.fit import check_adapter, check_ids, ids_of
+from ropo.models.source import Model, find_model, load_tokenizer
 from ropo.pairs import PairLogps, margin, margin_per_token
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
 from ropo.train.callbacks import (
@@ -567,7 +568,7 @@ def _model_and_tokenizer(
     """Both, loaded where they are not given."""
     place: str = find_model(model) if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
-        model = PolicySource(place).load()
+        model = Model(place).load()
     if tokenizer is None and not place:
         raise ValueError("ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer.")
     return model, tokenizer or load_tokenizer(place)
