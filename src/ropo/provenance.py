@@ -35,6 +35,10 @@ _NO_FILES = (
 )
 
 
+Json = dict[str, Any]
+"""An object as `json` reads and writes it; everything else that parts hand to each other is a dataclass."""
+
+
 def hash_value(value: Any) -> str:
     """Digest of a JSON-able value; key order does not matter.
 

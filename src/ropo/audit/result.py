@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ropo.noise.estimate import AnnotatorRate, FlipEstimate
+from ropo.provenance import Json
 
 IN_SAMPLE = "IN_SAMPLE"
 """The obstacle where margins come from a model that was trained on the labels that it judges."""
@@ -56,7 +57,7 @@ class RateEstimate:
         known = {name: found[name] for name in cls.__dataclass_fields__ if name != "annotators"}
         return cls(**known, annotators=tuple(AnnotatorRate(**one) for one in found["annotators"]))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Plain values."""
         return {**asdict(self), "annotators": [asdict(one) for one in self.annotators]}
 

@@ -41,6 +41,7 @@ from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
 from ropo.endpoint import ASKING, EndpointError
 from ropo.evaluate.answers import export_answers
+from ropo.evaluate.measures import Mean
 from ropo.evaluate.options import ExportArguments, WinRateArguments
 from ropo.evaluate.win_rate import run_win_rate
 from ropo.losses import methods_table
@@ -465,27 +466,27 @@ def _win_rate(words: list[str]) -> int:
         found = run_win_rate(given)
     if not PartialState().is_main_process:
         return DONE
-    name, counts = found["outputs"]["name"], found["counts"]
+    counts = found.counts
     total = sum(counts.values())
     print(
-        f"\n{name} against {found['baseline']['name']} on {total} instructions: "
-        f"{_rate(found['rate']) if found['rate'] else 'cannot tell, since the judge has preferred no output'}.\n"
+        f"\n{found.outputs} against {found.baseline} on {total} instructions: "
+        f"{_rate(found.rate) if found.rate else 'cannot tell, since the judge has preferred no output'}.\n"
         f"Wins {counts['win']}, losses {counts['loss']}, ties {counts['tie']}, undecided {counts['undecided']}; "
         f"{counts['identical']} with identical outputs, which count for neither."
     )
     if counts["undecided"]:
-        print(f"If all undecided were lost {found['lowest']:.1%}, if all were won {found['highest']:.1%}.")
-    print(f"Mean length {found['mean_chars']:.0f} characters, baseline {found['mean_chars_baseline']:.0f}.")
-    for length, rate in found["by_length"].items():
+        print(f"If all undecided were lost {found.lowest:.1%}, if all were won {found.highest:.1%}.")
+    print(f"Mean length {found.mean_chars:.0f} characters, baseline {found.mean_chars_baseline:.0f}.")
+    for length, rate in found.by_length.items():
         if rate:
-            print(f"  {length.replace('_', ' ')}: {_rate(rate)} of {rate['count']}")
+            print(f"  {length.replace('_', ' ')}: {_rate(rate)} of {rate.count}")
     folder = Path(str(given.output_dir))
     print(f"Result: {folder / 'win_rate.json'}\nEach instruction: {folder / 'comparisons.jsonl'}   <- look here next")
-    return DONE if found["rate"] else NOT_ACCEPTABLE
+    return DONE if found.rate else NOT_ACCEPTABLE
 
 
-def _rate(rate: dict[str, Any]) -> str:
-    return f"{rate['value']:.1%} won, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}"
+def _rate(rate: Mean) -> str:
+    return f"{rate.value:.1%} won, 90 % interval {rate.low:.1%} to {rate.high:.1%}"
 
 
 def _adapter(given: TrainArguments) -> LoraConfig | None:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ropo.provenance import Json
+
 logger = logging.getLogger(__name__)
 
 SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json")
@@ -110,7 +112,7 @@ def check_json(
             _read_object(path)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> Json:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair
+from ropo.provenance import Json
 from ropo.report.statistics import Floats, mean, number
 from ropo.report.texts import plain
 
-Table = dict[str, Any]
+Table = Json
 Measure = Callable[[str], float]
 Bools = NDArray[np.bool_]
 

@@ -6,6 +6,7 @@ In: the dict of `tables.build_tables`. Out: strings, with commands and options b
 from collections.abc import Mapping
 from typing import Any
 
+from ropo.provenance import Json
 from ropo.report.advice import ADVICE, FEW, SMALL_RATE, is_open
 from ropo.report.biases import LENGTH, kept_differ
 from ropo.report.clauses import CLAUSES
@@ -18,7 +19,7 @@ _CALLED = "This counts what P(flipped) calls, not how well the margins rank the 
 Table = Mapping[str, Any]
 
 
-def write_sentences(tables: Table) -> dict[str, Any]:
+def write_sentences(tables: Table) -> Json:
     """All prose of the report that depends on numbers."""
     return {
         "title": title(tables),
@@ -54,8 +55,7 @@ def interval(tables: Table) -> str:
     """How sure that is, or why nothing can be said."""
     estimate = tables["estimate"]
     if not estimate["is_informative"]:
-        reason = estimate["reason"] or "The estimate gave no reason."
-        return f"{reason[:1].upper()}{reason[1:]}" + ("" if reason.endswith(".") else ".")
+        return str(estimate["reason"] or "The estimate gave no reason.")
     shown = percent_range(estimate["low"], estimate["high"])
     best = f"; best guess {percent(estimate['rate'])}" if estimate["may_be_clean"] else ""
     return f"{percent(estimate['level'])} interval {shown}{best}, from {counted(estimate['num_pairs'], 'pair')}."

@@ -19,6 +19,7 @@ from ropo.data.template import date_of, writes_date
 from ropo.models.source import Model
 from ropo.provenance import (
     DamagedFileError,
+    Json,
     hash_file,
     hash_value,
     is_leftover,
@@ -61,7 +62,7 @@ def identity_of(
     *,
     digests: Mapping[str, str | None],
     date: str | None,
-) -> dict[str, Any]:
+) -> Json:
     """Everything that decides what a run computes, as plain values of JSON.
 
     Args:
@@ -84,7 +85,7 @@ def identity_of(
         "adapter": None if model.adapter is None else model.adapter.to_dict(),
         **({} if date is None else {"date": date}),
     }
-    identity: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=_as_json))
+    identity: Json = json.loads(json.dumps(found, sort_keys=True, default=_as_json))
     identity["audit_from"] = None if args.audit_from is None else _margins_of(Path(args.audit_from), identity)
     return identity
 
@@ -175,7 +176,7 @@ def _is_ours(entry: Path) -> bool:
     return entry.name in _MADE_BEFORE or is_leftover(entry)
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
+def claim(folder: Path, identity: Json) -> None:
     """Make the output folder this run's, or make sure that it already is.
 
     Raises:

@@ -20,14 +20,14 @@ from ropo.audit import Audit
 from ropo.data.review import read_verdicts, with_verdicts, write_review
 from ropo.noise.reading import calls_some, reading_order
 from ropo.pairs import Pair
-from ropo.provenance import read_json, saying_if_full, sync, sync_entry, write_aside, write_json
+from ropo.provenance import Json, read_json, saying_if_full, sync, sync_entry, write_aside, write_json
 from ropo.report import write_report
 from ropo.report.model_card import model_card
 from ropo.run.evaluation import Evaluation
 from ropo.run.ledger import ledger_table, write_ledger
 from ropo.run.prepare import Prepared
 from ropo.run.rounds import Round
-from ropo.run.summary import Json, audit_summary, train_summary
+from ropo.run.summary import audit_summary, train_summary
 
 logger = logging.getLogger(__name__)
 

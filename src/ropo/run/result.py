@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +24,11 @@ from ropo.audit.run import Judgement
 from ropo.audit.scorers import MARGINS_FILE, ScorerRow, Scores
 from ropo.audit.weights import Choice
 from ropo.noise.reading import calls_some, reading_order
-from ropo.provenance import read_json
+from ropo.provenance import Json, read_json
 from ropo.report.notebook import as_html, as_text, summary_rows
 from ropo.run.evaluation import Evaluation
 from ropo.run.ledger import read_ledger
 from ropo.run.rounds import Decided
-from ropo.run.summary import Json
 
 Floats = NDArray[np.float64]
 
@@ -256,7 +254,7 @@ class RunResult(_Folder):
 def _round(folder: Path, entry: Json) -> RoundResult:
     here = folder / "rounds" / f"{entry['round']:02d}"
     decided = Decided.read(here / "decisions.json")
-    counts: dict[str, Any] = {name: entry[name] for name in RoundResult.__dataclass_fields__ if name in entry}
+    counts: Json = {name: entry[name] for name in RoundResult.__dataclass_fields__ if name in entry}
     counts |= {"rho": decided.rho, "alpha": decided.alpha}
     estimate = RateEstimate.from_json(read_json(here / "flip_estimate.json"))
     return RoundResult(number=entry["round"], estimate=estimate, **counts)

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +18,13 @@ from ropo.audit.weights import Choice
 from ropo.config import ROPOConfig
 from ropo.data.problems import rows_left_out, summarise
 from ropo.losses import LOSSES, bind_loss, gradient_weight
-from ropo.provenance import command, machine, read_json, versions
+from ropo.provenance import Json, command, machine, read_json, versions
 from ropo.run.evaluation import Evaluation
 from ropo.run.prepare import Prepared
 from ropo.run.rounds import Round
 from ropo.stages import Stages
 
 _CURVE_MARGINS = np.linspace(-6, 6, 121)
-
-Json = dict[str, Any]
 
 
 def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | None) -> Json:

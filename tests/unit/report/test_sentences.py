@@ -5,8 +5,10 @@ from ropo.audit import features
 from ropo.audit.features import BLOCKS
 from ropo.audit.run import SCORERS
 from ropo.audit.weights import Why
-from ropo.report.sentences import CLAUSES, why_hard, write_sentences
-from ropo.report.tables import MEANINGS, SURFACE, build_tables
+from ropo.report.clauses import CLAUSES
+from ropo.report.from_summary import MEANINGS, SURFACE
+from ropo.report.sentences import why_hard, write_sentences
+from ropo.report.tables import build_tables
 from ropo.report.wording import NB_SPACE, percent, percent_range
 
 RATE = {"estimate": 0.29, "low": 0.26, "high": 0.32}
@@ -29,7 +31,7 @@ def test_the_headline_states_rate_and_interval(make_run):
 
 
 def test_without_signal_the_headline_says_so_with_the_reason(make_run):
-    tables, sentences = said(make_run, is_informative=False, reason="the margins spread over 0.01 nats only")
+    tables, sentences = said(make_run, is_informative=False, reason="The margins spread over 0.01 nats only.")
     assert "too little signal" in sentences["title"]
     assert sentences["interval"] == "The margins spread over 0.01 nats only."
     assert "29" not in sentences["title"]
