@@ -1,9 +1,8 @@
 """Robust preference optimization: align language models on preference data whose labels are partly wrong.
 
-The rooms in the order of the data: `pairs` (a pair, its log-probs, its margin), `data` (read, check, tokenize,
-inject noise), `logps` (model to log-probs), `losses`, `noise` (how many labels are wrong, which, what to do),
-`resample` (new pairs for lost prompts), `trainer` (one training stage), `rounds` (the loop), `align` (all of it),
-`report`, `bench` (measure against truth), `cli`.
+Packages in the order of the data: `pairs` (a pair, its log-probabilities, its margin), `data` (read, check, tokenize),
+`logps`, `losses`, `noise` (how many labels are wrong, which, what to do), `models`, `resample` (new pairs for dropped
+prompts), `train` (one training stage), `audit`, `report`, `run` (the loop, and all of it), `evaluate`, `cli`.
 
 Names are imported when they are first used, so that `import ropo` and `ropo --help` are quick.
 """

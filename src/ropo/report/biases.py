@@ -109,7 +109,7 @@ def _feature(name: str, chosen: Floats, rejected: Floats, p_flip: Floats, is_kep
 
 
 def kept_differ(entry: Mapping[str, Any], *, least: int) -> bool:
-    """Whether kept pairs and the others surely prefer a feature by different shares.
+    """Whether kept pairs and the others prefer a feature by shares whose intervals lie apart.
 
     Args:
         entry: Of `features`.

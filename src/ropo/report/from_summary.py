@@ -54,7 +54,7 @@ def loss(summary: Summary) -> Json:
 
 
 def calibration(summary: Summary) -> Json | None:
-    """What became of labels that were turned round on purpose, with an interval for each bin."""
+    """What became of labels that were flipped on purpose, with an interval for each bin."""
     found = summary.get("calibration")
     if not found:
         return None

@@ -114,7 +114,7 @@ def resampled(
     pairs: Sequence[Pair],
     rounds: Sequence[Mapping[str, Any]],
 ) -> Table:
-    """New pairs beside the pairs whose prompts they win back; a few of them, evenly spaced over the data.
+    """New pairs beside the dropped pairs that they replace; a few of them, evenly spaced over the data.
 
     And why candidates, or whole prompts, were not used, the most frequent reason first.
     """

@@ -30,14 +30,14 @@ from ropo.report.training import rounds, training
 RANGE = 1.0  # a histogram reaches this far beyond the middle four fifths, in multiples of their width
 NUM_BINS = 44  # about; the width of a bin is a round number
 REVIEW_DEPTHS = (10, 20, 50, 100, 200, 500, 1000, 5000, 20000)  # pairs that somebody may have time to read
-SURELY_FLIPPED = 0.005  # an interval that begins below this reaches 0 as far as anybody can tell
+REACHES_ZERO = 0.005  # an interval that begins below this reaches 0 as far as anybody can tell
 
 # decision: (name in the report, what it means for training)
 DECISIONS: Mapping[str, tuple[str, str]] = {
     "keep": ("kept", "Trained on as labelled."),
     "drop": ("dropped", "Left out: the label speaks against what the other pairs teach."),
     "flip": ("flipped", "Trained on with chosen and rejected swapped."),
-    "resample": ("won back", "Left out; its prompt is back with a newly sampled pair."),
+    "resample": ("resampled", "Left out; a newly sampled pair takes its place."),
 }
 
 Columns = Mapping[str, NDArray[Any]]
@@ -181,7 +181,7 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Json:
     return {
         **values,
         "level": number(rate.get("level", 0.9)),
-        "may_be_clean": low is not None and low < SURELY_FLIPPED,
+        "may_be_clean": low is not None and low < REACHES_ZERO,
         "is_informative": is_informative,
         "is_vague": not is_informative or (low is not None and high is not None and high - low > WIDE_RANGE),
         "reason": clean(str(summary.get("reason") or "")),

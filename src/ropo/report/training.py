@@ -17,7 +17,7 @@ from ropo.report.statistics import mean, median, number, numbers
 CURVES: Mapping[str, tuple[str, str, float | None, str]] = {
     "loss": ("Loss", "nats per pair", None, "Comparable within one run only; other losses start elsewhere."),
     "rewards/accuracies": (
-        "Pairs ordered as labelled",
+        "Training accuracy",
         "share of a batch",
         0.5,
         "0.5 is a coin toss. Near 1 on noisy labels, the wrong ones are being learned by heart.",

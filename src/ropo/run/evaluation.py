@@ -1,9 +1,9 @@
 """Pairs that nothing is trained on, under the model of every round.
 
-In: pairs of an evaluation set, finished rounds. Out: their margins, and how many of them each model tells right.
+In: pairs of an evaluation set, finished rounds. Out: their margins, and the accuracy of each model on them.
 
-The one idea: it looks only. Nothing that a run does depends on these pairs, so they may be given later, to a run that
-is finished, and its models are then scored without training anything.
+The one idea: these pairs are for evaluation only. Nothing that a run does depends on them, so they may be given later,
+to a run that is finished, and its models are then scored without training anything.
 """
 
 import logging

@@ -183,7 +183,7 @@ def _write_review(path: Path, rows: Sequence[tuple[Pair, float | None, float, st
 
 
 def _cleaned(pair: Pair, p_flip: float, decision: str, weight: float) -> Json:
-    """A row as any trainer reads it: a flipped pair is turned round already."""
+    """A row as any trainer reads it: a flipped pair is swapped already."""
     chosen, rejected = (pair.rejected, pair.chosen) if decision == "flip" else (pair.chosen, pair.rejected)
     return {
         "prompt": pair.prompt,

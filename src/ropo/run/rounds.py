@@ -201,7 +201,7 @@ class Round:
 
         Returns:
             All pairs of the data and the resampled pairs that go on, as labelled; and the weighted training set, with
-            dropped pairs left out and flipped ones turned round.
+            dropped pairs left out and flipped ones swapped.
         """
         found = self.decided()
         stays = [i for i, what in enumerate(found.decisions) if i < self.num_read or what == "keep"]
