@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto
 
 from ropo.data.read import looks_like_path
 from ropo.data.tokenize import TokenizedPair
+from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_features, reference_logps
 from ropo.logps.features import Sketch
 from ropo.models.files import (
@@ -210,12 +211,12 @@ class Model:
         """Name of the initial model's content; see `model_digest`."""
         return model_digest(self.name_or_path, self.load_options.get("revision"))[:16]
 
-    def reference(self, *, cache_dir: Path, batching: Mapping[str, Any]) -> "Reference":
+    def reference(self, *, cache_dir: Path, batching: Batching) -> "Reference":
         """The initial model as the frozen one that margins are measured against.
 
         Args:
             cache_dir: Where what is read is kept, by content.
-            batching: Padding token, precision and size of a batch, as `train.trainer.batching` gives them.
+            batching: Padding, precision and size of the batches.
         """
         return Reference(self, cache_dir=cache_dir, batching=batching)
 
@@ -229,17 +230,17 @@ class Reference:
         batching: See `Model.reference`.
     """
 
-    def __init__(self, model: Model, *, cache_dir: Path, batching: Mapping[str, Any]) -> None:
+    def __init__(self, model: Model, *, cache_dir: Path, batching: Batching) -> None:
         self._model, self._cache_dir, self._batching = model, cache_dir, batching
 
     def logps(self, tokens: Sequence[TokenizedPair]) -> PairLogps:
         """Log-probabilities of pairs, in their order."""
-        return reference_logps(self._model.load(), tokens, cache_dir=self._cache_dir, **self._batching)
+        return reference_logps(self._model.load(), tokens, self._batching, cache_dir=self._cache_dir)
 
     def read(self, tokens: Sequence[TokenizedPair]) -> tuple[PairLogps, PairFeatures]:
         """Log-probabilities and features of pairs, in one pass over those that are not in the cache."""
         return reference_features(
-            self._model.load(), tokens, sketch=Sketch(), cache_dir=self._cache_dir, **self._batching
+            self._model.load(), tokens, self._batching, sketch=Sketch(), cache_dir=self._cache_dir
         )
 
     def features(self, tokens: Sequence[TokenizedPair]) -> PairFeatures:

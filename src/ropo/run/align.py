@@ -13,8 +13,8 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
-from ropo.config import ROPOConfig, check_config
-from ropo.judge.make import make_judge
+from ropo.config import ROPOConfig
+from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.models.source import Model
 from ropo.run.evaluation import evaluate
@@ -24,6 +24,7 @@ from ropo.run.outputs import publish, publish_audit
 from ropo.run.prepare import Given, Prepared, prepare
 from ropo.run.result import AuditResult, RunResult
 from ropo.run.rounds import run_all
+from ropo.train.options import check_kind
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def run_rounds(
         DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
         ValueError: If the output folder holds something else than this run, or a review decision is about another pair.
     """
-    check_config(args, taker="run_rounds")
+    check_kind(args, ROPOConfig, taker="run_rounds")
     if args.audit_from is not None and not args.needs_audit:
         raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
     given = Given(
@@ -121,7 +122,7 @@ def run_audit(
         DataError: As for `run_rounds`.
         ValueError: As for `run_rounds`; or if `num_folds` is 0.
     """
-    check_config(args, taker="run_audit")
+    check_kind(args, ROPOConfig, taker="run_audit")
     if not args.num_folds:
         raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
     given = Given(

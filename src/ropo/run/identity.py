@@ -29,18 +29,6 @@ from ropo.provenance import (
 )
 from ropo.run.lock import LOCK_FILE
 
-# Options that do not change what is computed: they may differ when a run is taken up again. `max_tokens_per_batch` may
-# change the last digits: who lowers it for want of memory goes on from the last checkpoint.
-_NOT_IDENTITY = (
-    "output_dir", "reference_cache_dir", "rounds", "resume_from_checkpoint",
-    "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "logging_steps",
-    "logging_strategy", "logging_first_step", "save_strategy", "save_steps", "save_total_limit",
-    "dataloader_num_workers", "max_tokens_per_batch", "hub_token", "push_to_hub", "local_rank",
-    "audit_from",  # its margins count, wherever they are
-    "do_train", "do_eval", "do_predict", "judge_url", "judge_api_key_env", "judge_on_failure", "generation_url",
-    "generation_api_key_env",
-)  # fmt: skip
-
 INITIAL_MODEL = "initial_model"
 """Where a model that is given as an object is saved."""
 
@@ -78,7 +66,7 @@ def identity_of(
         ValueError: If `audit_from` does not fit.
     """
     found = {
-        "options": {key: value for key, value in args.to_dict().items() if key not in _NOT_IDENTITY},
+        "options": args.identity(),
         "model": [model.fingerprint(), model.load_options],
         "tokenizer": _fingerprint(model.tokenizer),
         **digests,

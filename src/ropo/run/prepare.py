@@ -35,9 +35,8 @@ from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.run.known_labels import Verdicts, known_labels, tell_idle
 from ropo.stages import Stages
 from ropo.train.checks import check_warmup
-from ropo.train.dataset import PairDataset
+from ropo.train.dataset import PairDataset, batching
 from ropo.train.launch import Launch, tell_other_launch
-from ropo.train.trainer import batching
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
     trusted = tokenize_pairs(read.trusted, tokenizer, max_length=args.max_length)
     if found := [problem for problem in trusted.problems if problem.row is not None]:
         logger.warning("Trusted pairs:\n%s", render(found))
-    check_warmup(args, num_pairs=len(pairs) + len(trusted))
+    check_warmup(args, num_pairs=args.fewest_trained_on(len(pairs) + len(trusted)))
     if model.adapter is not None:
         check_adapter(skeleton, model.adapter)
     evaluation = None

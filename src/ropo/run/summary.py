@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from ropo.audit import Audit
+from ropo.audit.options import AuditOptions
 from ropo.audit.result import RateEstimate
 from ropo.audit.weights import Choice
-from ropo.config import ROPOConfig
 from ropo.data.problems import rows_left_out, summarise
-from ropo.losses import LOSSES, bind_loss, gradient_weight
+from ropo.losses import BoundLoss, gradient_weight
 from ropo.provenance import Json, command, machine, read_json, versions
 from ropo.run.evaluation import Evaluation
 from ropo.run.prepare import Prepared
@@ -35,7 +35,7 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
         made: What the run was given.
         evaluation: What the models make of the evaluation set; None without.
     """
-    args, audit = rounds[0].args, rounds[0].audit
+    audit = rounds[0].audit
     per_round = [_round_summary(this) for this in rounds]
     final = per_round[-1]
     seconds = _audit_seconds(made.folder, audit)
@@ -47,11 +47,11 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
         **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
         "num_resampled": final["num_resampled_trained_on"],
         **_about_labels(audit, num_trusted=rounds[0].num_read - rounds[0].num_data),
-        **_about_run(args, made, seconds),
+        **_about_run(rounds[0].args, made, seconds, rounds[0].loss),
         "rounds": per_round,
         "model": made.model.name_or_path,
         "model_fingerprint": _fingerprint(made.folder),
-        "weight_curve": _weight_curve(args),
+        "weight_curve": _weight_curve(rounds[0].loss),
         "evaluation": None if evaluation is None else asdict(evaluation),
     }
 
@@ -129,14 +129,12 @@ def _flip_rate(estimate: RateEstimate) -> Json:
     }
 
 
-def _weight_curve(args: ROPOConfig) -> Json | None:
+def _weight_curve(loss: BoundLoss) -> Json | None:
     """How hard a pair pulls by its margin; None for losses of a whole batch."""
-    spec = LOSSES[args.loss]
-    if spec.needs_whole_batch or "moments" in spec.inputs:
+    if loss.spec.needs_whole_batch or "moments" in loss.spec.inputs:
         return None
-    loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
     curve = gradient_weight(loss, torch.from_numpy(_CURVE_MARGINS))
-    return {"loss": args.loss, "margin": _CURVE_MARGINS.tolist(), "weight": curve.tolist()}
+    return {"loss": loss.name, "margin": _CURVE_MARGINS.tolist(), "weight": curve.tolist()}
 
 
 def _audit_seconds(folder: Path, audit: Audit | None) -> dict[str, float]:
@@ -149,8 +147,12 @@ def _fingerprint(folder: Path) -> str:
     return fingerprint
 
 
-def _about_run(args: ROPOConfig, made: Prepared, seconds: dict[str, float]) -> Json:
+def _about_run(args: AuditOptions, made: Prepared, seconds: dict[str, float], loss: BoundLoss | None = None) -> Json:
+    """What was read, how long it took, and the options: with the loss that was trained, where one was."""
     problems = summarise(made.problems)
+    config = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    if loss is not None:
+        config |= {"loss": loss.name, "alpha": str(loss.options["alpha"]) if "alpha" in loss.options else None}
     return {
         "num_rows": made.loaded.num_rows,
         "num_left_out": len(rows_left_out(made.problems) - {None}),
@@ -159,7 +161,7 @@ def _about_run(args: ROPOConfig, made: Prepared, seconds: dict[str, float]) -> J
         "seconds": seconds,
         "versions": versions(),
         "machine": machine(),
-        "config": {name: value for name, value in args.to_dict().items() if not name.endswith("_token")},
+        "config": config,
         "command": command(),
         "data_sha256": made.loaded.sha256,
     }
