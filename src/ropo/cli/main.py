@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from ropo import __version__
 from ropo.cli.interruption import raising_interrupted
-from ropo.config import ROPOConfig, in_trl
+from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
 from ropo.data.problems import printable, render, rows_left_out
 from ropo.data.read import HubDataset
@@ -50,7 +50,7 @@ from ropo.noise.reading import WIDE_RANGE
 from ropo.options import (
     check_choice,
     check_folder,
-    check_types,
+    check_options,
     check_words,
     did_you_mean,
     name_of_option,
@@ -60,6 +60,7 @@ from ropo.options import (
 from ropo.provenance import RunError
 from ropo.run.align import run_audit, run_rounds
 from ropo.run.lock import owning
+from ropo.train.options import instead_of
 from ropo_bench.demo import run_demo
 from ropo_bench.grid import run_bench
 from ropo_bench.grid_config import read_bench_config
@@ -634,7 +635,7 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
             raise ValueError(
                 f"--{name} is missing. Usage: ropo {task} --model_name_or_path M --dataset_name D --output_dir O"
             )
-    check_types(given)
+    check_options(given)
     check_choice("dtype", given.dtype, DTYPES)
     if given.eval_dataset_name is None and given.eval_dataset_split != "train":
         raise ValueError("eval_dataset_split needs eval_dataset_name, of which it is a part. Add it.")
@@ -672,7 +673,7 @@ def parse_options(kind: type[Options], words: Sequence[str], *, task: str) -> Op
 def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], *, task: str) -> None:
     if unknown:
         name = name_of_option(unknown[0])
-        instead = (in_trl(name) if task in _EPILOGS else "") or did_you_mean(name, known)
+        instead = (instead_of(name) if task in _EPILOGS else "") or did_you_mean(name, known)
         raise ValueError(f"unknown option {unknown[0]}.{instead} `ropo {task} --help` lists all.")
 
 
@@ -699,7 +700,7 @@ def _read_recipe(path: Path, parser: _Parser, known: Sequence[str]) -> dict[str,
     defaults = {option.name: option.default for kind in _KINDS for option in dataclasses.fields(kind)}
     for name, value in recipe.items():
         if name not in known:
-            instead = in_trl(str(name)) or did_you_mean(name, known)
+            instead = instead_of(str(name)) or did_you_mean(name, known)
             raise ValueError(f"{path}: unknown option {name!r}.{instead} `ropo train --help` lists all.")
         if (value is None and defaults[name] is not None) or value == "":
             raise ValueError(f"{path}: {name} has no value. Give it one, or leave the line out.")
