@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     **{f"reference, min_loss, {name} guard off": {**BASE, **off} for name, off in OFF.items()},
     "reference, min_loss, carry on": {**BASE, "start": "carry on"},
     "policy, min_loss, carry on": {**BASE, "sample_from": "policy", "start": "carry on"},
-    "dropped pairs turned round": {"turn": True},
+    "dropped pairs flipped": {"turn": True},
     "refined step by step": {**BASE, "num_refinements": 3},
 }
 STUDY_ONLY = ("start", "turn", "num_refinements")  # what no option of ours stands for
