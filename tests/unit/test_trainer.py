@@ -24,8 +24,8 @@ from ropo.train.metrics import METRICS
 from ropo.train.trainer import ROPOTrainer
 
 OPTIONS = {
-    **{loss: {"flip_rate": 0.1} for loss in ("cdpo", "rdpo", "forward_corrected")},
-    "ropo_v1": {"alpha": 2.0, "gamma": 0.1},
+    **{loss: {"loss_args": {"flip_rate": 0.1}} for loss in ("cdpo", "rdpo", "forward_corrected")},
+    "ropo_v1": {"alpha": 2.0, "loss_args": {"gamma": 0.1}},
 }
 
 
@@ -57,7 +57,7 @@ def test_every_loss_trains(loss, model, tokenizer, pairs, tmp_path):
     trainer.train()
     losses = losses_of(trainer)
     if not LOSSES[loss].per_token:
-        assert losses[0] == pytest.approx(trainer.loss_of_margin(torch.zeros(20)).mean().item(), abs=1e-4)
+        assert losses[0] == pytest.approx(trainer.loss(torch.zeros(20)).mean().item(), abs=1e-4)
     assert losses[-1] < losses[0]
 
 
@@ -417,15 +417,10 @@ def test_plc_dpo_knows_moments_and_progress(model, tokenizer, pairs, tmp_path):
     """After some steps the moments are those of the margins seen, and the progress is the share of steps done."""
     seen = []
 
-    class Watching(ROPOTrainer):
-        def _loss(self, h, inputs):
-            loss = self.loss_of_margin
-            self.loss_of_margin = lambda h, **given: seen.append((h.detach(), given)) or loss(h, **given)
-            found = super()._loss(h, inputs)
-            self.loss_of_margin = loss
-            return found
-
-    trainer = Watching(model, config(tmp_path, loss="plc_dpo"), train_dataset=pairs, processing_class=tokenizer)
+    args = config(tmp_path, loss="plc_dpo")
+    loss = args.bound_loss()
+    watched = replace(loss, fn=lambda h, **given: seen.append((h.detach(), given)) or loss(h, **given))
+    trainer = ROPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer, loss=watched)
     trainer.train()
     assert [given["progress"] for _, given in seen] == [0.0, 0.2, 0.4, 0.6, 0.8]
     assert seen[0][1]["moments"].tolist() == [0.0, 0.0]
@@ -502,7 +497,7 @@ def test_re_po_judges_others_by_the_annotators_it_has_learned(model, tokenizer, 
     names = ["anna", "bert", "carl"]
     train = [replace(pair, annotator=names[i % 3]) for i, pair in enumerate(pairs)]
     others = [replace(pair, annotator=name) for pair, name in zip(pairs, ["zoe", "carl", "adam", "bert"], strict=False)]
-    args = config(tmp_path, loss="re_po", reliability=0.8)
+    args = config(tmp_path, loss="re_po", loss_args={"reliability": 0.8})
     trainer = ROPOTrainer(model, args, train_dataset=train, eval_dataset=others, processing_class=tokenizer)
     trainer.reliability[:3] = torch.tensor([0.1, 0.2, 0.3])
     seen = trainer.reliability[trainer.eval_dataset.annotator_of]

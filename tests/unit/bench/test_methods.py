@@ -74,7 +74,7 @@ def test_competitors_see_the_noisy_labels_and_what_they_are_told(given, noisy, n
     if METHODS[name].is_reference:
         return
     assert labels(pairs) == labels(noisy.pairs)
-    is_told = args.flip_rate == 0.2 or args.rho == "0.2"
+    is_told = (args.loss_args or {}).get("flip_rate") == 0.2 or args.rho == "0.2"
     assert is_told == (METHODS[name].oracle == "flip rate")
     if LOSSES[args.loss].needs_flip_rate:
         assert is_told
