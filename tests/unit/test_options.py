@@ -487,6 +487,9 @@ GRID = {"task": "reviews", "seeds": "[1]", "noise": "{symmetric: [0.2]}", "metho
         ("options", "1", "options needs named values; got 1"),
         ("options", "{beta: true}", "beta needs a number; got True"),
         ("source", "3", "source needs one text; got 3"),
+        ("tuned", "{holder: {holder_gamma: x}}", "loss_args needs a finite number for holder_gamma; got 'x'"),
+        ("tuned", "{dpo: {holder_gamma: 1}}", "unknown option 'holder_gamma'. It is in loss_args"),
+        ("options", "{seed: -1}", "seed needs 0 or more; got -1"),
     ],
 )
 def test_a_grid_that_means_nothing(key, value, said, tmp_path):
@@ -508,6 +511,7 @@ def test_a_grid_that_is_meant(tmp_path):
         (["demo", "--num_pairs", "0"], "num_pairs needs a number from 10"),
         (["demo", "--seed", "-1"], "seed needs a number from 0"),
         (["export", "--seed", "-1"], "seed needs a number from 0"),
+        (["win_rate", "--outputs", "A", "--baseline", "B", "--judge", "endpont"], "Did you mean endpoint"),
         (["export", "--temperature", "nan"], "temperature needs a finite number; got nan"),
     ],
 )

@@ -80,6 +80,12 @@ def test_competitors_see_the_noisy_labels_and_what_they_are_told(given, noisy, n
         assert is_told
 
 
+def test_parameters_of_a_loss_are_its_loss_args(given):
+    """In a grid they stand beside learning rate and beta; alpha is an option of its own."""
+    assert given("holder", holder_gamma=4.0, beta=0.7)[1].bound_loss().options == {"holder_gamma": 4.0}
+    assert given("ropo_loss", alpha="6")[1].bound_loss().options == {"alpha": 6.0}
+
+
 @pytest.mark.parametrize("name", ["dpo_shipped", "ropo_shipped"])
 def test_as_shipped_all_options_but_the_learning_rate_are_the_defaults(given, name):
     _, args = given(name, learning_rate=3e-4)
