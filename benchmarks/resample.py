@@ -23,24 +23,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from noise import COMMON, MIN_GAP, NUM_HELD_OUT, ROPO, append, key_of
+from noise import COMMON, MIN_GAP, NUM_HELD_OUT
 from scipy.stats import t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ropo import Pair, ROPOConfig, ROPOTrainer, __version__, flip_labels, run_audit
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
+from ropo.logps.batch import Batching
 from ropo.logps.score import score_pairs
 from ropo.pairs import PairLogps
 from ropo.resample.new_pairs import Scored, WonBack, win_back
 from ropo.run.ledger import read_ledger
 from ropo.sampling.generate import Sample, sample_responses
 from ropo.train.dataset import PairDataset
-from ropo.train.trainer import losses_of, margins_of
-from ropo_bench.policy_score import PolicyScore, each, score_policy
-from ropo_bench.rows import read_rows
+from ropo.train.objective import losses_of, margins_of
+from ropo_bench.policy_score import PolicyScore, score_policy
+from ropo_bench.rows import append_row, key_of, read_rows
+from ropo_bench.task import GoldStandard, each
 from ropo_bench.toy import gold_reward, make_pairs, save_toy
 
 RESULTS = Path(__file__).with_suffix(".csv")
+ROPO: dict[str, Any] = {"learning_rate": 4e-4, "beta": 1.0}
 RATES, SEEDS, NUM_PAIRS, MOST_CANDIDATES = (0.2, 0.4), (1, 2, 3, 4, 5), 3000, 16
 BASE: dict[str, Any] = {"sample_from": "reference", "num_candidates": 4, "selection_rule": "min_loss"}
 OFF: dict[str, dict[str, Any]] = {
@@ -107,7 +110,7 @@ class Cell:
 
     def _scored(self, model: PreTrainedModel, pairs: Sequence[Pair]) -> PairLogps:
         tokens = tokenize_pairs(pairs, self.tokenizer, max_length=128).tokens
-        return score_pairs(model, tokens, pad_token_id=self.tokenizer.pad_token_id)
+        return score_pairs(model, tokens, Batching(pad_token_id=self.tokenizer.pad_token_id))
 
     def _margins(self, pairs: Sequence[Pair]) -> np.ndarray:
         return margins_of(self._scored(self.first, pairs), self._scored(self.reference, pairs), self.loss)
@@ -120,9 +123,9 @@ class Cell:
             self.folder, seed=self.seed + (start is not None), num_train_epochs=NUM_PAIRS / len(data)
         )
         model = AutoModelForCausalLM.from_pretrained(start or self.base)
-        trainer = ROPOTrainer(
-            model, args, data, processing_class=self.tokenizer, loss=self.loss, halfway_folder=halfway
-        )
+        trainer = ROPOTrainer(model, args, data, processing_class=self.tokenizer, loss=self.loss)
+        if halfway is not None:
+            trainer.save_halfway(halfway)
         trainer.train()
         return trainer.model
 
@@ -147,9 +150,9 @@ class Cell:
             samples = self.refined(samples, seed=self.seed + 100 * number + 100)
 
         def scored(model: PreTrainedModel) -> Scored:
-            options = {"pad_token_id": self.tokenizer.pad_token_id}
+            batching = Batching(pad_token_id=self.tokenizer.pad_token_id)
             return Scored(
-                parents=self._scored(model, self.dropped), score=lambda tokens: score_pairs(model, tokens, **options)
+                parents=self._scored(model, self.dropped), score=lambda tokens: score_pairs(model, tokens, batching)
             )
 
         found = win_back(
@@ -220,10 +223,10 @@ class Cell:
         if key not in self.scores:
             if options is not None:
                 model = self.train([*self.kept, *new], self.folder / "first" if carries_on else None)
+            gold = GoldStandard(pairs=self.held_out, rewards=each(gold_reward), max_length=128, max_new_tokens=48)
             self.scores[key] = score_policy(
-                model, self.reference, self.tokenizer, self.held_out, each(gold_reward),
-                num_samples=1000, max_length=128, max_new_tokens=48, seed=self.seed,
-            )  # fmt: skip
+                model, self.reference, self.tokenizer, gold, num_samples=1000, seed=self.seed
+            )
         score = self.scores[key]
         return {
             "accuracy": score.accuracy.value, "gold": score.gold.value, "kl": score.kl.value,
@@ -305,7 +308,8 @@ def main() -> None:
                     shared = Cell(rate, seed, base, Path(folder))
                     for cell in missing:
                         row = {**cell, **shared.measure(cell["variant"]), "version": __version__}
-                        append(RESULTS, COLUMNS, row)
+                        append_row(RESULTS, row, COLUMNS)
+                        print(row, flush=True)
 
 
 def _claim(folder: Path) -> bool:

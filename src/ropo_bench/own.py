@@ -2,8 +2,8 @@
 
 In: preference pairs, a model, the options of a judge. Out: a `Task`.
 
-The one idea: what is right is what the judge says. Pairs of which it is sure are turned its way round and become the
-right labels that noise is planted on; pairs of which it is not are left out. A response is rated by the log-odds that
+The one idea: what is right is what the judge says. Pairs of which it is sure are labelled its way and become the right
+labels that noise is planted on; pairs of which it is not are left out. A response is rated by the log-odds that
 the judge prefers it to the better response of the pair whose prompt it answers.
 """
 
@@ -22,7 +22,7 @@ from ropo.judge.verdicts import Judge, ask
 from ropo.models.source import PolicySource, find_model
 from ropo.pairs import Pair, Text
 from ropo.provenance import hash_value
-from ropo_bench.task import Task
+from ropo_bench.task import Task, TaskOptions
 
 logger = logging.getLogger(__name__)
 
@@ -32,30 +32,12 @@ JUDGE_OPTIONS = tuple(one.name for one in fields(JudgeOptions))
 LACKS = ("topic", "larger_model")  # kinds of noise: no subject is known, and no reward of a response by itself
 
 
-def make(
-    folder: Path,
-    *,
-    num_pairs: int,
-    num_held_out: int,
-    seed: int,
-    source: Path | None,
-    model: str,
-    judge: Mapping[str, Any],
-    max_length: int = 512,
-    max_new_tokens: int = 256,
-) -> Task:
+def make(folder: Path, options: TaskOptions) -> Task:
     """Make the task of a seed; the judge is asked once about every pair, and its answers are kept in `folder`.
 
     Args:
         folder: For the judge's answers.
-        num_pairs: Training pairs.
-        num_held_out: Pairs to test on; no prompt of theirs is trained on.
-        seed: Which pairs are which.
-        source: A file or folder of pairs, as `ropo train` takes.
-        model: Folder or hub id of the initial model.
-        judge: Options of the judge, named as in `ROPOConfig`.
-        max_length: Longest prompt and response together, tokens.
-        max_new_tokens: Longest sampled response, tokens.
+        options: All of them count; `source` is a file or folder of pairs, as `ropo train` takes.
 
     Returns:
         The task.
@@ -65,21 +47,21 @@ def make(
         ValueError: If the judge or the model is not one, or the judge is sure of too few pairs.
         EndpointError: If the judge's endpoint fails, unless `judge_on_failure` is "go_on".
     """
-    asked = judge_of(judge, folder / "judge")
-    _check_model(model)
-    _, pairs, _ = read_checked(str(source), on_bad_rows="refuse")
-    right = settled(asked, pairs)
-    train, held_out = _deal(right, num_pairs, num_held_out, seed=seed, num_read=len(pairs))
+    judge = judge_of(options.judge, folder / "judge")
+    _check_model(options.model)
+    _, pairs, _ = read_checked(str(options.source), on_bad_rows="refuse")
+    right = settled(judge, pairs)
+    train, held_out = _deal(right, options.num_pairs, options.num_held_out, seed=options.seed, num_read=len(pairs))
     better = {_key(pair.prompt): pair.chosen for pair in [*train, *held_out]}
     return Task(
         name="own",
-        model=Path(model),
+        model=Path(options.model),
         pairs=train,
         held_out=held_out,
-        gold_rewards=lambda prompts, responses: ratings(asked, better, prompts, responses),
+        gold_rewards=lambda prompts, responses: ratings(judge, better, prompts, responses),
         words=(),
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
+        max_length=options.max_length,
+        max_new_tokens=options.max_new_tokens,
     )
 
 

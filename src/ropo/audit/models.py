@@ -72,8 +72,8 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, judged: 
             processing_class=question.tokenizer,
             peft_config=question.peft_config,
             loss=_loss(args),
-            num_checks=NUM_CHECKS,
         )
+        trainer.check_evenly(NUM_CHECKS)
         trainer.train_or_resume([question.digest, fold])
         margins = torch.stack(trainer.check_margins)
         if PartialState().is_main_process:

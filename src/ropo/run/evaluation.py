@@ -29,8 +29,9 @@ from ropo.pairs import Pair, PairLogps
 from ropo.provenance import hash_value, write_aside
 from ropo.run.rounds import Round
 from ropo.stages import Stages
+from ropo.train.dataset import batching
 from ropo.train.metrics import of_margins
-from ropo.train.trainer import batching, margins_of
+from ropo.train.objective import margins_of
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def evaluate(
         if this.loss.spec.needs_reference and reference is None:
             reference = reference_of(tokens)
         policy = this.source.load(this.model_folder)
-        logps = score_pairs(policy, tokens, title=f"Round {this.number}: evaluation", **batching(args, this.tokenizer))
+        logps = score_pairs(policy, tokens, batching(args, this.tokenizer), title=f"Round {this.number}: evaluation")
         if PartialState().is_main_process:
             with write_aside(folder / name) as path:
                 save_file({"margins": torch.from_numpy(margins_of(logps, reference, this.loss))}, path)

@@ -50,9 +50,10 @@ from ropo.resample.select import SELECTION_RULES
 from ropo.sampling.engines import Reach, open_engine
 from ropo.sampling.generate import sample_responses
 from ropo.stages import Stages
-from ropo.train.dataset import PairDataset
+from ropo.train.dataset import PairDataset, batching
+from ropo.train.objective import losses_of, margins_of
 from ropo.train.tracking import tracked
-from ropo.train.trainer import ROPOTrainer, batching, losses_of, margins_of
+from ropo.train.trainer import ROPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +217,9 @@ class Round:
             processing_class=self.tokenizer,
             peft_config=self.peft_config if start is None else None,
             loss=self.loss,
-            halfway_folder=self.folder / _HALFWAY if self._needs_halfway else None,
         )
+        if self._needs_halfway:
+            trainer.save_halfway(self.folder / _HALFWAY)
         trainer.train_or_resume(made_from)
         trainer.save_whole(self.model_folder)
         first_margins = trainer.gather_first_margins()
@@ -246,7 +248,7 @@ class Round:
     def _score(self) -> None:
         policy = self.source.load(self.model_folder)
         logps = score_pairs(
-            policy, self.data.tokens, title=f"Round {self.number}: scoring", **batching(self.args, self.tokenizer)
+            policy, self.data.tokens, batching(self.args, self.tokenizer), title=f"Round {self.number}: scoring"
         )
         self._write_tensors("scores.safetensors", _tensors(logps))
 
@@ -348,8 +350,8 @@ class Round:
         )
 
     def _scorer(self, policy: Callable[[], PreTrainedModel]) -> Scorer:
-        options, title = batching(self.args, self.tokenizer), f"Round {self.number}: scoring samples"
-        return lambda tokens: score_pairs(policy(), tokens, title=title, **options)
+        how, title = batching(self.args, self.tokenizer), f"Round {self.number}: scoring samples"
+        return lambda tokens: score_pairs(policy(), tokens, how, title=title)
 
     def _earlier(self, lost: Sequence[int]) -> Scored | None:
         """The model half way through this round's training, for rules that compare with it."""
