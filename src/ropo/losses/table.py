@@ -249,7 +249,7 @@ def methods_table() -> str:
 LOSSES: Mapping[str, LossSpec] = MappingProxyType(
     {
         "ropo": LossSpec(
-            fn=ropo, when="Noise of unknown rate, beside a filter. Not alone: it goes far, and answers suffer."
+            fn=ropo, when="Noise of unknown rate, beside a filter. Not alone: the policy drifts far from the reference."
         ),
         "ropo_v1": LossSpec(fn=ropo_v1, when="To reproduce the first version. Otherwise ropo, with an option less."),
         "na": LossSpec(fn=na, when="Heavy noise and a good start. Not from a poor start: what it gets wrong is lost."),
