@@ -73,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     **{f"reference, min_loss, {name} guard off": {**BASE, **off} for name, off in OFF.items()},
     "reference, min_loss, carry on": {**BASE, "start": "carry on"},
     "policy, min_loss, carry on": {**BASE, "sample_from": "policy", "start": "carry on"},
-    "dropped pairs turned round": {"turn": True},
+    "dropped pairs flipped": {"turn": True},
     "refined step by step": {**BASE, "num_refinements": 3},
 }
 STUDY_ONLY = ("start", "turn", "num_refinements")  # what no option of ours stands for
@@ -98,7 +98,7 @@ class Cell:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.reference = AutoModelForCausalLM.from_pretrained(base)
         self.args = ROPOConfig(output_dir=str(folder), seed=seed, **COMMON, **ROPO)
-        summary = run_audit(base, self.noisy, self.args)
+        summary = run_audit(base, self.noisy, self.args).summary
         self.loss = self.args.bound_loss(summary["alpha"])
         ledger = read_ledger(folder / "ledger.parquet").to_pandas()
         is_kept = {row: what == "keep" for row, what in zip(ledger["row"], ledger["decision"], strict=True)}

@@ -28,15 +28,14 @@ from ropo.logps.score import progress_bar
 from ropo.models.files import (
     TOKENIZER_SETTINGS,
     ModelKind,
-    check_ids,
     check_json,
     explained,
     for_config,
-    ids_of,
     load_whole,
     make_skeleton,
     not_finite,
 )
+from ropo.models.fit import check_ids, ids_of
 from ropo.pairs import Pair
 from ropo.provenance import hash_value
 
