@@ -411,11 +411,6 @@ class ROPOConfig(TrainingArguments):
             except ValueError:
                 raise ValueError(f"alpha needs a number or 'auto'; got {self.alpha!r}.") from None
         bind_loss(self.loss, beta=self.beta, options=self.loss_options)
-        if self.decision_rule != "auto" and RULES[self.decision_rule].needs_checks and not self.needs_audit:
-            raise ValueError(
-                f"decision_rule {self.decision_rule} needs held-out margins; got num_folds={self.num_folds} and "
-                f"rho={self.rho}. Use num_folds of 2 or more and a rho above 0, or another rule."
-            )
         self._check_pieces()
         if LOSSES[self.loss].needs_whole_batch and self.gradient_accumulation_steps > 1:
             raise ValueError(
@@ -455,11 +450,10 @@ class ROPOConfig(TrainingArguments):
     def _check_judge(self) -> None:
         """A judge has what it needs and something to do, and no option is ignored or holds a key."""
         check_judge(self)
-        takes_judge = self.decision_rule != "auto" and RULES[self.decision_rule].takes_judge
-        if self.judge != "none" and not takes_judge and not self.num_candidates:
+        if self.judge != "none" and not self.num_candidates:
             raise ValueError(
-                f"judge {self.judge} needs something to settle; got decision_rule {self.decision_rule} and "
-                "num_candidates 0. Use decision_rule hard_or_noisy, or resampling."
+                f"judge {self.judge} needs new pairs to settle; got num_candidates 0. Set num_candidates to 1 or "
+                "more, or leave the judge out."
             )
 
     def _check_filter(self) -> None:

@@ -207,12 +207,6 @@ def test_a_given_rho_takes_away_that_share(model_folder, pairs, tmp_path):
         assert resolve_rule(given, Choice(value=0.2, why=why)) == expected
 
 
-@pytest.mark.parametrize("options", [{"num_folds": 0, "rho": "0.2"}, {"loss": "dpo", "rho": "0"}])
-def test_a_rule_that_needs_checks_needs_folds(options, tmp_path):
-    with pytest.raises(ValueError, match="decision_rule uncertainty needs held-out margins"):
-        config(tmp_path, decision_rule="uncertainty", **options)
-
-
 def test_trusted_pairs_are_kept_and_are_no_part_of_the_data(model_folder, pairs, tmp_path):
     summary = run_audit(
         model_folder, pairs[:15], config(tmp_path / "O", rho="0.5", decision_rule="lowest_loss"), trusted=pairs[15:]
@@ -288,12 +282,6 @@ def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_fol
         "| **gradients**, judges here | linear models on the gradient of each pair by the head's weights | 74 % |"
         in report
     )
-
-
-def test_rules_compare_the_views_of_a_scorer(model_folder, many, tmp_path, monkeypatch):
-    plant(monkeypatch, lambda pair: (1 + pair.row % 7 / 7) * (-1 if pair.row < 16 else 1))
-    summary = run_audit(model_folder, many, config(tmp_path / "O", rho="0.2", decision_rule="hard_or_noisy"))
-    assert summary["num_dropped"] == 16
 
 
 def test_an_audit_needs_a_label_that_nobody_has_judged(model_folder, pairs, tmp_path):

@@ -40,7 +40,6 @@ from ropo.audit.weights import (
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.data.validate import text_id
-from ropo.judge.verdicts import Judge
 from ropo.models.source import PolicySource, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
@@ -102,7 +101,6 @@ class Audit:
         tokenizer: The model's.
         peft_config: For adapters.
         features_of: Reads what the reference says about pairs.
-        judge: Asked by rules that take one about what they cannot settle; None for nobody.
     """
 
     def __init__(
@@ -115,9 +113,8 @@ class Audit:
         tokenizer: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None,
         features_of: Callable[[Sequence[TokenizedPair]], PairFeatures],
-        judge: Judge | None = None,
     ) -> None:
-        self.judge, self.features_of = judge, features_of
+        self.features_of = features_of
         self.data, self.args, self.folder = data, args, folder
         self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
         self._sign, self._is_known = known_labels(data.pairs)
@@ -165,7 +162,7 @@ class Audit:
             digest=digest,
         )
         scores = SCORERS[self.args.scorer](question)
-        release_memory()  # of a model that was trained, with its gradients: a judge may load one of its own
+        release_memory()  # of a model that was trained, with its gradients
         return scores
 
     def _judge(self, scores: Scores) -> None:
@@ -181,8 +178,6 @@ class Audit:
             p_flip,
             rho=rho.value,
             rule=resolve_rule(self.args.decision_rule, rho),
-            views=scores.views,
-            judge=self.judge,
         )
         # The flip probabilities of what is trained on: of flipped pairs it is that of their turned label.
         wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)

@@ -126,8 +126,8 @@ class Scores:
     Attributes:
         margins: Held-out margin of every pair as labelled, shape (pairs,).
         length: What the lengths of the responses would add to it, shape (pairs,); 0 where that is not told apart.
-        views: The same as seen at several moments or by several models, shape (views, pairs); for rules that compare
-            them, which need two or more.
+        views: The same as seen at several moments or by several models, shape (views, pairs): where they differ, the
+            pair is hard.
         rows: What was compared, the scorer that is taken among them.
         filter: Whether a filter helps; None where it was not tried.
     """

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ropo.judge.verdicts import Judge, flip_judge
-from ropo.noise.decide import RULES, decide
+from ropo.noise.decide import decide
 from ropo.pairs import Pair, PairLogps
 from ropo.train.dataset import PairDataset
 
@@ -48,8 +47,6 @@ def decide_all(
     *,
     rho: float,
     rule: str,
-    views: Floats | None = None,
-    judge: Judge | None = None,
 ) -> tuple[NDArray[np.str_], Floats]:
     """Obey the verdicts, and decide about the rest by a rule.
 
@@ -59,8 +56,6 @@ def decide_all(
         p_flip: One per pair.
         rho: The share of the pairs without a verdict that the budget takes away.
         rule: A name in `RULES`.
-        views: Margins as seen several times, shape (views, pairs), for rules that compare them.
-        judge: Asked by rules that take one; the others leave it alone.
 
     Returns:
         "keep", "drop" or "flip" for each pair, and its weight times the one it has in the data.
@@ -70,12 +65,8 @@ def decide_all(
     weights = np.abs(sign)
     doubtful = ~is_known & (sign != 0)
     if doubtful.any():
-        of_doubtful = None if views is None else views[:, doubtful]
-        asked = None
-        if judge is not None and RULES[rule].takes_judge:
-            asked = flip_judge(judge, [data.pairs[i] for i in np.flatnonzero(doubtful)], p_flip[doubtful])
-        found = decide(margins[doubtful], p_flip[doubtful], rho=rho, rule=rule, checks=of_doubtful, judge=asked)
-        decisions[doubtful], weights[doubtful] = found.decision, found.weight
+        decided = decide(margins[doubtful], p_flip[doubtful], rho=rho, rule=rule)
+        decisions[doubtful], weights[doubtful] = decided.decision, decided.weight
     return decisions, weights * [pair.weight for pair in data.pairs]
 
 

@@ -146,7 +146,8 @@ def run_rounds(
         trusted: Pairs whose labels are known to be right, read like `dataset`; 50 to 200 help. For those that the data
             holds, too, they are verdicts on the labels there.
         decisions: A `review.csv` with verdicts of a person, which are obeyed.
-        judge: Asked about what the rules cannot settle; default what `args.judge` names. The same in every call.
+        judge: Asked about new pairs that the selection rule cannot settle; default what `args.judge` names. The same
+            in every call.
         eval_dataset: Pairs to score under the model of every round, read like `dataset`. Nothing depends on them, so a
             finished run takes them, too.
         eval_split: Of `eval_dataset`, where it has several.
@@ -172,7 +173,7 @@ def run_rounds(
         digest, audit = made.digest, None
         judge = judge or make_judge(args, made.folder / "judge")
         if args.needs_audit:
-            audit = _audit_of(made, args, peft_config, judge)
+            audit = _audit_of(made, args, peft_config)
             digest = audit.run(digest)
         rounds = run_all(
             made.data,
@@ -206,7 +207,6 @@ def run_audit(
     load_options: Mapping[str, Any] | None = None,
     trusted: Any = None,
     decisions: Path | None = None,
-    judge: Judge | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Find out how many labels are wrong and which, without aligning a model.
@@ -226,7 +226,6 @@ def run_audit(
         load_options: As for `run_rounds`.
         trusted: As for `run_rounds`.
         decisions: As for `run_rounds`.
-        judge: As for `run_rounds`.
         command: What the user typed, for the report.
 
     Returns:
@@ -245,12 +244,12 @@ def run_audit(
             model, dataset, args, processing_class, peft_config, split, columns, load_options, trusted, decisions,
             is_audit=True,
         )  # fmt: skip
-        audit = _audit_of(made, args, peft_config, judge or make_judge(args, made.folder / "judge"))
+        audit = _audit_of(made, args, peft_config)
         audit.run(made.digest)
         return publish_audit(audit, folder=made.folder, read=made.read(command))
 
 
-def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None, judge: Judge | None) -> Audit:
+def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None) -> Audit:
     return Audit(
         made.data,
         args,
@@ -259,7 +258,6 @@ def _audit_of(made: _Prepared, args: ROPOConfig, peft_config: PeftConfig | None,
         tokenizer=made.tokenizer,
         peft_config=peft_config,
         features_of=made.reference.features,
-        judge=judge,
     )
 
 
