@@ -207,10 +207,3 @@ def test_trusted_pairs_show_sure_errors():
     assert told.num_trusted == 300
     assert (told.p_flip[is_trusted] == 0).all()
     assert abs(told.rate - 0.2) < abs(blind.rate - 0.2)
-
-
-def test_a_known_rate_is_kept():
-    margins, _ = plant("gaussian", 0.2, num_pairs=2000, seed=16)
-    found = estimate_flips(margins, rate=0.3)
-    assert (found.rate, found.low, found.high) == (0.3, 0.3, 0.3)
-    assert found.p_flip.mean() > estimate_flips(margins).p_flip.mean()

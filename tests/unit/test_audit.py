@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from ropo import config as config_module
 from ropo.audit import run as audit_run
-from ropo.audit.folds import _deal, folds_of
+from ropo.audit.folds import folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
 from ropo.audit.scorers import Scores
 from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_rho, resolve_rule
@@ -290,13 +290,13 @@ def test_an_audit_needs_a_label_that_nobody_has_judged(model_folder, pairs, tmp_
 
 
 def test_folds_are_even_and_repeatable():
-    ids = [f"pair {number % 50}" for number in range(60)]
-    fold_of = _deal(ids, 5, seed=1)
+    pairs = [Pair(prompt=f"{row % 50}?", chosen=" yes", rejected=" no", row=row) for row in range(60)]
+    fold_of = folds_of(pairs, 5, seed=1)
     assert np.bincount(list(fold_of.values())).tolist() == [10] * 5
-    assert _deal(ids[::-1], 5, seed=1) == fold_of
-    assert _deal(ids, 5, seed=2) != fold_of
+    assert folds_of(pairs[::-1], 5, seed=1) == fold_of
+    assert folds_of(pairs, 5, seed=2) != fold_of
     with pytest.raises(ValueError, match="got 5 folds and 3 pairs"):
-        _deal(["a", "b", "c"], 5, seed=0)
+        folds_of(pairs[:3], 5, seed=0)
 
 
 def test_what_reads_the_same_shares_a_fold(pairs):
@@ -307,8 +307,6 @@ def test_what_reads_the_same_shares_a_fold(pairs):
     assert len(fold_of) == 60
     for group in zip(pairs, twins, turned, strict=True):
         assert len({fold_of[pair.id] for pair in group}) == 1
-    # Without such twins folds are dealt by the ids themselves.
-    assert folds_of(pairs, 4, seed=0) == _deal([pair.id for pair in pairs], 4, seed=0)
 
 
 def test_pairs_that_differ_in_an_operator_are_dealt_by_themselves():

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from ropo.data.problems import PROBLEMS
-from ropo.noise.reading import WIDE_RANGE, calls_some
+from ropo.noise.review_order import WIDE_INTERVAL, has_suspects
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair
 from ropo.report import pair_tables, sentences
@@ -117,7 +117,7 @@ def build_tables(
     estimate = _estimate(summary, len(scores["row"]))
     is_informative = estimate["is_informative"]
     is_open = np.array([pair.verdict is None for pair in in_order])  # nobody has said yet whether the label is right
-    by_margin = not calls_some(scores["p_flip"].astype(np.float64), is_open, is_informative=is_informative)
+    by_margin = not has_suspects(scores["p_flip"].astype(np.float64), is_open, is_informative=is_informative)
     suspects = pair_tables.suspects(scores, originals, is_open=is_open, by_margin=by_margin)
     # What is to be read first is not called merely hard as well.
     is_other = is_open & ~np.isin(scores["row"], [pair["row"] for pair in suspects] if by_margin else [])
@@ -189,7 +189,7 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
         "level": number(rate.get("level", 0.9)),
         "may_be_clean": low is not None and low < SURELY_FLIPPED,
         "is_informative": is_informative,
-        "is_vague": not is_informative or (low is not None and high is not None and high - low > WIDE_RANGE),
+        "is_vague": not is_informative or (low is not None and high is not None and high - low > WIDE_INTERVAL),
         "reason": clean(str(summary.get("reason") or "")),
         "rho": number(summary.get("rho")),
         "rho_why": clean(str(summary.get("rho_why") or "")),
