@@ -5,10 +5,12 @@ BIN = $(VENV)/bin
 DEMO_OUTPUT ?= outputs/demo
 
 KILLS ?= 30
+# Processes that share the tests, each with one thread and up to 2 GB.
+JOBS ?= 2
 # 5,000 rows, the same ones each time; `make fuzz ROWS=100000 WRITE=1` draws new ones, for docs/reliability.md.
 ROWS ?= 5000
 
-.PHONY: demo test slow fuzz kill-test lint clean
+.PHONY: demo test slow fuzz kill-test lint measure clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ropo demo --output_dir $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -39,6 +41,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Size, readability and start of the code; `make measure BEFORE=COMMIT` puts another commit beside it.
+measure: $(VENV)/.installed-dev
+	$(BIN)/python tools/measure.py $(if $(BEFORE),--before $(BEFORE))
 
 clean:
 	rm -rf $(VENV) outputs

@@ -5,7 +5,7 @@ In: pairs, what is known of their labels, folds, and a model to learn with (`Que
 The one idea: how margins come about is nobody else's business, as long as no label has had a say in its own.
 
 Add a scorer: one function `Question -> Scores` in a file of its own, one line each in `run.SCORERS` and
-`config.SCORERS`.
+`options.SCORERS`.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftConfig
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
-from ropo.config import ROPOConfig
-from ropo.models.source import PolicySource
+from ropo.audit.options import AuditOptions
+from ropo.models.source import Model
 from ropo.noise.clusters import cluster_weights, mean_of
 from ropo.noise.linear import Filter
 from ropo.noise.shares import wilson_interval
@@ -49,9 +47,7 @@ class Question:
         features: Reads what the reference says about each pair, in the order of `data`.
         args: Options of the run.
         folder: The scorer's own. What takes long is a stage there, so that it resumes.
-        source: Loads the initial model.
-        tokenizer: The model's.
-        peft_config: For adapters.
+        model: The initial one.
         digest: Of everything that made the data, and of the options.
     """
 
@@ -61,11 +57,9 @@ class Question:
     clusters: NDArray[np.str_]
     folds: NDArray[np.int64]
     features: Callable[[], PairFeatures]
-    args: ROPOConfig
+    args: AuditOptions
     folder: Path
-    source: PolicySource
-    tokenizer: PreTrainedTokenizerBase
-    peft_config: PeftConfig | None
+    model: Model
     digest: str
 
     def row(self, name: str, margins: Floats, *, is_taken: bool = False) -> "ScorerRow":

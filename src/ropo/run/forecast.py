@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
-from ropo.logps.batch import LAYOUTS
+from ropo.logps.batch import LAYOUTS, pad_token_id_of
 from ropo.logps.choose import choose_layout
 from ropo.logps.last_layer import last_mlp
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import LOSSES
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.run.plan import Machine, ModelSize, PairSize, Plan, RunSize, forward_operations, plan_run
-from ropo.train.trainer import batching, turn_dropout_off
+from ropo.train.model import turn_dropout_off
 
 logger = logging.getLogger(__name__)
 
@@ -35,23 +35,13 @@ _NUM_LAYERS = 2  # of the model that is timed
 _NUM_STEPS = 3  # that are timed, the fastest counts: the first ones warm up
 
 
-def tell_forecast(
-    source: PolicySource,
-    tokens: Sequence[TokenizedPair],
-    args: ROPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: PeftConfig | None,
-    *,
-    is_audit: bool,
-) -> None:
+def tell_forecast(model: Model, tokens: Sequence[TokenizedPair], args: ROPOConfig, *, is_audit: bool) -> None:
     """Log what a run will cost, or why that cannot be said; an estimate stops no run that could go on.
 
     Args:
-        source: Of the initial model.
+        model: The initial one.
         tokens: All pairs.
         args: Options.
-        tokenizer: The model's.
-        peft_config: For adapters.
         is_audit: No model is aligned after the audit.
 
     Raises:
@@ -61,11 +51,11 @@ def tell_forecast(
     if not logger.isEnabledFor(logging.INFO) or not PartialState().is_main_process:
         return
     try:
-        config = source.config()
-        asked = source.load_options.get("dtype", "auto")
+        config = model.config()
+        asked = model.load_options.get("dtype", "auto")
         config.dtype = config.dtype if asked == "auto" else asked
-        config._attn_implementation = source.load_options.get("attn_implementation")
-        plan = forecast(config, tokens, args, tokenizer, peft_config, is_audit=is_audit)
+        config._attn_implementation = model.load_options.get("attn_implementation")
+        plan = forecast(config, tokens, args, model.tokenizer, model.adapter, is_audit=is_audit)
     # Another make of model, or too little memory. A package that is not installed stops the run, so it is told at once.
     except (ValueError, AttributeError, RuntimeError, OSError) as error:
         logger.info("What this run will cost cannot be told: %s", error)
@@ -189,19 +179,17 @@ def reached_rate(
     with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU
         model = AutoModelForCausalLM.from_config(small).to(device)
     turn_dropout_off(model)
-    how = batching(args, tokenizer)
+    pad_token_id = pad_token_id_of(tokenizer)
     layout, _ = choose_layout(
         model,
         tokens,
-        pad_token_id=how["pad_token_id"],
+        pad_token_id=pad_token_id,
         use_bf16=args.bf16,
         is_trained=True,
     )
     # As in training, pairs come as they lie, not sorted by length; a few are enough.
     some = [tokens[i] for i in np.random.default_rng(0).permutation(len(tokens))[: args.per_device_train_batch_size]]
-    batch = {
-        name: tensor.to(device) for name, tensor in LAYOUTS[layout](some, pad_token_id=how["pad_token_id"]).items()
-    }
+    batch = {name: tensor.to(device) for name, tensor in LAYOUTS[layout](some, pad_token_id=pad_token_id).items()}
     fastest = min(_seconds(model, layout, batch, use_bf16=args.bf16) for _ in range(_NUM_STEPS))
     pairs = _pair_size(some)
     return 3 * len(some) * forward_operations(model_size(small, layout=layout), pairs) / fastest, layout

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from ropo.logps.batch import pad_token_id_of
 from ropo.sampling.draw import choose_tokens, draw_noise
 from ropo.sampling.engine import Prompt, Sampling
 
@@ -44,8 +45,7 @@ class Caller:
         self.model = model
         self.causal_lm: Any = getattr(model, "get_base_model", lambda: model)()  # what PEFT wraps
         self.device = next(model.parameters()).device
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad_token_id = int(pad or 0)
+        self.pad_token_id = pad_token_id_of(tokenizer)
         known = inspect.signature(type(self.causal_lm).forward).parameters
         self._has_positions, self._has_logits_to_keep = "position_ids" in known, "logits_to_keep" in known
 
@@ -78,7 +78,7 @@ class Caller:
         mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
-    def room_after(self, ids: Sequence[int]) -> int:
+    def max_response_tokens(self, ids: Sequence[int]) -> int:
         """Most tokens that can follow a prompt; only a table of learned positions sets a limit.
 
         Args:
@@ -128,7 +128,7 @@ class Job:
     num_rows: int
 
     def noise(self, places: Sequence[int]) -> Tensor:
-        """Chance of all candidates of some prompts, shape (B, N), on the model's device."""
+        """Random numbers of all candidates of some prompts, shape (B, N), on the model's device."""
         size = {"num_candidates": self.sampling.num_candidates, "max_new_tokens": self.sampling.max_new_tokens}
         return torch.cat([draw_noise(self.prompts[i].seed, **size) for i in places]).to(self.call.device)
 

@@ -185,7 +185,7 @@ def test_what_is_missing_is_left_out_in_peace(make_run, change):
     tables = build(run)
     page = Page(render_html(tables))
     assert page.unbalanced == []
-    assert "No prompt was won back" in page.text
+    assert "No prompt has a new pair" in page.text
     assert "nan" not in page.text.lower().split()
     assert "None" not in page.text.replace("None were found", "")
     assert render_markdown(tables)
@@ -199,7 +199,7 @@ def test_right_to_left_and_long_words_find_a_place(make_run):
     assert "overflow-wrap: anywhere" in html
 
 
-@pytest.mark.parametrize("num", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_many_long_pairs_stay_below_two_megabytes(make_run, num):
     rng = np.random.default_rng(0)
     long = "A long answer with many words & <signs>. " * 500

@@ -1,0 +1,315 @@
+"""Everything that is known before the first model is trained.
+
+In: a model and datasets, a `ROPOConfig`. Out: tokenized pairs with reference log-probabilities, in an output folder
+that is this run's.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ropo.audit.folds import folds_of
+from ropo.config import ROPOConfig
+from ropo.data.load import Loaded
+from ropo.data.problems import PROBLEMS, Problem, render, summarise
+from ropo.data.review import with_verdicts
+from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
+from ropo.data.validate import DataError, read_checked
+from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
+from ropo.models.source import Model, Reference, find_model
+from ropo.pairs import Pair, PairLogps
+from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
+from ropo.run.checks import check_run
+from ropo.run.evaluation import EvaluationSet, read_evaluation
+from ropo.run.forecast import tell_forecast
+from ropo.run.identity import INITIAL_MODEL, claim, dated, has_trained, identity_of, refuse_what_is_not_ours
+from ropo.run.inputs import DataSource, ReviewInputs
+from ropo.run.known_labels import Verdicts, known_labels, tell_idle
+from ropo.stages import Stages
+from ropo.train.checks import check_warmup
+from ropo.train.dataset import PairDataset, batching
+from ropo.train.launch import Launch, tell_other_launch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a run is given beside its options; see `ropo.run.align.run_rounds`."""
+
+    model: str | Path | PreTrainedModel | Model
+    dataset: Any
+    peft_config: PeftConfig | None
+    processing_class: PreTrainedTokenizerBase | None
+    review: ReviewInputs | None
+    eval_dataset: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Everything that is known before the first model is trained.
+
+    Attributes:
+        folder: The output folder.
+        loaded: The data as it was read.
+        problems: All problems found in it.
+        lengths: Tokens of prompt and longer response of each pair, before anything was cut.
+        data: The pairs that fit, then the trusted ones, with reference log-probabilities if the loss reads them.
+        model: The initial one.
+        reference: The frozen one.
+        digest: Of the run's identity.
+        evaluation: Pairs for evaluation only; None without.
+    """
+
+    folder: Path
+    loaded: Loaded
+    problems: list[Problem]
+    lengths: list[int]
+    data: PairDataset
+    model: Model
+    reference: Reference
+    digest: str
+    evaluation: EvaluationSet | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Labelled:
+    """The data as it was read, with what is known of its labels.
+
+    Attributes:
+        loaded: The data.
+        pairs: Those to go on with.
+        problems: Of the data.
+        verdicts: By row.
+        trusted: Trusted pairs that the data does not hold.
+        trusted_sha256: Of all trusted pairs; None without.
+    """
+
+    loaded: Loaded
+    pairs: list[Pair]
+    problems: list[Problem]
+    verdicts: Verdicts
+    trusted: list[Pair]
+    trusted_sha256: str | None
+
+    def digests(self) -> dict[str, str | None]:
+        """What stands for the data in a run's identity."""
+        verdicts = hash_value(sorted(self.verdicts.items())) if self.verdicts else None
+        return {"data": self.loaded.sha256, "trusted": self.trusted_sha256, "verdicts": verdicts}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tokenized:
+    """The same in tokens, with the pairs for evaluation only."""
+
+    pairs: TokenizedPairs
+    trusted: TokenizedPairs
+    evaluation: EvaluationSet | None
+
+    def parts(self) -> list[TokenizedPairs]:
+        return [self.pairs, self.trusted, *([] if self.evaluation is None else [self.evaluation.tokenized])]
+
+    def dataset(self, reference: PairLogps | None = None) -> PairDataset:
+        """The data, then the trusted pairs."""
+        pairs = [*self.pairs.pairs, *self.trusted.pairs]
+        return PairDataset(pairs, [*self.pairs.tokens, *self.trusted.tokens], reference=reference)
+
+
+def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
+    """Read, check and tokenize the data, claim the output folder, score the reference.
+
+    Args:
+        given: Model and data.
+        args: Options.
+        is_audit: No model is aligned after the audit.
+
+    Raises:
+        DataError: If rows cannot be read, or no pair is left.
+        ValueError: If options, model, data or output folder do not fit.
+    """
+    check_run(args)
+    folder = Path(str(args.output_dir))
+    refuse_what_is_not_ours(folder)
+    _tell_launch(args, given.model)
+    read = _read(given, args)
+    model = _model_of(given, folder)
+    skeleton = model.skeleton()  # what its files lack is told now
+    date = dated(model.tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
+    tokenized = _tokenize(given, read, args, model, skeleton)
+    identity = identity_of(args, model, digests=read.digests(), date=date)
+    claim(folder, identity)
+    tell_other_launch(folder, Launch.of(args))
+    problems = [*read.problems, *tokenized.pairs.problems]
+    _report_problems(folder, problems)
+    tell_idle(read.verdicts, tokenized.pairs.pairs)
+    if args.audit_from is None:  # else most of what it counts is there
+        tell_forecast(model, tokenized.pairs.tokens, args, is_audit=is_audit)
+    cache_dir = Path(args.reference_cache_dir or folder / "reference_cache")
+    reference = model.reference(cache_dir=cache_dir, batching=batching(args, model.tokenizer))
+    digest, data = hash_value(identity), tokenized.dataset()
+    if args.reads_reference:
+        reads_features = args.reads_features and (is_audit or args.needs_audit)
+        logps = _reference_logps(data, folder / "reference", reference, digest, reads_features=reads_features)
+        data = tokenized.dataset(logps)
+    return Prepared(
+        folder=folder,
+        loaded=read.loaded,
+        problems=problems,
+        lengths=tokenized.pairs.lengths,
+        data=data,
+        model=model,
+        reference=reference,
+        digest=digest,
+        evaluation=tokenized.evaluation,
+    )
+
+
+def _read(given: Given, args: ROPOConfig) -> _Labelled:
+    """The data with what people have said about it.
+
+    Raises:
+        ValueError: If there are too few pairs for an audit, or a verdict is about another pair.
+    """
+    source = DataSource.of(given.dataset)
+    loaded, pairs, problems = read_checked(
+        source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows
+    )
+    verdicts, trusted, sha256 = known_labels(pairs, given.review or ReviewInputs(), columns=source.columns)
+    read = _Labelled(
+        loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, is_whole=True)),
+        pairs=with_verdicts(pairs, verdicts),
+        problems=problems,
+        verdicts=verdicts,
+        trusted=trusted,
+        trusted_sha256=sha256,
+    )
+    if args.needs_audit:
+        folds_of([*read.pairs, *trusted], args.num_folds, seed=args.seed)  # raises if there are too few pairs
+    return read
+
+
+def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, skeleton: PreTrainedModel) -> _Tokenized:
+    """All pairs in tokens that the model knows.
+
+    Raises:
+        DataError: If no pair is left.
+        ValueError: If the model cannot read them, or cannot take the adapter.
+    """
+    tokenizer = model.tokenizer
+    pairs = tokenize_pairs(read.pairs, tokenizer, max_length=args.max_length)
+    if not pairs.pairs:
+        raise DataError(f"No pair is left to train on.\n{render([*read.problems, *pairs.problems])}")
+    trusted = tokenize_pairs(read.trusted, tokenizer, max_length=args.max_length)
+    if found := [problem for problem in trusted.problems if problem.row is not None]:
+        logger.warning("Trusted pairs:\n%s", render(found))
+    check_warmup(args, num_pairs=args.fewest_trained_on(len(pairs) + len(trusted)))
+    if model.adapter is not None:
+        check_adapter(skeleton, model.adapter)
+    evaluation = None
+    if given.eval_dataset is not None:
+        evaluation = read_evaluation(
+            DataSource.of(given.eval_dataset, columns=DataSource.of(given.dataset).columns),
+            trained_on=[*read.pairs, *read.trusted],
+            tokenizer=tokenizer,
+            max_length=args.max_length,
+            on_bad_rows=args.on_bad_rows,
+        )
+    tokenized = _Tokenized(pairs=pairs, trusted=trusted, evaluation=evaluation)
+    check_positions(model, *tokenized.parts())
+    for part in tokenized.parts():
+        check_ids(skeleton, tokenizer, ids_of(part.pairs, part.tokens), name_or_path=model.name_or_path)
+    return tokenized
+
+
+def _model_of(given: Given, folder: Path) -> Model:
+    """The model to start from, as something that can be loaded again and again.
+
+    Raises:
+        ValueError: If it cannot be one, or is given its tokenizer or its adapter twice.
+    """
+    model, tokenizer, adapter = given.model, given.processing_class, given.peft_config
+    if isinstance(model, Model):
+        for name, value in (("processing_class", tokenizer), ("peft_config", adapter)):
+            if value is not None:
+                raise ValueError(
+                    f"A Model brings its own tokenizer and adapter; got {name}, too. Give it to the Model."
+                )
+        find_model(model.name_or_path)
+        return model
+    name = find_model(model) if isinstance(model, str | Path) else _saved(model, tokenizer, folder)
+    return Model(name, tokenizer=tokenizer, adapter=adapter)
+
+
+def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
+    """Where a model object is saved, since rounds load it again and again."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "A run needs a whole model to start from; got one with an adapter. Pass the base model and peft_config, or "
+            "model.merge_and_unload()."
+        )
+    if tokenizer is None:
+        raise ValueError("A run needs processing_class when it is given a model object; got none. Pass the tokenizer.")
+    path, weights = folder / INITIAL_MODEL, hash_tensors(model.state_dict())
+    owner = path.with_suffix(".json")
+    is_there = path.exists() and owner.exists() and read_json(owner) == {"weights": weights}
+    if path.exists() and not is_there and has_trained(folder):
+        raise ValueError(f"{folder} holds a run that began with another model. Use another output_dir.")
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process and not is_there:
+        with write_aside(path) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        write_json(owner, {"weights": weights})
+    PartialState().wait_for_everyone()
+    return str(path)
+
+
+def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel | Model) -> None:
+    """Log what this run computes on, and where the reference comes from; the trainer logs the layout."""
+    if PartialState().is_main_process:
+        named = model.name_or_path if isinstance(model, Model) else model
+        name = named if isinstance(named, str | Path) else "the model given"
+        cache = args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache"
+        is_read = args.reads_reference
+        reference = f"Reference: {name}, scored once into {cache}." if is_read else f"{args.loss} reads no reference."
+        logger.info("%s. %s", Launch.of(args), reference)
+
+
+def _report_problems(folder: Path, problems: Sequence[Problem]) -> None:
+    """List every problem in `problems.jsonl`, and say their number by kind."""
+    if PartialState().is_main_process:
+        with write_aside(folder / "problems.jsonl") as aside:
+            lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
+            aside.write_text("".join(lines), encoding="utf-8")
+        for kind, count in summarise(problems).items():
+            spec = PROBLEMS[kind]
+            about_all = next((one.message for one in problems if one.kind == kind and one.row is None), None)
+            where = about_all or f"{count} rows"
+            logger.warning("%s: %s (%s). %s", where, kind, spec.severity.replace("_", " "), spec.meaning)
+
+
+def _reference_logps(
+    data: PairDataset, folder: Path, reference: Reference, digest: str, *, reads_features: bool
+) -> PairLogps:
+    """Log-probabilities of the reference, computed as a stage of its own.
+
+    Features that an audit will ask for are read in the same pass; they stay in the reference's cache.
+    """
+    path = folder / "reference_logps.safetensors"
+
+    def make() -> None:
+        logps = reference.read(data.tokens)[0] if reads_features else reference.logps(data.tokens)
+        if PartialState().is_main_process:
+            with write_aside(path) as aside:
+                save_file(asdict(logps), aside)
+
+    Stages(folder).run("reference", digest, [path.name], make)
+    return PairLogps(**load_file(path))
