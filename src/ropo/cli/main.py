@@ -48,7 +48,7 @@ from ropo.evaluate.win_rate import run_win_rate
 from ropo.losses import methods_table
 from ropo.models.fit import check_ids, check_positions, ids_of
 from ropo.models.source import Model, find_model, load_tokenizer
-from ropo.noise.reading import WIDE_RANGE
+from ropo.noise.review_order import WIDE_INTERVAL
 from ropo.options import (
     check_choice,
     check_folder,
@@ -367,7 +367,7 @@ def _say_rate(summary: dict[str, Any]) -> None:
         _say_contradicted(summary)
         return
     print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
-    if rate["high"] - rate["low"] > WIDE_RANGE:
+    if rate["high"] - rate["low"] > WIDE_INTERVAL:
         _say_contradicted(summary)
     for one in summary["annotators"][:5]:
         own = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
