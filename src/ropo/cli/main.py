@@ -625,10 +625,8 @@ def parse_train(words: Sequence[str], *, task: str = "train") -> tuple[TrainArgu
     known = [f.name for kind in _KINDS for f in dataclasses.fields(kind)]
     recipe = {} if config.config is None else _read_recipe(config.config, parser, known)
     parser.set_defaults(**recipe)
-    given, args, unknown = parser.parse_args_into_dataclasses(
-        rest, return_remaining_strings=True, look_for_args_file=False
-    )
-    _refuse_unknown(unknown, known, task=task)
+    _refuse_unknown(parser.parse_known_args(rest)[1], known, task=task)  # before the others are checked together
+    given, args = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     for name, value in (
         ("model_name_or_path", given.model_name_or_path),
         ("dataset_name", given.dataset_name),
