@@ -92,7 +92,7 @@ def test_an_adapter_trains_few_weights():
         ({"loss": "dpo", "rho": "0", "num_folds": 0}, False, ["reference", "rounds"], 5),
         ({"num_folds": 2}, False, ["reference", "audit", "rounds"], 5),
         ({}, True, ["reference", "audit"], 0),
-        ({"loss": "simpo", "target_margin": 0.5, "rho": "0.2"}, False, ["audit", "rounds"], 5),
+        ({"loss": "simpo", "loss_args": {"target_margin": 0.5}, "rho": "0.2"}, False, ["audit", "rounds"], 5),
         ({**MODELS, "num_folds": 2}, False, ["reference", "audit", "rounds"], 5 + 5),
         ({**MODELS, "num_folds": 2, "max_steps": 3}, False, ["reference", "audit", "rounds"], 6 + 3),
         ({**MODELS, "num_folds": 2, "gradient_accumulation_steps": 2}, True, ["reference", "audit"], 3),
