@@ -62,7 +62,7 @@ def named(config: BenchConfig, cell: Cell) -> dict[str, Any]:
 
 
 def make_task(config: BenchConfig, folder: Path, seed: int) -> tuple[Task, list[Pair]]:
-    """The task of a seed, made once and then read, and its spare pairs."""
+    """The task of a seed, cached, and its spare pairs."""
     options = TaskOptions(
         num_pairs=config.num_pairs,
         num_held_out=config.num_held_out + NUM_SPARE,

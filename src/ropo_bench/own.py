@@ -126,7 +126,7 @@ def settled(judge: Judge, pairs: Sequence[Pair]) -> list[Pair]:
     """
     p_right = ask(judge, pairs)
     is_sure = np.maximum(p_right, 1 - p_right) >= MIN_SURE  # not-a-number is not
-    turned = [
+    relabelled = [
         pair if p > 0.5 else replace(pair, chosen=pair.rejected, rejected=pair.chosen)
         for pair, p, sure in zip(pairs, p_right, is_sure, strict=True)
         if sure
@@ -134,10 +134,10 @@ def settled(judge: Judge, pairs: Sequence[Pair]) -> list[Pair]:
     logger.info(
         "Of %d pairs the judge is sure of %d and contradicts %d of their labels; the others are left out.",
         len(pairs),
-        len(turned),
+        len(relabelled),
         int((p_right[is_sure] < 0.5).sum()),
     )
-    return turned
+    return relabelled
 
 
 def ratings(

@@ -12,7 +12,7 @@ import pytest
 from ropo import run_rounds
 from ropo.cli.main import main
 from ropo.config import ROPOConfig
-from ropo.endpoint import EndpointError
+from ropo.endpoint.client import EndpointError
 from ropo.judge.endpoint import EndpointJudge
 from ropo.train.trainer import ROPOTrainer
 

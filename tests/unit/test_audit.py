@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ropo import config as config_module
+from ropo.audit import options as audit_options
 from ropo.audit import run as audit_run
 from ropo.audit.folds import _deal, folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
@@ -51,8 +51,8 @@ def test_no_model_judges_what_it_was_trained_on(model_folder, pairs, tmp_path, m
     def watching(self, made_from):
         seen.append(
             (
-                self.args.loss,
-                self.args.beta,
+                self.loss.name,
+                self.loss.beta,
                 {p.id for p in self.train_dataset.pairs},
                 [p.row for p in self.eval_dataset.pairs],
             )
@@ -267,7 +267,7 @@ def plant(monkeypatch, margin_of, length_of=lambda question: np.zeros(len(questi
 
 
 def test_the_scorers_that_can_be_chosen_are_those_there_are(tmp_path):
-    assert audit_run.SCORERS.keys() == config_module.SCORERS.keys()
+    assert audit_run.SCORERS.keys() == audit_options.SCORERS.keys()
     with pytest.raises(ValueError, match=r"scorer needs one of features, models; got 'modles'. Did you mean models\?"):
         config(tmp_path, scorer="modles")
 

@@ -186,6 +186,7 @@ def innocent_dropped(audit, case):
     return int(((decisions != "keep") & ~case.is_flipped).sum())
 
 
+@pytest.mark.slow
 def test_a_right_verdict_drops_no_innocent_pairs(tmp_path, tokenizer):
     """Twenty right verdicts on the most suspect pairs, twenty more: the mean over eight sets of pairs never rises."""
     dropped = np.zeros((8, 3))

@@ -39,7 +39,8 @@ from ropo.data.problems import printable, render, rows_left_out
 from ropo.data.read import HubDataset
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
-from ropo.endpoint import ASKING, EndpointError
+from ropo.endpoint.client import EndpointError
+from ropo.endpoint.pool import ASKING
 from ropo.evaluate.answers import export_answers
 from ropo.evaluate.measures import Mean
 from ropo.evaluate.options import ExportArguments, WinRateArguments

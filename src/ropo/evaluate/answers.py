@@ -32,7 +32,7 @@ from ropo.models.fit import check_ids
 from ropo.models.source import Model, find_model, load_tokenizer, model_digest
 from ropo.pairs import Text
 from ropo.provenance import read_json, versions, write_json
-from ropo.sampling.engine import Engine
+from ropo.sampling.engine import Engine, Sampling
 from ropo.sampling.engines import ENGINES, Reach, open_engine
 from ropo.sampling.generate import Sample, sample_responses
 
@@ -137,10 +137,12 @@ def _converse(
                 engine,
                 tokenizer,
                 encode_prompts(prompts, tokenizer),
-                num_candidates=1,
-                max_new_tokens=int(args.max_new_tokens or 0),
-                temperature=max(temperature, LIKELIEST),
-                top_p=args.top_p,
+                Sampling(
+                    num_candidates=1,
+                    max_new_tokens=int(args.max_new_tokens or 0),
+                    temperature=max(temperature, LIKELIEST),
+                    top_p=args.top_p,
+                ),
                 seed=args.seed,
                 folder=folder / f"turn_{turn + 1}",
                 model_digest=digest,

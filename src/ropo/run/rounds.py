@@ -44,9 +44,10 @@ from ropo.noise.estimate import estimate_flips
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import read_json, write_aside, write_json
 from ropo.report.clauses import OBSTACLES
-from ropo.resample.new_pairs import NOTHING, Scored, Scorer, WonBack, win_back
-from ropo.resample.select import SELECTION_RULES
+from ropo.resample.new_pairs import NewPairs, Scored, Scorer, Scoring, resample_pairs
+from ropo.resample.select import SELECTION_RULES, Criteria
 from ropo.run.setup import Decided, Setup
+from ropo.sampling.engine import Sampling
 from ropo.sampling.engines import Reach, open_engine
 from ropo.sampling.generate import sample_responses
 from ropo.stages import Stages
@@ -267,9 +268,9 @@ class Round:
         found = Decided.read(self.folder / "decisions.json").decisions
         has_new = {self.data.pairs[i].row for i in range(self.num_read, len(found)) if found[i] == "keep"}
         lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
-        won = self._win_back(lost, digest) if lost and self.args.num_candidates else NOTHING
+        made = self._resampled_pairs(lost, digest) if lost and self.args.num_candidates else NewPairs()
         reference: dict[str, torch.Tensor] = {}
-        new = list(zip(won.pairs, won.sampled, strict=True))
+        new = list(zip(made.pairs, made.sampled, strict=True))
         if new and self.data.reference is not None:
             reference = _tensors(self.setup.reference.logps(self._tokenize_new(new).tokens))
         self._write_tensors("resampled_reference.safetensors", reference)
@@ -277,10 +278,10 @@ class Round:
             with write_aside(self.folder / "resampled.jsonl") as path:
                 rows = [{**asdict(pair), "sampled": drawn and asdict(drawn)} for pair, drawn in new]
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            told = {"num_prompts": len(lost), "num_judged": won.num_judged, "refused": won.refused}
+            told = {"num_prompts": len(lost), "num_judged": made.num_judged, "refused": made.refused}
             write_json(self.folder / "resampling.json", told)
 
-    def _win_back(self, lost: Sequence[int], digest: str) -> WonBack:
+    def _resampled_pairs(self, lost: Sequence[int], digest: str) -> NewPairs:
         args = self.args
         found = Decided.read(self.folder / "decisions.json").decisions
         losses = self.losses()
@@ -292,34 +293,42 @@ class Round:
                 engine,
                 self.model.tokenizer,
                 encode_prompts([pair.prompt for pair in parents], self.model.tokenizer),
-                num_candidates=args.num_candidates,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_p=args.top_p,
+                Sampling(
+                    num_candidates=args.num_candidates,
+                    max_new_tokens=args.max_new_tokens,
+                    temperature=args.temperature,
+                    top_p=args.top_p,
+                ),
                 seed=args.seed + 1000 * self.number,
                 folder=self.folder / "samples",
                 model_digest=digest,
                 title=f"Round {self.number}: sampling",
             )
         reference = self.data.reference
-        return win_back(
-            parents,
-            samples,
+        scoring = Scoring(
             policy=Scored(parents=self._scores()[list(lost)], score=self._scorer(policy)),
             reference=None
             if reference is None
             else Scored(parents=reference[list(lost)], score=self.setup.reference.logps),
             earlier=self._earlier(lost),
             margins_of=lambda own, base: margins_of(own, base, self.loss),
+        )
+        criteria = Criteria(
+            rule=args.selection_rule,
             loss_of=lambda margins: losses_of(margins, self.loss),
+            kept_losses=losses[np.array(found) == "keep"],
+            guards=args.guards,
+            seed=args.seed + 1000 * self.number,
+        )
+        return resample_pairs(
+            parents,
+            samples,
+            scoring=scoring,
+            criteria=criteria,
             tokenizer=self.model.tokenizer,
             max_length=args.max_length,
-            rule=args.selection_rule,
-            guards=args.guards,
-            kept_losses=losses[np.array(found) == "keep"],
             judge=self.setup.judge,
             weight=args.resampled_weight,
-            seed=args.seed + 1000 * self.number,
         )
 
     def _scorer(self, policy: Callable[[], PreTrainedModel]) -> Scorer:
