@@ -360,7 +360,7 @@ def test_data_given_twice_is_no_more_evidence(model_folder, many, tmp_path, monk
     named = [replace(pair, annotator=f"a{pair.row % 2}") for pair in many]
     copies = [replace(pair, prompt=f"{pair.prompt} ", id="", row=80 + pair.row) for pair in named]
     once, twice = (
-        run_audit(model_folder, pairs, config(tmp_path / str(len(pairs)), rho="0.2"))
+        run_audit(model_folder, pairs, config(tmp_path / str(len(pairs)), rho="0.2")).summary
         for pairs in (named, [*named, *copies])
     )
     assert once["is_informative"]
