@@ -42,7 +42,7 @@ def run_rounds(
 ) -> RunResult:
     """Align a model on preference pairs whose labels may be wrong (ROPO, arXiv:2404.04102v2).
 
-    The same call with the same output folder goes on after the last finished stage.
+    Rerun the same call to resume after the last finished stage.
 
     Args:
         model: Folder or hub id of the initial model, which is also the reference; a `Model`, which says how it is
@@ -103,8 +103,8 @@ def run_audit(
     """Find out how many labels are wrong and which, without aligning a model.
 
     Reads every pair once and trains nothing (`scorer` "models" trains `num_folds` models and keeps none of them). The
-    same call with the same output folder goes on where it was stopped; `run_rounds` with the same folder and options
-    goes on from the finished audit.
+    same call resumes where it was stopped; `run_rounds` with the same folder and options continues from the finished
+    audit.
 
     Args:
         model: As for `run_rounds`.

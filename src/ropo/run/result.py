@@ -28,7 +28,7 @@ from ropo.provenance import Json, read_json
 from ropo.report.notebook import as_html, as_text, summary_rows
 from ropo.run.evaluation import Evaluation
 from ropo.run.ledger import read_ledger
-from ropo.run.rounds import Decided
+from ropo.run.setup import Decided
 
 Floats = NDArray[np.float64]
 
