@@ -9,8 +9,8 @@ import ropo
 
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
-    "pairs", "provenance", "stages", "options", "endpoint", "data", "logps", "losses", "noise", "models", "judge",
-    "sampling", "resample", "config", "train", "audit", "report", "run", "evaluate", "cli", "__main__",
+    "pairs", "spelling", "progress", "provenance", "stages", "options", "endpoint", "data", "logps", "losses", "noise",
+    "models", "judge", "sampling", "resample", "config", "train", "audit", "report", "run", "evaluate", "cli", "__main__",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]
 SOURCE = Path(ropo.__file__).parent

@@ -38,23 +38,6 @@ _OF_RESAMPLING = (
     "temperature", "top_p", "sample_from", "selection_rule", "max_abs_margin", "max_length_ratio", "max_repetition",
     "max_copies", "max_resampled_share", "resampled_weight", "resampled_decay",
 )  # fmt: skip
-# What users of TRL type, and what there is instead.
-_IN_TRL = MappingProxyType(
-    {
-        "loss_type": "It is loss here.",
-        "label_smoothing": "It is flip_rate here, with loss cdpo or rdpo.",
-        "max_prompt_length": "A prompt is never cut; max_length bounds prompt and response together.",
-        "max_completion_length": "max_length bounds prompt and response together.",
-        "precompute_ref_log_probs": "They are always computed first, once; leave it out.",
-        "ref_model": "The model that is given is the reference; leave it out.",
-        "load_in_4bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
-        "load_in_8bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
-        "torch_dtype": "It is dtype here.",
-        "split": "It is dataset_split here.",
-        "dataset_train_split": "It is dataset_split here.",
-        "tokenizer": "It is processing_class here.",
-    }
-)
 TEXT_OR_NUMBER = ("alpha", "rho")  # or the text "auto"
 ROUND_STARTS = ("restart", "carry_on")
 SAMPLE_FROM = ("reference", "policy")
@@ -640,22 +623,6 @@ def _check_access(args: Any, url_option: str, key_option: str) -> None:
     if url is not None:
         check_url(url, what=url_option)
         check_key(url, variable, what=url_option)
-
-
-def in_trl(name: str) -> str:
-    """A sentence on what TRL calls so, or nothing.
-
-    Args:
-        name: What was written.
-
-    Returns:
-        " It is ... here." or the like, or an empty string.
-
-    Examples:
-        >>> in_trl("loss_type")
-        ' It is loss here.'
-    """
-    return f" {_IN_TRL[name]}" if name in _IN_TRL else ""
 
 
 def check_config(args: Any, *, taker: str) -> None:

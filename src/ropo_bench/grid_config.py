@@ -14,11 +14,11 @@ from ropo.options import (
     check_choice,
     check_mapping,
     check_values,
-    did_you_mean,
     is_finite,
     read_yaml,
     short,
 )
+from ropo.spelling import did_you_mean
 from ropo_bench.methods import BETAS, LEARNING_RATES, METHODS
 from ropo_bench.own import LACKS, judge_args
 from ropo_bench.tasks import TASKS

@@ -78,7 +78,7 @@ def _fold_margins(
             peft_config=question.peft_config,
             num_checks=NUM_CHECKS,
         )
-        trainer.train_or_resume([question.digest, fold])
+        trainer.train_or_resume([question.digest, fold], title=f"Audit: fold model {fold + 1} of {args.num_folds}")
         margins = torch.stack(trainer.check_margins)
         if PartialState().is_main_process:
             with write_aside(folder / name) as path:

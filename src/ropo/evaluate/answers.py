@@ -54,6 +54,7 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
             questions need a chat template that the tokenizer does not have.
     """
     spec, name = EXPORTS[str(args.benchmark)], str(args.name)
+    PartialState(cpu=args.use_cpu)  # whoever asks later gets this one
     questions = read_questions(Path(str(args.questions)), str(args.benchmark))
     if args.plain_text and any(len(question.turns) > 1 for question in questions):
         raise ValueError(

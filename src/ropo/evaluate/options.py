@@ -59,6 +59,7 @@ class ExportArguments:
     generation_url: str | None = _as_in_training("generation_url")
     generation_model: str | None = _as_in_training("generation_model")
     generation_api_key_env: str | None = _as_in_training("generation_api_key_env")
+    use_cpu: bool = _option(default=False, text="Use no GPU.")
     dtype: str = _option("auto", "Type of the weights and of computing: auto (as saved), float32, bfloat16.")
     model_revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
     trust_remote_code: bool = _option(default=False, text="Run code that a hub model brings. Read it first.")
@@ -83,6 +84,10 @@ class ExportArguments:
             raise ValueError(
                 "generation_engine server needs dtype auto and no trust_remote_code; got one of them. The server has "
                 "loaded the model as it likes."
+            )
+        if self.use_cpu and self.generation_engine != "transformers":
+            raise ValueError(
+                f"use_cpu needs generation_engine transformers; got {self.generation_engine}. Leave it out."
             )
         if self.generation_engine == "vllm" and self.dtype == "float32":
             raise ValueError("generation_engine vllm needs dtype auto or bfloat16; got float32. Choose one of the two.")

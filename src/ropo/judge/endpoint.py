@@ -20,8 +20,8 @@ from accelerate import PartialState
 
 from ropo.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
 from ropo.judge.answer_cache import UNREADABLE, Answers
-from ropo.logps.score import progress_bar
 from ropo.pairs import Pair, Text
+from ropo.progress import Progress
 from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
@@ -200,12 +200,12 @@ class EndpointJudge:
     def _ask_all(self, missing: Mapping[str, tuple[_Question, _Question]]) -> None:
         state = PartialState()
         pool = ThreadPoolExecutor(max(self._num_threads // state.num_processes, 1), ASKING)
-        with progress_bar("Asking the judge", len(missing), is_shown=state.is_main_process) as advance:
+        with Progress("Asking the judge", len(missing), unit=" pairs", is_shown=state.is_main_process) as progress:
             futures = [pool.submit(self._ask_both, questions) for questions in missing.values()]
             try:
                 for future in as_completed(futures):
                     future.result()
-                    advance(1)
+                    progress.advance()
             except BaseException as error:
                 self._has_stopped.set()
                 stop_asking(pool, futures, error)

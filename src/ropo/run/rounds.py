@@ -214,7 +214,7 @@ class Round:
             peft_config=self.peft_config if start is None else None,
             halfway_folder=self.folder / _HALFWAY if self._needs_halfway else None,
         )
-        trainer.train_or_resume(made_from)
+        trainer.train_or_resume(made_from, title=f"Round {self.number}: training")
         trainer.save_whole(self.model_folder)
         first_margins = trainer.gather_first_margins()
         if PartialState().is_main_process:

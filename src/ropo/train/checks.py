@@ -18,7 +18,8 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from ropo.config import LIGER_LOSSES, ROPOConfig
-from ropo.options import did_you_mean, short
+from ropo.options import short
+from ropo.spelling import did_you_mean
 from ropo.train.launch import refuse_other_launch
 
 logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -37,7 +38,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import ropo
-from ropo.config import ROPOConfig, check_config, in_trl
+from ropo.config import ROPOConfig, check_config
 from ropo.data.problems import render
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import read_checked
@@ -50,14 +51,15 @@ from ropo.models.files import check_ids, ids_of, not_finite
 from ropo.models.source import PolicySource, check_adapter, find_model, load_tokenizer
 from ropo.pairs import PairLogps, margin, margin_per_token
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
+from ropo.spelling import in_trl
 from ropo.train.callbacks import (
     AfterStep,
     Checks,
     CompleteCheckpoint,
     Halfway,
     NoneAtTheEnd,
-    ProgressWithLoss,
     Replayable,
+    ShowProgress,
     saved_with,
 )
 from ropo.train.checkpoints import find_checkpoint, newest_complete, remove_incomplete, remove_others
@@ -188,9 +190,10 @@ class ROPOTrainer(Trainer):
         )
         self.label_names = []
         self._keep_outputs_in_float32()
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressWithLoss)
+        self._shown = ShowProgress(is_line=not args.disable_tqdm)
+        for kind in (PrinterCallback, ProgressCallback):  # the second prints every line of the log as well
+            self.remove_callback(kind)
+        self.add_callback(self._shown)
 
     def _keep_outputs_in_float32(self) -> None:
         """FSDP2 would hand out log-probabilities in half precision, a tenth of a nat from what they are."""
@@ -249,6 +252,7 @@ class ROPOTrainer(Trainer):
             raise
         finally:
             self.args.save_total_limit = limit
+            self._shown.close()
 
     def _restore(self, checkpoint: Path) -> None:
         """Bring back what `_learned` saved."""
@@ -259,14 +263,16 @@ class ROPOTrainer(Trainer):
         self._checks.found = list(kept["check_margins"])
         self._order_to_replay = kept["order"] if len(kept["order"]) else None
 
-    def train_or_resume(self, made_from: Any) -> None:
+    def train_or_resume(self, made_from: Any, *, title: str = "Training") -> None:
         """Train; go on from the last complete checkpoint in the output folder if one of this training is there.
 
         The caller saves what it wants of the trained model, so no checkpoint is written at the end.
 
         Args:
             made_from: JSON-able value of everything that the training depends on; checkpoints of another are removed.
+            title: Of the progress that is shown.
         """
+        self._shown.title = title
         folder = Path(str(self.args.output_dir))
         remove_others(folder, made_from=hash_value([made_from, asdict(Launch.of(self.options)), ropo.__version__]))
         self.add_callback(NoneAtTheEnd)
