@@ -10,7 +10,8 @@ import ropo
 # A room may import rooms that stand above it, and its own files.
 ORDER = [
     "pairs", "spelling", "progress", "provenance", "stages", "options", "endpoint", "data", "logps", "losses", "noise",
-    "models", "judge", "sampling", "resample", "config", "train", "audit", "report", "run", "evaluate", "cli", "__main__",
+    "models", "judge", "sampling", "resample", "config", "train", "audit", "report", "run", "evaluate", "cli",
+    "__main__",
 ]  # fmt: skip
 PURE = ORDER[: ORDER.index("config")]
 SOURCE = Path(ropo.__file__).parent

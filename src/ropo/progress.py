@@ -35,7 +35,7 @@ class Progress:
     ) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.is_shown, self.is_line = is_shown, is_line
-        self.done, self._note = 0.0, ""
+        self.done, self.note = 0.0, ""
         self._line: Line | None = None
         self._start = self._logged = 0.0
         self._already_done = 0.0
@@ -77,8 +77,8 @@ class Progress:
             note: Numbers to show beside them from now on; None leaves them as they are.
         """
         self.done += count
-        self._note = self._note if note is None else note
-        shown = f", {self._note}" if self._note else ""
+        self.note = self.note if note is None else note
+        shown = f", {self.note}" if self.note else ""
         if self._line is not None:
             self._line.update(self._line.task_ids[0], completed=self.done, note=shown)
         elif self.is_shown and time.monotonic() - self._logged >= _SECONDS_BETWEEN:

@@ -13,7 +13,10 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTJConfig, LlamaConfig
 
 from ropo import __version__
-from ropo.cli.main import _dataset, _say_rate, _without_secrets, main, parse_train
+from ropo.cli.arguments import dataset_of, parse_train
+from ropo.cli.main import main
+from ropo.cli.outcome import say_rate
+from ropo.cli.words import without_secrets
 from ropo.config import ROPOConfig
 from ropo.data.read import HubDataset
 from ropo.run.ledger import SCHEMA
@@ -271,7 +274,7 @@ def test_a_package_that_a_library_misses_is_one_sentence(dataset, recipe, tmp_pa
     def miss(*_, **__):
         raise ImportError("deepspeed is not installed")
 
-    monkeypatch.setattr("ropo.cli.main.run_rounds", miss)
+    monkeypatch.setattr("ropo.cli.train.run_rounds", miss)
     assert train("M", dataset, recipe, tmp_path / "O") == 2
     assert "ropo train: deepspeed is not installed" in capsys.readouterr().err
 
@@ -349,9 +352,9 @@ def test_bf16_without_a_gpu(dataset, tmp_path, capsys):
 def test_no_token_in_the_report(model_folder, dataset, recipe, tmp_path):
     more = [*PLAIN, "--rounds", "1", "--hub_token", "hf_secret1", "--push_to_hub_token=hf_secret2"]
     assert train(model_folder, dataset, recipe, tmp_path / "O", *more[:6]) == 0
-    assert _without_secrets(more)[4:] == ["--hub_token", "...", "--push_to_hub_token=..."]
+    assert without_secrets(more)[4:] == ["--hub_token", "...", "--push_to_hub_token=..."]
     hyphens = ["--hub-token", "hf_secret1", "--hub-token=hf_secret2", "--max_new_tokens", "7"]
-    assert _without_secrets(hyphens) == ["--hub-token", "...", "--hub-token=...", "--max_new_tokens", "7"]
+    assert without_secrets(hyphens) == ["--hub-token", "...", "--hub-token=...", "--max_new_tokens", "7"]
     for name in ("summary.json", "report.html", "report.md", "README.md", "ropo_config.json"):
         assert "hf_secret1" not in (tmp_path / "O" / name).read_text()
     summary = json.loads((tmp_path / "O" / "summary.json").read_text())
@@ -534,7 +537,7 @@ def test_a_configuration_of_a_hub_dataset(monkeypatch, tmp_path, capsys):
     assert asked == [("owner/name", "prefs", {"split": "train", "data_dir": "data/en"})]
     given = parse_train(["--model_name_or_path", "m", "--dataset_name", "owner/name", "--output_dir", "o", *more])[0]
     found = HubDataset(name="owner/name", config="prefs", data_dir="data/en")
-    assert [_dataset(given, name) for name in ("owner/name", "other/name", None)] == [found, "other/name", None]
+    assert [dataset_of(given, name) for name in ("owner/name", "other/name", None)] == [found, "other/name", None]
     assert main(["validate", str(tmp_path), *more]) == 2
     assert "dataset_config and dataset_data_dir need a dataset on the hub" in capsys.readouterr().err
 
@@ -609,15 +612,15 @@ def test_the_console_says_what_is_to_be_read_where_the_rate_cannot_be_told(capsy
     annotators = [{"name": "a", "rate": 0.1, "low": 0.0, "high": 0.2, "num_pairs": 9}]
     told = {"task": "audit", "is_informative": False, "reason": "Too weak.", "annotators": annotators}
     told |= {"flip_rate": {"estimate": None, "low": 0.0, "high": 0.5}, "num_contradicted": 150}
-    _say_rate(told)
+    say_rate(told)
     out = capsys.readouterr().out
     assert "150 of the labels are contradicted by models that have not seen them. Whether these are flips" in out
     assert "they stand first in review.csv: read the first ones" in out
     assert "9 pairs" not in out
-    _say_rate(told | {"num_contradicted": None})
+    say_rate(told | {"num_contradicted": None})
     assert "contradicted" not in capsys.readouterr().out
     wide = {"estimate": 0.0, "low": 0.0, "high": 0.19}
-    _say_rate(told | {"is_informative": True, "flip_rate": wide})
+    say_rate(told | {"is_informative": True, "flip_rate": wide})
     out = capsys.readouterr().out
     assert "How many of these are flips and how many honest doubt can be told no closer" in out
     assert "a: 10.0% (0.0% to 20.0%), 9 pairs" in out

@@ -29,9 +29,9 @@ def send(number):
 def command(monkeypatch):
     """Let `ropo losses` do something else, as a process of its own would."""
 
-    def run(do, *, name="_losses"):
-        monkeypatch.setattr(sys, "argv", ["ropo", name.lstrip("_")])
-        monkeypatch.setattr(cli, name, lambda _: do() or cli.DONE)
+    def run(do, *, name="losses"):
+        monkeypatch.setattr(sys, "argv", ["ropo", name])
+        monkeypatch.setattr(f"ropo.cli.{name}.run", lambda _: do() or cli.DONE)
         return cli.main()
 
     return run
@@ -52,12 +52,12 @@ def test_it_says_where_the_same_command_resumes(command, capsys, tmp_path):
         inner = Stages(tmp_path / "models")
         Stages(tmp_path / "audit").run("judge", 0, [], lambda: inner.run("fold 1", 0, [], lambda: send(signal.SIGTERM)))
 
-    assert command(train, name="_train") == 143
+    assert command(train, name="train") == 143
     assert capsys.readouterr().err == (
         "ropo train: interrupted by SIGTERM in stage models/fold 1. The same command resumes there, from its last "
         "checkpoint if it has one.\n"
     )
-    assert command(lambda: send(signal.SIGTERM), name="_bench") == 143
+    assert command(lambda: send(signal.SIGTERM), name="bench") == 143
     assert "The same command resumes from what is done." in capsys.readouterr().err
 
 
@@ -71,7 +71,7 @@ def test_a_library_that_turns_it_into_another_error(command, capsys):
             raise RuntimeError("connection closed by peer") from None
 
     assert command(collective) == 143
-    assert capsys.readouterr().err.endswith("ropo losses: interrupted by SIGTERM.\n")
+    assert capsys.readouterr().err == "ropo losses: interrupted by SIGTERM.\n"
 
 
 def test_processes_of_a_launch_speak_once(command, capsys, monkeypatch):
@@ -101,7 +101,7 @@ def test_an_ignored_signal_stays_ignored():
 
 
 def test_a_caller_in_python_keeps_its_ctrl_c(monkeypatch):
-    monkeypatch.setattr(cli, "_losses", lambda _: send(signal.SIGINT))
+    monkeypatch.setattr("ropo.cli.losses.run", lambda _: send(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
         cli.main(["losses"])
     assert not isinstance(caught.value, Interrupted)
