@@ -58,13 +58,18 @@ def test_a_terminal_shows_one_line_and_takes_it_away(monkeypatch, caplog):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(rich.get_console(), "_file", written)
     monkeypatch.setattr(rich.get_console(), "_force_terminal", True)
-    with pytest.raises(KeyError), Progress("Scoring pairs", 40, unit=" pairs") as outer:
-        with Progress("Within", 3) as inner:
-            assert inner._line is None
-            inner.advance()
-        outer.advance(30, "fast")
-        outer._line.refresh()
-        raise KeyError
+
+    def stage():
+        with Progress("Scoring pairs", 40, unit=" pairs") as outer:
+            with Progress("Within", 3) as inner:
+                assert inner._line is None
+                inner.advance()
+            outer.advance(30, "fast")
+            outer._line.refresh()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        stage()
     assert "30 of 40 pairs, fast" in written.getvalue()
     assert written.getvalue().endswith("\x1b[2K")  # the line is erased
     with Progress("Again", 1) as again:

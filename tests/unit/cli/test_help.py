@@ -75,7 +75,6 @@ OTHER_VALUES = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_shown_is_refused(name, tmp_path):
     words = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", str(tmp_path / "O"), "--use_cpu"]
+    words += [f"--{name}", OTHER_VALUES.get(name, "true")]
     with pytest.raises(ValueError, match=rf"{name.removesuffix('_backend').removesuffix('_mode')}|evaluates nothing"):
-        run_rounds(
-            "M", str(tmp_path / "no.jsonl"), parse_train([*words, f"--{name}", OTHER_VALUES.get(name, "true")])[1]
-        )
+        run_rounds("M", str(tmp_path / "no.jsonl"), parse_train(words)[1])
