@@ -8,7 +8,7 @@ KILLS ?= 30
 # 5,000 rows, the same ones each time; `make fuzz ROWS=100000 WRITE=1` draws new ones, for docs/reliability.md.
 ROWS ?= 5000
 
-.PHONY: demo test slow fuzz kill-test help-pages lint clean
+.PHONY: demo test slow fuzz kill-test help-pages lint measure clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Size, readability and start of the code; `make measure BEFORE=COMMIT` puts another commit beside it.
+measure: $(VENV)/.installed-dev
+	$(BIN)/python tools/measure.py $(if $(BEFORE),--before $(BEFORE))
 
 clean:
 	rm -rf $(VENV) outputs

@@ -10,7 +10,6 @@ on 1,000 held-out pairs with right labels; gold reward and KL (nats per response
 once. Where the filter keeps every pair all three are one training. A task of files has no gold reward.
 """
 
-import csv
 import itertools
 import logging
 import multiprocessing
@@ -31,8 +30,8 @@ from ropo.data.load import load_pairs
 from ropo.models.source import PolicySource, load_tokenizer
 from ropo.provenance import read_json
 from ropo_bench.policy_score import score_policy
-from ropo_bench.rows import read_rows
-from ropo_bench.task import Task
+from ropo_bench.rows import append_row, read_rows
+from ropo_bench.task import Task, TaskOptions
 from ropo_bench.tasks import TASKS
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -58,7 +57,7 @@ def task_of(name: str, seed: int, files: str, scratch: Path) -> Task:
     """The task of a seed."""
     if files:
         return files_task(*map(Path, files.split(",")))
-    return TASKS[name](scratch, num_pairs=NUM_PAIRS, num_held_out=NUM_HELD_OUT, seed=seed, source=None)
+    return TASKS[name](scratch, TaskOptions(num_pairs=NUM_PAIRS, num_held_out=NUM_HELD_OUT, seed=seed))
 
 
 def config(task: Task, seed: int, scratch: Path, name: str, **options: Any) -> ROPOConfig:
@@ -104,8 +103,7 @@ def measure(cell: dict[str, Any], files: str, scratch: Path) -> dict[str, Any]:
     run_rounds(task.model, pairs, config(task, seed, scratch, trained.name, **options))
     score = score_policy(
         PolicySource(str(trained)).load(), PolicySource(str(task.model)).load(), load_tokenizer(str(task.model)),
-        task.held_out, task.gold_rewards, num_samples=min(NUM_SAMPLES, len(task.held_out)),
-        max_length=task.max_length, max_new_tokens=task.max_new_tokens, seed=seed,
+        task.gold, num_samples=min(NUM_SAMPLES, len(task.held_out)), seed=seed,
     )  # fmt: skip
     shutil.rmtree(trained)
     found = {name: getattr(score, name).value for name in ("accuracy", "gold", "kl", "finished")}
@@ -124,18 +122,6 @@ def cells(name: str, rates: tuple[float, ...]) -> Iterator[dict[str, Any]]:
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What names a cell, whether read or just made."""
     return tuple(str(row[key]) if key in ("task", "row") else float(row[key]) for key in CELL)
-
-
-def append(row: dict[str, Any]) -> None:
-    """Add a row to `beta.csv`."""
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        written = {name: f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in COLUMNS}
-        writer.writerow({name: "" if value == "nan" else value for name, value in written.items()})
-    print(row, flush=True)
 
 
 def _start() -> None:
@@ -158,7 +144,8 @@ def fill(scratch: Path, files: str) -> None:
             for row in pool.imap_unordered(
                 partial(measure, **given), [cell for cell in todo if is_filtered or cell["row"] == "dpo"]
             ):
-                append(row)
+                append_row(RESULTS, row, COLUMNS)
+                print(row, flush=True)
 
 
 def read_cells() -> dict[tuple[str, ...], dict[str, dict[str, list[float]]]]:

@@ -7,7 +7,6 @@ A FOLDER holds train.jsonl or train.jsonl.gz, and key.json with `flipped`, a lis
 folds. Rows go to known_flips.csv beside this file; what is there is not made again.
 """
 
-import csv
 import json
 import logging
 import sys
@@ -24,7 +23,7 @@ from ropo import ROPOConfig, run_audit
 from ropo.data.load import load_pairs
 from ropo.evaluate.measures import auroc, precision_recall
 from ropo.run.ledger import read_ledger
-from ropo_bench.rows import read_rows
+from ropo_bench.rows import append_row, read_rows
 
 ROWS = Path(__file__).with_suffix(".csv")
 SEEDS = (1, 2, 3)
@@ -65,16 +64,6 @@ def measured(model: str, folder: Path, num_pairs: int | None) -> Iterator[dict[s
         }
 
 
-def append(row: dict[str, Any]) -> None:
-    """Add a finished row."""
-    is_new = not ROWS.exists()
-    with ROWS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow({k: f"{row[k]:.4f}" if isinstance(row[k], float) else row[k] for k in COLUMNS})
-
-
 def table() -> str:
     """One line per data set: means over seeds, and how many of the intervals hold the truth."""
     rows = read_rows(ROWS)
@@ -111,5 +100,5 @@ if __name__ == "__main__":
         model, *folders = [word for word in sys.argv[1:] if not word.startswith("--")]
         for folder in folders:
             for row in measured(model, Path(folder), most[0] if most else None):
-                append(row)
+                append_row(ROWS, row, COLUMNS)
                 print(row, flush=True)

@@ -8,7 +8,6 @@ for one or two epochs; "folds" are audits with so many folds. Adapters: rank 16 
 learning rate.
 """
 
-import csv
 import logging
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from safetensors.numpy import load_file
 from ropo import ROPOConfig, estimate_flips, flip_labels, run_audit, run_rounds
 from ropo.evaluate.measures import auroc
 from ropo.run.ledger import read_ledger
+from ropo_bench.rows import append_row, read_rows
 from ropo_bench.toy import make_pairs, save_toy
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -72,14 +72,6 @@ def measure(variant: str, rate: float, seed: int, base: Path, folder: Path) -> d
     return {**cell, **{name: "" if value is None else f"{value:.4f}" for name, value in values.items()}}
 
 
-def rows() -> list[dict[str, str]]:
-    """Finished cells."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open() as file:
-        return list(csv.DictReader(file))
-
-
 def table() -> str:
     """One line per variant: estimates with intervals by seed, mean AUROC."""
     lines = [
@@ -89,7 +81,7 @@ def table() -> str:
     for variant in VARIANTS:
         shown = []
         for rate in RATES:
-            cells = [row for row in rows() if row["variant"] == variant and float(row["flip_rate"]) == rate]
+            cells = [row for row in read_rows(RESULTS) if row["variant"] == variant and float(row["flip_rate"]) == rate]
             shown.append(
                 ", ".join(
                     f"{float(c['estimate']):.3f} ({float(c['low']):.3f}-{float(c['high']):.3f})"
@@ -118,16 +110,13 @@ def main() -> None:
         for seed in SEEDS:
             for rate in reversed(RATES):
                 for variant in VARIANTS:
-                    if (variant, rate, seed) in {(r["variant"], float(r["flip_rate"]), int(r["seed"])) for r in rows()}:
+                    if (variant, rate, seed) in {
+                        (r["variant"], float(r["flip_rate"]), int(r["seed"])) for r in read_rows(RESULTS)
+                    }:
                         continue
                     name = f"{list(VARIANTS).index(variant)}_{rate}_{seed}"
                     row = measure(variant, rate, seed, base, Path(scratch) / name)
-                    is_new = not RESULTS.exists()
-                    with RESULTS.open("a", newline="") as file:
-                        writer = csv.DictWriter(file, COLUMNS)
-                        if is_new:
-                            writer.writeheader()
-                        writer.writerow(row)
+                    append_row(RESULTS, row, COLUMNS)
                     print(row, flush=True)
 
 

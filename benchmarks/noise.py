@@ -8,12 +8,10 @@ Two embedded tasks, 500 to 6,000 pairs, 0 to 40 % of the labels flipped, five se
 Every audit is `ropo audit` as shipped. What training on the kept pairs gains, `ropo bench` measures (docs/results.md).
 """
 
-import csv
 import logging
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit
 from ropo.evaluate.measures import auroc, average_precision, precision_recall
 from ropo.run.ledger import read_ledger
-from ropo_bench.rows import read_rows
+from ropo_bench.rows import append_row, key_of, read_rows
 from ropo_bench.toy import REVIEWS, SUPPORT, gold_reward, make_pairs, save_toy
 
 HERE = Path(__file__).parent
@@ -123,32 +121,14 @@ def all_cells() -> list[dict[str, Any]]:
     return [one for group in groups for one in group]
 
 
-def append(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
-    """Add a finished cell."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(
-            {key: f"{row.get(key):.4f}" if isinstance(row.get(key), float) else row.get(key) for key in columns}
-        )
-    print(
-        " ".join(f"{key}={row[key]:.3f}" if isinstance(row[key], float) else f"{row[key]}" for key in row), flush=True
-    )
-
-
-def key_of(row: dict[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
-    """What names a cell."""
-    return tuple(str(float(row[name])) if name == "flip_rate" else str(row[name]) for name in columns)
-
-
 def measure(cell: dict[str, Any], scratch: Path) -> None:
     """Fill in a cell that is missing."""
     if key_of(cell, CELL) in {key_of(row, CELL) for row in read_rows(DETECTION)}:
         return
     with tempfile.TemporaryDirectory(dir=scratch) as name:
-        append(DETECTION, DETECTION_COLUMNS, detect(cell, scratch, Path(name)))
+        row = detect(cell, scratch, Path(name))
+    append_row(DETECTION, row, DETECTION_COLUMNS)
+    print(row, flush=True)
 
 
 def main() -> None:

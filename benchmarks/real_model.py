@@ -12,7 +12,6 @@ shipped, and are asked about the pairs of TEST. Rows go to real_model.csv beside
 again.
 """
 
-import csv
 import gzip
 import json
 import logging
@@ -30,7 +29,7 @@ from ropo.data.validate import read_checked
 from ropo.evaluate.measures import auroc, precision_recall
 from ropo.provenance import read_json
 from ropo.run.ledger import read_ledger
-from ropo_bench.rows import read_rows
+from ropo_bench.rows import append_row, key_of, read_rows
 
 ROWS = Path(__file__).parent / "real_model.csv"
 COLUMNS = (
@@ -92,7 +91,7 @@ def main(model: str, data: Path, work: Path, *, test: Path | None, num_pairs: in
     stronger = stronger_of(data, pairs)
     common = {**OPTIONS, "max_length": max_length, "reference_cache_dir": str(work / "cache")}
     for kind, rate, seed, given, is_flipped in noisy(pairs, stronger):
-        cell = {"model": Path(model).name, "data": data.name, "noise": kind, "flip_rate": rate, "seed": seed}
+        cell = {"model": Path(model).name, "data": data.name, "noise": kind, "flip_rate": round(rate, 4), "seed": seed}
         folder = work / f"{kind}_{rate:.2f}_{seed}"
         if is_missing(cell, "audit"):
             run_audit(model, given, ROPOConfig(output_dir=str(folder), **common))
@@ -120,23 +119,14 @@ def stronger_of(data: Path, pairs: list[Pair]) -> np.ndarray | None:
 
 def is_missing(cell: dict[str, Any], method: str) -> bool:
     """Whether a row is not there yet."""
-    wanted = [_text({**cell, "method": method}[name]) for name in NAMED]
-    return wanted not in [[row[name] for name in NAMED] for row in read_rows(ROWS)]
+    return key_of({**cell, "method": method}, NAMED) not in {key_of(row, NAMED) for row in read_rows(ROWS)}
 
 
 def append(row: dict[str, Any]) -> None:
     """Add a finished row."""
-    is_new = not ROWS.exists()
-    with ROWS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: _text((row | {"version": __version__}).get(name)) for name in COLUMNS})
-    print({name: _text(value) for name, value in row.items()}, flush=True)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    row = {**row, "version": __version__}
+    append_row(ROWS, row, COLUMNS)
+    print(row, flush=True)
 
 
 def table() -> str:

@@ -23,24 +23,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from noise import COMMON, MIN_GAP, NUM_HELD_OUT, ROPO, append, key_of
+from noise import COMMON, MIN_GAP, NUM_HELD_OUT
 from scipy.stats import t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ropo import Pair, ROPOConfig, ROPOTrainer, __version__, flip_labels, run_audit
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
+from ropo.logps.batch import Batching
 from ropo.logps.score import score_pairs
 from ropo.pairs import PairLogps
 from ropo.resample.new_pairs import Scored, WonBack, win_back
 from ropo.run.ledger import read_ledger
 from ropo.sampling.generate import Sample, sample_responses
 from ropo.train.dataset import PairDataset
-from ropo.train.trainer import losses_of, margins_of
-from ropo_bench.policy_score import PolicyScore, each, score_policy
-from ropo_bench.rows import read_rows
+from ropo.train.objective import losses_of, margins_of
+from ropo_bench.policy_score import PolicyScore, score_policy
+from ropo_bench.rows import append_row, key_of, read_rows
+from ropo_bench.task import GoldStandard, each
 from ropo_bench.toy import gold_reward, make_pairs, save_toy
 
 RESULTS = Path(__file__).with_suffix(".csv")
+ROPO: dict[str, Any] = {"learning_rate": 4e-4, "beta": 1.0}
 RATES, SEEDS, NUM_PAIRS, MOST_CANDIDATES = (0.2, 0.4), (1, 2, 3, 4, 5), 3000, 16
 BASE: dict[str, Any] = {"sample_from": "reference", "num_candidates": 4, "selection_rule": "min_loss"}
 OFF: dict[str, dict[str, Any]] = {
@@ -94,33 +97,35 @@ class Cell:
         self.reference = AutoModelForCausalLM.from_pretrained(base)
         self.args = ROPOConfig(output_dir=str(folder), seed=seed, **COMMON, **ROPO)
         summary = run_audit(base, self.noisy, self.args)
-        self.args = self.args.with_alpha(summary["alpha"])
+        self.loss = self.args.bound_loss(summary["alpha"])
         ledger = read_ledger(folder / "ledger.parquet").to_pandas()
         is_kept = {row: what == "keep" for row, what in zip(ledger["row"], ledger["decision"], strict=True)}
         self.kept = [pair for pair in self.noisy if is_kept[pair.row]]
         self.dropped = [pair for pair in self.noisy if not is_kept[pair.row]]
         self.first = self.train(self.kept, None, halfway=folder / "halfway")
         self.first.save_pretrained(folder / "first")
-        self.kept_losses = losses_of(self._margins(self.kept), self.args)
+        self.kept_losses = losses_of(self._margins(self.kept), self.loss)
         self.samples: dict[str, tuple[list[Sample], float]] = {}
         self.scores: dict[tuple[Any, ...], PolicyScore] = {}
 
     def _scored(self, model: PreTrainedModel, pairs: Sequence[Pair]) -> PairLogps:
         tokens = tokenize_pairs(pairs, self.tokenizer, max_length=128).tokens
-        return score_pairs(model, tokens, pad_token_id=self.tokenizer.pad_token_id)
+        return score_pairs(model, tokens, Batching(pad_token_id=self.tokenizer.pad_token_id))
 
     def _margins(self, pairs: Sequence[Pair]) -> np.ndarray:
-        return margins_of(self._scored(self.first, pairs), self._scored(self.reference, pairs), self.args)
+        return margins_of(self._scored(self.first, pairs), self._scored(self.reference, pairs), self.loss)
 
     def train(self, pairs: Sequence[Pair], start: Path | None, *, halfway: Path | None = None) -> PreTrainedModel:
         """Train on pairs for as many steps as all pairs of the data would take."""
         tokenized = tokenize_pairs(pairs, self.tokenizer, max_length=128)
         data = PairDataset(tokenized.pairs, tokenized.tokens, reference=self._scored(self.reference, pairs))
-        args = self.args
-        args.num_train_epochs = NUM_PAIRS / len(data)
-        args.seed = self.seed + (start is not None)
+        args = self.args.of_stage(
+            self.folder, seed=self.seed + (start is not None), num_train_epochs=NUM_PAIRS / len(data)
+        )
         model = AutoModelForCausalLM.from_pretrained(start or self.base)
-        trainer = ROPOTrainer(model, args, train_dataset=data, processing_class=self.tokenizer, halfway_folder=halfway)
+        trainer = ROPOTrainer(model, args, data, processing_class=self.tokenizer, loss=self.loss)
+        if halfway is not None:
+            trainer.save_halfway(halfway)
         trainer.train()
         return trainer.model
 
@@ -145,9 +150,9 @@ class Cell:
             samples = self.refined(samples, seed=self.seed + 100 * number + 100)
 
         def scored(model: PreTrainedModel) -> Scored:
-            options = {"pad_token_id": self.tokenizer.pad_token_id}
+            batching = Batching(pad_token_id=self.tokenizer.pad_token_id)
             return Scored(
-                parents=self._scored(model, self.dropped), score=lambda tokens: score_pairs(model, tokens, **options)
+                parents=self._scored(model, self.dropped), score=lambda tokens: score_pairs(model, tokens, batching)
             )
 
         found = win_back(
@@ -158,8 +163,8 @@ class Cell:
             earlier=scored(AutoModelForCausalLM.from_pretrained(self.folder / "halfway"))
             if args.selection_rule == "uncertainty_aware"
             else None,
-            margins_of=lambda own, base: margins_of(own, base, self.args),
-            loss_of=lambda margins: losses_of(margins, self.args),
+            margins_of=lambda own, base: margins_of(own, base, self.loss),
+            loss_of=lambda margins: losses_of(margins, self.loss),
             tokenizer=self.tokenizer,
             max_length=128,
             rule=args.selection_rule,
@@ -218,10 +223,10 @@ class Cell:
         if key not in self.scores:
             if options is not None:
                 model = self.train([*self.kept, *new], self.folder / "first" if carries_on else None)
+            gold = GoldStandard(pairs=self.held_out, rewards=each(gold_reward), max_length=128, max_new_tokens=48)
             self.scores[key] = score_policy(
-                model, self.reference, self.tokenizer, self.held_out, each(gold_reward),
-                num_samples=1000, max_length=128, max_new_tokens=48, seed=self.seed,
-            )  # fmt: skip
+                model, self.reference, self.tokenizer, gold, num_samples=1000, seed=self.seed
+            )
         score = self.scores[key]
         return {
             "accuracy": score.accuracy.value, "gold": score.gold.value, "kl": score.kl.value,
@@ -303,7 +308,8 @@ def main() -> None:
                     shared = Cell(rate, seed, base, Path(folder))
                     for cell in missing:
                         row = {**cell, **shared.measure(cell["variant"]), "version": __version__}
-                        append(RESULTS, COLUMNS, row)
+                        append_row(RESULTS, row, COLUMNS)
+                        print(row, flush=True)
 
 
 def _claim(folder: Path) -> bool:

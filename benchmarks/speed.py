@@ -56,7 +56,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from ropo import PairDataset, ROPOConfig, load_pairs, run_rounds
 from ropo.data.tokenize import tokenize_pairs
-from ropo.logps.batch import LAYOUTS, batches_by_length
+from ropo.logps.batch import LAYOUTS, Batching, batches_by_length
 from ropo.logps.choose import choose_layout
 from ropo.logps.score import score_pairs
 from ropo.logps.shared_prefix import FORWARDS
@@ -343,8 +343,7 @@ def score(way: Way, task: Task, tokens: list[Any]) -> Any:
     return score_pairs(
         task.model,
         tokens,
-        pad_token_id=task.tokenizer.pad_token_id,
-        use_bf16=way.has_bf16,
+        Batching(pad_token_id=task.tokenizer.pad_token_id, use_bf16=way.has_bf16),
     )
 
 

@@ -4,6 +4,9 @@ import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is marked so and turns this off
+# Sums in one order, since some tests compare exactly; also in fixtures of a module and in commands that a test starts.
+# Threads that wait for each other cost many times what these models do where the cores are shared.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from jaxtyping import install_import_hook
 
@@ -38,7 +41,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def _seeds():
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # sums in one order: some tests compare bit by bit
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,30 @@ def check_key(url: str, api_key_env: str | None, *, what: str) -> None:
         )
 
 
+def check_access(url: str | None, api_key_env: str | None, *, url_option: str, key_option: str) -> None:
+    """Check the two options that say how a server is reached.
+
+    Options are logged and written; a key that was put into one by mistake must not even be in the message.
+
+    Args:
+        url: The address; None if there is none.
+        api_key_env: Name of an environment variable; None for no key.
+        url_option: What the address is called.
+        key_option: What the name of the variable is called.
+
+    Raises:
+        ValueError: If the name is none, or as `check_url` and `check_key`.
+    """
+    if api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", api_key_env):
+        raise ValueError(
+            f"{key_option} needs the name of an environment variable in capitals, like OPENAI_API_KEY; got "
+            f"{len(api_key_env)} other characters. Put the key into a variable and give its name."
+        )
+    if url is not None:
+        check_url(url, what=url_option)
+        check_key(url, api_key_env, what=url_option)
+
+
 def resource_url(base_url: str, resource: str) -> str:
     """Address of a resource below a base address, in whichever of the usual ways the base was written.
 

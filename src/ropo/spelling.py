@@ -8,24 +8,7 @@ Imports the standard library only: the command line answers a typing mistake bef
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType
 
-_IN_TRL = MappingProxyType(
-    {
-        "loss_type": "It is loss here.",
-        "label_smoothing": "It is flip_rate here, with loss cdpo or rdpo.",
-        "max_prompt_length": "A prompt is never cut; max_length bounds prompt and response together.",
-        "max_completion_length": "max_length bounds prompt and response together.",
-        "precompute_ref_log_probs": "They are always computed first, once; leave it out.",
-        "ref_model": "The model that is given is the reference; leave it out.",
-        "load_in_4bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
-        "load_in_8bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
-        "torch_dtype": "It is dtype here.",
-        "split": "It is dataset_split here.",
-        "dataset_train_split": "It is dataset_split here.",
-        "tokenizer": "It is processing_class here.",
-    }
-)
 _MANY = 1000  # entries of a folder beyond which none is suggested
 
 
@@ -45,22 +28,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     close = get_close_matches(str(name), list(known), n=2)
     return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
-def in_trl(name: str) -> str:
-    """A sentence on what TRL calls so, or nothing.
-
-    Args:
-        name: What was written.
-
-    Returns:
-        " It is ... here." or the like, or an empty string.
-
-    Examples:
-        >>> in_trl("loss_type")
-        ' It is loss here.'
-    """
-    return f" {_IN_TRL[name]}" if name in _IN_TRL else ""
 
 
 def is_beside_others(name: str) -> bool:

@@ -25,8 +25,8 @@ from ropo.provenance import commit, read_json
 from ropo_bench.detection import detection
 from ropo_bench.grid_config import BenchConfig
 from ropo_bench.methods import METHODS, Noisy, run_method
-from ropo_bench.policy_score import each, score_policy
-from ropo_bench.task import Task
+from ropo_bench.policy_score import score_policy
+from ropo_bench.task import Task, TaskOptions, each
 from ropo_bench.tasks import TASKS
 from ropo_bench.word_reward import fit_on_pairs
 
@@ -63,15 +63,15 @@ def named(config: BenchConfig, cell: Cell) -> dict[str, Any]:
 
 def make_task(config: BenchConfig, folder: Path, seed: int) -> tuple[Task, list[Pair]]:
     """The task of a seed, made once and then read, and its spare pairs."""
-    made = TASKS[config.task](
-        folder / "tasks",
+    options = TaskOptions(
         num_pairs=config.num_pairs,
         num_held_out=config.num_held_out + NUM_SPARE,
         seed=seed,
         source=None if config.source is None else Path(config.source),
         **config.own,
     )
-    return replace(made, held_out=made.held_out[: config.num_held_out]), made.held_out[config.num_held_out :]
+    task = TASKS[config.task](folder / "tasks", options)
+    return replace(task, held_out=task.held_out[: config.num_held_out]), task.held_out[config.num_held_out :]
 
 
 def plant(task: Task, kind: str, rate: float, seed: int, spare: Sequence[Pair]) -> tuple[list[Pair], np.ndarray]:
@@ -154,11 +154,8 @@ def _scores(config: BenchConfig, task: Task, trained: Path, seed: int) -> dict[s
         PolicySource(str(trained)).load(),
         PolicySource(str(task.model)).load(),
         load_tokenizer(str(task.model)),
-        task.held_out,
-        task.gold_rewards,
+        task.gold,
         num_samples=min(config.num_samples, len(task.held_out)),
-        max_length=task.max_length,
-        max_new_tokens=task.max_new_tokens,
         seed=seed,
     )
     return {

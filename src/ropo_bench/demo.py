@@ -22,7 +22,8 @@ from ropo.progress import Progress
 from ropo.provenance import write_json
 from ropo.run.align import run_rounds
 from ropo_bench.detection import detection
-from ropo_bench.policy_score import PolicyScore, each, score_policy
+from ropo_bench.policy_score import PolicyScore, score_policy
+from ropo_bench.task import GoldStandard, each
 from ropo_bench.tasks import MIN_GAP
 from ropo_bench.toy import gold_reward, make_pairs, save_toy
 
@@ -116,17 +117,8 @@ def score_toy_policy(
         Accuracy, gold reward and distance.
     """
     policy, reference = (PolicySource(str(folder)).load() for folder in (path, base))
-    return score_policy(
-        policy,
-        reference,
-        tokenizer,
-        held_out,
-        each(gold_reward),
-        num_samples=NUM_HELD_OUT,
-        max_length=128,
-        max_new_tokens=48,
-        seed=seed,
-    )
+    gold = GoldStandard(pairs=held_out, rewards=each(gold_reward), max_length=128, max_new_tokens=48)
+    return score_policy(policy, reference, tokenizer, gold, num_samples=NUM_HELD_OUT, seed=seed)
 
 
 def _plain(score: PolicyScore) -> dict[str, Any]:

@@ -8,18 +8,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ropo.config import TEXT_OR_NUMBER, ROPOConfig
+from ropo.config import ROPOConfig
 from ropo.data.inject import NOISE
 from ropo.options import (
     check_choice,
     check_mapping,
     check_values,
     is_finite,
+    read_numbers,
     read_yaml,
     short,
 )
 from ropo.spelling import did_you_mean
-from ropo_bench.methods import BETAS, LEARNING_RATES, METHODS
+from ropo.train.options import instead_of
+from ropo_bench.methods import BETAS, LEARNING_RATES, METHODS, options_of
 from ropo_bench.own import LACKS, judge_args
 from ropo_bench.tasks import TASKS
 
@@ -107,9 +109,10 @@ class BenchConfig:
             for name in names:
                 check_choice(what, name, table)
         check_choice("tuning_kind", self.tuning_kind, NOISE)
-        for options in (self.options, *self.tuned.values()):
+        for options in (self.options, *(options_of(name, setting) for name, setting in self.tuned.items())):
             _check_keys("options", options, ROPOConfig)
-            check_values(options, ROPOConfig, either=TEXT_OR_NUMBER)
+            check_values(options, ROPOConfig)
+            read_numbers("loss_args", options.get("loss_args"))
         tuned_ones = {METHODS[name].like or name for name in self.methods if not METHODS[name].is_shipped}
         if unused := sorted(set(self.tuned) - tuned_ones):
             raise ValueError(
@@ -198,4 +201,5 @@ def _check_keys(where: str, found: Mapping[str, Any], kind: type) -> None:
     known = [one.name for one in fields(kind)]
     for name in found:
         if name not in known:
-            raise ValueError(f"{where}: unknown option {name!r}.{did_you_mean(name, known)}")
+            close = (instead_of(name) if kind is ROPOConfig else "") or did_you_mean(name, known)
+            raise ValueError(f"{where}: unknown option {name!r}.{close}")

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropo.config import ROPOConfig
+from ropo.losses import LOSSES
 from ropo.pairs import Pair
 from ropo.run.align import run_rounds
 from ropo_bench.perp_correct import correct_by_perplexity
@@ -105,7 +106,8 @@ def align(noisy: Noisy, pairs: list[Pair], folder: Path, options: Mapping[str, A
     """
     args = noisy.config(folder, **options)
     if len(pairs) < len(noisy.pairs):
-        args.num_train_epochs *= len(noisy.pairs) / len(pairs)
+        epochs = args.num_train_epochs * len(noisy.pairs) / len(pairs)
+        args = noisy.config(folder, **{**options, "num_train_epochs": epochs})
     run_rounds(noisy.task.model, pairs, args)
     return folder
 
@@ -124,7 +126,27 @@ def run_method(name: str, noisy: Noisy, folder: Path, tuned: Mapping[str, Any]) 
     """
     method = METHODS[name]
     options = {key: value(noisy) if callable(value) else value for key, value in method.options.items()}
-    return (method.run or align)(noisy, method.data(noisy), folder, {**options, **tuned})
+    return (method.run or align)(noisy, method.data(noisy), folder, {**options, **options_of(name, tuned)})
+
+
+def options_of(name: str, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """A setting of a method as options of `ROPOConfig`: parameters of its loss become `loss_args`.
+
+    Args:
+        name: A name in `METHODS`.
+        setting: Learning rate, beta and the method's own parameters.
+
+    Returns:
+        Options.
+
+    Examples:
+        >>> options_of("holder", {"beta": 0.3, "holder_gamma": 2.0})
+        {'beta': 0.3, 'loss_args': {'holder_gamma': 2.0}}
+    """
+    params = {*LOSSES[METHODS[name].options.get("loss", "ropo")].params} - {"alpha"}
+    of_loss = {key: value for key, value in setting.items() if key in params}
+    others = {key: value for key, value in setting.items() if key not in params}
+    return others | ({"loss_args": of_loss} if of_loss else {})
 
 
 def trials_of(
@@ -178,8 +200,8 @@ def _same_information(noisy: Noisy) -> list[Pair]:
     return [noisy.task.pairs[i] for i in order[:number]]
 
 
-def _flip_rate(noisy: Noisy) -> float:
-    return noisy.flip_rate
+def _flip_rate(noisy: Noisy) -> dict[str, float]:
+    return {"flip_rate": noisy.flip_rate}
 
 
 def _rho(noisy: Noisy) -> str:
@@ -195,7 +217,11 @@ def _perp_correct(noisy: Noisy, pairs: list[Pair], folder: Path, options: Mappin
 
 def _selective(noisy: Noisy, pairs: list[Pair], folder: Path, options: Mapping[str, Any]) -> Path:
     ordered = easiest_first(
-        noisy.task.model, pairs, lambda name, **more: noisy.config(folder / name, **{**options, **more}), share=0.5
+        noisy.task.model,
+        pairs,
+        lambda name, **more: noisy.config(folder / name, **{**options, **more}),
+        share=0.5,
+        seed=noisy.seed,
     )
     args = noisy.config(folder / "policy", **options, train_sampling_strategy="sequential")
     run_rounds(noisy.task.model, ordered, args)
@@ -271,19 +297,19 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "cdpo": Method(
             meaning="label smoothing",
             paper="Mitchell 2023",
-            options=_loss("cdpo", flip_rate=_flip_rate),
+            options=_loss("cdpo", loss_args=_flip_rate),
             oracle="flip rate",
         ),
         "rdpo": Method(
             meaning="unbiased for a known rate",
             paper="arXiv:2403.00409",
-            options=_loss("rdpo", flip_rate=_flip_rate),
+            options=_loss("rdpo", loss_args=_flip_rate),
             oracle="flip rate",
         ),
         "forward_corrected": Method(
             meaning="likelihood of noisy labels",
             paper="arXiv:1609.03683, applied",
-            options=_loss("forward_corrected", flip_rate=_flip_rate),
+            options=_loss("forward_corrected", loss_args=_flip_rate),
             oracle="flip rate",
         ),
         "ipo": Method(meaning="regression of the margin", paper="arXiv:2310.12036", options=_loss("ipo")),

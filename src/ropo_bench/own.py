@@ -2,62 +2,42 @@
 
 In: preference pairs, a model, the options of a judge. Out: a `Task`.
 
-The one idea: what is right is what the judge says. Pairs of which it is sure are turned its way round and become the
-right labels that noise is planted on; pairs of which it is not are left out. A response is rated by the log-odds that
+The one idea: what is right is what the judge says. Pairs of which it is sure are labelled its way and become the right
+labels that noise is planted on; pairs of which it is not are left out. A response is rated by the log-odds that
 the judge prefers it to the better response of the pair whose prompt it answers.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from scipy.special import logit
 
-from ropo.config import check_judge
 from ropo.data.validate import read_checked
-from ropo.judge.make import JUDGES, judge_options
+from ropo.judge.options import JUDGES, JudgeOptions, make_judge
 from ropo.judge.verdicts import Judge, ask
 from ropo.models.source import PolicySource, find_model
 from ropo.pairs import Pair, Text
 from ropo.provenance import hash_value
-from ropo_bench.task import Task
+from ropo_bench.task import Task, TaskOptions
 
 logger = logging.getLogger(__name__)
 
 MIN_SURE = 0.75  # probability of the better response; below it the judge is taken to be unsure
 CLIP = 1e-3  # of probabilities, before they become log-odds
-JUDGE_OPTIONS = ("judge", *judge_options())
+JUDGE_OPTIONS = tuple(one.name for one in fields(JudgeOptions))
 LACKS = ("topic", "larger_model")  # kinds of noise: no subject is known, and no reward of a response by itself
 
 
-def make(
-    folder: Path,
-    *,
-    num_pairs: int,
-    num_held_out: int,
-    seed: int,
-    source: Path | None,
-    model: str,
-    judge: Mapping[str, Any],
-    max_length: int = 512,
-    max_new_tokens: int = 256,
-) -> Task:
+def make(folder: Path, options: TaskOptions) -> Task:
     """Make the task of a seed; the judge is asked once about every pair, and its answers are kept in `folder`.
 
     Args:
         folder: For the judge's answers.
-        num_pairs: Training pairs.
-        num_held_out: Pairs to test on; no prompt of theirs is trained on.
-        seed: Which pairs are which.
-        source: A file or folder of pairs, as `ropo train` takes.
-        model: Folder or hub id of the initial model.
-        judge: Options of the judge, named as in `ROPOConfig`.
-        max_length: Longest prompt and response together, tokens.
-        max_new_tokens: Longest sampled response, tokens.
+        options: All of them count; `source` is a file or folder of pairs, as `ropo train` takes.
 
     Returns:
         The task.
@@ -67,21 +47,21 @@ def make(
         ValueError: If the judge or the model is not one, or the judge is sure of too few pairs.
         EndpointError: If the judge's endpoint fails, unless `judge_on_failure` is "go_on".
     """
-    asked = judge_of(judge, folder / "judge")
-    _check_model(model)
-    _, pairs, _ = read_checked(str(source), on_bad_rows="refuse")
-    right = settled(asked, pairs)
-    train, held_out = _deal(right, num_pairs, num_held_out, seed=seed, num_read=len(pairs))
+    judge = judge_of(options.judge, folder / "judge")
+    _check_model(options.model)
+    _, pairs, _ = read_checked(str(options.source), on_bad_rows="refuse")
+    right = settled(judge, pairs)
+    train, held_out = _deal(right, options.num_pairs, options.num_held_out, seed=options.seed, num_read=len(pairs))
     better = {_key(pair.prompt): pair.chosen for pair in [*train, *held_out]}
     return Task(
         name="own",
-        model=Path(model),
+        model=Path(options.model),
         pairs=train,
         held_out=held_out,
-        gold_rewards=lambda prompts, responses: ratings(asked, better, prompts, responses),
+        gold_rewards=lambda prompts, responses: ratings(judge, better, prompts, responses),
         words=(),
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
+        max_length=options.max_length,
+        max_new_tokens=options.max_new_tokens,
     )
 
 
@@ -95,11 +75,12 @@ def judge_of(options: Mapping[str, Any], folder: Path) -> Judge:
     Raises:
         ValueError: As `judge_args`, or if what the options name is no judge.
     """
-    args = judge_args(options)
-    return JUDGES[args.judge].make(args, folder)
+    judge = make_judge(judge_args(options), folder)
+    assert judge is not None  # noqa: S101 - `judge_args` refuses options that name none
+    return judge
 
 
-def judge_args(options: Mapping[str, Any]) -> Any:
+def judge_args(options: Mapping[str, Any]) -> JudgeOptions:
     """The options of a judge, checked and filled in; nothing is loaded and nobody is asked.
 
     An endpoint that fails stops the benchmark by default: what it did not say would otherwise be left out of the truth,
@@ -109,7 +90,7 @@ def judge_args(options: Mapping[str, Any]) -> Any:
         options: Named as in `ROPOConfig`.
 
     Returns:
-        `JudgeOptions`.
+        The options.
 
     Raises:
         ValueError: If an option is unknown, missing or ignored, or none names a judge.
@@ -117,10 +98,9 @@ def judge_args(options: Mapping[str, Any]) -> Any:
     for name in options:
         if name not in JUDGE_OPTIONS:
             raise ValueError(f"judge needs options named {', '.join(JUDGE_OPTIONS)}; got {name}.")
-    args = SimpleNamespace(**{**dict.fromkeys(JUDGE_OPTIONS), "judge": "none", **options})
-    if args.judge in judge_options()["judge_on_failure"] and args.judge_on_failure is None:
-        args.judge_on_failure = "stop"
-    check_judge(args)
+    may_fail = [name for name, spec in JUDGES.items() if "judge_on_failure" in spec.takes]
+    stops = {"judge_on_failure": "stop"} if options.get("judge") in may_fail else {}
+    args = JudgeOptions(**{**stops, **{name: value for name, value in options.items() if value is not None}})
     if args.judge == "none":
         raise ValueError(f"The task own needs a judge; got none. Set judge to one of {', '.join(JUDGES)}.")
     return args

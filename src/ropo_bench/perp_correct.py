@@ -20,7 +20,7 @@ from ropo.logps.score import score_pairs
 from ropo.models.source import PolicySource, load_tokenizer
 from ropo.pairs import Pair
 from ropo.run.align import run_rounds
-from ropo.train.trainer import batching
+from ropo.train.dataset import batching
 
 _NUM_ITERATIONS, _SHARE_PER_ITERATION = 6, 0.02  # as the authors' code has them
 _EPOCHS = 4.0  # of a surrogate over its few pairs; our choice, the paper's surrogate is an adapter
@@ -157,7 +157,7 @@ def perplexity_differences(folder: Path, pairs: Sequence[Pair], args: ROPOConfig
         )
         for one in tokenized.tokens
     ]
-    logps = score_pairs(PolicySource(str(folder)).load(), whole, **batching(args, tokenizer))
+    logps = score_pairs(PolicySource(str(folder)).load(), whole, batching(args, tokenizer))
     assert logps.chosen_tokens is not None  # noqa: S101 - `score_pairs` counts
     assert logps.rejected_tokens is not None  # noqa: S101
     difference = logps.rejected / logps.rejected_tokens - logps.chosen / logps.chosen_tokens

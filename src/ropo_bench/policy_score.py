@@ -3,26 +3,19 @@
 In: a policy, a reference, held-out pairs with right labels, a gold reward. Out: `PolicyScore`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.data.tokenize import TokenizedPair, encode_prompts, tokenize_pairs
 from ropo.evaluate.measures import Mean, mean_of, share_of
+from ropo.logps.batch import Batching, pad_token_id_of
 from ropo.logps.score import score_pairs
-from ropo.pairs import Pair, margin
+from ropo.pairs import margin
 from ropo.sampling.generate import Sample, sample_responses
-
-GoldRewards = Callable[[Sequence[Any], Sequence[Any]], list[float]]
-"""True rewards of prompts and of one response to each, as the task writes them: all at once, since a judge may ask."""
-
-
-def each(gold_reward: Callable[[Any, Any], float]) -> GoldRewards:
-    """`GoldRewards` from a reward of one prompt and one response."""
-    return lambda prompts, responses: [gold_reward(x, y) for x, y in zip(prompts, responses, strict=True)]
+from ropo_bench.task import GoldStandard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +43,9 @@ def score_policy(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
-    gold_rewards: GoldRewards,
+    gold: GoldStandard,
     *,
     num_samples: int,
-    max_length: int = 512,
-    max_new_tokens: int = 64,
     seed: int = 0,
 ) -> PolicyScore:
     """Score a policy on held-out pairs with right labels.
@@ -64,41 +54,37 @@ def score_policy(
         policy: The model to score.
         reference: The model it was aligned from.
         tokenizer: Of both.
-        pairs: Held-out pairs, text, right labels.
-        gold_rewards: True rewards; `each` makes it from a function of one response.
+        gold: Held-out pairs and true rewards.
         num_samples: Responses to sample, one for each of the first prompts.
-        max_length: For tokenizing.
-        max_new_tokens: Longest response.
         seed: Of the samples: the same for all policies that are compared.
 
     Returns:
         Scores with 90 % intervals.
     """
-    tokenized = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    own = score_pairs(policy, tokenized.tokens, title="Held-out pairs", pad_token_id=pad)
-    base = score_pairs(reference, tokenized.tokens, title="Held-out pairs", pad_token_id=pad)
-    h = margin(own, base, beta=1.0).numpy()
-    prompts = [pair.prompt for pair in pairs[:num_samples]]
+    tokens = tokenize_pairs(gold.pairs, tokenizer, max_length=gold.max_length).tokens
+    batching = Batching(pad_token_id=pad_token_id_of(tokenizer))
+    both = [score_pairs(model, tokens, batching, title="Held-out pairs") for model in (policy, reference)]
+    h = margin(*both, beta=1.0).numpy()
+    prompts = [pair.prompt for pair in gold.pairs[:num_samples]]
     prompt_ids = encode_prompts(prompts, tokenizer)
     samples = sample_responses(
         policy,
         tokenizer,
         prompt_ids,
         num_candidates=1,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=gold.max_new_tokens,
         seed=seed,
         title="Sampling for the gold reward",
     )
-    rewards = gold_rewards([prompts[sample.prompt] for sample in samples], [sample.text for sample in samples])
+    rewards = gold.rewards([prompts[sample.prompt] for sample in samples], [sample.text for sample in samples])
     drawn = _as_pairs(prompt_ids, samples, tokenizer)
-    drawn_own, drawn_base = (
-        score_pairs(model, drawn, title="Distance", pad_token_id=pad) for model in (policy, reference)
+    policy_logps, reference_logps = (
+        score_pairs(model, drawn, batching, title="Distance").chosen for model in (policy, reference)
     )
     return PolicyScore(
         accuracy=share_of((h > 0) + 0.5 * (h == 0)),
         gold=mean_of([reward for reward in rewards if np.isfinite(reward)]),
-        kl=mean_of((drawn_own.chosen - drawn_base.chosen).numpy()),
+        kl=mean_of((policy_logps - reference_logps).numpy()),
         finished=share_of([sample.is_finished for sample in samples]),
         samples=samples,
         rewards=rewards,

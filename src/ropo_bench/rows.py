@@ -26,22 +26,29 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a file of results.
+def append_row(path: Path, row: Mapping[str, Any], columns: Sequence[str] = RESULT_COLUMNS) -> None:
+    """Add a row to a file of rows, which is made when it is missing.
+
+    Args:
+        path: A CSV file.
+        row: Values by column; a column that it lacks stays empty, and so does one that is not-a-number.
+        columns: Of the file.
 
     Raises:
         ValueError: If the file has other columns.
     """
-    is_new = not path.exists()
+    is_new, end = not path.exists(), "\r\n"
     if not is_new:
         with path.open(newline="", encoding="utf-8") as file:
-            if tuple(next(csv.reader(file), ())) != RESULT_COLUMNS:
+            header = file.readline()
+            end = end if header.endswith(end) else "\n"
+            if tuple(next(csv.reader([header]), ())) != tuple(columns):
                 raise ValueError(f"{path} was written by another version: its columns differ. Use another output_dir.")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, RESULT_COLUMNS)
+        writer = csv.DictWriter(file, columns, lineterminator=end)
         if is_new:
             writer.writeheader()
-        writer.writerow({name: _written(row.get(name)) for name in RESULT_COLUMNS})
+        writer.writerow({name: _written(row.get(name)) for name in columns})
 
 
 def _written(value: Any) -> Any:

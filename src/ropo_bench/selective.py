@@ -17,7 +17,7 @@ _NUM_SPLITS = 3  # of the pairs into halves, each with a seed of its own, as in 
 
 
 def easiest_first(
-    model: Path, pairs: list[Pair], config: Callable[..., ROPOConfig], *, share: float = 0.5
+    model: Path, pairs: list[Pair], config: Callable[..., ROPOConfig], *, share: float = 0.5, seed: int = 0
 ) -> list[Pair]:
     """Order pairs by how well models that did not see them predict their labels (arXiv:2502.09650).
 
@@ -32,14 +32,14 @@ def easiest_first(
         pairs: All of them, rows 0, 1, ...
         config: Makes options from the name of a folder and further options.
         share: Of the pairs that are kept, the easiest.
+        seed: Of the first split; every further one has its own.
 
     Returns:
         The kept pairs, the easiest first.
     """
     difficulty = np.zeros(len(pairs))
     for split in range(_NUM_SPLITS):
-        args = config(f"split_{split}", num_folds=2, rho="auto")
-        args.seed += 1000 * split
+        args = config(f"split_{split}", num_folds=2, rho="auto", seed=seed + 1000 * split)
         run_audit(model, pairs, args)
         ledger = read_ledger(Path(str(args.output_dir)) / "ledger.parquet").to_pandas()
         ledger = ledger[ledger["origin"] == "data"].sort_values("row")

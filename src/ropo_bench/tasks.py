@@ -12,21 +12,23 @@ from types import MappingProxyType
 
 from ropo_bench import own, sentiment
 from ropo_bench.grammar import REVIEWS, SUPPORT, Grammar
-from ropo_bench.policy_score import each
-from ropo_bench.task import Task
+from ropo_bench.task import Task, TaskOptions, each
 from ropo_bench.toy import gold_reward, make_pairs, save_toy
 
 MIN_GAP = 1.5  # gold reward between the two responses of a toy pair; nearer ones are a coin toss to people, too
 
 
-def _toy(name: str, grammar: Grammar) -> Callable[..., Task]:
-    def make(folder: Path, *, num_pairs: int, num_held_out: int, seed: int, source: Path | None) -> Task:
-        if source is not None:
-            raise ValueError(f"The task {name} needs no source, its grammar writes it; got {source}. Leave it out.")
+def _toy(name: str, grammar: Grammar) -> Callable[[Path, TaskOptions], Task]:
+    def make(folder: Path, options: TaskOptions) -> Task:
+        if options.source is not None:
+            raise ValueError(
+                f"The task {name} needs no source, its grammar writes it; got {options.source}. Leave it out."
+            )
         model = folder / name
         if not (model / "tokenizer.json").exists():
             save_toy(model, seed=0, grammar=grammar)
-        pairs = make_pairs(num_pairs + num_held_out, seed=1000 * seed, min_gap=MIN_GAP, grammar=grammar)
+        num_pairs, seed = options.num_pairs, 1000 * options.seed
+        pairs = make_pairs(num_pairs + options.num_held_out, seed=seed, min_gap=MIN_GAP, grammar=grammar)
         return Task(
             name=name,
             model=model,
@@ -41,13 +43,13 @@ def _toy(name: str, grammar: Grammar) -> Callable[..., Task]:
     return make
 
 
-def _sentiment(folder: Path, *, num_pairs: int, num_held_out: int, seed: int, source: Path | None) -> Task:
-    made = sentiment.prepare(folder, source)
+def _sentiment(folder: Path, options: TaskOptions) -> Task:
+    made, num_pairs, seed = sentiment.prepare(folder, options.source), options.num_pairs, options.seed
     return Task(
         name="sentiment",
         model=made / "model",
         pairs=sentiment.make_pairs(made, num_pairs, seed=seed),
-        held_out=sentiment.make_pairs(made, num_held_out, seed=seed, kind="held_out", first_row=num_pairs),
+        held_out=sentiment.make_pairs(made, options.num_held_out, seed=seed, kind="held_out", first_row=num_pairs),
         gold_rewards=each(sentiment.load_reward(made)),
         words=sentiment.WORDS,
         max_length=sentiment.MAX_LENGTH,
@@ -55,7 +57,7 @@ def _sentiment(folder: Path, *, num_pairs: int, num_held_out: int, seed: int, so
     )
 
 
-TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType(
+TASKS: Mapping[str, Callable[[Path, TaskOptions], Task]] = MappingProxyType(
     {
         "reviews": _toy("reviews", REVIEWS),
         "support": _toy("support", SUPPORT),
@@ -63,5 +65,4 @@ TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType(
         "own": own.make,
     }
 )
-"""The tasks by name: functions of a folder, `num_pairs`, `num_held_out`, `seed` and `source`, the user's data; `own`
-takes a model and a judge, too."""
+"""The tasks by name: functions of a folder, for what is made once, and of options."""

@@ -99,6 +99,22 @@ def gold_reward(prompt: str, response: str, *, grammar: Grammar = REVIEWS) -> fl
     words = re.findall(r"\w+|[^\w\s]", response)
     if not words:
         return FLOOR
+    sentiment, broken, kinds = _read(words, grammar)
+    on_topic = {noun, *grammar.topics[noun].aspects}
+    num_off_topic = sum(word in grammar.subjects and word not in on_topic for word in words)
+    num_placed = max(n for n in range(len(kinds) + 1) if tuple(kinds[:n]) in grammar.beginnings)
+    reward = (
+        MAX_PRAISE * math.tanh(sentiment / PRAISE_SCALE)
+        - BROKEN * broken
+        - OFF_TOPIC * num_off_topic
+        - MISPLACED * (len(kinds) - num_placed)
+        - REPEATED * grammar.num_repeated(words)
+    )
+    return max(FLOOR, reward)
+
+
+def _read(words: list[str], grammar: Grammar) -> tuple[float, float, list[str]]:
+    """Sentiment, number of broken sentences (long ones count more), and the kinds of the others in their order."""
     sentiment = broken = 0.0
     kinds: list[str] = []
     for sentence in _sentences(words):
@@ -110,17 +126,7 @@ def gold_reward(prompt: str, response: str, *, grammar: Grammar = REVIEWS) -> fl
         else:
             sentiment += value
             kinds.append(kind)
-    own = {noun, *grammar.topics[noun].aspects}
-    num_off_topic = sum(word in grammar.subjects and word not in own for word in words)
-    num_placed = max(n for n in range(len(kinds) + 1) if tuple(kinds[:n]) in grammar.beginnings)
-    reward = (
-        MAX_PRAISE * math.tanh(sentiment / PRAISE_SCALE)
-        - BROKEN * broken
-        - OFF_TOPIC * num_off_topic
-        - MISPLACED * (len(kinds) - num_placed)
-        - REPEATED * grammar.num_repeated(words)
-    )
-    return max(FLOOR, reward)
+    return sentiment, broken, kinds
 
 
 def _sentences(words: list[str]) -> Iterator[list[str]]:

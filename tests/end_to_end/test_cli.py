@@ -232,7 +232,7 @@ def test_misuse_is_told_before_anything_is_loaded(more, said, dataset, recipe, t
 def test_a_folder_of_something_else_is_refused_before_anything_is_read(
     model_folder, dataset, recipe, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ropo.run.align.read_checked", lambda *_, **__: pytest.fail("the data was read"))
+    monkeypatch.setattr("ropo.run.prepare.read_checked", lambda *_, **__: pytest.fail("the data was read"))
     for folder in (model_folder, dataset.parent):
         before = sorted(path.name for path in folder.iterdir())
         assert train(model_folder, dataset, recipe, folder) == 2

@@ -279,7 +279,7 @@ def test_export_and_win_rate_join(model_folder, reward_folder, alpaca_eval, tmp_
 @pytest.fixture
 def chat_server(monkeypatch):
     """A judge that says what a test wants it to say, by the response that stands first."""
-    monkeypatch.setattr("ropo.judge.make.EndpointJudge", partial(EndpointJudge, sleep=lambda _: None))
+    monkeypatch.setattr("ropo.judge.options.EndpointJudge", partial(EndpointJudge, sleep=lambda _: None))
     asked, answer = [], {}
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -26,7 +26,7 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr("ropo.judge.make.EndpointJudge", partial(EndpointJudge, sleep=lambda _: None))
+    monkeypatch.setattr("ropo.judge.options.EndpointJudge", partial(EndpointJudge, sleep=lambda _: None))
 
 
 def config(folder, url=None, **options):

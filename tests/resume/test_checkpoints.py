@@ -40,7 +40,9 @@ def made(model_folder, tokenizer, pairs, tmp_path):
 def result_of(trainer):
     """Everything that a training leaves, as numbers."""
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
-    return torch.cat([weights, trainer.gather_first_margins(), trainer.reliability, trainer.moments])
+    return torch.cat(
+        [weights, trainer.gather_first_margins(), trainer.training_objective.reliability, trainer.objective.moments]
+    )
 
 
 def train(trainer):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
+from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair, margin
@@ -49,9 +50,9 @@ def test_what_each_round_makes_of_it(model_folder, tokenizer, pairs, unseen, tmp
     assert [entry["round"] for entry in found["rounds"]] == [0, 1]
     tokens = tokenize_pairs(unseen, tokenizer, max_length=64).tokens
     models = [model_folder, *(tmp_path / "O" / "rounds" / f"{number:02d}" / "model" for number in (0, 1))]
-    how = {"pad_token_id": 0}
+    how = Batching(pad_token_id=0)
     reference, *trained = [
-        reference_logps(_load(path), tokens, cache_dir=tmp_path / "cache" / str(i), **how)
+        reference_logps(_load(path), tokens, how, cache_dir=tmp_path / "cache" / str(i))
         for i, path in enumerate(models)
     ]
     for entry, logps in zip(found["rounds"], trained, strict=True):

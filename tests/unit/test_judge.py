@@ -20,7 +20,7 @@ from ropo.endpoint import EndpointError
 from ropo.judge import reward_model
 from ropo.judge.answer_cache import Answers
 from ropo.judge.endpoint import EndpointJudge, parse_answer
-from ropo.judge.make import JUDGES, make_judge
+from ropo.judge.options import JUDGES, make_judge
 from ropo.judge.reward_model import RewardModelJudge
 from ropo.judge.verdicts import ask, flip_judge, settle
 from ropo.noise.decide import decide

@@ -7,7 +7,8 @@ import pytest
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
 from ropo.pairs import pair_id
-from ropo.run.align import _known_labels, run_audit
+from ropo.run.align import run_audit
+from ropo.run.known_labels import known_labels
 
 ROWS = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
 
@@ -27,20 +28,20 @@ def test_trusted_pairs_that_the_data_holds_settle_its_labels(caplog):
     pairs = load_pairs(ROWS).pairs
     trusted = [ROWS[3], turned(ROWS[5]), ROWS[3] | {"prompt": "another"}]
     with caplog.at_level("INFO"):
-        verdicts, further, digest = _known_labels(pairs, None, trusted, None)
+        verdicts, further, digest = known_labels(pairs, None, trusted, None)
     assert {row: verdict for row, (_, verdict) in verdicts.items()} == {3: "right", 5: "wrong"}
     assert [(pair.prompt, pair.origin) for pair in further] == [("another", "trusted")]
     assert digest == load_pairs(trusted).sha256
     assert "Labels of the data that trusted pairs settle: 1 right, 1 wrong." in caplog.messages
-    assert _known_labels(pairs, None, None, None) == ({}, [], None)
+    assert known_labels(pairs, None, None, None) == ({}, [], None)
 
 
 def test_two_sources_of_verdicts_must_agree(tmp_path):
     pairs = load_pairs(ROWS).pairs
     table = write_table(tmp_path / "review.csv", (3, "right"), (4, "drop"))
-    assert set(_known_labels(pairs, table, [ROWS[3], ROWS[5]], None)[0]) == {3, 4, 5}
+    assert set(known_labels(pairs, table, [ROWS[3], ROWS[5]], None)[0]) == {3, 4, 5}
     with pytest.raises(ValueError, match="Row 3 needs one verdict; got right by --decisions and wrong by --trusted"):
-        _known_labels(pairs, table, [turned(ROWS[3])], None)
+        known_labels(pairs, table, [turned(ROWS[3])], None)
 
 
 @pytest.fixture

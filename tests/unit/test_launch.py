@@ -103,7 +103,7 @@ def test_another_number_of_processes(model_folder, pairs, tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
     monkeypatch.setattr(Launch, "of", lambda args: replace(of(args), num_processes=2))
-    with caplog.at_level(logging.WARNING, "ropo.run.align"):
+    with caplog.at_level(logging.WARNING, "ropo.run.prepare"):
         run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
     assert steps == [0, 1, 2, 3, 0, 1, 2, 3, 4]
     assert "was last run with 1 process on cpu" in caplog.text

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
+from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
 from ropo.models.source import check_adapter
@@ -23,6 +24,7 @@ from ropo.train.dataset import PairDataset
 from ropo.train.metrics import METRICS
 from ropo.train.trainer import ROPOTrainer
 
+BATCHING = Batching(pad_token_id=0)
 OPTIONS = {
     **{loss: {"flip_rate": 0.1} for loss in ("cdpo", "rdpo", "forward_corrected")},
     "ropo_v1": {"alpha": 2.0, "gamma": 0.1},
@@ -57,14 +59,16 @@ def test_every_loss_trains(loss, model, tokenizer, pairs, tmp_path):
     trainer.train()
     losses = losses_of(trainer)
     if not LOSSES[loss].per_token:
-        assert losses[0] == pytest.approx(trainer.loss_of_margin(torch.zeros(20)).mean().item(), abs=1e-4)
+        assert losses[0] == pytest.approx(
+            trainer.training_objective.loss_of_margin(torch.zeros(20)).mean().item(), abs=1e-4
+        )
     assert losses[-1] < losses[0]
 
 
 def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
     """With given weights and a reference that is not the start, the logged loss is the weighted mean of the formula."""
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
-    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "cache", pad_token_id=0)
+    reference = reference_logps(model, tokenized.tokens, BATCHING, cache_dir=tmp_path / "cache")
     shifted = type(reference)(chosen=reference.chosen - 3.0, rejected=reference.rejected + 2.0)
     weights = [1.0, 0.5, 0.0, 0.25]
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=shifted, weights=weights)
@@ -241,7 +245,7 @@ def test_lora_trains_against_its_base(model_folder, tokenizer, pairs, tmp_path):
 
 def test_an_adapter_that_does_not_fit_costs_no_reference(model, tokenizer, pairs, tmp_path, monkeypatch):
     """It is tried on a copy without weights, which leaves the model as it is."""
-    monkeypatch.setattr(ours, "reference_logps", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("ropo.train.dataset.reference_logps", lambda *_, **__: pytest.fail("scored"))
     before = {name: (id(one), one.clone()) for name, one in model.named_parameters()}
     with pytest.raises(ValueError, match=r"An adapter .* needs to fit its model; got: Target modules"):
         ROPOTrainer(
@@ -286,7 +290,7 @@ def test_an_adapter_begins_where_the_seed_says(model_folder, tokenizer, pairs, t
 
 def test_non_finite_loss_names_the_pairs(model, tokenizer, pairs, tmp_path):
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=128)
-    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0)
+    reference = reference_logps(model, tokenized.tokens, BATCHING, cache_dir=tmp_path / "c")
     reference.chosen[3] = float("nan")
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
     trainer = ROPOTrainer(model, config(tmp_path), train_dataset=dataset, processing_class=tokenizer)
@@ -321,19 +325,19 @@ def test_a_gradient_too_small_to_matter_is_none(model, tokenizer, pairs, tmp_pat
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
     gradients = []
     for h in ([1.0, 85.0, 30.0, -85.0], [1.0, 1e9, 30.0, -85.0]):
-        reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0)
+        reference = reference_logps(model, tokenized.tokens, BATCHING, cache_dir=tmp_path / "c")
         reference = PairLogps(chosen=reference.chosen - torch.tensor(h) / 0.2, rejected=reference.rejected)
         dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
         trainer = ROPOTrainer(
             model, config(tmp_path, loss="dpo", beta=0.2), train_dataset=dataset, processing_class=tokenizer
         )
-        seen, margin_of = [], trainer._margin
+        seen, margin_of = [], trainer.training_objective.margin
 
         def watched(logps, inputs, seen=seen, margin_of=margin_of):
             logps.chosen.register_hook(seen.append)
             return margin_of(logps, inputs)
 
-        trainer._margin = watched
+        trainer.training_objective.margin = watched
         batch = trainer.get_train_dataloader().collate_fn([dataset[i] for i in range(4)])
         trainer.training_step(trainer.model, batch)
         gradients.append(seen[0])
@@ -349,7 +353,7 @@ def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
     who = ["good", "bad"] * 10
     labelled = [Pair(**{**pair_fields(pair), "annotator": name}) for pair, name in zip(pairs, who, strict=True)]
     tokenized = tokenize_pairs(labelled, tokenizer, max_length=128)
-    reference = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0)
+    reference = reference_logps(model, tokenized.tokens, BATCHING, cache_dir=tmp_path / "c")
     sign = torch.tensor([1.0, -1.0] * 10)
     biased = type(reference)(chosen=reference.chosen - 40.0 * sign, rejected=reference.rejected)
     dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=biased)
@@ -357,7 +361,7 @@ def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
         model, config(tmp_path, loss="re_po", learning_rate=1e-6), train_dataset=dataset, processing_class=tokenizer
     )
     trainer.train()
-    learned = dict(zip(dataset.annotators, trainer.reliability[:-1].tolist(), strict=True))
+    learned = dict(zip(dataset.annotators, trainer.training_objective.reliability[:-1].tolist(), strict=True))
     assert learned["bad"] < 0.75
     assert learned["good"] > 0.89
 
@@ -379,15 +383,16 @@ def test_a_loss_of_the_batch_sees_all_processes(loss, model, tokenizer, pairs, t
     ratio = torch.tensor([-1.0, 0.2, -0.4, -0.1, 0.3, -2.0])
     everywhere = {"reference_chosen": ratio, "reference_rejected": torch.zeros(6)}
     alone = h.clone().requires_grad_()
-    expected = trainer._loss(alone, everywhere)
+    expected = trainer.training_objective.loss(alone, everywhere, progress=0.0)
     (slope,) = torch.autograd.grad(expected.sum(), alone)
 
     def gather(here):
         return torch.cat([h[:3] if here.equal(h[3:]) else ratio[:3], here])
 
     mine, inputs = h[3:].clone().requires_grad_(), {name: values[3:] for name, values in everywhere.items()}
-    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(process_index=1, gather=gather))
-    found = trainer._loss(mine, inputs)
+    monkeypatch.setattr("ropo.train.objective.gather", gather)
+    monkeypatch.setattr("ropo.train.objective.PartialState", lambda: SimpleNamespace(process_index=1))
+    found = trainer.training_objective.loss(mine, inputs, progress=0.0)
     torch.testing.assert_close(found, expected[3:])
     torch.testing.assert_close(torch.autograd.grad(found.sum(), mine)[0], slope[3:])
 
@@ -395,7 +400,7 @@ def test_a_loss_of_the_batch_sees_all_processes(loss, model, tokenizer, pairs, t
 def test_rappo_drops_what_the_reference_contradicts(model, tokenizer, pairs, tmp_path):
     """Of four pairs the two worst are the reference's own choice; the worse of the other two is left out."""
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
-    policy = reference_logps(model, tokenized.tokens, cache_dir=tmp_path / "c", pad_token_id=0)
+    policy = reference_logps(model, tokenized.tokens, BATCHING, cache_dir=tmp_path / "c")
     ratio = torch.tensor([600.0, -10.0, -20.0, 400.0])
     trainer = ROPOTrainer(
         model,
@@ -415,17 +420,18 @@ def test_rappo_drops_what_the_reference_contradicts(model, tokenizer, pairs, tmp
 
 def test_plc_dpo_knows_moments_and_progress(model, tokenizer, pairs, tmp_path):
     """After some steps the moments are those of the margins seen, and the progress is the share of steps done."""
-    seen = []
+    trainer = ROPOTrainer(model, config(tmp_path, loss="plc_dpo"), train_dataset=pairs, processing_class=tokenizer)
+    seen, loss, loss_of_margin = [], trainer.training_objective.loss, trainer.training_objective.loss_of_margin
 
-    class Watching(ROPOTrainer):
-        def _loss(self, h, inputs):
-            loss = self.loss_of_margin
-            self.loss_of_margin = lambda h, **given: seen.append((h.detach(), given)) or loss(h, **given)
-            found = super()._loss(h, inputs)
-            self.loss_of_margin = loss
-            return found
+    def watched(h, inputs, **progress):
+        trainer.training_objective.loss_of_margin = lambda h, **given: (
+            seen.append((h.detach(), given)) or loss_of_margin(h, **given)
+        )
+        losses = loss(h, inputs, **progress)
+        trainer.training_objective.loss_of_margin = loss_of_margin  # what is logged reads it too
+        return losses
 
-    trainer = Watching(model, config(tmp_path, loss="plc_dpo"), train_dataset=pairs, processing_class=tokenizer)
+    trainer.training_objective.loss = watched
     trainer.train()
     assert [given["progress"] for _, given in seen] == [0.0, 0.2, 0.4, 0.6, 0.8]
     assert seen[0][1]["moments"].tolist() == [0.0, 0.0]
@@ -451,9 +457,9 @@ def test_checkpoint_resumes_to_the_same_model(loss, model_folder, tokenizer, pai
     resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
     assert resumed.state.global_step == whole.state.global_step == 10
     torch.testing.assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
-    torch.testing.assert_close(resumed.reliability, whole.reliability)
-    torch.testing.assert_close(resumed.moments, whole.moments, rtol=0, atol=0)
-    assert (whole.moments[0] > 0) == (loss == "plc_dpo")
+    torch.testing.assert_close(resumed.training_objective.reliability, whole.training_objective.reliability)
+    torch.testing.assert_close(resumed.training_objective.moments, whole.training_objective.moments, rtol=0, atol=0)
+    assert (whole.training_objective.moments[0] > 0) == (loss == "plc_dpo")
     torch.testing.assert_close(resumed.gather_first_margins(), whole.gather_first_margins())
 
 
@@ -480,9 +486,10 @@ def test_an_epoch_goes_on_in_its_order(order, step, model_folder, tokenizer, pai
 
 
 def test_the_reference_is_scored_in_batches_of_the_given_size(model, tokenizer, pairs, tmp_path, monkeypatch):
-    sizes, score = [], ours.reference_logps
+    sizes = []
     monkeypatch.setattr(
-        ours, "reference_logps", lambda *some, **how: sizes.append(how["max_tokens"]) or score(*some, **how)
+        "ropo.train.dataset.reference_logps",
+        lambda *some, **how: sizes.append(some[2].max_tokens) or reference_logps(*some, **how),
     )
     ROPOTrainer(model, config(tmp_path, max_tokens_per_batch=100), train_dataset=pairs, processing_class=tokenizer)
     assert sizes == [100]
@@ -504,8 +511,8 @@ def test_re_po_judges_others_by_the_annotators_it_has_learned(model, tokenizer, 
     others = [replace(pair, annotator=name) for pair, name in zip(pairs, ["zoe", "carl", "adam", "bert"], strict=False)]
     args = config(tmp_path, loss="re_po", reliability=0.8)
     trainer = ROPOTrainer(model, args, train_dataset=train, eval_dataset=others, processing_class=tokenizer)
-    trainer.reliability[:3] = torch.tensor([0.1, 0.2, 0.3])
-    seen = trainer.reliability[trainer.eval_dataset.annotator_of]
+    trainer.training_objective.reliability[:3] = torch.tensor([0.1, 0.2, 0.3])
+    seen = trainer.training_objective.reliability[trainer.eval_dataset.annotator_of]
     assert seen.tolist() == pytest.approx([0.8, 0.3, 0.8, 0.2])
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 

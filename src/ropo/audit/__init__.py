@@ -1,6 +1,6 @@
 """What is known about the labels before the first training: held-out margins, the flip rate, a decision for every pair.
 
-In: tokenized pairs, a model, a `ROPOConfig`. Out: a folder with `margins.safetensors`, `judgement.json` and
+In: tokenized pairs, a model, `AuditOptions`. Out: a folder with `margins.safetensors`, `judgement.json` and
 `scorers.json`, and the weighted pairs to train on.
 
 The one idea: a pair is judged only by what has not seen its label. A scorer gives such held-out margins, `ropo.noise`

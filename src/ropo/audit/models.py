@@ -7,17 +7,16 @@ a model trained on all folds but one scores that one, at a third, two thirds and
 on (K−1)·N pairs in all.
 """
 
-import copy
-
 import numpy as np
 import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from ropo.audit.options import AuditOptions
 from ropo.audit.scorers import Floats, Question, Scores
 from ropo.audit.weights import training_set
-from ropo.config import LOSS_OPTIONS, ROPOConfig
+from ropo.losses import BoundLoss, bind_loss
 from ropo.provenance import write_aside
 from ropo.stages import Stages
 from ropo.train.dataset import PairDataset
@@ -40,18 +39,18 @@ def by_models(question: Question) -> Scores:
     Returns:
         Margins in nats up to the common scale, at the end of training and at each check.
     """
-    args, data, folds = _options(question.args), question.data, question.folds[0]
+    data, folds = question.data, question.folds[0]
     # What the data says, swapped where a person has said that it is wrong.
     weights = np.abs(question.sign) * data.weights
     training, learned_in = training_set(data, weights, question.sign < 0), folds[weights > 0]
     lengths = np.array([len(tokens) for tokens in data.tokens])
     views = np.empty((NUM_CHECKS, len(data)))
     sizes = []
-    for fold in range(args.num_folds):
+    for fold in range(question.args.num_folds):
         judged = np.flatnonzero(folds == fold)
         judged = judged[np.argsort(-lengths[judged], kind="stable")]  # batches of similar length
         others = training.select(np.flatnonzero(learned_in != fold).tolist())
-        margins = _fold_margins(question, args, fold, others, data.select(judged.tolist()))
+        margins = _fold_margins(question, fold, others, data.select(judged.tolist()))
         sizes.append(float(np.median(np.abs(margins[-1]))))
         views[:, judged] = margins / (sizes[-1] or 1.0)
     views *= float(np.median(sizes)) or 1.0  # of a typical fold
@@ -59,25 +58,22 @@ def by_models(question: Question) -> Scores:
     return Scores(margins=views[-1], length=np.zeros(len(data)), views=views, rows=(row,))
 
 
-def _fold_margins(
-    question: Question, args: ROPOConfig, fold: int, training: PairDataset, judged: PairDataset
-) -> NDArray[np.float64]:
+def _fold_margins(question: Question, fold: int, training: PairDataset, judged: PairDataset) -> NDArray[np.float64]:
     """Margins of the pairs of one fold at each check of a model trained on the others, shape (checks, judged)."""
-    folder, name = question.folder, f"fold_{fold}.safetensors"
+    folder, name, args = question.folder, f"fold_{fold}.safetensors", question.args
 
     def make() -> None:
-        own = copy.copy(args)
-        own.output_dir = str(folder / _CHECKPOINTS.format(fold))
-        own.per_device_eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
+        eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
         trainer = ROPOTrainer(
             question.source.load(),
-            own,
+            args.of_stage(folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size),
             train_dataset=training,
             eval_dataset=judged,
             processing_class=question.tokenizer,
             peft_config=question.peft_config,
-            num_checks=NUM_CHECKS,
+            loss=_loss(args),
         )
+        trainer.check_evenly(NUM_CHECKS)
         trainer.train_or_resume([question.digest, fold], title=f"Audit: fold model {fold + 1} of {args.num_folds}")
         margins = torch.stack(trainer.check_margins)
         if PartialState().is_main_process:
@@ -91,16 +87,11 @@ def _fold_margins(
     return margins
 
 
-def _options(args: ROPOConfig) -> ROPOConfig:
-    """Options of models whose margins are log-odds of the label, up to one scale: that is what DPO fits.
+def _loss(args: AuditOptions) -> BoundLoss:
+    """The loss of models whose margins are log-odds of the label, up to one scale: that is what DPO fits.
 
     Robust losses sharpen margins, which reads as more flips than there are. Losses without a reference keep their own.
     """
     if not args.reads_reference:
-        return args
-    args = copy.copy(args)
-    args.loss = "dpo"
-    args.beta = min(args.beta, MAX_BETA)
-    for name in LOSS_OPTIONS:
-        setattr(args, name, None)
-    return args
+        return args.bound_loss()
+    return bind_loss("dpo", beta=min(args.beta, MAX_BETA), options={})

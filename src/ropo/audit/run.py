@@ -1,6 +1,6 @@
 """The audit of a dataset: score, estimate, decide, write.
 
-In: tokenized pairs with reference log-probabilities, a model, a `ROPOConfig`. Out: three files in a folder, what
+In: tokenized pairs with reference log-probabilities, a model, `AuditOptions`. Out: three files in a folder, what
 `Audit` reads from them, and the weighted pairs to train on.
 
 ROPO alternates between training on weighted pairs and weighing them by the trained model's losses. Here pairs are
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from ropo.audit.features import by_features
 from ropo.audit.folds import folds_of
 from ropo.audit.models import by_models
+from ropo.audit.options import AuditOptions
 from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Floats, Question, Scorer, Scores
 from ropo.audit.weights import (
     Choice,
@@ -37,7 +38,6 @@ from ropo.audit.weights import (
     resolve_rule,
     training_set,
 )
-from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
@@ -52,7 +52,7 @@ from ropo.train.dataset import PairDataset
 logger = logging.getLogger(__name__)
 
 SCORERS: Mapping[str, Scorer] = MappingProxyType({"features": by_features, "models": by_models})
-"""The scorers by name; what each is, `ropo.config.SCORERS` says, where the option is checked."""
+"""The scorers by name; what each is, `ropo.audit.options.SCORERS` says, where the option is checked."""
 
 NUM_DEALS = 4
 """How often the pairs are dealt into folds: the mean of several margins depends less on the seed than one."""
@@ -108,7 +108,7 @@ class Audit:
     def __init__(
         self,
         data: PairDataset,
-        args: ROPOConfig,
+        args: AuditOptions,
         *,
         folder: Path,
         source: PolicySource,
@@ -233,10 +233,6 @@ class Audit:
     def scores(self) -> Scores:
         """Held-out margins, and how much each scorer knows."""
         return Scores.read(self.folder)
-
-    def options(self) -> ROPOConfig:
-        """Options of the training that follows, with α resolved; at 0 the loss is DPO."""
-        return self.args.with_alpha(self.judgement.alpha.value)
 
     def margins(self) -> Floats:
         """Held-out margin of every pair as the data labels it, shape (pairs,)."""

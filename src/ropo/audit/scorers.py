@@ -5,7 +5,7 @@ In: pairs, what is known of their labels, folds, and a model to learn with (`Que
 The one idea: how margins come about is nobody else's business, as long as no label has had a say in its own.
 
 Add a scorer: one function `Question -> Scores` in a file of its own, one line each in `run.SCORERS` and
-`config.SCORERS`.
+`options.SCORERS`.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from ropo.config import ROPOConfig
+from ropo.audit.options import AuditOptions
 from ropo.models.source import PolicySource
 from ropo.noise.clusters import cluster_weights, mean_of
 from ropo.noise.shares import wilson_interval
@@ -60,7 +60,7 @@ class Question:
     clusters: NDArray[np.str_]
     folds: NDArray[np.int64]
     features: Callable[[], PairFeatures]
-    args: ROPOConfig
+    args: AuditOptions
     folder: Path
     source: PolicySource
     tokenizer: PreTrainedTokenizerBase

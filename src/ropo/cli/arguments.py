@@ -19,8 +19,9 @@ from ropo.cli.words import name_of_option, refuse_unknown, without_secrets
 from ropo.config import ROPOConfig
 from ropo.data.read import HubDataset, is_here
 from ropo.models.source import find_model
-from ropo.options import check_choice, check_types, read_yaml, short
-from ropo.spelling import did_you_mean, in_trl
+from ropo.options import check_choice, check_options, read_yaml, short
+from ropo.spelling import did_you_mean
+from ropo.train.options import instead_of
 
 Options = TypeVar("Options")
 COLUMNS = ("prompt", "chosen", "rejected", "annotator")
@@ -119,7 +120,7 @@ def parse_train(words: Sequence[str], *, command: str = "train") -> tuple[TrainA
     given, args, unknown = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
     )
-    refuse_unknown(unknown, [*parser.names(), "config"], command=command)
+    refuse_unknown(unknown, [*parser.names(), "config"], command=command, instead=instead_of)
     for name, value in (
         ("model_name_or_path", given.model_name_or_path),
         ("dataset_name", given.dataset_name),
@@ -134,7 +135,7 @@ def parse_train(words: Sequence[str], *, command: str = "train") -> tuple[TrainA
 
 
 def _check(given: TrainArguments) -> None:
-    check_types(given)
+    check_options(given)
     check_choice("dtype", given.dtype, DTYPES)
     if given.eval_dataset_name is None and given.eval_dataset_split != "train":
         raise ValueError("eval_dataset_split needs eval_dataset_name, of which it is a part. Add it.")
@@ -240,7 +241,7 @@ def _read_recipe(path: Path, parser: DataclassParser) -> dict[str, Any]:
     defaults = {option.name: option.default for kind in _KINDS for option in dataclasses.fields(kind)}
     for name, value in recipe.items():
         if name not in defaults:
-            instead = in_trl(str(name)) or did_you_mean(name, defaults)
+            instead = instead_of(str(name)) or did_you_mean(name, defaults)
             raise ValueError(f"{path}: unknown option {name!r}.{instead} `ropo train --help_all` lists all.")
         if (value is None and defaults[name] is not None) or value == "":
             raise ValueError(f"{path}: {name} has no value. Give it one, or leave the line out.")

@@ -42,11 +42,7 @@ EVERY: Groups = MappingProxyType(
             "dtype", "attn_implementation", "model_revision", "trust_remote_code", "lora_r", "lora_alpha",
             "lora_dropout", "lora_target_modules",
         ),
-        "Options of single losses": (
-            "loss", "beta", "alpha", "gamma", "flip_rate", "target_margin", "beta_prime", "holder_gamma",
-            "reliability", "focal_gamma", "max_weight", "mean_target_margin", "evenness", "num_dropped",
-            "direction_temperature", "tie_temperature", "correction_warmup", "correction_max", "correction_power",
-        ),
+        "Loss": ("loss", "beta", "alpha", "loss_args"),
         "Scoring": ("length_is_evidence", "max_tokens_per_batch", "reference_cache_dir"),
         "Rounds and resampling": (
             "round_start", "sample_from", "max_new_tokens", "temperature", "top_p", "selection_rule", "max_abs_margin",

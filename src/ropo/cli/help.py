@@ -31,6 +31,7 @@ from ropo.cli.main import PAGES as FOLDER
 from ropo.cli.parser import SentenceParser
 from ropo.cli.words import TRAINING
 from ropo.evaluate.options import ExportArguments, WinRateArguments
+from ropo.train.options import renamed
 
 WIDTH = 100
 _COLUMN = 32  # where the meaning of an option begins
@@ -136,7 +137,14 @@ def pages() -> dict[str, str]:
     names = {command: sorted(_names(page, command)) for command, page in PAGES.items()}
     every = {f"{command}_all.txt": _every(command, options[command]) for command in TRAINING}
     short = {f"{command}.txt": _short(command, options[command]) for command in PAGES}
-    written = json.dumps({"transformers": transformers.__version__, "options": names}, indent=1) + "\n"
+    written = (
+        json.dumps(
+            {"transformers": transformers.__version__, "options": names, "renamed": renamed()},
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
     return {**short, **every, "names.json": written}
 
 

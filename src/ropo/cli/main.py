@@ -150,7 +150,10 @@ def _refuse_unknown_options(command: str, words: Sequence[str]) -> None:
     known = written["options"][command]
     unknown = [word for word in options_in(words) if name_of_option(word) not in known]
     if unknown and (command not in TRAINING or metadata.version("transformers") == written["transformers"]):
-        refuse_unknown(unknown, known, command=command)
+        renamed = written["renamed"] if command in TRAINING else {}
+        refuse_unknown(
+            unknown, known, command=command, instead=lambda name: f" {renamed[name]}" if name in renamed else ""
+        )
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ Imports the standard library only, so that a typing mistake is answered at once.
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from ropo.spelling import did_you_mean, in_trl
+from ropo.spelling import did_you_mean
 
-TRAINING = ("train", "audit")  # commands with the options of `ROPOConfig`, for which users of TRL have other names
+TRAINING = ("train", "audit")  # commands with the options of `ROPOConfig`, more than one page shows
 _SHOWN = 100  # characters of a word in a message
 
 
@@ -70,22 +70,27 @@ def _is_text(word: str) -> bool:
     return True
 
 
-def refuse_unknown(unknown: Sequence[str], known: Collection[str], *, command: str) -> None:
+def refuse_unknown(
+    unknown: Sequence[str], known: Collection[str], *, command: str, instead: Callable[[str], str] = lambda _: ""
+) -> None:
     """Refuse the first of the words that no option of a command is called by.
 
     Args:
         unknown: Words that the command does not understand.
         known: Names of its options.
         command: The command.
+        instead: Gives a sentence on what there is in place of a name, or nothing.
 
     Raises:
         ValueError: If there is any.
     """
     if unknown:
         name = name_of_option(unknown[0])
-        instead = (in_trl(name) if command in TRAINING else "") or did_you_mean(name, known)
         every = "--help_all" if command in TRAINING else "--help"
-        raise ValueError(f"unknown option {unknown[0]}.{instead} `ropo {command} {every}` lists all.")
+        raise ValueError(
+            f"unknown option {unknown[0]}.{instead(name) or did_you_mean(name, known)} `ropo {command} {every}` lists "
+            "all."
+        )
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:

@@ -87,22 +87,8 @@ def flip_labels(
         >>> int(is_flipped.sum()), noisy[int(is_flipped.argmax())].chosen
         (3, 'bad')
     """
-    if not 0 <= rate < 0.5:
-        raise ValueError(
-            f"flip_labels needs rate in [0, 0.5); got {rate}. At 0.5 labels carry no information; above it, every "
-            "label says the opposite."
-        )
-    if kind not in NOISE:
-        raise ValueError(
-            f"flip_labels needs a kind of noise that exists; got {kind!r}. Choose from {', '.join(NOISE)}."
-        )
-    noise = NOISE[kind]
     given = {"rewards": rewards, "words": words}
-    for name, value in given.items():
-        if name == noise.needs and value is None:
-            raise ValueError(f"Noise of kind {kind!r} needs {name}; got none. Pass {name}=.")
-        if name != noise.needs and value is not None:
-            raise ValueError(f"Noise of kind {kind!r} needs no {name}; got some. Leave it out.")
+    noise = _noise_of(kind, rate, given)
     rng = np.random.default_rng(seed)
     noisy = list(pairs)
     if noise.has_annotators:
@@ -114,6 +100,30 @@ def flip_labels(
     for index in np.flatnonzero(is_flipped):
         noisy[index] = replace(noisy[index], chosen=noisy[index].rejected, rejected=noisy[index].chosen)
     return noisy, is_flipped
+
+
+def _noise_of(kind: str, rate: float, given: Mapping[str, object]) -> Noise:
+    """The entry of a kind in `NOISE`.
+
+    Raises:
+        ValueError: As `flip_labels`.
+    """
+    if not 0 <= rate < 0.5:
+        raise ValueError(
+            f"flip_labels needs rate in [0, 0.5); got {rate}. At 0.5 labels carry no information; above it, every "
+            "label says the opposite."
+        )
+    if kind not in NOISE:
+        raise ValueError(
+            f"flip_labels needs a kind of noise that exists; got {kind!r}. Choose from {', '.join(NOISE)}."
+        )
+    noise = NOISE[kind]
+    for name, value in given.items():
+        if name == noise.needs and value is None:
+            raise ValueError(f"Noise of kind {kind!r} needs {name}; got none. Pass {name}=.")
+        if name != noise.needs and value is not None:
+            raise ValueError(f"Noise of kind {kind!r} needs no {name}; got some. Leave it out.")
+    return noise
 
 
 def _draw(score: Scores, num_flips: int, rng: np.random.Generator) -> NDArray[np.bool_]:

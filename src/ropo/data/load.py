@@ -102,12 +102,9 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
         >>> [(problem.kind, problem.row) for problem in loaded.problems]
         [('missing_field', 1)]
     """
-    names = _column_names(columns)
+    read = _RowReader(_column_names(columns))
     pairs: list[Pair] = []
     problems: list[Problem] = []
-    found_columns: set[str] = set()
-    form, layout, place = "", "own", None
-    digest = sha256()
     num_rows = 0
     for line, record in read_rows(source, split):
         if isinstance(record, BadRow) and PROBLEMS[record.kind].severity == "warning":  # of the row that comes next
@@ -116,31 +113,59 @@ def load_pairs(source: Source, *, split: str = "train", columns: Mapping[str, st
         row = record.row if isinstance(record, Pair) else num_rows
         num_rows += 1
         try:
-            if isinstance(record, Mapping):
-                found_columns.update(record)
-                if place is None:
-                    layout, place = layout_of(record, names, is_conversation=_is_conversation)
-            fields = _fields(record, names, place)
-            origin, verdict = getattr(record, "origin", "data"), getattr(record, "verdict", None)
-            pair, found = _pair(fields, row=row, form=form, origin=origin, verdict=verdict)
-            digest.update(_canonical(pair))
+            pairs.append(read(record, row))
         except BadRow as bad:
             problems.append(Problem(kind=bad.kind, row=row, line=line, message=str(bad)))
-            continue
-        form = found
-        pairs.append(pair)
-    _refuse_absent(columns or {}, found_columns)
+    _refuse_absent(columns or {}, read.columns)
     if not num_rows:
         problems.append(Problem(kind="empty_file", row=None, message=f"no row found in {short(source)}."))
     return Loaded(
         pairs=pairs,
         problems=problems,
         num_rows=num_rows,
-        format=form,
-        layout=layout,
-        sha256=digest.hexdigest(),
-        ignored_columns=tuple(sorted(found_columns - {*names.values(), *(place.columns if place else ())}, key=str)),
+        format=read.format,
+        layout=read.layout_name,
+        sha256=read.digest.hexdigest(),
+        ignored_columns=read.ignored_columns,
     )
+
+
+class _RowReader:
+    """Makes a pair of each row, by the layout and the format of the rows before it.
+
+    Args:
+        names: The name in the data of each of our fields.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = names
+        self._layout: Layout | None = None
+        self.layout_name, self.format = "own", ""
+        self.columns: set[str] = set()
+        self.digest = sha256()
+
+    def __call__(self, record: object, row: int) -> Pair:
+        """The pair of a row.
+
+        Raises:
+            BadRow: If it is none; a row that follows is then read as if this one were not there.
+        """
+        if isinstance(record, Mapping):
+            self.columns.update(record)
+            if self._layout is None:
+                self.layout_name, self._layout = layout_of(record, self._names, is_conversation=_is_conversation)
+        fields = _fields(record, self._names, self._layout)
+        origin, verdict = getattr(record, "origin", "data"), getattr(record, "verdict", None)
+        pair, form = _pair(fields, row=row, form=self.format, origin=origin, verdict=verdict)
+        self.digest.update(_canonical(pair))
+        self.format = form
+        return pair
+
+    @property
+    def ignored_columns(self) -> tuple[str, ...]:
+        """Columns that nothing reads, sorted."""
+        read = {*self._names.values(), *(self._layout.columns if self._layout else ())}
+        return tuple(sorted(self.columns - read, key=str))
 
 
 def _column_names(columns: Mapping[str, str] | None) -> dict[str, str]:

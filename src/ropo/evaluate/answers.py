@@ -4,7 +4,7 @@ In: `ExportArguments`. Out: the project's file of answers, and in `export/<name>
 (`config.json`) and every finished shard of answers.
 
 The one idea: turn by turn and temperature by temperature, all questions go to an engine together. A shard is kept under
-a digest of the prompts, and the prompt of a second turn holds the first answer, so a run that was killed goes on where
+a digest of the prompts, and the prompt of a second turn holds the first answer, so a run that was killed resumes where
 it was and ends in the same file.
 """
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_answers(args: ExportArguments) -> dict[str, Any]:
-    """Answer all questions; the same call goes on where it was, and writes the same file.
+    """Answer all questions; rerun the same call to resume it.
 
     Args:
         args: Options.
@@ -56,27 +56,19 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
     spec, name = EXPORTS[str(args.benchmark)], str(args.name)
     PartialState(cpu=args.use_cpu)  # whoever asks later gets this one
     questions = read_questions(Path(str(args.questions)), str(args.benchmark))
-    if args.plain_text and any(len(question.turns) > 1 for question in questions):
-        raise ValueError(
-            f"plain_text needs questions of one turn; got {args.benchmark} with more. A conversation needs the model's "
-            "chat template."
-        )
+    _check_turns(questions, args)
     ENGINES[args.generation_engine].check(PartialState().num_processes)
     model = find_model(str(args.model_name_or_path))
     tokenizer = load_tokenizer(model, {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code})
-    if not args.plain_text and not tokenizer.chat_template:
-        raise ValueError(
-            f"export needs a tokenizer with a chat template; got {model} without one. Use the instruction-tuned "
-            "model's, or --plain_text for a model that was trained on plain text."
-        )
+    _check_template(tokenizer, model, args)
     reach = _reach(args, tokenizer)
     if args.generation_engine == "transformers":  # the others read the model themselves
         _check_model(reach, questions, args)
     digest = model_digest(model, args.model_revision)
     folder = Path(str(args.output_dir)) / "export" / name
     temperatures = {question.id: spec.temperature_of(question, args.temperature) for question in questions}
-    begun = _claim(folder, _identity(args, questions, digest, temperatures))
-    date_of(tokenizer, datetime.fromtimestamp(int(begun)).isoformat())  # also of a run that goes on tomorrow
+    started = _claim(folder, _identity(args, questions, digest, temperatures))
+    date_of(tokenizer, datetime.fromtimestamp(int(started)).isoformat())  # also of a run that is resumed tomorrow
     with open_engine(args.generation_engine, reach) as engine:
         samples = _converse(engine, tokenizer, questions, temperatures, args, folder=folder, digest=digest)
     answers = [
@@ -89,7 +81,7 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
     ]
     path = Path(str(args.output_dir)) / spec.file.format(name=name)
     if PartialState().is_main_process:
-        write_answers(path, answers, str(args.benchmark), name=name, written=begun)
+        write_answers(path, answers, str(args.benchmark), name=name, written=started)
     PartialState().wait_for_everyone()
     texts = [text for answer in answers for text in answer.turns]
     return {
@@ -103,6 +95,24 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
     }
 
 
+def _check_turns(questions: Sequence[Question], args: ExportArguments) -> None:
+    """Refuse conversations where there is no chat template to write them with."""
+    if args.plain_text and any(len(question.turns) > 1 for question in questions):
+        raise ValueError(
+            f"plain_text needs questions of one turn; got {args.benchmark} with more. A conversation needs the model's "
+            "chat template."
+        )
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, model: str, args: ExportArguments) -> None:
+    """Refuse a tokenizer that cannot write a conversation."""
+    if not args.plain_text and not tokenizer.chat_template:
+        raise ValueError(
+            f"export needs a tokenizer with a chat template; got {model} without one. Use the instruction-tuned "
+            "model's, or --plain_text for a model that was trained on plain text."
+        )
+
+
 def _converse(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
@@ -114,7 +124,7 @@ def _converse(
     digest: str,
 ) -> list[list[Sample]]:
     """One sample for each turn of each question."""
-    found: list[list[Sample]] = [[] for _ in questions]
+    answers: list[list[Sample]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         for temperature in sorted(set(temperatures.values())):
             where = [
@@ -122,7 +132,7 @@ def _converse(
                 for i, question in enumerate(questions)
                 if turn < len(question.turns) and temperatures[question.id] == temperature
             ]
-            prompts = [_prompt(questions[i], [_kept(sample.text, args) for sample in found[i]], args) for i in where]
+            prompts = [_prompt(questions[i], [_kept(sample.text, args) for sample in answers[i]], args) for i in where]
             samples = sample_responses(
                 engine,
                 tokenizer,
@@ -137,16 +147,16 @@ def _converse(
                 title=f"Turn {turn + 1}, temperature {temperature:g}",
             )
             for i, sample in zip(where, samples, strict=True):
-                found[i].append(sample)
-    return found
+                answers[i].append(sample)
+    return answers
 
 
-def _prompt(question: Question, said: Sequence[str], args: ExportArguments) -> Text:
+def _prompt(question: Question, answers: Sequence[str], args: ExportArguments) -> Text:
     """The conversation so far, up to the turn that is to be answered."""
     if args.plain_text:
         return question.turns[0]
     messages = [{"role": "user", "content": question.turns[0]}]
-    for answer, turn in zip(said, question.turns[1 : len(said) + 1], strict=True):
+    for answer, turn in zip(answers, question.turns[1 : len(answers) + 1], strict=True):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
     return messages
 
@@ -219,7 +229,7 @@ def _identity(
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> float:
-    """Write down what the answers are made of, or refuse a folder of other ones; when they were begun, in seconds."""
+    """Write down what the answers are made of, or refuse a folder of other ones; when they were started, in seconds."""
     path, state = folder / "config.json", PartialState()
     if state.is_main_process and not path.exists():
         write_json(path, {"options": identity, "begun": time.time(), "versions": versions()})
@@ -227,9 +237,9 @@ def _claim(folder: Path, identity: dict[str, Any]) -> float:
     known = read_json(path)
     changed = [name for name, value in identity.items() if known["options"].get(name) != value]
     if changed:
-        told = ", ".join(f"{name} ({known['options'].get(name)} before, {identity[name]} now)" for name in changed)
+        changes = ", ".join(f"{name} ({known['options'].get(name)} before, {identity[name]} now)" for name in changed)
         raise ValueError(
-            f"export needs the options that {folder} was begun with; got another {told}. Choose another --name or "
+            f"export needs the options that {folder} was started with; got another {changes}. Choose another --name or "
             "--output_dir."
         )
     return float(known["begun"])

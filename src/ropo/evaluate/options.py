@@ -4,82 +4,68 @@ In: what the user wrote. Out: `ExportArguments`, `WinRateArguments`. What `ropo 
 same here.
 """
 
-import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ropo.config import ROPOConfig, check_engine, check_judge
 from ropo.evaluate.export import EXPORTS
-from ropo.judge.make import JUDGES
-from ropo.options import check_choice, check_folder, check_types
-from ropo.sampling.engine import Sampling
+from ropo.judge.options import JUDGES, JudgeOptions
+from ropo.options import Rule, check_folder, check_options, option
+from ropo.sampling.options import EngineOptions
 
 DTYPES = ("auto", "float32", "bfloat16")
 LIKELIEST = 1e-4  # the temperature that stands for 0: FastChat, too, draws nothing below it
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _as_in_training(name: str) -> Any:
-    known = {one.name: one for one in dataclasses.fields(ROPOConfig)}[name]
-    return field(default=known.default, metadata=dict(known.metadata))
-
-
 @dataclass
-class ExportArguments:
+class ExportArguments(EngineOptions):
     """Which model answers whose questions, and how it is sampled.
 
     Raises:
         ValueError: If an option is missing, unknown, out of range or ignored by the engine.
     """
 
-    model_name_or_path: str | None = _option(
+    model_name_or_path: str | None = option(
         None, "Folder or hub id of the model, or folder of an adapter; server: of the tokenizer."
     )
-    benchmark: str | None = _option(None, "Whose questions: " + ", ".join(EXPORTS) + ".")
-    questions: str | None = _option(None, "The project's file of questions; nothing is downloaded.")
-    output_dir: str | None = _option(
+    benchmark: Annotated[str | None, Rule(choices=tuple(EXPORTS))] = option(
+        None, "Whose questions: " + ", ".join(EXPORTS) + "."
+    )
+    questions: str | None = option(None, "The project's file of questions; nothing is downloaded.")
+    output_dir: str | None = option(
         None, "Where the answers go: mt_bench, arena_hard: the folder that holds their question.jsonl will do."
     )
-    name: str | None = _option(None, "What the model is called there. Default: the last part of its path.")
-    max_new_tokens: int | None = _option(None, "Longest answer, tokens. Default: the benchmark's.")
-    temperature: float | None = _option(
+    name: str | None = option(None, "What the model is called there. Default: the last part of its path.")
+    max_new_tokens: Annotated[int | None, Rule(low=1)] = option(
+        None, "Longest answer, tokens. Default: the benchmark's."
+    )
+    temperature: Annotated[float | None, Rule(low=0)] = option(
         None, "Sampling temperature; 0 takes the likeliest token. Default: the benchmark's, mt_bench's by category."
     )
-    top_p: float = _as_in_training("top_p")
-    seed: int = _option(0, "Of everything that is drawn.")
-    plain_text: bool = _option(
+    top_p: Annotated[float, Rule(above=0, high=1)] = option(
+        1.0, "Nucleus sampling: smallest set of tokens with this much probability."
+    )
+    seed: Annotated[int, Rule(low=0, high=2**32 - 1)] = option(0, "Random seed.")
+    plain_text: bool = option(
         default=False, text="Give the model the bare question, without its chat template, and keep the answer as it is."
     )
-    generation_engine: str = _as_in_training("generation_engine")
-    generation_url: str | None = _as_in_training("generation_url")
-    generation_model: str | None = _as_in_training("generation_model")
-    generation_api_key_env: str | None = _as_in_training("generation_api_key_env")
-    use_cpu: bool = _option(default=False, text="Use no GPU.")
-    dtype: str = _option("auto", "Type of the weights and of computing: auto (as saved), float32, bfloat16.")
-    model_revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
-    trust_remote_code: bool = _option(default=False, text="Run code that a hub model brings. Read it first.")
+    use_cpu: bool = option(default=False, text="Use no GPU.")
+    dtype: Annotated[str, Rule(choices=DTYPES)] = option(
+        "auto", "Type of the weights and of computing: auto (as saved), float32, bfloat16."
+    )
+    model_revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = option(default=False, text="Run code that a hub model brings. Read it first.")
 
     def __post_init__(self) -> None:
         usage = "ropo export --model_name_or_path M --benchmark B --questions FILE --output_dir O"
         _check_given(self, ("model_name_or_path", "benchmark", "questions", "output_dir"), usage)
-        check_types(self)
+        check_options(self)
         check_folder("output_dir", str(self.output_dir))
-        check_choice("benchmark", str(self.benchmark), EXPORTS)
-        check_choice("dtype", self.dtype, DTYPES)
         self._check_name()
         if self.max_new_tokens is None:
             self.max_new_tokens = EXPORTS[str(self.benchmark)].max_new_tokens
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"temperature needs 0 or more; got {self.temperature}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed needs a number from 0 to {2**32 - 1}; got {self.seed}.")
-        Sampling(num_candidates=1, max_new_tokens=self.max_new_tokens, top_p=self.top_p)  # refuses what it could not do
-        check_engine(self)
+        self.check_engine()
         if self.generation_engine == "server" and (self.dtype != "auto" or self.trust_remote_code):
             raise ValueError(
                 "generation_engine server needs dtype auto and no trust_remote_code; got one of them. The server has "
@@ -103,33 +89,29 @@ class ExportArguments:
 
 
 @dataclass
-class WinRateArguments:
+class WinRateArguments(JudgeOptions):
     """Whose outputs are compared, and who judges.
 
     Raises:
         ValueError: If an option is missing, unknown or ignored by the judge.
     """
 
-    outputs: str | None = _option(None, "Outputs of the model: AlpacaEval's format, as `ropo export` writes it.")
-    baseline: str | None = _option(None, "Outputs of the model it is compared with, on the same instructions.")
-    output_dir: str | None = _option(None, "Where the result goes, and what the judge has answered.")
-    judge: str = _option(
+    outputs: str | None = option(None, "Outputs of the model: AlpacaEval's format, as `ropo export` writes it.")
+    baseline: str | None = option(None, "Outputs of the model it is compared with, on the same instructions.")
+    output_dir: str | None = option(None, "Where the result goes, and what the judge has answered.")
+    judge: str = option(
         "none", "Who judges: " + ", ".join(f"{name} ({spec.meaning})" for name, spec in JUDGES.items()) + "."
     )
-    judge_model: str | None = _as_in_training("judge_model")
-    judge_url: str | None = _as_in_training("judge_url")
-    judge_api_key_env: str | None = _as_in_training("judge_api_key_env")
-    judge_on_failure: str | None = _as_in_training("judge_on_failure")
-    plain_text: bool = _option(
+    plain_text: bool = option(
         default=False, text="The judge reads instruction and output as one plain text, not as a conversation."
     )
 
     def __post_init__(self) -> None:
         usage = "ropo win_rate --outputs A.json --baseline B.json --output_dir O --judge J --judge_model M"
         _check_given(self, ("outputs", "baseline", "output_dir"), usage)
-        check_types(self)
+        check_options(self)
         check_folder("output_dir", str(self.output_dir))
-        check_judge(self)
+        self.check_judge()
         if self.judge == "none":
             raise ValueError(f"win_rate needs a judge, {' or '.join(JUDGES)}; got none. Add --judge. Usage: {usage}")
 

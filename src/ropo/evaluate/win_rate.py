@@ -23,7 +23,7 @@ from ropo.data.validate import DataError
 from ropo.evaluate.export import encodable, read_objects
 from ropo.evaluate.measures import Mean, share_of
 from ropo.evaluate.options import WinRateArguments
-from ropo.judge.make import make_judge
+from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge, ask
 from ropo.pairs import Pair
 from ropo.provenance import file_kind, hash_file, versions, write_aside, write_json

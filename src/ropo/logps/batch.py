@@ -11,16 +11,43 @@ Shapes: B rows, T positions, N response tokens, R positions that predict one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ropo.data.tokenize import TokenizedPair
 
 Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How pairs are put into batches when they are scored.
+
+    Attributes:
+        pad_token_id: Fills rows; its value has no influence.
+        use_bf16: Compute in bfloat16 by autocast, as training with `bf16` does.
+        max_tokens: Most unique tokens in a forward pass; None for the default of the device. One pair may have more.
+    """
+
+    pad_token_id: int
+    use_bf16: bool = False
+    max_tokens: int | None = None
+
+
+def pad_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows: the end of a text where the tokenizer has no padding token of its own.
+
+    Args:
+        tokenizer: With at least one of the two; 0 where it has neither.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(number) for number in ids if number is not None), 0)
 
 
 def plain_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:

@@ -4,10 +4,10 @@ In: the reference model, tokenized pairs, a folder. Out: `PairLogps`, `PairFeatu
 never seen.
 
 A folder per reference (hash of its weights, its configuration and the precision) holds shards; a shard maps the
-hash of a pair's token ids to its log-probabilities. The two responses stand there in an order of their own, so a label
-that is turned round costs nothing. So a changed learning rate or output folder costs nothing, a
-changed template, truncation or weight is a miss, appended rows are the only ones computed, and a pass that is killed
-goes on where its last shard ends. Features have shards of their own, in a folder under the reference's that is named
+hash of a pair's token ids to its log-probabilities. The two responses stand there in an order that does not depend on
+the label, so a swapped pair is a hit. So is every pair after a change of learning rate or output folder; a changed
+template, truncation or weight is a miss, of appended rows only these are computed, and a pass that is killed resumes
+after its last shard. Features have shards of their own, in a folder under the reference's that is named
 after how they are made: log-probabilities are read without them, and serve features of every kind.
 """
 
@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ropo.data.tokenize import TokenizedPair
+from ropo.logps.batch import Batching
 from ropo.logps.features import FeatureReader, Features, Sketch
 from ropo.logps.score import Rows, logps_of_rows, score_pairs
 from ropo.pairs import PairFeatures, PairLogps
@@ -59,71 +59,54 @@ def reference_hash(model: PreTrainedModel, *, use_bf16: bool) -> str:
 
 
 def reference_logps(
-    model: PreTrainedModel,
-    tokens: Sequence[TokenizedPair],
-    *,
-    cache_dir: Path,
-    pad_token_id: int,
-    use_bf16: bool = False,
-    max_tokens: int | None = None,
+    model: PreTrainedModel, tokens: Sequence[TokenizedPair], batching: Batching, *, cache_dir: Path
 ) -> PairLogps:
     """Log-probabilities under the reference, from the cache where it has them.
 
     Args:
         model: The reference, on its device.
         tokens: The pairs.
+        batching: As for `score_pairs`.
         cache_dir: Folder of the cache; made when it is missing.
-        pad_token_id: For the batches.
-        use_bf16: Compute in bfloat16 by autocast.
-        max_tokens: As for `score_pairs`.
 
     Returns:
         One value per pair, in the order of `tokens`.
     """
-    folder = cache_dir / reference_hash(model, use_bf16=use_bf16)
-    ordered, is_turned = _in_order(tokens)
+    folder = cache_dir / reference_hash(model, use_bf16=batching.use_bf16)
+    ordered, is_swapped = _in_order(tokens)
     keys = [_key(pair) for pair in ordered]
-    known = _fill(
-        folder, keys, model, ordered, None, pad_token_id=pad_token_id, use_bf16=use_bf16, max_tokens=max_tokens
-    )
-    return _logps(known, keys, tokens, is_turned)
+    return _logps(_fill(folder, keys, model, ordered, batching), keys, tokens, is_swapped)
 
 
 def reference_features(
     model: PreTrainedModel,
     tokens: Sequence[TokenizedPair],
+    batching: Batching,
     *,
     sketch: Sketch,
     cache_dir: Path,
-    pad_token_id: int,
-    use_bf16: bool = False,
-    max_tokens: int | None = None,
 ) -> tuple[PairLogps, PairFeatures]:
     """Log-probabilities and features under the reference, in one pass over the pairs that lack either in the cache.
 
     Args:
         model: The reference, on its device, with a language-model head.
         tokens: The pairs, at least one.
+        batching: As for `score_pairs`.
         sketch: Of the gradient.
         cache_dir: Folder of the cache; made when it is missing.
-        pad_token_id: For the batches.
-        use_bf16: Compute in bfloat16 by autocast.
-        max_tokens: As for `score_pairs`.
 
     Returns:
         Both in the order of `tokens`. Features are kept with 11 significant bits, as a share of the largest of their
         pair and block.
     """
-    folder, reader = cache_dir / reference_hash(model, use_bf16=use_bf16), FeatureReader(model, sketch)
-    ordered, is_turned = _in_order(tokens)
+    folder, reader = cache_dir / reference_hash(model, use_bf16=batching.use_bf16), FeatureReader(model, sketch)
+    ordered, is_swapped = _in_order(tokens)
     keys = [_key(pair) for pair in ordered]
-    known = _fill(
-        folder, keys, model, ordered, reader, pad_token_id=pad_token_id, use_bf16=use_bf16, max_tokens=max_tokens
-    )
+    known = _fill(folder, keys, model, ordered, batching, reader)
     features = _features(folder / reader.name, keys)
     for block in features.blocks.values():
-        block[is_turned] *= -1.0
-    return _logps(known, keys, tokens, is_turned), features
+        block[is_swapped] *= -1.0
+    return _logps(known, keys, tokens, is_swapped), features
 
 
 def _fill(
@@ -131,21 +114,21 @@ def _fill(
     keys: Sequence[bytes],
     model: PreTrainedModel,
     tokens: Sequence[TokenizedPair],
-    reader: FeatureReader | None,
-    **options: Any,
+    batching: Batching,
+    reader: FeatureReader | None = None,
 ) -> dict[bytes, tuple[float, float]]:
     """Score what is missing; returns the log-probabilities of all that is known then."""
     state = PartialState()
     known = _load(folder)
     complete = known.keys() if reader is None else known.keys() & _keys(folder / reader.name)
-    state.wait_for_everyone()  # or who comes late would find shards of others, and share the work out differently
+    state.wait_for_everyone()  # a process that comes late would find shards of others, and split the work differently
     missing = [i for i, key in enumerate(keys) if key not in complete]
     what = "Reference log-probs" if reader is None else "Reference log-probs and features"
     logger.info("%s: %d of %d pairs are cached in %s", what, len(keys) - len(missing), len(keys), folder)
     if not missing:
         return known
     writer = _ShardWriter(folder, [keys[i] for i in missing], known.keys(), reader)
-    score_pairs(model, [tokens[i] for i in missing], title=what, reader=reader, on_batch=writer.add, **options)
+    score_pairs(model, [tokens[i] for i in missing], batching, title=what, reader=reader, on_batch=writer.add)
     writer.flush()
     state.wait_for_everyone()
     return _load(folder)
@@ -155,18 +138,18 @@ def _logps(
     known: dict[bytes, tuple[float, float]],
     keys: Sequence[bytes],
     tokens: Sequence[TokenizedPair],
-    is_turned: Sequence[bool],
+    is_swapped: Sequence[bool],
 ) -> PairLogps:
     return logps_of_rows(
         [
-            (i, *(known[key][::-1] if turned else known[key]), len(pair.chosen), len(pair.rejected))
-            for i, (key, pair, turned) in enumerate(zip(keys, tokens, is_turned, strict=True))
+            (i, *(known[key][::-1] if swapped else known[key]), len(pair.chosen), len(pair.rejected))
+            for i, (key, pair, swapped) in enumerate(zip(keys, tokens, is_swapped, strict=True))
         ]
     )
 
 
 def _features(folder: Path, keys: Sequence[bytes]) -> PairFeatures:
-    """Of one array per block is filled shard by shard, so that no second copy of them is in memory.
+    """One array per block, filled shard by shard, so that no second copy of them is in memory.
 
     Raises:
         DamagedFileError: If a shard was damaged since it was looked at.
@@ -176,27 +159,27 @@ def _features(folder: Path, keys: Sequence[bytes]) -> PairFeatures:
         wanted.setdefault(key, []).append(i)
     blocks: dict[str, np.ndarray] = {}
     for shard in _shards(folder):
-        found = [(row, i) for row, key in enumerate(_keys_in(shard)) for i in wanted.pop(key, ())]
-        if not found:
+        matches = [(row, i) for row, key in enumerate(_keys_in(shard)) for i in wanted.pop(key, ())]
+        if not matches:
             continue
-        rows, places = (list(column) for column in zip(*found, strict=True))
+        rows, places = (list(column) for column in zip(*matches, strict=True))
         for name in sorted(name.removesuffix(_SCALE) for name in shard if name.endswith(_SCALE)):
             if name not in blocks:
                 blocks[name] = np.empty((len(keys), shard[name].shape[1]), dtype=np.float32)
             blocks[name][places] = shard[name][rows].float().mul_(shard[name + _SCALE][rows, None]).numpy()
     if wanted:
-        raise DamagedFileError(f"{folder} has lost features of {len(wanted)} pairs. Run the same command again.")
+        raise DamagedFileError(f"{folder} has lost features of {len(wanted)} pairs. Rerun the same command.")
     return PairFeatures(blocks=blocks)
 
 
 def _in_order(tokens: Sequence[TokenizedPair]) -> tuple[list[TokenizedPair], list[bool]]:
-    """The pairs with their responses in an order that no label decides, and which of them that turns round."""
-    is_turned = [pair.chosen.tobytes() > pair.rejected.tobytes() for pair in tokens]
+    """The pairs with their responses in an order that no label decides, and which of them are swapped for it."""
+    is_swapped = [pair.chosen.tobytes() > pair.rejected.tobytes() for pair in tokens]
     ordered = [
-        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if turned else pair
-        for pair, turned in zip(tokens, is_turned, strict=True)
+        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if swapped else pair
+        for pair, swapped in zip(tokens, is_swapped, strict=True)
     ]
-    return ordered, is_turned
+    return ordered, is_swapped
 
 
 def _key(pair: TokenizedPair) -> bytes:

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ropo.data.tokenize import TokenizedPair
-from ropo.logps.batch import LAYOUTS, Batch, batches_by_length
+from ropo.logps.batch import LAYOUTS, Batch, Batching, batches_by_length
 from ropo.logps.choose import choose_layout
 from ropo.logps.features import FeatureReader, Features
 from ropo.logps.shared_prefix import FORWARDS, vocabulary_size
@@ -34,11 +34,9 @@ _MAX_LOGITS = 2**29
 def score_pairs(
     model: nn.Module,
     tokens: Sequence[TokenizedPair],
+    batching: Batching,
     *,
-    pad_token_id: int,
     title: str = "Scoring pairs",
-    use_bf16: bool = False,
-    max_tokens: int | None = None,
     reader: FeatureReader | None = None,
     on_batch: Callable[[Rows, Features], None] | None = None,
 ) -> PairLogps:
@@ -50,10 +48,8 @@ def score_pairs(
     Args:
         model: A causal language model on its device.
         tokens: The pairs.
-        pad_token_id: For the batches.
+        batching: Padding, precision and size of the batches.
         title: Of the progress that is shown.
-        use_bf16: Compute in bfloat16 by autocast, as training with `bf16` does.
-        max_tokens: Most unique tokens in a forward pass; default by device. One pair may have more.
         reader: Of this model; reads features in the same pass.
         on_batch: Called in each process with the rows and features, on the CPU, of every batch it finishes (the cache
             writes them). Features of all pairs may be more than fits in memory, so they are not kept here.
@@ -66,47 +62,42 @@ def score_pairs(
     """
     if not tokens:
         return logps_of_rows([])
-    state = PartialState()
-    device = next(model.parameters()).device
-    layout, _ = choose_layout(
-        model,
-        tokens,
-        pad_token_id=pad_token_id,
-        use_bf16=use_bf16,
-    )
-    limit = _MAX_TOKENS.get(device.type, _MAX_TOKENS["cuda"])
-    limit = min(limit, max_tokens or limit)
-    if layout == "plain":
-        limit = min(limit, max(1, _MAX_LOGITS // vocabulary_size(model)))
+    state, device = PartialState(), next(model.parameters()).device
+    layout, _ = choose_layout(model, tokens, pad_token_id=batching.pad_token_id, use_bf16=batching.use_bf16)
+    limit = _max_tokens(model, layout, device, batching.max_tokens)
     batches = list(batches_by_length([len(pair) for pair in tokens], max_tokens=limit))
     mine = batches[state.process_index :: state.num_processes]
     rows: Rows = []
     was_training = model.training
     model.eval()
-    precision = torch.autocast(device.type, dtype=torch.bfloat16) if use_bf16 else contextlib.nullcontext()
     with (
         torch.no_grad(),
-        precision,
+        torch.autocast(device.type, dtype=torch.bfloat16) if batching.use_bf16 else contextlib.nullcontext(),
         Progress(title, sum(map(len, mine)), unit=" pairs", is_shown=state.is_main_process) as progress,
     ):
         while mine:
             where, *rest = mine
-            batch = LAYOUTS[layout]([tokens[i] for i in where], pad_token_id=pad_token_id)
-            read = _forward_if_it_fits(model, batch, layout, device, reader)
-            if read is None:
+            batch = LAYOUTS[layout]([tokens[i] for i in where], pad_token_id=batching.pad_token_id)
+            result = _forward_if_it_fits(model, batch, layout, device, reader)
+            if result is None:
                 _check_halves(where, tokens)
                 mine = [half for some in mine for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half]
                 continue
-            logps, features = read
-            found, mine = _rows(where, logps), rest
+            logps, features = result
+            scored, mine = _rows(where, logps), rest
             if on_batch is not None:
-                on_batch(found, features)
-            rows += found
+                on_batch(scored, features)
+            rows += scored
             progress.advance(len(where))
     model.train(was_training)
-    if state.num_processes > 1:
-        rows = gather_object(rows)
-    return logps_of_rows(rows)
+    return logps_of_rows(gather_object(rows) if state.num_processes > 1 else rows)
+
+
+def _max_tokens(model: nn.Module, layout: str, device: torch.device, asked: int | None) -> int:
+    """Most positions in a batch: what was asked for, but never more than the device and the logits allow."""
+    limit = _MAX_TOKENS.get(device.type, _MAX_TOKENS["cuda"])
+    limit = min(limit, asked or limit)
+    return min(limit, max(1, _MAX_LOGITS // vocabulary_size(model))) if layout == "plain" else limit
 
 
 def _forward_if_it_fits(

@@ -28,11 +28,12 @@ from ropo.losses.margin_losses import (
     ropo_v1,
     simpo,
 )
-from ropo.losses.table import INPUTS, LOSSES, Loss, LossSpec, bind_loss, gradient_weight, methods_table
+from ropo.losses.table import INPUTS, LOSSES, BoundLoss, Loss, LossSpec, bind_loss, gradient_weight, methods_table
 
 __all__ = [
     "INPUTS",
     "LOSSES",
+    "BoundLoss",
     "Loss",
     "LossSpec",
     "bind_loss",

@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -112,7 +112,33 @@ class LossSpec:
         return re.split(r" {2,}", block.strip().partition("\n")[0])
 
 
-def bind_loss(name: str, *, beta: float, options: Mapping[str, Any]) -> Loss:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundLoss:
+    """A loss with β and its options; call it with `margin`.
+
+    Attributes:
+        name: A name in `LOSSES`.
+        beta: The β of the margin, per nat.
+        options: Options that were given, by name; the others have their defaults.
+        fn: The loss of the table with its options bound.
+    """
+
+    name: str
+    beta: float
+    options: Mapping[str, float]
+    fn: Loss = field(repr=False, compare=False)
+
+    def __call__(self, margin: Float[Tensor, " pairs"], **inputs: Any) -> Float[Tensor, " pairs"]:
+        """Loss of each pair, not reduced; `inputs` are those of `LossSpec.inputs`."""
+        return self.fn(margin, **inputs)
+
+    @property
+    def spec(self) -> LossSpec:
+        """What the table says of it."""
+        return LOSSES[self.name]
+
+
+def bind_loss(name: str, *, beta: float, options: Mapping[str, Any]) -> BoundLoss:
     """Bind a loss to its options, refusing before any model is loaded what the loss would ignore or cannot use.
 
     Args:
@@ -121,7 +147,7 @@ def bind_loss(name: str, *, beta: float, options: Mapping[str, Any]) -> Loss:
         options: The options that the user gave; those left out keep their defaults.
 
     Returns:
-        The loss as a function of `margin`; its inputs (`LossSpec.inputs`) may be given at each call.
+        The loss; called with `margin`, and its inputs (`LossSpec.inputs`) if they are known.
 
     Raises:
         ValueError: If the name is unknown, or an option is unknown to this loss, missing or out of range.
@@ -136,7 +162,7 @@ def bind_loss(name: str, *, beta: float, options: Mapping[str, Any]) -> Loss:
     """
     spec = _find(name)
     check_positive(name, "beta", beta, "Usual are 0.01 to 0.5, for simpo 2 to 10.")
-    bound: dict[str, float] = {"beta": float(beta)} if "beta" in inspect.signature(spec.fn).parameters else {}
+    bound: dict[str, float] = {}
     for option, value in options.items():
         if option not in spec.params:
             raise ValueError(_explain_unknown_option(name, option))
@@ -145,8 +171,11 @@ def bind_loss(name: str, *, beta: float, options: Mapping[str, Any]) -> Loss:
         bound[option] = float(value)
     for param in spec.params:
         if param not in bound and spec.default(param) is None:
-            raise ValueError(f"{name} needs {param}; got none. Give it a number: no default suits all data.")
-    loss = functools.partial(spec.fn, **bound)
+            raise ValueError(
+                f"{name} needs {param}; got none. No default suits all data: add --loss_args {param}=NUMBER."
+            )
+    given = bound | ({"beta": float(beta)} if "beta" in inspect.signature(spec.fn).parameters else {})
+    loss = BoundLoss(name=name, beta=float(beta), options=bound, fn=functools.partial(spec.fn, **given))
     loss(torch.zeros(1))  # each loss knows its own ranges, and one pair is enough to hear of them
     return loss
 
@@ -195,10 +224,11 @@ def gradient_weight(
 
 def methods_table() -> str:
     """Write `LOSSES` as a table in Markdown, with a legend of its symbols."""
-    rows = ["| loss | formula | paper | needs | options | when to use it |", "|---|---|---|---|---|---|"]
+    columns = ("loss", "formula", "paper", "needs", "options (all but `alpha` in `loss_args`)", "when to use it")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, spec in LOSSES.items():
-        true_fields = (field.name for field in fields(spec) if getattr(spec, field.name) is True)
-        needs = [*(field.removeprefix("needs_").replace("_", " ") for field in true_fields)]
+        true_fields = (one.name for one in fields(spec) if getattr(spec, one.name) is True)
+        needs = [*(name.removeprefix("needs_").replace("_", " ") for name in true_fields)]
         needs += [INPUTS[name] for name in spec.inputs]
         defaults = ((param, spec.default(param)) for param in spec.params)
         options = ", ".join(f"`{param}`" + ("" if value is None else f" = {value:g}") for param, value in defaults)

@@ -4,11 +4,11 @@ In: where the model comes from, a cache folder. Out: log-probabilities and featu
 has them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ropo.data.tokenize import TokenizedPair
+from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_features, reference_logps
 from ropo.logps.features import Sketch
 from ropo.models.source import PolicySource
@@ -21,22 +21,22 @@ class Reference:
     Args:
         source: Loads it.
         cache_dir: Where what is read is kept, by content.
-        batching: Padding token, precision and size of a batch, as `train.trainer.batching` gives them.
+        batching: Padding, precision and size of the batches.
     """
 
-    def __init__(self, source: PolicySource, *, cache_dir: Path, batching: Mapping[str, Any]) -> None:
+    def __init__(self, source: PolicySource, *, cache_dir: Path, batching: Batching) -> None:
         self._source = source
         self._cache_dir = cache_dir
         self._batching = batching
 
     def logps(self, tokens: Sequence[TokenizedPair]) -> PairLogps:
         """Log-probabilities of pairs, in their order."""
-        return reference_logps(self._source.load(), tokens, cache_dir=self._cache_dir, **self._batching)
+        return reference_logps(self._source.load(), tokens, self._batching, cache_dir=self._cache_dir)
 
     def read(self, tokens: Sequence[TokenizedPair]) -> tuple[PairLogps, PairFeatures]:
         """Log-probabilities and features of pairs, in one pass over those that are not in the cache."""
         return reference_features(
-            self._source.load(), tokens, sketch=Sketch(), cache_dir=self._cache_dir, **self._batching
+            self._source.load(), tokens, self._batching, sketch=Sketch(), cache_dir=self._cache_dir
         )
 
     def features(self, tokens: Sequence[TokenizedPair]) -> PairFeatures:

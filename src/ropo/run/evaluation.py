@@ -23,15 +23,15 @@ from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked, text_id
 from ropo.logps.score import score_pairs
-from ropo.losses import LOSSES
 from ropo.noise.clusters import cluster_weights, mean_of
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import hash_value, write_aside
 from ropo.run.rounds import Round
 from ropo.stages import Stages
+from ropo.train.dataset import batching
 from ropo.train.metrics import of_margins
-from ropo.train.trainer import batching, margins_of
+from ropo.train.objective import margins_of
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +120,13 @@ def evaluate(
 
     def make(this: Round, name: str) -> None:
         nonlocal reference
-        if LOSSES[args.loss].needs_reference and reference is None:
+        if this.loss.spec.needs_reference and reference is None:
             reference = reference_of(tokens)
         policy = this.source.load(this.model_folder)
-        logps = score_pairs(policy, tokens, title=f"Round {this.number}: evaluation", **batching(args, this.tokenizer))
+        logps = score_pairs(policy, tokens, batching(args, this.tokenizer), title=f"Round {this.number}: evaluation")
         if PartialState().is_main_process:
             with write_aside(folder / name) as path:
-                save_file({"margins": torch.from_numpy(margins_of(logps, reference, args))}, path)
+                save_file({"margins": torch.from_numpy(margins_of(logps, reference, this.loss))}, path)
 
     found = []
     for this in rounds:

@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
-from ropo.logps.batch import LAYOUTS
+from ropo.logps.batch import LAYOUTS, pad_token_id_of
 from ropo.logps.choose import choose_layout
 from ropo.logps.last_layer import last_mlp
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import LOSSES
 from ropo.models.source import PolicySource
 from ropo.run.plan import Machine, ModelSize, PairSize, Plan, RunSize, forward_operations, plan_run
-from ropo.train.trainer import batching, turn_dropout_off
+from ropo.train.model import turn_dropout_off
 
 logger = logging.getLogger(__name__)
 
@@ -189,19 +189,17 @@ def reached_rate(
     with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU
         model = AutoModelForCausalLM.from_config(small).to(device)
     turn_dropout_off(model)
-    how = batching(args, tokenizer)
+    pad_token_id = pad_token_id_of(tokenizer)
     layout, _ = choose_layout(
         model,
         tokens,
-        pad_token_id=how["pad_token_id"],
+        pad_token_id=pad_token_id,
         use_bf16=args.bf16,
         is_trained=True,
     )
     # As in training, pairs come as they lie, not sorted by length; a few are enough.
     some = [tokens[i] for i in np.random.default_rng(0).permutation(len(tokens))[: args.per_device_train_batch_size]]
-    batch = {
-        name: tensor.to(device) for name, tensor in LAYOUTS[layout](some, pad_token_id=how["pad_token_id"]).items()
-    }
+    batch = {name: tensor.to(device) for name, tensor in LAYOUTS[layout](some, pad_token_id=pad_token_id).items()}
     fastest = min(_seconds(model, layout, batch, use_bf16=args.bf16) for _ in range(_NUM_STEPS))
     pairs = _pair_size(some)
     return 3 * len(some) * forward_operations(model_size(small, layout=layout), pairs) / fastest, layout

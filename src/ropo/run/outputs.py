@@ -21,12 +21,12 @@ import torch
 from accelerate import PartialState
 
 from ropo.audit import Audit
+from ropo.audit.options import AuditOptions
 from ropo.audit.weights import Choice
-from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
 from ropo.data.problems import Problem, rows_left_out, summarise
 from ropo.data.review import read_verdicts, with_verdicts, write_review
-from ropo.losses import LOSSES, bind_loss, gradient_weight
+from ropo.losses import LOSSES, BoundLoss, gradient_weight
 from ropo.noise.reading import calls_some, reading_order
 from ropo.pairs import Pair
 from ropo.provenance import (
@@ -196,8 +196,8 @@ def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, 
     args, audit = rounds[0].args, rounds[0].audit
     per_round = [_round_summary(this) for this in rounds]
     final = per_round[-1]
-    loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
-    has_curve = not LOSSES[args.loss].needs_whole_batch and "moments" not in LOSSES[args.loss].inputs
+    loss = rounds[0].loss
+    has_curve = not loss.spec.needs_whole_batch and "moments" not in loss.spec.inputs
     curve = gradient_weight(loss, torch.from_numpy(_CURVE_MARGINS)) if has_curve else None
     seconds = _audit_seconds(folder, audit)
     for this in rounds:
@@ -208,13 +208,13 @@ def _summary(rounds: Sequence[Round], *, folder: Path, read: Read) -> dict[str, 
         **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
         "num_resampled": final["num_resampled_trained_on"],
         **_about_labels(audit, num_trusted=rounds[0].num_read - rounds[0].num_data),
-        **_about_run(args, read, seconds),
+        **_about_run(args, read, seconds, loss),
         "rounds": per_round,
         "model": rounds[0].source.name_or_path,
         "model_fingerprint": _fingerprint(folder),
         "weight_curve": None
         if curve is None
-        else {"loss": args.loss, "margin": _CURVE_MARGINS.tolist(), "weight": curve.tolist()},
+        else {"loss": loss.name, "margin": _CURVE_MARGINS.tolist(), "weight": curve.tolist()},
     }
 
 
@@ -228,8 +228,14 @@ def _fingerprint(folder: Path) -> str:
     return fingerprint
 
 
-def _about_run(args: ROPOConfig, read: Read, seconds: dict[str, float]) -> dict[str, Any]:
+def _about_run(
+    args: AuditOptions, read: Read, seconds: dict[str, float], loss: BoundLoss | None = None
+) -> dict[str, Any]:
+    """What was read, how long it took, and the options: with the loss that was trained, where one was."""
     problems = summarise(read.problems)
+    config = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    if loss is not None:
+        config |= {"loss": loss.name, "alpha": str(loss.options["alpha"]) if "alpha" in loss.options else None}
     return {
         "num_rows": read.loaded.num_rows,
         "num_left_out": len(rows_left_out(read.problems) - {None}),
@@ -238,7 +244,7 @@ def _about_run(args: ROPOConfig, read: Read, seconds: dict[str, float]) -> dict[
         "seconds": seconds,
         "versions": versions(),
         "machine": machine(),
-        "config": {name: value for name, value in args.to_dict().items() if not name.endswith("_token")},
+        "config": config,
         "command": read.command,
         "data_sha256": read.loaded.sha256,
     }

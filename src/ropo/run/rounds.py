@@ -15,7 +15,6 @@ initial model throughout; a round restarts from it unless told to carry on with 
 folds (`num_folds` 0) w is decided by the losses of the model just trained, as in the paper, and ρ must be given.
 """
 
-import copy
 import json
 import logging
 import shutil
@@ -41,6 +40,7 @@ from ropo.data.tokenize import SampledIds, TokenizedPair, TokenizedPairs, encode
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
+from ropo.losses import BoundLoss
 from ropo.models.source import PolicySource
 from ropo.noise.estimate import estimate_flips
 from ropo.pairs import Pair, PairLogps
@@ -50,9 +50,10 @@ from ropo.resample.select import SELECTION_RULES
 from ropo.sampling.engines import Reach, open_engine
 from ropo.sampling.generate import sample_responses
 from ropo.stages import Stages
-from ropo.train.dataset import PairDataset
+from ropo.train.dataset import PairDataset, batching
+from ropo.train.objective import losses_of, margins_of
 from ropo.train.tracking import tracked
-from ropo.train.trainer import ROPOTrainer, batching, losses_of, margins_of
+from ropo.train.trainer import ROPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Round:
         peft_config: For adapters.
         judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
         alpha: Of the loss, and why.
+        loss: The loss with that α.
     """
 
     def __init__(
@@ -100,8 +102,9 @@ class Round:
         peft_config: PeftConfig | None,
         judge: Judge | None = None,
         alpha: Choice,
+        loss: BoundLoss,
     ) -> None:
-        self.alpha = alpha
+        self.alpha, self.loss = alpha, loss
         self.number, self.folder, self.args = number, folder, args
         self.source, self.tokenizer, self.data, self.peft_config = source, tokenizer, data, peft_config
         self.reference_of = reference_of
@@ -124,7 +127,7 @@ class Round:
         Returns:
             Digest of the round, for the next one.
         """
-        inputs = [digest, self.args.loss]
+        inputs = [digest, self.loss.name]
         train = tracked(self.args, self.folder)(lambda: self._train(dataset, start, inputs))
         digest = self.trained = self.stages.run("train", inputs, self._train_files, train, scratch=_CHECKPOINTS)
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
@@ -137,11 +140,11 @@ class Round:
 
     def margins(self) -> NDArray[np.float64]:
         """Margin of every pair of `data` under the trained model, shape (pairs,), nats."""
-        return margins_of(self._scores(), self.data.reference, self.args)
+        return margins_of(self._scores(), self.data.reference, self.loss)
 
     def losses(self) -> NDArray[np.float64]:
         """Training loss of every pair of `data` at its margin, shape (pairs,)."""
-        return losses_of(self.margins(), self.args)
+        return losses_of(self.margins(), self.loss)
 
     def p_flip(self) -> NDArray[np.float64]:
         """Probability that the label is wrong, of every pair of `data`, shape (pairs,)."""
@@ -201,19 +204,22 @@ class Round:
         return scored, training_set(scored, np.array(weights), np.array(is_flipped))
 
     def _train(self, dataset: PairDataset, start: Path | None, made_from: Sequence[str]) -> None:
-        args = copy.copy(self.args)
-        args.output_dir = str(self.folder / _CHECKPOINTS)
-        args.seed = self.args.seed + self.number
-        # As many steps as on all pairs of the data: what a filter takes away must not shorten the training as well.
-        args.num_train_epochs = self.args.num_train_epochs * max(1.0, self.num_read / len(dataset))
+        args = self.args.of_stage(
+            self.folder / _CHECKPOINTS,
+            seed=self.args.seed + self.number,
+            # As many steps as on all pairs of the data: what a filter takes away must not shorten the training as well.
+            num_train_epochs=self.args.num_train_epochs * max(1.0, self.num_read / len(dataset)),
+        )
         trainer = ROPOTrainer(
             self.source.load(start, is_trainable=True),
             args,
             train_dataset=dataset,
             processing_class=self.tokenizer,
             peft_config=self.peft_config if start is None else None,
-            halfway_folder=self.folder / _HALFWAY if self._needs_halfway else None,
+            loss=self.loss,
         )
+        if self._needs_halfway:
+            trainer.save_halfway(self.folder / _HALFWAY)
         trainer.train_or_resume(made_from, title=f"Round {self.number}: training")
         trainer.save_whole(self.model_folder)
         first_margins = trainer.gather_first_margins()
@@ -242,7 +248,7 @@ class Round:
     def _score(self) -> None:
         policy = self.source.load(self.model_folder)
         logps = score_pairs(
-            policy, self.data.tokens, title=f"Round {self.number}: scoring", **batching(self.args, self.tokenizer)
+            policy, self.data.tokens, batching(self.args, self.tokenizer), title=f"Round {self.number}: scoring"
         )
         self._write_tensors("scores.safetensors", _tensors(logps))
 
@@ -331,8 +337,8 @@ class Round:
             policy=Scored(parents=self._scores()[list(lost)], score=self._scorer(policy)),
             reference=None if reference is None else Scored(parents=reference[list(lost)], score=self.reference_of),
             earlier=self._earlier(lost),
-            margins_of=lambda own, base: margins_of(own, base, args),
-            loss_of=lambda margins: losses_of(margins, args),
+            margins_of=lambda own, base: margins_of(own, base, self.loss),
+            loss_of=lambda margins: losses_of(margins, self.loss),
             tokenizer=self.tokenizer,
             max_length=args.max_length,
             rule=args.selection_rule,
@@ -344,8 +350,8 @@ class Round:
         )
 
     def _scorer(self, policy: Callable[[], PreTrainedModel]) -> Scorer:
-        options, title = batching(self.args, self.tokenizer), f"Round {self.number}: scoring samples"
-        return lambda tokens: score_pairs(policy(), tokens, title=title, **options)
+        how, title = batching(self.args, self.tokenizer), f"Round {self.number}: scoring samples"
+        return lambda tokens: score_pairs(policy(), tokens, how, title=title)
 
     def _earlier(self, lost: Sequence[int]) -> Scored | None:
         """The model half way through this round's training, for rules that compare with it."""
@@ -412,11 +418,11 @@ def run_all(
     rounds: list[Round] = []
     if audit is None:
         alpha = resolve_alpha(args.fixed_alpha, is_audited=False)
-        args = args.with_alpha(alpha.value)
         sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
-        alpha, args, scored, trained_on = audit.judgement.alpha, audit.options(), data, audit.training()
+        alpha, scored, trained_on = audit.judgement.alpha, data, audit.training()
+    loss = args.bound_loss(alpha.value)
     for number in range(args.rounds):
         if rounds:
             scored, trained_on = rounds[-1].next_datasets()
@@ -432,6 +438,7 @@ def run_all(
             peft_config=peft_config,
             judge=judge,
             alpha=alpha,
+            loss=loss,
         )
         start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
         digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)

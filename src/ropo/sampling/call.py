@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from ropo.logps.batch import pad_token_id_of
 from ropo.sampling.draw import choose_tokens, draw_noise
 from ropo.sampling.engine import Prompt, Sampling
 
@@ -44,8 +45,7 @@ class Caller:
         self.model = model
         self.causal_lm: Any = getattr(model, "get_base_model", lambda: model)()  # what PEFT wraps
         self.device = next(model.parameters()).device
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad_token_id = int(pad or 0)
+        self.pad_token_id = pad_token_id_of(tokenizer)
         known = inspect.signature(type(self.causal_lm).forward).parameters
         self._has_positions, self._has_logits_to_keep = "position_ids" in known, "logits_to_keep" in known
 

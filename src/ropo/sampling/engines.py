@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ropo.options import Taker
 from ropo.sampling.engine import Engine
 from ropo.sampling.server_engine import ServerEngine
 from ropo.sampling.transformers_engine import TransformersEngine
@@ -46,21 +47,17 @@ class Reach:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpec:
+class EngineSpec(Taker):
     """A kind of engine.
 
     Attributes:
         make: Makes it; cheap, nothing is loaded and nobody is asked.
         meaning: One phrase for the help.
-        needs: Options that it needs.
-        takes: Options that it can do without, with what stands in for them.
         check: Refuses where it could not run; takes the number of processes.
     """
 
     make: Callable[[Reach], Engine]
     meaning: str
-    needs: tuple[str, ...] = ()
-    takes: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[int], None] = lambda _: None
 
 
@@ -96,15 +93,6 @@ ENGINES: Mapping[str, EngineSpec] = MappingProxyType(
     }
 )
 """The engines that options can name. In Python any `Engine` will do."""
-
-
-def engine_options() -> dict[str, list[str]]:
-    """Every option of an engine, with the names of the engines that take it."""
-    takers: dict[str, list[str]] = {}
-    for name, spec in ENGINES.items():
-        for option in (*spec.needs, *spec.takes):
-            takers.setdefault(option, []).append(name)
-    return takers
 
 
 @contextmanager

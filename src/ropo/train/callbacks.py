@@ -127,13 +127,17 @@ class Checks(TrainerCallback):
     """Has the evaluation set scored at evenly spaced steps, the last time at the end, and keeps each time's margins.
 
     Args:
+        last_margins: Gives the margins of the last evaluation, shape (pairs,).
+
+    Attributes:
         number: How often; 0 for never.
-        margins: Gives the margins of the last evaluation, shape (pairs,).
+        margins: Of each check so far, each of shape (pairs,).
     """
 
-    def __init__(self, number: int, margins: Callable[[], Tensor]) -> None:
-        self.number, self.margins = number, margins
-        self.found: list[Tensor] = []
+    def __init__(self, last_margins: Callable[[], Tensor]) -> None:
+        self.number = 0
+        self.margins: list[Tensor] = []
+        self._last_margins = last_margins
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         """Ask for an evaluation where one is due."""
@@ -141,9 +145,9 @@ class Checks(TrainerCallback):
             control.should_evaluate = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        """Keep what was found."""
+        """Keep the margins."""
         if self.number:
-            self.found += [self.margins()] * self._num_due(state)
+            self.margins += [self._last_margins()] * self._num_due(state)
 
     def _num_due(self, state: TrainerState) -> int:
         """Checks that fall on this step; several where there are fewer steps than checks."""

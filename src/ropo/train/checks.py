@@ -1,6 +1,6 @@
 """What a training cannot do, found before anything is read.
 
-In: a `ROPOConfig`. Out: nothing, or one sentence on the option that stands in the way.
+In: a `TrainOptions`. Out: nothing, or one sentence on the option that stands in the way.
 
 The one idea: optimizer and schedule are made once of a single number, with the options that the training will make
 them with. So what a library refuses is known in a millisecond, and not after the reference was scored.
@@ -17,10 +17,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from ropo.config import LIGER_LOSSES, ROPOConfig
 from ropo.options import short
 from ropo.spelling import did_you_mean
 from ropo.train.launch import refuse_other_launch
+from ropo.train.options import LIGER_LOSSES, TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _AFTER_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules whose steps 
 _WITHOUT_OPTIONS = ("constant", "constant_with_warmup")  # schedules that read no `lr_scheduler_kwargs`
 
 
-def check_training(args: ROPOConfig) -> None:
+def check_training(args: TrainOptions) -> None:
     """Refuse what `Trainer` would find out only when the reference has been scored.
 
     Args:
@@ -56,18 +56,16 @@ def check_training(args: ROPOConfig) -> None:
         )
 
 
-def check_warmup(args: ROPOConfig, *, num_pairs: int) -> None:
+def check_warmup(args: TrainOptions, *, num_pairs: int) -> None:
     """Refuse a warm-up that outlasts the training.
 
     Args:
         args: Options.
-        num_pairs: That are trained on; a fold's models are trained on fewer.
+        num_pairs: That the shortest training reads.
 
     Raises:
         ValueError: If the learning rate would never reach `learning_rate`.
     """
-    if args.needs_audit:
-        num_pairs = num_pairs * (args.num_folds - 1) // args.num_folds
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_pairs / per_step * args.num_train_epochs)
     if args.warmup_steps >= max(1, num_steps) and args.warmup_steps > 1:
@@ -77,7 +75,7 @@ def check_warmup(args: ROPOConfig, *, num_pairs: int) -> None:
         )
 
 
-def _check_loggers(args: ROPOConfig) -> None:
+def _check_loggers(args: TrainOptions) -> None:
     for name in args.report_to or []:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
@@ -89,7 +87,7 @@ def _check_loggers(args: ROPOConfig) -> None:
             raise ValueError(f"report_to {name} needs its package; got none. Install it, or leave report_to out.")
 
 
-def _check_liger(args: ROPOConfig) -> None:
+def _check_liger(args: TrainOptions) -> None:
     given = args.liger_kernel_config or {}
     if not args.use_liger_kernel:
         if given:
@@ -111,7 +109,7 @@ def _check_liger(args: ROPOConfig) -> None:
         raise ValueError("use_liger_kernel needs a GPU; got a CPU. Leave it out.")
 
 
-def _optimizer(args: ROPOConfig) -> tuple[Any, dict[str, Any]] | None:
+def _optimizer(args: TrainOptions) -> tuple[Any, dict[str, Any]] | None:
     """Class and arguments of the optimizer; None where only a model could tell.
 
     Raises:
@@ -131,7 +129,7 @@ def _optimizer(args: ROPOConfig) -> tuple[Any, dict[str, Any]] | None:
     return made
 
 
-def _check_optimizer(args: ROPOConfig) -> None:
+def _check_optimizer(args: TrainOptions) -> None:
     name = OptimizerNames(args.optim).value
     given = [part.strip() for part in (args.optim_args or "").split(",")] if args.optim_args else []
     if wrong := next((part for part in given if part.count("=") != 1), None):
@@ -153,7 +151,7 @@ def _check_optimizer(args: ROPOConfig) -> None:
         raise ValueError(f"optim {name} refuses its options: {error}. Correct them, or take another optim.") from None
 
 
-def _is_read(args: ROPOConfig, part: str) -> bool:
+def _is_read(args: TrainOptions, part: str) -> bool:
     """Whether an optimizer's options differ by this one, or it minds what is written there."""
     given, found = args.optim_args, []
     try:
@@ -167,7 +165,7 @@ def _is_read(args: ROPOConfig, part: str) -> bool:
     return any(one != found[0] for one in found)
 
 
-def _check_scheduler(args: ROPOConfig) -> None:
+def _check_scheduler(args: TrainOptions) -> None:
     name, options = SchedulerType(args.lr_scheduler_type).value, args.lr_scheduler_kwargs
     if options and name in _WITHOUT_OPTIONS:
         raise ValueError(f"lr_scheduler_kwargs needs a schedule with options; got lr_scheduler_type {name}. Drop one.")

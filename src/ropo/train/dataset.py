@@ -5,16 +5,26 @@ and the tensors of a batch, in pieces that a forward pass takes at once.
 """
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ropo.data.tokenize import TokenizedPair, TokenizedPairs
-from ropo.logps.batch import LAYOUTS, Batch, split_by_tokens
+from ropo.data.problems import render
+from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
+from ropo.data.validate import read_checked
+from ropo.logps.batch import LAYOUTS, Batch, Batching, pad_token_id_of, split_by_tokens
+from ropo.logps.cache import reference_logps
+from ropo.models.files import check_ids, ids_of
 from ropo.pairs import Pair, PairLogps
+from ropo.train.options import TrainOptions
+
+logger = logging.getLogger(__name__)
 
 
 class PairDataset(Dataset[dict[str, Any]]):
@@ -67,10 +77,10 @@ class PairDataset(Dataset[dict[str, Any]]):
             names: The `annotators` of another dataset.
         """
         number_of = {name: i for i, name in enumerate(names)}
-        found = copy.copy(self)
-        found.annotators = list(names)
-        found.annotator_of = [number_of.get(pair.annotator or "", len(names)) for pair in self.pairs]
-        return found
+        renumbered = copy.copy(self)
+        renumbered.annotators = list(names)
+        renumbered.annotator_of = [number_of.get(pair.annotator or "", len(names)) for pair in self.pairs]
+        return renumbered
 
     def joined(self, new: TokenizedPairs, reference: PairLogps | None) -> "PairDataset":
         """This dataset followed by new pairs; `reference` is theirs."""
@@ -88,6 +98,49 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         # "input_ids" is the name under which `Trainer` looks for the length of an item when it groups by length.
         return {"input_ids": self.tokens[i], "position": i}
+
+
+def batching(args: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> Batching:
+    """How pairs are put into batches for scoring."""
+    return Batching(pad_token_id=pad_token_id_of(tokenizer), use_bf16=args.bf16, max_tokens=args.max_tokens_per_batch)
+
+
+def prepare_dataset(
+    source: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainOptions,
+    *,
+    needs_reference: bool,
+) -> PairDataset | None:
+    """Whatever was given as data, as a `PairDataset`, with reference log-probabilities if they are needed.
+
+    Args:
+        source: Anything that `ropo.data.load.load_pairs` reads; a `PairDataset` or None is returned as it is.
+        model: The reference.
+        tokenizer: Of the model.
+        args: Options.
+        needs_reference: Whether the loss reads them.
+
+    Raises:
+        DataError: If a row cannot be read and `on_bad_rows` says so.
+        ValueError: If no pair is left, or the model lacks a token.
+    """
+    if source is None or isinstance(source, PairDataset):
+        return source
+    _, pairs, problems = read_checked(source, on_bad_rows=args.on_bad_rows)
+    tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
+    if problems := [*problems, *tokenized.problems]:
+        logger.warning("Problems of the data:\n%s", render(problems))
+    if not tokenized.pairs:
+        raise ValueError(f"ROPOTrainer needs at least one pair; got none.\n{render(problems)}")
+    name = model.config.name_or_path or type(model).__name__
+    check_ids(model, tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=name)
+    reference = None
+    if needs_reference:
+        cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
+        reference = reference_logps(model, tokenized.tokens, batching(args, tokenizer), cache_dir=cache_dir)
+    return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """How a run was started: processes, device, precision and the pairs of a step, and whether that is what was asked for.
 
-In: a `ROPOConfig`, the environment that a launcher leaves. Out: a `Launch`, or a sentence that says what differs.
+In: a `TrainOptions`, the environment that a launcher leaves. Out: a `Launch`, or a sentence that says what differs.
 """
 
 import logging
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ropo.config import ROPOConfig
 from ropo.provenance import read_json, write_json
+from ropo.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Launch:
     num_accumulated: int
 
     @classmethod
-    def of(cls, args: ROPOConfig) -> "Launch":
+    def of(cls, args: TrainOptions) -> "Launch":
         """The launch that these options belong to."""
         return cls(
             num_processes=args.world_size,
@@ -59,7 +59,7 @@ class Launch:
         )
 
 
-def refuse_other_launch(args: ROPOConfig) -> None:
+def refuse_other_launch(args: TrainOptions) -> None:
     """Refuse to run as something else than the launcher was asked for.
 
     Raises:
@@ -112,5 +112,5 @@ def tell_other_launch(folder: Path, launch: Launch) -> None:
         write_json(path, {"last": str(launch)})
 
 
-def _mixed_precision(args: ROPOConfig) -> str:
+def _mixed_precision(args: TrainOptions) -> str:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ropo.config import ROPOConfig
+from ropo.train.options import TrainOptions
 
 _FOLDER = "logs"
 
 
 @contextmanager
-def tracked(args: ROPOConfig, stage: Path) -> Iterator[None]:
+def tracked(args: TrainOptions, stage: Path) -> Iterator[None]:
     """Name the places of loggers for one training; also to be used as a decorator of it.
 
     What the user has set in the environment stays: TensorBoard gets a folder for each training in the one that

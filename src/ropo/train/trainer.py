@@ -1,28 +1,24 @@
 """`ROPOTrainer`: one noise-tolerant training stage on weighted preference pairs.
 
-In: a model, pairs with weights and reference log-probabilities, a `ROPOConfig`. Out: a trained model, a log, and the
+In: a model, pairs with weights and reference log-probabilities, `TrainOptions`. Out: a trained model, a log, and the
 margin each pair had when the model first saw it.
 
-It stands on the public surface of `transformers.Trainer`: `compute_loss`, `get_batch_samples`, `prediction_step`,
-`log` and callbacks; the one exception is `_get_train_sampler`, without which an epoch would not resume in its order.
-What `Trainer` and `accelerate` give (mixed precision, accumulation, checkpoints, loggers, several devices) is
-therefore there.
+It builds on the public methods of `transformers.Trainer`: `compute_loss`, `get_batch_samples`, `prediction_step`, `log`
+and callbacks; the one exception is `_get_train_sampler`, without which an epoch would not resume in its order. So what
+`Trainer` and `accelerate` offer is there: mixed precision, accumulation, checkpoints, loggers, several devices.
 """
 
 import contextlib
-import copy
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypedDict, Unpack
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from transformers import (
@@ -32,26 +28,17 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    set_seed,
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import ropo
-from ropo.config import ROPOConfig, check_config
-from ropo.data.problems import render
-from ropo.data.tokenize import tokenize_pairs
-from ropo.data.validate import read_checked
-from ropo.logps.batch import Batch
-from ropo.logps.cache import reference_logps
+from ropo.logps.batch import Batch, pad_token_id_of
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
-from ropo.losses import LOSSES, bind_loss, gradient_weight, re_po_posterior
-from ropo.models.files import check_ids, ids_of, not_finite
-from ropo.models.source import PolicySource, check_adapter, find_model, load_tokenizer
-from ropo.pairs import PairLogps, margin, margin_per_token
+from ropo.losses import BoundLoss
+from ropo.pairs import PairLogps
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
-from ropo.spelling import in_trl
 from ropo.train.callbacks import (
     AfterStep,
     Checks,
@@ -64,21 +51,25 @@ from ropo.train.callbacks import (
 )
 from ropo.train.checkpoints import find_checkpoint, newest_complete, remove_incomplete, remove_others
 from ropo.train.checks import check_training
-from ropo.train.dataset import PairCollator, PairDataset
+from ropo.train.dataset import PairCollator, PairDataset, prepare_dataset
+from ropo.train.failures import check_finite, how_to_save_memory
 from ropo.train.launch import Launch
 from ropo.train.metrics import RunningMeans, of_margins
+from ropo.train.model import make_ready, with_adapter
+from ropo.train.objective import Objective, warn_about_alpha
+from ropo.train.options import TrainOptions, check_kind, instead_of
 
 logger = logging.getLogger(__name__)
 
 # Most unique tokens in one forward pass on a CPU, unless the user says otherwise. More costs memory and gains nothing.
 _CPU_TOKENS = 2048
 
-# A pair whose gradient is smaller gets none. It would move no weight; but on a CPU the products behind it meet numbers
-# below 1e-38, with which they take up to twenty times as long.
-_SMALLEST_GRADIENT = 1e-20
 
-_RELIABILITY_RATE = 0.1  # step of the moving average of annotator reliability (arXiv:2509.24159, eq. 7)
-_MOMENTS_RATE = 0.02  # step of the moving moments of margins (arXiv:2608.30597, the main recipe)
+class TrainerOptions(TypedDict, total=False):
+    """What is handed on to `transformers.Trainer` as it is."""
+
+    callbacks: list[TrainerCallback] | None
+    optimizers: tuple[Any, Any]
 
 
 class ROPOTrainer(Trainer):
@@ -89,20 +80,16 @@ class ROPOTrainer(Trainer):
 
     Args:
         model: A causal language model, or the folder or hub id of one.
-        args: Options.
+        args: Options, such as a `ROPOConfig`.
         train_dataset: Pairs, a `PairDataset`, or anything that `ropo.data.load.load_pairs` reads.
         eval_dataset: Likewise.
         processing_class: The tokenizer; loaded from where the model is when not given.
         peft_config: Wraps the model with an adapter; the model without it is then the reference.
-        callbacks: As for `Trainer`.
-        optimizers: As for `Trainer`.
-        halfway_folder: Where the model is saved half way through its training, if anywhere.
-        num_checks: How often `eval_dataset` is scored in training, evenly spaced, the last time at its end; the margins
-            are then in `check_margins`.
-        **unknown: None is taken. It is here so that `ref_model`, which TRL takes, is answered in a sentence.
+        loss: The loss; by default that of `args`.
+        **others: `callbacks` and `optimizers`, as for `Trainer`.
 
     Raises:
-        TypeError: If `args` is no `ROPOConfig`, or a keyword is unknown.
+        TypeError: If `args` is no `TrainOptions`, or a keyword is unknown.
         ValueError: If the data is empty or not fit for training; if several GPUs are used in one process.
         FloatingPointError: If a loss is not finite; the message names the pairs.
     """
@@ -113,61 +100,41 @@ class ROPOTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        args: ROPOConfig,
+        args: TrainOptions,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        num_checks: int = 0,
-        halfway_folder: Path | None = None,
-        **unknown: NoReturn,
+        loss: BoundLoss | None = None,
+        **others: Unpack[TrainerOptions],
     ) -> None:
-        for name in unknown:
-            raise TypeError(f"ROPOTrainer takes no {name}.{in_trl(name)}")
-        check_config(args, taker="ROPOTrainer")
+        for name in others.keys() - TrainerOptions.__annotations__:  # `ref_model`, which TRL takes, is answered
+            raise TypeError(f"ROPOTrainer takes no {name}.{instead_of(name)}")
+        check_kind(args, TrainOptions, taker="ROPOTrainer")
         check_training(args)
-        model, self.tokenizer = _model_and_tokenizer(model, processing_class)
-        self.pad_token_id: int = self.tokenizer.pad_token_id
-        if self.pad_token_id is None:
-            self.pad_token_id = self.tokenizer.eos_token_id
-        turn_dropout_off(model)
-        if peft_config is not None:
-            check_adapter(model, peft_config)
+        model, self.tokenizer = make_ready(model, processing_class, peft_config)
         model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
-        train_dataset = self._prepare(train_dataset, model, args)
-        eval_dataset = self._prepare(eval_dataset, model, args)
+        bound_loss = loss or args.bound_loss()
+        train_dataset, eval_dataset = (
+            prepare_dataset(source, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference)
+            for source in (train_dataset, eval_dataset)
+        )
         if train_dataset is not None and eval_dataset is not None:
             eval_dataset = eval_dataset.with_annotators(train_dataset.annotators)
         sample = eval_dataset if train_dataset is None else train_dataset
         if sample is None:
             raise ValueError("ROPOTrainer needs train_dataset or eval_dataset; got neither.")
-        if peft_config is not None:
-            set_seed(args.seed)  # an adapter begins at random, and `Trainer` sets the seed only later
-            model = get_peft_model(model, copy.deepcopy(peft_config))  # type: ignore[assignment] # it writes into it
-        self.layout, reason = choose_layout(
-            model,
-            sample.tokens,
-            pad_token_id=self.pad_token_id,
-            use_bf16=args.bf16,
-            is_trained=train_dataset is not None,
-        )
-        _tell_once(f"Forward: {self.layout}, since {reason}.")
+        model = with_adapter(model, peft_config, seed=args.seed)
         self.options = args
+        self.layout = self._choose_layout(model, sample, is_trained=train_dataset is not None)
+        if train_dataset is not None and loss is None:
+            warn_about_alpha(args)
+        self.training_objective = Objective(bound_loss, num_annotators=len(sample.annotators), device=args.device)
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
-        self.spec = LOSSES[args.loss]
-        if train_dataset is not None:
-            _say_which_alpha(args)
-        self.loss_of_margin = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
-        # The last one is that of annotators who are in the evaluation set only; nothing is learned of them.
-        self.reliability = torch.full((len(sample.annotators) + 1,), args.reliability or 0.9, device=args.device)
-        self.moments = torch.zeros(3, device=args.device)  # sums of weights, means and variances: `update_moments`
-        self._step_margins: list[Tensor] = []
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
         self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"), device=args.device)
-        self._checks = Checks(num_checks, self.gather_eval_margins)
+        self._checks = Checks(self.gather_eval_margins)
         self._order: Replayable | None = None
         self._order_to_replay: Tensor | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
@@ -179,14 +146,8 @@ class ROPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.tokenizer,
-            callbacks=[
-                *(callbacks or []),
-                self._checks,
-                AfterStep(self.update_moments),
-                CompleteCheckpoint(self._learned, limit=args.save_total_limit),
-                *([Halfway(partial(self.save_whole, halfway_folder))] if halfway_folder is not None else []),
-            ],
-            optimizers=optimizers,
+            callbacks=[*(others.get("callbacks") or []), *self._own_callbacks()],
+            optimizers=others.get("optimizers", (None, None)),
         )
         self.label_names = []
         self._keep_outputs_in_float32()
@@ -194,6 +155,41 @@ class ROPOTrainer(Trainer):
         for kind in (PrinterCallback, ProgressCallback):  # the second prints every line of the log as well
             self.remove_callback(kind)
         self.add_callback(self._shown)
+
+    def _choose_layout(self, model: nn.Module, sample: PairDataset, *, is_trained: bool) -> str:
+        """The fastest forward that agrees with the plain one; which, is logged."""
+        layout, reason = choose_layout(
+            model,
+            sample.tokens,
+            pad_token_id=pad_token_id_of(self.tokenizer),
+            use_bf16=self.options.bf16,
+            is_trained=is_trained,
+        )
+        _log_once(f"Forward: {layout}, since {reason}.")
+        return layout
+
+    def _own_callbacks(self) -> list[TrainerCallback]:
+        return [
+            self._checks,
+            AfterStep(self.training_objective.update_moments),
+            CompleteCheckpoint(self._learned, limit=self.options.save_total_limit),
+        ]
+
+    def check_evenly(self, num_checks: int) -> None:
+        """Score `eval_dataset` in training, too.
+
+        Args:
+            num_checks: How often, evenly spaced, the last time at the end; the margins are then in `check_margins`.
+        """
+        self._checks.number = num_checks
+
+    def save_halfway(self, folder: Path) -> None:
+        """Save the model half way through its training, too.
+
+        Args:
+            folder: Where.
+        """
+        self.add_callback(Halfway(partial(self.save_whole, folder)))
 
     def _keep_outputs_in_float32(self) -> None:
         """FSDP2 would hand out log-probabilities in half precision, a tenth of a nat from what they are."""
@@ -207,27 +203,10 @@ class ROPOTrainer(Trainer):
         max_tokens = self.options.max_tokens_per_batch
         if max_tokens is None and self.options.device.type == "cpu":
             max_tokens = _CPU_TOKENS
-        if not self.spec.allows_pieces:
+        if not self.training_objective.spec.allows_pieces:
             max_tokens = None
-        return PairCollator(dataset=dataset, layout=self.layout, pad_token_id=self.pad_token_id, max_tokens=max_tokens)
-
-    def _prepare(self, source: Any, model: PreTrainedModel, args: ROPOConfig) -> PairDataset | None:
-        """Whatever was given as data, as a `PairDataset` with reference log-probabilities if the loss needs them."""
-        if source is None or isinstance(source, PairDataset):
-            return source
-        _, pairs, problems = read_checked(source, on_bad_rows=args.on_bad_rows)
-        tokenized = tokenize_pairs(pairs, self.tokenizer, max_length=args.max_length)
-        if problems := [*problems, *tokenized.problems]:
-            logger.warning("Problems of the data:\n%s", render(problems))
-        if not tokenized.pairs:
-            raise ValueError(f"ROPOTrainer needs at least one pair; got none.\n{render(problems)}")
-        name = model.config.name_or_path or type(model).__name__
-        check_ids(model, self.tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=name)
-        reference = None
-        if LOSSES[args.loss].needs_reference:
-            cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
-            reference = reference_logps(model, tokenized.tokens, cache_dir=cache_dir, **batching(args, self.tokenizer))
-        return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
+        pad_token_id = pad_token_id_of(self.tokenizer)
+        return PairCollator(dataset=dataset, layout=self.layout, pad_token_id=pad_token_id, max_tokens=max_tokens)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:  # type: ignore[override]  # noqa: FBT001
         """As in `Trainer`; a checkpoint also brings back reliability, moments, margins and the epoch's order.
@@ -256,12 +235,11 @@ class ROPOTrainer(Trainer):
 
     def _restore(self, checkpoint: Path) -> None:
         """Bring back what `_learned` saved."""
-        kept = saved_with(checkpoint)
-        self.reliability = kept["reliability"].to(self.args.device)
-        self.moments = kept["moments"].to(self.args.device)
-        self.first_margins = kept["first_margins"].to(self.args.device)
-        self._checks.found = list(kept["check_margins"])
-        self._order_to_replay = kept["order"] if len(kept["order"]) else None
+        saved = saved_with(checkpoint)
+        self.training_objective.restore(saved)
+        self.first_margins = saved["first_margins"].to(self.args.device)
+        self._checks.margins = list(saved["check_margins"])
+        self._order_to_replay = saved["order"] if len(saved["order"]) else None
 
     def train_or_resume(self, made_from: Any, *, title: str = "Training") -> None:
         """Train; go on from the last complete checkpoint in the output folder if one of this training is there.
@@ -276,20 +254,19 @@ class ROPOTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         remove_others(folder, made_from=hash_value([made_from, asdict(Launch.of(self.options)), ropo.__version__]))
         self.add_callback(NoneAtTheEnd)
-        found = newest_complete(folder)
-        self.train(resume_from_checkpoint=None if found is None else str(found))
+        newest = newest_complete(folder)
+        self.train(resume_from_checkpoint=None if newest is None else str(newest))
 
     @property
     def check_margins(self) -> list[Tensor]:
         """Margins of the evaluation set at each check so far, each of shape (pairs,)."""
-        return self._checks.found
+        return self._checks.margins
 
     def _learned(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside weights and optimizer; `train` brings it back."""
         checks = self.check_margins
         return {
-            "reliability": self.reliability.cpu(),
-            "moments": self.moments.cpu(),
+            **self.training_objective.state(),
             "first_margins": self.gather_first_margins(),
             "check_margins": torch.stack(checks) if checks else torch.zeros(0, 1),
             "order": self._order_of_epoch(),
@@ -372,20 +349,11 @@ class ROPOTrainer(Trainer):
                     losses.append(super().training_step(model, piece, num_items_in_batch))
             losses.append(super().training_step(model, last, num_items_in_batch))
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"{self._how_to_save_memory(inputs['pieces'])} ({error})") from error
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            allows_pieces = self.training_objective.spec.allows_pieces and not is_sharded
+            remedy = how_to_save_memory(inputs["pieces"], allows_pieces=allows_pieces)
+            raise torch.OutOfMemoryError(f"{remedy} ({error})") from error
         return torch.stack(losses).sum()
-
-    def _how_to_save_memory(self, pieces: list[Batch]) -> str:
-        """What to change when the largest of these pieces does not fit, in a few sentences."""
-        tokens = max(piece["input_ids"].numel() for piece in pieces)
-        said = f"Training ran out of the device's memory in a forward and backward pass over {tokens:,} tokens. "
-        if max(len(piece["position"]) for piece in pieces) == 1:
-            return said + "It was a single pair: lower max_length, use bf16 and gradient_checkpointing, or use_peft."
-        if self.spec.allows_pieces and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            said += f"Set max_tokens_per_batch to {tokens // 2} or less: a step and its loss stay the same. "
-        else:
-            said += "Halve per_device_train_batch_size and double gradient_accumulation_steps. "
-        return said + "Or use bf16, gradient_checkpointing or use_peft."
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six operations for each token of the input and each parameter, which are counted once."""
@@ -400,11 +368,11 @@ class ROPOTrainer(Trainer):
     ) -> Any:
         """Weighted mean loss over the pairs of the whole step: every accumulated batch of every process."""
         logps = FORWARDS[self.layout](model, inputs)
-        h = self._margin(logps, inputs)
-        if h.requires_grad:
-            h.register_hook(_without_the_smallest)
-        loss = self._loss(h, inputs)
-        self._stop_if_not_finite(model, loss, inputs)
+        h = self.training_objective.margin(logps, inputs)
+        step = self.state.global_step
+        loss = self.training_objective.loss(h, inputs, progress=step / max(self.state.max_steps, 1))
+        pairs = self.pairs["train" if torch.is_grad_enabled() else "eval"]
+        check_finite(model, loss, pairs, inputs["position"], step=step)
         self._remember(h, logps, inputs)
         total = (loss * inputs["weight"]).sum()
         if num_items_in_batch is None:
@@ -434,18 +402,18 @@ class ROPOTrainer(Trainer):
         """As in `Trainer`; an evaluation set that is not the training set brings its own collator."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(dataset, PairDataset):
-            self.data_collator, kept = self._collator(dataset), self.data_collator
+            self.data_collator, before = self._collator(dataset), self.data_collator
             try:
                 return super().get_eval_dataloader(dataset)
             finally:
-                self.data_collator = kept
+                self.data_collator = before
         return super().get_eval_dataloader(eval_dataset)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of every metric in METRICS over the pairs since the last time."""
         mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
-        found = self._means[mode].take(partial(self.accelerator.reduce, reduction="sum"))
-        logs |= {prefix + name: value for name, value in found.items()}
+        means = self._means[mode].take(partial(self.accelerator.reduce, reduction="sum"))
+        logs |= {prefix + name: value for name, value in means.items()}
         super().log(logs, start_time)
 
     def gather_first_margins(self) -> Tensor:
@@ -467,97 +435,17 @@ class ROPOTrainer(Trainer):
         seen: Tensor = self.accelerator.gather(mine[None])
         return seen.nanmean(dim=0).cpu()  # a pair is seen by one process, or by two where the last batch is filled up
 
-    def _margin(self, logps: PairLogps, inputs: Batch) -> Tensor:
-        if self.spec.per_token:
-            return margin_per_token(logps, beta=self.options.beta)
-        if "reference_chosen" not in inputs:
-            if self.spec.needs_reference:
-                raise ValueError(
-                    f"{self.options.loss} needs reference log-probs; the PairDataset has none. Pass reference=."
-                )
-            return self.options.beta * (logps.chosen - logps.rejected)
-        reference = PairLogps(chosen=inputs["reference_chosen"], rejected=inputs["reference_rejected"])
-        return margin(logps, reference, beta=self.options.beta)
-
-    def _loss(self, h: Tensor, inputs: Batch) -> Tensor:
-        """Loss per pair, given exactly the inputs it names; a loss of the whole batch sees that of all processes."""
-        gather = self.accelerator.gather if self.spec.needs_whole_batch else lambda here: here
-        known: dict[str, Callable[[], Tensor | float]] = {
-            "reliability": lambda: gather(self.reliability[inputs["annotator"]]),
-            "moments": lambda: self.moments[1:] / self.moments[0].clamp(min=_MOMENTS_RATE),
-            "progress": lambda: self.state.global_step / max(self.state.max_steps, 1),
-            "reference_ratio": lambda: gather(inputs["reference_chosen"] - inputs["reference_rejected"]),
-        }
-        given = {name: known[name]() for name in self.spec.inputs}
-        if not self.spec.needs_whole_batch:
-            loss = self.loss_of_margin(h, **given)
-        else:
-            # Pairs of other processes are numbers here; in their own process they have their gradient.
-            first, numbers = self.accelerator.process_index * len(h), gather(h.detach())
-            whole = torch.cat([numbers[:first], h, numbers[first + len(h) :]])
-            loss = self.loss_of_margin(whole, **given)[first : first + len(h)]
-        if torch.is_grad_enabled():
-            self._learn(h.detach(), inputs)
-        return loss
-
-    def _learn(self, h: Tensor, inputs: Batch) -> None:
-        if "reliability" in self.spec.inputs:
-            self._update_reliability(h, inputs["annotator"])
-        if "moments" in self.spec.inputs:
-            self._step_margins.append(h)
-
-    def update_moments(self) -> None:
-        """Moving mean and variance of the margins of each optimizer step (arXiv:2608.30597), over all processes.
-
-        The paper does not say where they start. Here the averages carry the sum of their weights, which they are
-        divided by, so that they start nowhere: after n steps they are averages of n steps.
-        """
-        if self._step_margins:
-            h = self.accelerator.gather(torch.cat(self._step_margins))
-            of_step = torch.stack([torch.ones_like(h[0]), h.mean(), h.var(correction=0)])
-            self.moments = (1 - _MOMENTS_RATE) * self.moments + _MOMENTS_RATE * of_step
-            self._step_margins.clear()
-
-    def _update_reliability(self, h: Tensor, who: Tensor) -> None:
-        """Moving average of the posterior that a label is right, per annotator (arXiv:2509.24159, eq. 7)."""
-        posterior = re_po_posterior(h, self.reliability[who])
-        zeros = torch.zeros_like(self.reliability)
-        sums = torch.stack([zeros.index_add(0, who, posterior), zeros.index_add(0, who, torch.ones_like(posterior))])
-        total, count = self.accelerator.reduce(sums, reduction="sum")
-        moved = (1 - _RELIABILITY_RATE) * self.reliability + _RELIABILITY_RATE * total / count.clamp(min=1)
-        self.reliability = torch.where(count > 0, moved, self.reliability)
-
-    def _stop_if_not_finite(self, model: nn.Module, loss: Tensor, inputs: Batch) -> None:
-        if bool(torch.isfinite(loss).all()):
-            return
-        if names := not_finite(model):
-            has_learned = self.state.global_step > 0
-            remedy = (
-                "Lower the learning rate, or use bf16 instead of fp16" if has_learned else "Take another copy of it"
-            )
-            raise FloatingPointError(
-                f"The model has NaN or infinity in {names} at step {self.state.global_step}. {remedy}."
-            )
-        where = inputs["position"][~torch.isfinite(loss)].tolist()
-        pairs = self.pairs["train" if torch.is_grad_enabled() else "eval"]
-        names = ", ".join(f"row {pairs[i].row} (pair {pairs[i].id})" for i in where[:10])
-        raise FloatingPointError(
-            f"The loss is not finite for {names} at step {self.state.global_step}. Lower the learning rate, use "
-            "bf16 instead of fp16, or look at these pairs with `ropo validate`."
-        )
-
     def _remember(self, h: Tensor, logps: PairLogps, inputs: Batch) -> None:
         """Add the batch to the running metrics, and keep the margins of pairs that are seen for the first time."""
-        h, chosen, rejected = h.detach().float(), logps.chosen.detach(), logps.rejected.detach()
+        h, detached = h.detach().float(), PairLogps(chosen=logps.chosen.detach(), rejected=logps.rejected.detach())
         is_training = torch.is_grad_enabled()
-        found = {"logps/chosen": chosen, "logps/rejected": rejected}
-        if "reference_chosen" in inputs:
-            found["rewards/chosen"] = self.options.beta * (chosen - inputs["reference_chosen"])
-            found["rewards/rejected"] = self.options.beta * (rejected - inputs["reference_rejected"])
-        found |= of_margins(h)
-        if self.spec.is_per_pair:
-            found["gradient_weight"] = gradient_weight(self.loss_of_margin, h)
-        self._means["train" if is_training else "eval"].add(found)
+        values = {"logps/chosen": detached.chosen, "logps/rejected": detached.rejected}
+        values |= (
+            self.training_objective.rewards(detached, inputs)
+            | of_margins(h)
+            | self.training_objective.gradient_weight(h)
+        )
+        self._means["train" if is_training else "eval"].add(values)
         # Nothing here asks the device for a value, which would make it wait.
         where = inputs["position"]
         if is_training:
@@ -567,72 +455,7 @@ class ROPOTrainer(Trainer):
             self.eval_margins[where] = h
 
 
-def _model_and_tokenizer(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Both, loaded where they are not given."""
-    place: str = find_model(model) if isinstance(model, str) else model.config.name_or_path or ""
-    if isinstance(model, str):
-        model = PolicySource(place).load()
-    if tokenizer is None and not place:
-        raise ValueError("ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer.")
-    return model, tokenizer or load_tokenizer(place)
-
-
-def _say_which_alpha(args: ROPOConfig) -> None:
-    if args.alpha == "auto":
-        logger.warning(
-            "alpha is %g, the paper's: a training alone estimates nothing and filters nothing. Give a number, take "
-            "loss='dpo', or leave both to run_rounds.",
-            LOSSES[args.loss].default("alpha"),
-        )
-
-
 @cache
-def _tell_once(sentence: str) -> None:
+def _log_once(sentence: str) -> None:
     """An audit makes a trainer for each fold."""
     logger.info(sentence)
-
-
-def _without_the_smallest(gradient: Tensor) -> Tensor:
-    return torch.where(gradient.abs() < _SMALLEST_GRADIENT, 0.0, gradient)
-
-
-def turn_dropout_off(model: nn.Module) -> None:
-    """A margin compares two probabilities of one text; dropout would make both depend on chance."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # a number that is given to the kernel
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-def margins_of(policy: PairLogps, reference: PairLogps | None, args: ROPOConfig) -> NDArray[np.float64]:
-    """Margins as the chosen loss reads them, shape (pairs,), nats.
-
-    Args:
-        policy: Log-probabilities under the policy.
-        reference: The same under the reference; not used by reference-free losses.
-        args: `loss` and `beta` count.
-    """
-    if LOSSES[args.loss].per_token:
-        return margin_per_token(policy, beta=args.beta).double().numpy()
-    assert reference is not None  # noqa: S101 - `prepare` computes it for every loss that reads it
-    return margin(policy, reference, beta=args.beta).double().numpy()
-
-
-def losses_of(margins: NDArray[np.float64], args: ROPOConfig) -> NDArray[np.float64]:
-    """Training loss at each margin, shape (pairs,)."""
-    loss = bind_loss(args.loss, beta=args.beta, options=args.loss_options)
-    values: NDArray[np.float64] = loss(torch.from_numpy(np.ascontiguousarray(margins))).numpy()
-    return values
-
-
-def batching(args: ROPOConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """How pairs are put into batches for scoring, as keyword arguments."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {
-        "pad_token_id": pad,
-        "use_bf16": args.bf16,
-        "max_tokens": args.max_tokens_per_batch,
-    }

@@ -3,8 +3,7 @@
 import pytest
 
 from ropo_bench import cell
-from ropo_bench.policy_score import each
-from ropo_bench.task import Task
+from ropo_bench.task import Task, each
 from ropo_bench.toy import gold_reward, make_model, make_pairs, make_tokenizer
 
 
@@ -13,14 +12,15 @@ def small_task(monkeypatch):
     """Stands in for `reviews`; returns the list of calls that made it."""
     made = []
 
-    def make(folder, *, num_pairs, num_held_out, seed, source):
-        made.append(seed)
+    def make(folder, options):
+        made.append(options.seed)
+        num_pairs = options.num_pairs
         model = folder / "small"
         if not (model / "tokenizer.json").exists():
             tokenizer = make_tokenizer()
             make_model(tokenizer, seed=0).save_pretrained(model)
             tokenizer.save_pretrained(model)
-        pairs = make_pairs(num_pairs + num_held_out, seed=1000 * seed, min_gap=1.5)
+        pairs = make_pairs(num_pairs + options.num_held_out, seed=1000 * options.seed, min_gap=1.5)
         return Task(
             name="reviews",
             model=model,

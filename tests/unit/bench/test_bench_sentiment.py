@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
 from ropo_bench import sentiment
+from ropo_bench.task import TaskOptions
 from ropo_bench.tasks import TASKS
 from ropo_bench.word_reward import WordReward
 
@@ -59,7 +60,7 @@ def made(folder, source, _small):
 
 
 def test_task_has_right_labels(folder, source, made):
-    task = TASKS["sentiment"](folder, num_pairs=30, num_held_out=10, seed=1, source=source)
+    task = TASKS["sentiment"](folder, TaskOptions(num_pairs=30, num_held_out=10, seed=1, source=source))
     assert [pair.row for pair in [*task.pairs, *task.held_out]] == list(range(40))
     assert len({pair.id for pair in [*task.pairs, *task.held_out]}) == 40
     assert not {pair.prompt for pair in task.pairs} & {pair.prompt for pair in task.held_out}
@@ -171,7 +172,8 @@ def test_missing_data_is_named(tmp_path, name, message):
     (tmp_path / "text").write_text("no zip")
     with pytest.raises(ValueError, match=f"task sentiment needs .*{message}"):
         TASKS["sentiment"](
-            tmp_path, num_pairs=1, num_held_out=1, seed=0, source=None if name is None else tmp_path / name
+            tmp_path,
+            TaskOptions(num_pairs=1, num_held_out=1, seed=0, source=None if name is None else tmp_path / name),
         )
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from ropo.evaluate.measures import auroc, average_precision, mean_of, precision_recall, share_of
 from ropo_bench import toy
-from ropo_bench.policy_score import each, score_policy
+from ropo_bench.policy_score import score_policy
+from ropo_bench.task import GoldStandard, each
 
 
 def test_auroc_counts_ties_half():
@@ -43,11 +44,11 @@ def test_a_tokenizer_without_a_pad_token_is_scored():
     """Base models of the hub have none."""
     tokenizer = toy.make_tokenizer()
     model, pairs = toy.make_model(tokenizer), toy.make_pairs(8, seed=1)
-    options = {"num_samples": 4, "max_length": 128, "max_new_tokens": 4, "seed": 0}
+    gold = GoldStandard(pairs=pairs, rewards=each(toy.gold_reward), max_length=128, max_new_tokens=4)
     scores = []
     for pad_token in (tokenizer.pad_token, None):
         tokenizer.pad_token = pad_token
-        scores.append(score_policy(model, model, tokenizer, pairs, each(toy.gold_reward), **options))
+        scores.append(score_policy(model, model, tokenizer, gold, num_samples=4))
     assert scores[0].accuracy == scores[1].accuracy
 
 
@@ -62,6 +63,7 @@ def test_a_sample_without_a_verdict_has_no_part_in_the_gold_reward():
     """Nor is it as good as the best response, which a reward of 0 would say."""
     tokenizer = toy.make_tokenizer()
     model, pairs = toy.make_model(tokenizer), toy.make_pairs(8, seed=1)
-    options = {"num_samples": 4, "max_length": 128, "max_new_tokens": 4, "seed": 0}
-    found = score_policy(model, model, tokenizer, pairs, lambda *_: [-2.0, np.nan, -4.0, np.nan], **options)
+    rewards = [-2.0, np.nan, -4.0, np.nan]
+    gold = GoldStandard(pairs=pairs, rewards=lambda *_: rewards, max_length=128, max_new_tokens=4)
+    found = score_policy(model, model, tokenizer, gold, num_samples=4)
     assert (found.gold.value, found.gold.count) == (-3.0, 2)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ropo import Pair
-from ropo.judge.make import JUDGES
+from ropo.judge.options import JUDGES
 from ropo_bench import grid as bench_grid
 from ropo_bench import own
 from ropo_bench.grid import run_bench

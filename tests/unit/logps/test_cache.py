@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps import cache, score
+from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_features, reference_hash, reference_logps
 from ropo.logps.features import FeatureReader, Sketch
 from ropo.pairs import PairFeatures
@@ -30,16 +31,16 @@ def computed(monkeypatch):
     """Number of pairs that went through the model in each call."""
     counts = []
 
-    def counting(model, tokens, **options):
+    def counting(model, tokens, batching, **options):
         counts.append(len(tokens))
-        return score.score_pairs(model, tokens, **options)
+        return score.score_pairs(model, tokens, batching, **options)
 
     monkeypatch.setattr(cache, "score_pairs", counting)
     return counts
 
 
 def read(model, tokens, folder, **options):
-    return reference_logps(model, tokens, cache_dir=folder, pad_token_id=0, **options)
+    return reference_logps(model, tokens, Batching(pad_token_id=0, **options), cache_dir=folder)
 
 
 def test_second_time_costs_nothing(model, tokens, tmp_path, computed):
@@ -178,7 +179,7 @@ SKETCH = Sketch(num_outputs=6, num_inputs=5)
 
 
 def read_both(model, tokens, folder, sketch=SKETCH, **options):
-    return reference_features(model, tokens, sketch=sketch, cache_dir=folder, pad_token_id=0, **options)
+    return reference_features(model, tokens, Batching(pad_token_id=0, **options), sketch=sketch, cache_dir=folder)
 
 
 def assert_same(found, wanted):
@@ -193,7 +194,8 @@ def assert_same(found, wanted):
 def test_features_are_those_of_the_pass(model, tokens, tmp_path, computed):
     batches = []
     reader = FeatureReader(model, SKETCH)
-    score.score_pairs(model, tokens, pad_token_id=0, reader=reader, on_batch=lambda *batch: batches.append(batch))
+    batching = Batching(pad_token_id=0)
+    score.score_pairs(model, tokens, batching, reader=reader, on_batch=lambda *batch: batches.append(batch))
     rows = np.concatenate([[row[0] for row in rows] for rows, _ in batches])
     blocks = {name: torch.cat([one[name] for _, one in batches]).numpy() for name in batches[0][1]}
     wanted = PairFeatures(blocks={name: block[np.argsort(rows)] for name, block in blocks.items()})
@@ -290,6 +292,7 @@ import torch
 from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
+from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_features
 from ropo.logps.features import Sketch
 torch.set_num_threads(1)
@@ -298,7 +301,8 @@ tokens = torch.load(sys.argv[2], weights_only=False)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 folder = Path(sys.argv[3])
 logps, features = reference_features(
-    model, tokens, sketch=Sketch(num_outputs=6, num_inputs=5), cache_dir=folder, pad_token_id=0, max_tokens=300
+    model, tokens, Batching(pad_token_id=0, max_tokens=300), sketch=Sketch(num_outputs=6, num_inputs=5),
+    cache_dir=folder,
 )
 assert len(list(folder.glob("*/features*/*.safetensors"))) == state.num_processes == 2
 torch.save((logps, features), f"{sys.argv[4]}.{state.process_index}")

@@ -5,6 +5,7 @@ import torch
 
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps import score
+from ropo.logps.batch import Batching
 from ropo.logps.features import FeatureReader, Sketch
 from ropo.logps.score import score_pairs
 
@@ -17,7 +18,8 @@ def tokens(pairs, tokenizer):
 def scored(model, tokens, **options):
     """Log-probabilities of the chosen responses, and the most unique tokens in a batch of several pairs."""
     batches = []
-    found = score_pairs(model, tokens, pad_token_id=0, on_batch=lambda rows, _: batches.append(rows), **options)
+    batching = Batching(pad_token_id=0, **options)
+    found = score_pairs(model, tokens, batching, on_batch=lambda rows, _: batches.append(rows))
     sizes = [sum(len(tokens[row[0]]) for row in batch) for batch in batches if len(batch) > 1]
     return found.chosen, max(sizes, default=0)
 
@@ -61,7 +63,7 @@ def test_batches_that_do_not_fit_are_halved(model, tokens, monkeypatch):
     whole, _ = scored(model, alike)
     device = SmallDevice(monkeypatch, fits=2 * max(size, len(tokens[1])))
     found = score_pairs(
-        model, alike, pad_token_id=0, max_tokens=4 * max(size, len(tokens[1])),
+        model, alike, Batching(pad_token_id=0, max_tokens=4 * max(size, len(tokens[1]))),
         on_batch=lambda rows, _: seen.extend(row[0] for row in rows),
     )  # fmt: skip
     torch.testing.assert_close(found.chosen, whole, rtol=1e-5, atol=1e-4)
@@ -81,7 +83,8 @@ def test_features_of_batches_that_are_halved(model, tokens, monkeypatch):
     found, reader = [], FeatureReader(model, Sketch(num_outputs=3, num_inputs=2))
     for fits in (10**6, max(map(len, tokens))):
         device, batches = SmallDevice(monkeypatch, fits=fits), []
-        score_pairs(model, tokens, pad_token_id=0, reader=reader, on_batch=lambda *batch, to=batches: to.append(batch))
+        batching = Batching(pad_token_id=0)
+        score_pairs(model, tokens, batching, reader=reader, on_batch=lambda *batch, to=batches: to.append(batch))
         rows = torch.tensor([row[0] for rows, _ in batches for row in rows])
         blocks = torch.cat([torch.cat(list(features.values()), dim=1) for _, features in batches])
         assert sorted(rows.tolist()) == list(range(len(tokens)))

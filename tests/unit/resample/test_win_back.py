@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from ropo.data.tokenize import encode_prompts, tokenize_pairs
+from ropo.logps.batch import Batching
 from ropo.logps.score import score_pairs
 from ropo.pairs import Pair, margin
 from ropo.resample.new_pairs import Scored, win_back
 from ropo.resample.select import Guards
 from ropo.sampling.generate import Sample, sample_responses
 
-BATCHING = {"pad_token_id": 0}
+BATCHING = Batching(pad_token_id=0)
 
 
 def sample(prompt, text, *, is_finished=True):
@@ -40,7 +41,9 @@ def run(model, reference, tokenizer, parents, samples, *, earlier=None, **option
     tokens = tokenize_pairs(parents, tokenizer, max_length=128).tokens
 
     def scored(each):
-        score = each if callable(each) and not hasattr(each, "config") else partial(score_pairs, each, **BATCHING)
+        score = (
+            each if callable(each) and not hasattr(each, "config") else partial(score_pairs, each, batching=BATCHING)
+        )
         return Scored(parents=score(tokens), score=score)
 
     defaults = {"rule": "min_loss", "guards": Guards(), "kept_losses": np.array([9.0])}
@@ -65,7 +68,7 @@ def test_margins_are_those_of_the_new_pairs(model, reference, tokenizer, parents
     assert [pair.row for pair in won.pairs] == [0, 1, 2, 3]
     assert [pair.parent_id for pair in won.pairs] == [pair.id for pair in parents]
     tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128).tokens
-    scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+    scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
     np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
     assert (won.margins > 0).all()
     originals = {(pair.chosen, pair.rejected) for pair in parents}
@@ -104,7 +107,7 @@ def test_uncertainty_aware_follows_the_earlier_model(model, reference, tokenizer
     options = {"rule": "uncertainty_aware"}
 
     def opposite(tokens):
-        ours, base = (score_pairs(each, tokens, **BATCHING) for each in (model, reference))
+        ours, base = (score_pairs(each, tokens, BATCHING) for each in (model, reference))
         return replace(ours, chosen=2 * base.chosen - ours.chosen, rejected=2 * base.rejected - ours.rejected)
 
     same = run(model, reference, tokenizer, parents, samples, earlier=model, **options)
@@ -148,7 +151,7 @@ def test_a_judge_turns_pairs_round_or_leaves_them(model, reference, tokenizer, p
     assert won.margins[0] < 0 < won.margins[1]
     assert won.refused["prompt without a candidate that the rule takes"] == 2
     tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128).tokens
-    scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+    scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
     np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
 
 
@@ -187,7 +190,7 @@ def test_drawn_tokens_are_what_is_scored(model, reference, tokenizer, parents):
             assert getattr(pair, drawn.name) == " verykind"
             assert drawn.ids == samples[0].ids
         tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128, sampled=won.sampled).tokens
-        scored = [score_pairs(each, tokens, **BATCHING) for each in (model, reference)]
+        scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
         np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
 
 

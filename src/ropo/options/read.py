@@ -1,6 +1,6 @@
-"""Options as users write them: words of a command line, a YAML file, values in Python.
+"""Options as users write them: words of a command line, a YAML file, JSON.
 
-In: what was written. Out: values of the type that the option has, or one sentence that names the option.
+In: what was written. Out: plain values, or one sentence that names the option.
 
 The one idea: a value means the same wherever it is written. A YAML file is read by the core schema of YAML 1.2, where
 `no` is text and `010` is no octal number, and its options pass through the same conversion as the command line's.
@@ -8,15 +8,10 @@ The one idea: a value means the same wherever it is written. A YAML file is read
 
 import json
 import math
-import os
 import re
-import typing
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import fields
-from enum import Enum
-from numbers import Integral, Real
+from collections.abc import Collection, Mapping
+from numbers import Real
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any
 
 import numpy as np
@@ -25,23 +20,8 @@ import yaml
 from ropo.provenance import file_kind
 from ropo.spelling import did_you_mean
 
-_SHOWN = 100  # characters of a value in a message
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a name that is not in a table.
-
-    Args:
-        name: The option.
-        value: What was given.
-        choices: What there is.
-
-    Raises:
-        ValueError: If `value` is none of them.
-    """
-    known = list(choices)
-    if value not in known:
-        raise ValueError(f"{name} needs one of {', '.join(known)}; got {value!r}.{did_you_mean(value, known)}")
+SHOWN = 100
+"""Characters of a value in a message."""
 
 
 def check_mapping(name: str, value: Any) -> None:
@@ -74,89 +54,20 @@ def check_keys(name: str, value: Mapping[str, Any], known: Collection[str]) -> N
             raise ValueError(f"{name} needs keys of {', '.join(known)}; got {key!r}.{did_you_mean(key, known)}")
 
 
-def check_types(options: Any, *, either: Collection[str] = ()) -> None:
-    """Check every number, switch and text of a dataclass of options against its annotation.
-
-    Args:
-        options: An instance.
-        either: Options that are a text or a number.
-
-    Raises:
-        ValueError: If an option has no value and needs one, is of another type, or is a number without end.
-    """
-    kind = type(options)
-    given = {field.name: getattr(options, field.name) for field in fields(kind)}
-    check_values(given, kind, either=either)
-    kinds = _kinds(kind)
-    for name, value in given.items():
-        is_float = kinds[name] - {NoneType} == {float} and name not in either
-        if is_float and value is not None:
-            setattr(options, name, float(value))  # 1 and 1.0 are one value, of one digest
-
-
-def check_values(given: Mapping[str, Any], kind: type, *, either: Collection[str] = ()) -> None:
-    """Check values by the annotations of a dataclass of options.
-
-    Texts are checked of the class itself only: what libraries call a text may be more.
-
-    Args:
-        given: Values by the names of options.
-        kind: The dataclass.
-        either: Options that are a text or a number.
-
-    Raises:
-        ValueError: As `check_types`.
-    """
-    own, defaults = kind.__annotations__, {field.name: field.default for field in fields(kind)}
-    hints = _kinds(kind)
-    for name, value in given.items():
-        kinds = hints[name]
-        if value is None and (NoneType in kinds or defaults[name] is None):
-            continue
-        if name in either and _is_number(value):
-            kinds = frozenset({float})
-        needs = _what_it_needs(value, kinds - {NoneType}, is_own=name in own)
-        if needs:
-            raise ValueError(f"{name} needs {needs}; got {str(value)[:_SHOWN] if _is_number(value) else short(value)}.")
-
-
-def _kinds(options: type) -> dict[str, frozenset[Any]]:
-    hints = typing.get_type_hints(options)
-    unions = (typing.Union, UnionType)
-    return {
-        name: frozenset(typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,))
-        for name, hint in hints.items()
-    }
-
-
 def is_finite(value: Any) -> bool:
     """Whether it is a number that has an end; a switch is none."""
-    return _is_number(value) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number; a switch is none."""
     return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
-
-
-def _what_it_needs(value: Any, kinds: frozenset[Any], *, is_own: bool) -> str:
-    """What the option needs that this value is not, or nothing."""
-    if kinds == {bool}:
-        return "" if isinstance(value, bool | np.bool_) else "true or false"
-    if kinds == {int}:
-        return "" if _is_number(value) and isinstance(value, Integral) else "a whole number"
-    if kinds <= {int, float}:
-        if not _is_number(value):
-            return "a number"
-        return "" if is_finite(value) else "a finite number"
-    if kinds == {str} and is_own:
-        return "" if isinstance(value, str | os.PathLike) else "one text"
-    return ""
 
 
 def short(value: Any) -> str:
     """A value for a message, of any length."""
     shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
 
 def read_object(name: str, value: Any, *, may_be_file: bool) -> Any:
@@ -190,22 +101,45 @@ def read_object(name: str, value: Any, *, may_be_file: bool) -> Any:
     return found
 
 
-def check_folder(name: str, value: str | os.PathLike[str]) -> None:
-    """Refuse a folder to write to that can be none.
+def read_numbers(name: str, value: Any) -> dict[str, float]:
+    """The value of an option that holds named numbers.
 
     Args:
         name: The option.
-        value: What was given; need not exist.
+        value: A mapping, JSON as text, or name=value with commas between several; None holds none.
+
+    Returns:
+        Numbers by name.
 
     Raises:
-        ValueError: If it, or a folder above it, is a file or must not be written.
+        ValueError: If it is none of these, or a value is no finite number.
+
+    Examples:
+        >>> read_numbers("loss_args", "mean_target_margin=0.5, evenness=1")
+        {'mean_target_margin': 0.5, 'evenness': 1.0}
     """
-    path = Path(value).expanduser().absolute()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir():
-        raise ValueError(f"{name} needs a folder; got {value}, and {there} is a file. Use another one.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} needs a folder that may be written; got {value}, and {there} may not. Use another.")
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        parts = [part.split("=") for part in value.split(",")]
+        if any(len(part) != 2 for part in parts):
+            raise ValueError(f"{name} needs name=value, several with commas between them, or JSON; got {short(value)}.")
+        written = {key.strip(): number.strip() for key, number in parts}
+        if len(written) < len(parts):
+            raise ValueError(f"{name} needs each name once; got {short(value)}.")
+        return {key: _number(name, key, number) for key, number in written.items()}
+    found = read_object(name, {} if value is None else value, may_be_file=False)
+    check_mapping(name, found)
+    return {str(key): _number(name, str(key), number) for key, number in found.items()}
+
+
+def _number(name: str, key: str, value: Any) -> float:
+    """A number that was written as one or as text."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if not is_finite(number):
+        raise ValueError(f"{name} needs a finite number for {key}; got {short(value)}.")
+    return float(number)
 
 
 class _Loader(yaml.SafeLoader):
@@ -277,8 +211,3 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
 
 def _is_written(node: Any) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null"
-
-
-def choices_of(kind: type[Enum]) -> tuple[str, ...]:
-    """The values of an enumeration."""
-    return tuple(one.value for one in kind)

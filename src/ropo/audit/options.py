@@ -1,0 +1,111 @@
+"""The options of an audit.
+
+In: what the user wrote. Out: `AuditOptions`, known to be valid. An audit may train models, so those of a training are
+among them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated
+
+from ropo.noise.decide import RULES
+from ropo.options import Rule, option
+from ropo.train.options import TrainOptions
+
+SCORERS: Mapping[str, str] = MappingProxyType(
+    {
+        "features": "linear models on what the reference's forward pass reads of each pair, in seconds",
+        "models": "models trained on the other folds, thorough and slow",
+    }
+)
+"""What each scorer is; `ropo.audit.run.SCORERS` has their functions."""
+
+
+@dataclass
+class AuditOptions(TrainOptions):
+    """How labels are judged, and what follows for pairs whose label is doubtful.
+
+    Raises:
+        ValueError: If an option is unknown, out of range or ignored.
+    """
+
+    rho: Annotated[str, Rule(may_be_number=True)] = option(
+        "auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says."
+    )
+    num_folds: Annotated[int, Rule(low=0)] = option(
+        5,
+        "Parts of the data, each judged by what was learned from the others; 0: no audit, each round filters by the "
+        "trained model's own margins.",
+    )
+    scorer: Annotated[str, Rule(choices=tuple(SCORERS))] = option(
+        "features",
+        "What gives the margins that an audit judges labels by: "
+        + ", ".join(f"{name} ({meaning})" for name, meaning in SCORERS.items())
+        + ".",
+    )
+    length_is_evidence: bool = option(
+        default=False, text="Let a pair be judged by the lengths of its responses, too; scorer features only."
+    )
+    audit_from: Annotated[str | None, Rule(identifies=False)] = option(  # its margins count, wherever they are
+        None,
+        "Output folder of an audit of the same pairs by the same model: its margins are read instead of training.",
+    )
+    decision_rule: Annotated[str, Rule(choices=("auto", *RULES))] = option(
+        "auto",
+        "How the pairs to filter out are chosen: " + ", ".join(RULES) + "; or auto: lowest_loss, which takes away just "
+        "that share, where rho is given or a filter of all that is contradicted helps; else threshold.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_audit()
+
+    def check_audit(self) -> None:
+        """ρ is a share, and there are the margins that the other options need."""
+        self.rho = str(self.rho)
+        if self.rho != "auto":
+            self._check_rho()
+        if self.num_folds == 1:
+            raise ValueError(
+                "num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on."
+            )
+        if self.length_is_evidence and not (self.scorer == "features" and self.num_folds):
+            raise ValueError(
+                f"length_is_evidence needs an audit by scorer features; got scorer {self.scorer} and num_folds "
+                f"{self.num_folds}. Leave it out, or change them."
+            )
+        if self.decision_rule != "auto" and RULES[self.decision_rule].needs_checks and not self.needs_audit:
+            raise ValueError(
+                f"decision_rule {self.decision_rule} needs held-out margins; got num_folds={self.num_folds} and "
+                f"rho={self.rho}. Use num_folds of 2 or more and a rho above 0, or another rule."
+            )
+
+    def _check_rho(self) -> None:
+        try:
+            is_valid = 0 <= float(self.rho) <= 0.5
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise ValueError(
+                f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite."
+            )
+
+    @property
+    def fixed_rho(self) -> float | None:
+        """The share of pairs to filter out, or None when it follows the estimate."""
+        return None if self.rho == "auto" else float(self.rho)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether an audit judges by what the reference pass reads of each pair, and reads it itself."""
+        return self.scorer == "features" and self.audit_from is None
+
+    def fewest_trained_on(self, num_pairs: int) -> int:
+        """Pairs that the shortest training reads, of those of the run: the models of an audit leave one fold out."""
+        return num_pairs * (self.num_folds - 1) // self.num_folds if self.needs_audit else num_pairs
+
+    @property
+    def needs_audit(self) -> bool:
+        """Whether anything depends on held-out margins."""
+        return bool(self.num_folds) and (self.fixed_rho != 0.0 or self.alpha == "auto")

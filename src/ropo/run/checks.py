@@ -1,0 +1,53 @@
+"""What a single training may do and a whole run cannot.
+
+In: a `ROPOConfig`. Out: nothing, or a refusal before anything is read.
+"""
+
+from transformers import IntervalStrategy
+
+from ropo.config import ROPOConfig
+from ropo.train.checks import check_training
+
+# Options of `Trainer` with which a training that is stopped would end in other weights, or be taken for finished.
+_NOT_RESUMED = {
+    "save_only_model": "leaves the optimizer out of checkpoints",
+    "ignore_data_skip": "trains on the first pairs of an epoch again",
+    "auto_find_batch_size": "changes the batch on the way",
+    "enable_jit_checkpoint": "ends a training early at SIGTERM as if it were done",
+}
+
+
+def check_run(args: ROPOConfig) -> None:
+    """Refuse before anything is read what a single training may do and a whole run cannot.
+
+    Raises:
+        ValueError: If there are several GPUs in this process, or an option asks for what a run has not or does not do.
+    """
+    check_training(args)
+    for name, reason in _NOT_RESUMED.items():
+        if getattr(args, name):
+            raise ValueError(
+                f"A run that is stopped resumes as if it had not been; got {name}, which {reason}. Leave it out."
+            )
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "A run goes on by itself when the same command is given again; got resume_from_checkpoint. Leave it out."
+        )
+    if args.eval_strategy != "no":
+        raise ValueError(
+            "A run evaluates the model of every round on eval_dataset_name (in Python: eval_dataset), and nothing in "
+            f"between; got eval_strategy {IntervalStrategy(args.eval_strategy).value!r}. Leave it out, or use "
+            "ROPOTrainer."
+        )
+    for name, is_asked in (
+        ("eval_on_start", args.eval_on_start),
+        ("save_strategy best", args.save_strategy == "best"),
+        ("load_best_model_at_end", args.load_best_model_at_end),
+    ):
+        if is_asked:
+            raise ValueError(f"A run evaluates nothing while it trains; got {name}. Leave it out, or use ROPOTrainer.")
+    if args.push_to_hub:
+        raise ValueError(
+            "A run uploads nothing; got push_to_hub. Leave it out, look at the report, then upload the model's files "
+            "(`hf upload`)."
+        )

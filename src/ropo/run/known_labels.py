@@ -1,0 +1,76 @@
+"""Labels that are known before anything is estimated: review decisions, and trusted pairs.
+
+In: the pairs, a `review.csv`, trusted pairs. Out: a verdict on each row that has one, and the trusted pairs that the
+data does not hold.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ropo.data.problems import render
+from ropo.data.review import VERDICTS, read_verdicts, verdicts_of
+from ropo.data.validate import read_checked
+from ropo.pairs import Pair
+
+logger = logging.getLogger(__name__)
+
+Verdicts = dict[int, tuple[str, str]]  # by row: id of the pair, and what was said of its label
+
+
+def known_labels(
+    pairs: Sequence[Pair], decisions: Path | None, trusted: Any, columns: Mapping[str, str] | None
+) -> tuple[Verdicts, list[Pair], str | None]:
+    """Verdicts on rows of the data, the trusted pairs that it does not hold, and the digest of all trusted ones.
+
+    Raises:
+        ValueError: If there is no verdict, or a trusted pair contradicts another one or a verdict.
+    """
+    verdicts = {} if decisions is None else _verdicts_in(Path(decisions))
+    if trusted is None:
+        return verdicts, [], None
+    shared = {ours: theirs for ours, theirs in (columns or {}).items() if ours != "annotator"}
+    read, known, found = read_checked(trusted, columns=shared, on_bad_rows="refuse")
+    if found:
+        logger.warning("Trusted pairs:\n%s", render(found))
+    said = verdicts_of(known, pairs)
+    for row, (name, verdict) in said.items():
+        if verdicts.setdefault(row, (name, verdict)) != (name, verdict):
+            raise ValueError(
+                f"Row {row} needs one verdict; got {verdicts[row][1]} by --decisions and {verdict} by --trusted. "
+                "Correct one of the two."
+            )
+    if said:
+        counts = Counter(verdict for _, verdict in said.values())
+        logger.info(
+            "Labels of the data that trusted pairs settle: %d right, %d wrong.", counts["right"], counts["wrong"]
+        )
+    settled = {name for name, _ in said.values()}
+    return verdicts, [replace(pair, origin="trusted") for pair in known if pair.id not in settled], read.sha256
+
+
+def tell_idle(verdicts: Verdicts, pairs: Sequence[Pair]) -> None:
+    """Verdicts on rows that are left out do nothing."""
+    if idle := set(verdicts) - {pair.row for pair in pairs}:
+        logger.warning("%d verdicts are about rows that are left out; the first is row %d.", len(idle), min(idle))
+
+
+def _verdicts_in(path: Path) -> Verdicts:
+    """The review decision on each row, counted in the log.
+
+    Raises:
+        ValueError: If there is no verdict.
+    """
+    verdicts = read_verdicts(path)
+    if not verdicts:
+        raise ValueError(
+            f"--decisions needs at least one verdict; {path} holds none. Write {', '.join(VERDICTS)} into its column "
+            "`verdict`, or leave it out."
+        )
+    counts = Counter(verdict for _, verdict in verdicts.values())
+    parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    logger.info("%d verdict%s read: %s.", len(verdicts), "" if len(verdicts) == 1 else "s", parts)
+    return verdicts
