@@ -45,6 +45,27 @@ def test_one_sentence(number, command, capsys):
     assert signal.getsignal(number) == before
 
 
+def test_a_terminal_gets_a_line_of_its_own(command, capsys, monkeypatch):
+    """^C stands there, or a line that shows progress."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert command(lambda: send(signal.SIGINT)) == 130
+    assert capsys.readouterr().err == "\nropo losses: interrupted by Ctrl-C.\n"
+
+
+def test_a_library_that_goes_on_does_not_begin_a_run(monkeypatch, capsys):
+    """As where an exception inside an import is swallowed."""
+    monkeypatch.setattr(sys, "argv", ["ropo", "losses"])
+
+    def swallow():
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+    monkeypatch.setattr("ropo.cli.console.log_to_console", swallow)
+    monkeypatch.setattr("ropo.cli.losses.run", lambda _: pytest.fail("it began"))
+    assert cli.main() == 130
+    assert capsys.readouterr().err == "ropo losses: interrupted by Ctrl-C.\n"
+
+
 def test_it_says_where_the_same_command_resumes(command, capsys, tmp_path):
     """At the innermost of the stages that were not finished."""
 

@@ -19,7 +19,11 @@ from ropo.cli.words import secrets_in, without_secrets
 DONE, NOT_ACCEPTABLE, MISUSE, OUR_FAULT = 0, 1, 2, 70
 
 # Exceptions by the module that defines them: where that was never imported, none can have been raised.
-_OF_DATA = (("ropo.data.validate", "DataError"), ("ropo.endpoint", "EndpointError"))
+_OF_DATA = (
+    ("ropo.data.validate", "DataError"),
+    ("ropo.endpoint", "EndpointError"),
+    ("ropo.endpoint.client", "EndpointError"),
+)
 _OF_RUN = (("ropo.provenance", "RunError"), ("torch", "OutOfMemoryError"))
 
 

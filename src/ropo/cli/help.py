@@ -180,7 +180,7 @@ def _every(command: str, options: Mapping[str, argparse.Action]) -> str:
     rest = [name for name in options if name not in shown | left_out]
     groups = {
         **page.groups,
-        **added,
+        **{title: (*page.groups.get(title, ()), *names) for title, names in added.items()},
         "More": tuple(name for name in rest if name not in _INHERITED),
         f"Of transformers.TrainingArguments, as in transformers {transformers.__version__}": tuple(
             name for name in rest if name in _INHERITED

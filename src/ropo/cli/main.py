@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = "\n" if sys.stderr.isatty() else ""  # after ^C, or a line that shows progress
         print(f"{start}ropo {command}: {how_to_resume(command, received[0], stage)}", file=sys.stderr)
     code = INTERRUPTED + received[0]
-    asking = if_imported("ropo.endpoint", "ASKING")
+    asking = if_imported("ropo.endpoint", "ASKING") or if_imported("ropo.endpoint.pool", "ASKING")
     if asking and any(thread.name.startswith(asking) for thread in threading.enumerate()):
         sys.stdout.flush()
         os._exit(code)  # Python would wait for the server's answer, for minutes
@@ -92,15 +92,11 @@ def _run(words: list[str], received: Sequence[int]) -> int:
         KeyboardInterrupt: If a signal was received, whatever a library has made of it.
     """
     try:
-        if (code := _answer(words)) is not None:
-            return code
-        import_module("ropo.cli.console").log_to_console()
-        command = import_module(f"ropo.cli.{words[0]}")
-        if received:
-            raise KeyboardInterrupt
-        done: int = command.run(words[1:])
+        code = _answer(words)
+        if code is None:
+            code = _run_command(words, received)
         sys.stdout.flush()
-        return done
+        return code
     except BrokenPipeError:  # whoever reads our output has seen enough, as in `ropo losses | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED + signal.SIGPIPE
@@ -110,6 +106,15 @@ def _run(words: list[str], received: Sequence[int]) -> int:
         code, sentence = explain(error, words)
         print(sentence, file=sys.stderr)
         return code
+
+
+def _run_command(words: Sequence[str], received: Sequence[int]) -> int:
+    import_module("ropo.cli.console").log_to_console()
+    command = import_module(f"ropo.cli.{words[0]}")
+    if received:  # and a library that was being imported went on
+        raise KeyboardInterrupt
+    code: int = command.run(words[1:])
+    return code
 
 
 def _answer(words: Sequence[str]) -> int | None:
