@@ -5,6 +5,8 @@ BIN = $(VENV)/bin
 DEMO_OUTPUT ?= outputs/demo
 
 KILLS ?= 30
+# Processes that share the tests, each with one thread and up to 2 GB.
+JOBS ?= 2
 # 5,000 rows, the same ones each time; `make fuzz ROWS=100000 WRITE=1` draws new ones, for docs/reliability.md.
 ROWS ?= 5000
 
@@ -24,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ropo demo --output_dir $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

@@ -42,7 +42,7 @@ ACTS = {
 ALLOWED = {
     "provenance.py": {"files", "processes"},  # is how files are written and read back; asks git for the commit
     "stages.py": {"files"},  # keeps the manifest of a folder
-    "options/read.py": {"files"},  # reads YAML
+    "options/read.py": {"files"},  # reads YAML, and JSON from a file
     "data/read.py": {"files", "network"},  # a data set may be a file, a folder or a name on the hub
     "data/review.py": {"files"},  # the table that a person fills in
     "logps/cache.py": {"files"},  # is a cache

@@ -3,7 +3,7 @@
 In: `BenchConfig`. Out: `trials.csv` (how each method was tuned) and `results.csv` (what is reported).
 
 The one idea: a row is keyed by everything that made it, and a row that is there is not made again. So a run that is
-killed goes on, a grid that grows costs only what is new, and rows of several runs can be read together.
+killed resumes, a grid that grows costs only what is new, and rows of several runs can be read together.
 """
 
 import json
@@ -59,7 +59,7 @@ def run_bench(
         raise ValueError(f"num_processes needs 1 or more; got {num_processes}.")
     num_gpus = torch.cuda.device_count()
     num_processes = num_processes or num_gpus or os.cpu_count() or 1
-    told = on_row or (lambda *_: None)
+    report = on_row or (lambda *_: None)
     trials, results = folder / "trials.csv", folder / "results.csv"
     with owning(folder):
         shared = _shared(folder, config)
@@ -68,8 +68,8 @@ def run_bench(
         write_json(folder / "bench.json", shared)  # not before: what could not be made has measured nothing
         try:
             with _Workers(config, folder, num_processes, num_gpus) as workers:
-                workers.fill(trials, missing_trials(config, trials), told)
-                workers.fill(results, missing_cells(config, trials, results), told)
+                workers.fill(trials, missing_trials(config, trials), report)
+                workers.fill(results, missing_cells(config, trials, results), report)
         finally:
             shutil.rmtree(folder / WORK, ignore_errors=True)  # of cells that were interrupted, in this run or before
     return results
@@ -256,7 +256,7 @@ class _Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def fill(self, path: Path, cells: list[Cell], told: Callable[[str, int, int], None]) -> None:
+    def fill(self, path: Path, cells: list[Cell], report: Callable[[str, int, int], None]) -> None:
         """Measure cells and append a row for each as it is finished.
 
         Raises:
@@ -275,7 +275,7 @@ class _Workers:
                 failed.append(f"  {describe(cell)}: {error}")
                 continue
             append_row(path, row)
-            told(describe(cell, row), number, len(cells))
+            report(describe(cell, row), number, len(cells))
         if failed:
             raise RunError(
                 f"{len(failed)} of {len(cells)} cells failed; the others are kept, and the same command tries these "

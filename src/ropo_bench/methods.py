@@ -3,8 +3,8 @@
 In: a task, pairs of which some are flipped, options. Out: the folder of a trained model.
 
 Methods with a paper are those papers' methods in our reading, on our losses, judges and trainer; `docs/benchmark.md`
-says where a paper leaves something open and where ours differs. Methods that are told what nobody knows say so in
-`oracle`.
+says where a paper leaves something open and where ours differs. The truth that a method is given and nobody knows in
+practice stands in `oracle`.
 
 Add a method: one line in `METHODS`; if options alone cannot say it, one function.
 """
@@ -71,7 +71,7 @@ class Method:
         paper: Where it comes from; empty for what has no paper.
         options: Options of `ROPOConfig` that make the method.
         search: Its own parameters with the values that are tried, beside learning rate and beta.
-        oracle: What it is told that nobody knows in earnest; empty for nothing.
+        oracle: The truth that it is given and nobody knows in practice; empty for none.
         data: What it trains on, from what it is given; the noisy pairs as they are by default.
         run: Trains, and returns the model's folder; `align` by default.
         is_reference: Whether it is a line to compare with, not a competitor.

@@ -19,7 +19,7 @@ from scipy.special import logit
 from ropo.data.validate import read_checked
 from ropo.judge.options import JUDGES, JudgeOptions, make_judge
 from ropo.judge.verdicts import Judge, ask
-from ropo.models.source import PolicySource, find_model
+from ropo.models.source import Model, find_model
 from ropo.pairs import Pair, Text
 from ropo.provenance import hash_value
 from ropo_bench.task import Task, TaskOptions
@@ -109,7 +109,7 @@ def judge_args(options: Mapping[str, Any]) -> JudgeOptions:
 def _check_model(name_or_path: str) -> None:
     """Refuse what is no model before a judge is paid to read all pairs."""
     try:
-        PolicySource(find_model(name_or_path)).skeleton()
+        Model(find_model(name_or_path)).skeleton()
     except (OSError, ValueError) as error:
         raise ValueError(f"The task own needs model, the one to align. {error}") from error
 
@@ -126,7 +126,7 @@ def settled(judge: Judge, pairs: Sequence[Pair]) -> list[Pair]:
     """
     p_right = ask(judge, pairs)
     is_sure = np.maximum(p_right, 1 - p_right) >= MIN_SURE  # not-a-number is not
-    turned = [
+    relabelled = [
         pair if p > 0.5 else replace(pair, chosen=pair.rejected, rejected=pair.chosen)
         for pair, p, sure in zip(pairs, p_right, is_sure, strict=True)
         if sure
@@ -134,10 +134,10 @@ def settled(judge: Judge, pairs: Sequence[Pair]) -> list[Pair]:
     logger.info(
         "Of %d pairs the judge is sure of %d and contradicts %d of their labels; the others are left out.",
         len(pairs),
-        len(turned),
+        len(relabelled),
         int((p_right[is_sure] < 0.5).sum()),
     )
-    return turned
+    return relabelled
 
 
 def ratings(

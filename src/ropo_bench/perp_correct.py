@@ -17,7 +17,7 @@ from scipy.stats import norm
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.logps.score import score_pairs
-from ropo.models.source import PolicySource, load_tokenizer
+from ropo.models.source import Model, load_tokenizer
 from ropo.pairs import Pair
 from ropo.run.align import run_rounds
 from ropo.train.dataset import batching
@@ -76,7 +76,7 @@ def fit_mixture(differences: NDArray[np.float64]) -> Mixture:
         )
         return -float(both.mean())
 
-    # 0.5 + 0.5·σ: a label is right more often than not, or nothing could be told. Away from 1, where nothing moves.
+    # 0.5 + 0.5·σ: a label is right more often than not, or nothing could be learned. Away from 1, where nothing moves.
     starts = [(logit(2 * share - 1), np.log(mean), np.log(0.7)) for share in (0.6, 0.8, 0.95) for mean in (0.3, 0.8)]
     bounds = [(-8.0, 8.0), (-6.0, 2.0), (-4.0, 2.0)]
     found = min((minimize(cost, start, method="L-BFGS-B", bounds=bounds) for start in starts), key=lambda one: one.fun)
@@ -90,7 +90,7 @@ def correct_by_perplexity(
     """Turn the labels round that a surrogate finds the wrong way round (PerpCorrect, NeurIPS 2024).
 
     Six times: align a surrogate on the right pairs and on the pairs that the last surrogate was surest of, of either
-    kind, the flipped ones turned; 2 % more of them each time. The surrogate that tells the two best has the last word.
+    kind, the flipped ones swapped; 2 % more of them each time. The surrogate that tells the two best has the last word.
 
     Args:
         model: Folder of the initial model.
@@ -115,7 +115,7 @@ def correct_by_perplexity(
         training = [*right, *_surest(pairs, differences, mixture, number=_budget(len(pairs), iteration + 1))]
     assert best is not None  # noqa: S101 - there is at least one iteration
     is_flipped = best[1] > best[0].threshold
-    return [turned(pair) if wrong else pair for pair, wrong in zip(pairs, is_flipped, strict=True)]
+    return [swapped(pair) if wrong else pair for pair, wrong in zip(pairs, is_flipped, strict=True)]
 
 
 def _budget(num_pairs: int, iteration: int) -> int:
@@ -123,15 +123,15 @@ def _budget(num_pairs: int, iteration: int) -> int:
 
 
 def _surest(pairs: Sequence[Pair], differences: NDArray[np.float64], mixture: Mixture, *, number: int) -> list[Pair]:
-    """Pairs from both tails, in proportion to the two kinds; those of the upper tail turned round."""
+    """Pairs from both tails, in proportion to the two kinds; those of the upper tail swapped."""
     order = np.argsort(differences, kind="stable")
     num_right = round(mixture.share_right * number)
     lower, upper = order[:num_right], order[len(order) - (number - num_right) :]
-    return [pairs[i] for i in lower] + [turned(pairs[i]) for i in upper]
+    return [pairs[i] for i in lower] + [swapped(pairs[i]) for i in upper]
 
 
-def turned(pair: Pair) -> Pair:
-    """The pair with its label turned round."""
+def swapped(pair: Pair) -> Pair:
+    """The pair with chosen and rejected swapped."""
     return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
 
 
@@ -157,7 +157,7 @@ def perplexity_differences(folder: Path, pairs: Sequence[Pair], args: ROPOConfig
         )
         for one in tokenized.tokens
     ]
-    logps = score_pairs(PolicySource(str(folder)).load(), whole, batching(args, tokenizer))
+    logps = score_pairs(Model(str(folder)).load(), whole, batching(args, tokenizer))
     assert logps.chosen_tokens is not None  # noqa: S101 - `score_pairs` counts
     assert logps.rejected_tokens is not None  # noqa: S101
     difference = logps.rejected / logps.rejected_tokens - logps.chosen / logps.chosen_tokens

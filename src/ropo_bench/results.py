@@ -358,6 +358,6 @@ def detection_table(rows: Sequence[Row]) -> str:
         shown = [cell.mean(name, "auroc") for cell in cells]
         if any(one.count for one in shown):
             lines.append(f"| {name} | {' | '.join(one.write(3) for one in shown)} |")
-    told = [cell.mean("ropo", "estimate") for cell in cells]
-    lines.append(f"| *flip rate estimated by ropo* | {' | '.join(one.write(3) for one in told)} |")
+    estimates = [cell.mean("ropo", "estimate") for cell in cells]
+    lines.append(f"| *flip rate estimated by ropo* | {' | '.join(one.write(3) for one in estimates)} |")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Controlled sentiment: a small language model of real film reviews, and a classifier of their labels as the truth.
 
-In: the sentence polarity data (Pang & Lee 2005), a folder for what is made once, seeds. Out: the model's folder, a
+In: the sentence polarity data (Pang & Lee 2005), a cache folder, seeds. Out: the model's folder, a
 `WordReward`, and `Pair`s whose labels are right by it.
 
 The one idea: what a label means is defined, not guessed. The snippets are dealt into two parts by a hash of their text.
@@ -42,6 +42,7 @@ from transformers import (
 from ropo.data.tokenize import encode_prompts
 from ropo.pairs import Pair
 from ropo.provenance import hash_value, read_json, write_json
+from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import Sample, sample_responses
 from ropo_bench.word_reward import WordReward, fit_on_texts
 
@@ -55,7 +56,7 @@ NUM_PROMPT_WORDS = 3
 HELD_OUT_PROMPTS = 0.25  # share of the prompts
 MAX_LENGTH, MAX_NEW_TOKENS = 64, 40
 MIN_GAP = 1.0  # log-odds between the two responses of a pair
-BLOCK = 500  # prompts that are sampled together: a longer list of pairs begins with the shorter one
+BLOCK = 500  # prompts that are sampled together: a longer list of pairs starts with the shorter one
 
 NUM_EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 8, 16, 4e-3, 0.1
 NUM_WARMUP_STEPS, HELD_OUT_TEXTS = 100, 0.05
@@ -145,8 +146,8 @@ def prepare(folder: Path, source: Path | None) -> Path:
     snippets = read_snippets(source)
     choices = [MODEL_SHARE, NUM_WORDS, L2, MIN_COUNT, NUM_PROMPT_WORDS, HELD_OUT_PROMPTS, MAX_LENGTH]
     training = [NUM_EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, NUM_WARMUP_STEPS, HELD_OUT_TEXTS]
-    told = [[one.text, one.is_positive] for one in snippets]
-    made = folder / f"sentiment_{hash_value([told, choices, training])[:12]}"
+    labelled = [[one.text, one.is_positive] for one in snippets]
+    made = folder / f"sentiment_{hash_value([labelled, choices, training])[:12]}"
     if made.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)
@@ -339,7 +340,7 @@ def make_pairs(
     Args:
         made: The folder that `prepare` gave.
         num_pairs: How many.
-        seed: Same seed, same pairs. A longer list begins with the shorter one.
+        seed: Same seed, same pairs. A longer list starts with the shorter one.
         kind: "train" or "held_out": the two have no prompt in common.
         min_gap: Two responses whose gold rewards differ by less are drawn again.
         first_row: Row of the first pair.
@@ -387,8 +388,7 @@ def _block(made: Path, kind: str, seed: int, number: int) -> Iterator[tuple[str,
         model,
         tokenizer,
         encode_prompts(drawn, tokenizer),
-        num_candidates=2,
-        max_new_tokens=MAX_NEW_TOKENS,
+        Sampling(num_candidates=2, max_new_tokens=MAX_NEW_TOKENS),
         seed=int(name[:15], 16),
         folder=made / "samples",
         model_digest=made.name,

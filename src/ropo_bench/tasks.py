@@ -1,6 +1,6 @@
 """What is learned in a benchmark: a model to start from, pairs whose labels are right, and a true reward.
 
-In: a name, sizes, a seed, a folder for what is made once. Out: `Task`.
+In: a name, sizes, a seed, a cache folder. Out: `Task`.
 
 Add a task: one function that makes it, one line in `TASKS`.
 """
@@ -65,4 +65,4 @@ TASKS: Mapping[str, Callable[[Path, TaskOptions], Task]] = MappingProxyType(
         "own": own.make,
     }
 )
-"""The tasks by name: functions of a folder, for what is made once, and of options."""
+"""The tasks by name: functions of a cache folder and of options."""

@@ -160,7 +160,7 @@ def make_pairs(num_pairs: int, *, seed: int, min_gap: float = 0.05, grammar: Gra
 
     Args:
         num_pairs: How many.
-        seed: Same seed, same pairs. A longer list begins with the shorter one.
+        seed: Same seed, same pairs. A longer list starts with the shorter one.
         min_gap: Two responses whose gold rewards differ by less are drawn again, so no label is a matter of taste.
         grammar: The grammar that writes and judges them.
 

@@ -171,16 +171,20 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--los", "dpo"], "unknown option --los. Did you mean loss?"),
         (["--loss", "dop"], "Did you mean dpo?"),
         (["--loss", "dpo", "--alpha", "14"], "dpo needs no options; got alpha"),
-        (["--loss", "rdpo", "--flip_rate", "0.6"], "rdpo needs flip_rate in [0, 0.5)"),
+        (["--loss", "rdpo", "--loss_args", "flip_rate=0.6"], "rdpo needs flip_rate in [0, 0.5)"),
+        (["--loss", "rdpo", "--flip_rate", "0.1"], "unknown option --flip_rate. It is in loss_args"),
         (["--rho", "0.7"], "rho needs 'auto' or a share in [0, 0.5]"),
         (["--alpha", "much"], "alpha needs a number or 'auto'; got 'much'"),
-        (["--loss", "ropo_v1", "--gamma", "1", "--alpha", "auto"], "alpha needs a number for ropo_v1; got 'auto'"),
+        (
+            ["--loss", "ropo_v1", "--loss_args", "gamma=1", "--alpha", "auto"],
+            "alpha needs a number for ropo_v1; got 'auto'",
+        ),
         (["--alpha", "0"], "alpha"),
         (["--rounds", "1"], "num_candidates needs rounds of 2 or more; got 8 with one round"),
         (["--num_folds", "1"], "num_folds needs 2 or more, or 0 for none"),
         (["--num_folds", "30"], "num_folds needs at least as many different pairs; got 30 folds and 20 pairs"),
         (["--decision_rule", "lowest_los"], "Did you mean lowest_loss?"),
-        (["--label_smoothing_factor", "0.1"], "--loss cdpo --flip_rate"),
+        (["--label_smoothing_factor", "0.1"], "--loss cdpo --loss_args flip_rate="),
         (["--beta", "-1"], "beta"),
         (["--loss", "dr_dpo", "--gradient_accumulation_steps", "2"], "whole batch at once"),
         (["--max_repetition", "2"], "max_repetition needs a number from 0 to 1; got 2.0"),
@@ -245,7 +249,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_read(
 
 
 def test_a_warm_up_without_end_costs_no_reference(model_folder, dataset, recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ropo.models.source.Model.load", lambda *_, **__: pytest.fail("a model was loaded"))
     assert train(model_folder, dataset, recipe, tmp_path / "O", "--warmup_steps", "1e9") == 2
     assert "warmup_steps needs fewer than the 3 steps of the shortest training; got 1e+09" in capsys.readouterr().err
 
@@ -287,7 +291,7 @@ def test_a_package_that_a_library_misses_is_one_sentence(dataset, recipe, tmp_pa
 def test_an_adapter_that_does_not_fit_costs_no_reference(
     modules, model_folder, dataset, recipe, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ropo.models.source.Model.load", lambda *_, **__: pytest.fail("a model was loaded"))
     words = ["--use_peft", "--lora_target_modules", modules]
     assert train(model_folder, dataset, recipe, tmp_path / "O", *words) == 2
     out, error = capsys.readouterr()

@@ -6,14 +6,22 @@ import math
 import typing
 
 import pytest
+from transformers import HfArgumentParser, TrainingArguments
 
 from ropo.cli.arguments import TrainArguments, parse_train
 from ropo.cli.main import main
 from ropo.cli.words import check_words
 from ropo.config import ROPOConfig
+from ropo.data.options import DataOptions
 from ropo.evaluate.options import ExportArguments
-from ropo.options import read_yaml
+from ropo.judge.options import JudgeOptions
+from ropo.losses import LOSSES
+from ropo.losses.options import LossOptions
+from ropo.options import Rule, check_options, identifying, option, read_yaml, rules_of
+from ropo.resample.options import ResampleOptions
+from ropo.sampling.options import EngineOptions
 from ropo.train.checks import check_training, check_warmup
+from ropo.train.options import OF_TRANSFORMERS
 from ropo_bench.grid_config import read_bench_config
 
 WORDS = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", "O", "--use_cpu"]
@@ -37,7 +45,7 @@ def of_type(*wanted):
 
 @pytest.mark.parametrize("name", of_type(float))
 def test_every_number_has_an_end(name, tmp_path):
-    assert len(of_type(float)) > 30
+    assert len(of_type(float)) > 20
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=f"^{name} needs a finite number; got"):
             config(tmp_path, **{name: value})
@@ -112,6 +120,158 @@ def test_values_that_are_meant(tmp_path):
     assert dataclasses.replace(found, seed=7).lr_scheduler_kwargs == {"num_cycles": 2}
     (tmp_path / "a.json").write_text('{"split_batches": true}')
     assert config(tmp_path, accelerator_config=str(tmp_path / "a.json")).accelerator_config.split_batches
+
+
+# Options of the loss.
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("mean_target_margin=0.5,evenness=2", {"mean_target_margin": 0.5, "evenness": 2.0}),
+        (" evenness = 2 ", {"evenness": 2.0}),
+        ('{"evenness": 2}', {"evenness": 2.0}),
+        ({"evenness": 2}, {"evenness": 2.0}),
+        ({"evenness": "2e0"}, {"evenness": 2.0}),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_loss_args_mean_the_same_however_they_are_written(written, meant, tmp_path):
+    """Whole numbers and fractions, too: a run is told from another by them."""
+    args = config(tmp_path, loss="gamma_po", loss_args=written)
+    assert args.loss_args == meant
+    assert json.dumps(args.identity()["loss_args"]) == json.dumps(meant)
+    loss = args.bound_loss()
+    assert (loss.name, loss.options) == ("gamma_po", meant or {})
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"loss_args": "0.1"}, "loss_args needs name=value, several with commas between them, or JSON; got '0.1'"),
+        ({"loss_args": "flip_rate=0.1,"}, "loss_args needs name=value"),
+        ({"loss_args": "flip_rate=0.1,flip_rate=0.2"}, "loss_args needs each name once"),
+        ({"loss_args": "{flip_rate"}, "loss_args needs JSON"),
+        ({"loss_args": [0.1]}, r"loss_args needs named values; got \[0.1\]"),
+        ({"loss_args": 0.1}, "loss_args needs named values; got 0.1"),
+        ({"loss_args": "flip_rate=x"}, "loss_args needs a finite number for flip_rate; got 'x'"),
+        ({"loss_args": "flip_rate=nan"}, "loss_args needs a finite number for flip_rate; got 'nan'"),
+        ({"loss_args": {"flip_rate": True}}, "loss_args needs a finite number for flip_rate; got True"),
+        ({"loss_args": {"flip_rate": 0.6}}, r"rdpo needs flip_rate in \[0, 0.5\); got 0.6"),
+        ({"loss_args": {"flip_rat": 0.1}}, "got flip_rat. Did you mean flip_rate"),
+        ({"loss_args": None}, "rdpo needs flip_rate; got none"),
+        ({"loss": "dpo", "loss_args": {"evenness": 1}}, "choose a loss that takes it: gamma_po"),
+        ({"loss": "ropo", "loss_args": {"alpha": 6}}, "alpha is an option of its own; got it in loss_args"),
+    ],
+)
+def test_loss_args_that_mean_nothing(option, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        config(tmp_path, **{"loss": "rdpo", **option})
+
+
+@pytest.mark.parametrize("name", sorted({param for spec in LOSSES.values() for param in spec.params} - {"alpha"}))
+def test_the_options_of_single_losses_say_where_they_are(name, tmp_path, capsys):
+    assert main(["train", *WORDS, f"--{name}", "0.1"]) == 2
+    assert f"--loss_args {name}=" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"--loss_args {name}="):
+        parse_train([*WORDS, "--config", str(recipe(tmp_path, f"{name}: 0.1\n"))])
+
+
+def test_loss_args_of_a_recipe_and_of_a_command_line(tmp_path):
+    for line in ("loss_args: {flip_rate: 1e-1}", "loss_args: flip_rate=0.1"):
+        path = recipe(tmp_path, f"loss: rdpo\n{line}\n")
+        assert parse_train([*WORDS, "--config", str(path)])[1].loss_args == {"flip_rate": 0.1}
+        words = [*WORDS, "--config", str(path), "--loss_args", "flip_rate=0.3"]
+        assert parse_train(words)[1].loss_args == {"flip_rate": 0.3}
+
+
+def test_alpha_of_0_is_dpo_and_other_losses_keep_theirs(tmp_path):
+    args = config(tmp_path)
+    assert (args.bound_loss(0.0).name, args.bound_loss(6.0).options) == ("dpo", {"alpha": 6.0})
+    assert config(tmp_path, loss="hinge").bound_loss(6.0).options == {}
+    old = config(tmp_path, loss="ropo_v1", alpha=2, loss_args={"gamma": 0.1})
+    assert old.bound_loss(6.0).options == {"alpha": 2.0, "gamma": 0.1}
+    assert (args.loss, args.alpha) == ("ropo", "auto"), "nothing is written back"
+
+
+# What a dataclass of options says of itself.
+
+
+@dataclasses.dataclass
+class Some:
+    count: typing.Annotated[int, Rule(low=1, high=5)] = option(1, "A number.")
+    share: typing.Annotated[float, Rule(above=0, below=1, identifies=False)] = option(0.5, "A share.")
+    kind: typing.Annotated[str | None, Rule(choices=("a", "b"))] = option(None, "A kind.")
+    size: typing.Annotated[str, Rule(may_be_number=True)] = option("auto", "A size.")
+    plain: str = option("", "A text.")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"count": 0}, "count needs a number from 1 to 5; got 0"),
+        ({"count": 6}, "count needs a number from 1 to 5; got 6"),
+        ({"share": 0.0}, r"share needs a number in \(0, 1\); got 0.0"),
+        ({"share": 1}, r"share needs a number in \(0, 1\); got 1"),
+        ({"kind": "c"}, "kind needs one of a, b; got 'c'"),
+        ({"size": [1]}, r"size needs one text; got \[1\]"),
+        ({"plain": 1}, "plain needs one text; got 1"),
+    ],
+)
+def test_rules(given, said):
+    with pytest.raises(ValueError, match=said):
+        check_options(Some(**given))
+
+
+def test_what_rules_allow():
+    for some in (Some(count=5, share=0.01, kind="b", size=3), Some(kind=None, size="auto")):
+        check_options(some)
+    assert identifying(Some()) == ["count", "kind", "size", "plain"]
+
+
+def test_every_rule_is_of_an_option_there_is():
+    assert set(rules_of(ROPOConfig)) <= {field.name for field in dataclasses.fields(ROPOConfig)}
+    assert set(OF_TRANSFORMERS) <= {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_a_run_is_told_from_another_by_what_changes_its_numbers(tmp_path):
+    found = config(tmp_path).identity()
+    for name in ("seed", "loss", "loss_args", "learning_rate", "max_length", "judge_model", "num_folds"):
+        assert name in found
+    for name in ("output_dir", "rounds", "max_tokens_per_batch", "save_steps", "judge_url", "audit_from"):
+        assert name not in found
+
+
+def test_any_parser_of_dataclasses_takes_the_options(tmp_path):
+    """Those who write scripts around `HfArgumentParser`: what stands in our fields must not reach `argparse`."""
+    words = ["--output_dir", str(tmp_path / "O"), "--use_cpu", "--loss", "rdpo", "--loss_args", "flip_rate=0.1"]
+    [args] = HfArgumentParser((ROPOConfig,)).parse_args_into_dataclasses(words)
+    assert args.loss_args == {"flip_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (LossOptions, {"loss": "dop"}, "Did you mean dpo"),
+        (DataOptions, {"max_length": 1}, "max_length needs 2 or more; got 1"),
+        (EngineOptions, {"generation_engine": "server"}, "server needs generation_url and generation_model"),
+        (ResampleOptions, {"generation_engine": "vllm"}, "vllm needs something to sample"),
+        (JudgeOptions, {"judge": "endpoint"}, "endpoint needs judge_model and judge_url"),
+    ],
+)
+def test_each_package_checks_its_own(kind, given, said):
+    kind()
+    with pytest.raises(ValueError, match=said):
+        kind(**given)
+
+
+def test_a_stage_has_options_of_its_own(tmp_path):
+    args = config(tmp_path, hub_token="hf_secret", seed=3)
+    stage = args.of_stage(tmp_path / "stage", num_train_epochs=2.5)
+    assert (stage.output_dir, stage.num_train_epochs, stage.seed) == (str(tmp_path / "stage"), 2.5, 3)
+    assert (args.output_dir, args.num_train_epochs) == (str(tmp_path / "O"), 1.0)
+    assert stage.hub_token == "hf_secret"
 
 
 @pytest.mark.parametrize("option", ["num_train_epochs", "temperature", "top_p", "eval_delay"])
@@ -301,7 +461,7 @@ def test_a_warm_up_ends(tmp_path):
         check_warmup(args, num_pairs=100)
     check_warmup(config(tmp_path, warmup_steps=12, num_folds=0, rho=0, alpha="14"), num_pairs=100)
     with pytest.raises(ValueError, match="the 10 steps of the shortest training"):  # a fold has four fifths
-        check_warmup(config(tmp_path, warmup_steps=12), num_pairs=100)
+        check_warmup(config(tmp_path, warmup_steps=12), num_pairs=config(tmp_path).fewest_trained_on(100))
     check_warmup(config(tmp_path, warmup_steps=0.5), num_pairs=1)
 
 
@@ -329,6 +489,9 @@ GRID = {"task": "reviews", "seeds": "[1]", "noise": "{symmetric: [0.2]}", "metho
         ("options", "1", "options needs named values; got 1"),
         ("options", "{beta: true}", "beta needs a number; got True"),
         ("source", "3", "source needs one text; got 3"),
+        ("tuned", "{holder: {holder_gamma: x}}", "loss_args needs a finite number for holder_gamma; got 'x'"),
+        ("tuned", "{dpo: {holder_gamma: 1}}", "unknown option 'holder_gamma'. It is in loss_args"),
+        ("options", "{seed: -1}", "seed needs 0 or more; got -1"),
     ],
 )
 def test_a_grid_that_means_nothing(key, value, said, tmp_path):
@@ -350,6 +513,7 @@ def test_a_grid_that_is_meant(tmp_path):
         (["demo", "--num_pairs", "0"], "num_pairs needs a number from 10"),
         (["demo", "--seed", "-1"], "seed needs a number from 0"),
         (["export", "--seed", "-1"], "seed needs a number from 0"),
+        (["win_rate", "--outputs", "A", "--baseline", "B", "--judge", "endpont"], "Did you mean endpoint"),
         (["export", "--temperature", "nan"], "temperature needs a finite number; got nan"),
     ],
 )

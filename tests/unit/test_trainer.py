@@ -16,7 +16,7 @@ from ropo.data.validate import DataError
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
-from ropo.models.source import check_adapter
+from ropo.models.fit import check_adapter
 from ropo.pairs import Pair, PairLogps
 from ropo.run.align import run_audit, run_rounds
 from ropo.train import trainer as ours
@@ -26,8 +26,8 @@ from ropo.train.trainer import ROPOTrainer
 
 BATCHING = Batching(pad_token_id=0)
 OPTIONS = {
-    **{loss: {"flip_rate": 0.1} for loss in ("cdpo", "rdpo", "forward_corrected")},
-    "ropo_v1": {"alpha": 2.0, "gamma": 0.1},
+    **{loss: {"loss_args": {"flip_rate": 0.1}} for loss in ("cdpo", "rdpo", "forward_corrected")},
+    "ropo_v1": {"alpha": 2.0, "loss_args": {"gamma": 0.1}},
 }
 
 
@@ -509,7 +509,7 @@ def test_re_po_judges_others_by_the_annotators_it_has_learned(model, tokenizer, 
     names = ["anna", "bert", "carl"]
     train = [replace(pair, annotator=names[i % 3]) for i, pair in enumerate(pairs)]
     others = [replace(pair, annotator=name) for pair, name in zip(pairs, ["zoe", "carl", "adam", "bert"], strict=False)]
-    args = config(tmp_path, loss="re_po", reliability=0.8)
+    args = config(tmp_path, loss="re_po", loss_args={"reliability": 0.8})
     trainer = ROPOTrainer(model, args, train_dataset=train, eval_dataset=others, processing_class=tokenizer)
     trainer.training_objective.reliability[:3] = torch.tensor([0.1, 0.2, 0.3])
     seen = trainer.training_objective.reliability[trainer.eval_dataset.annotator_of]

@@ -4,7 +4,6 @@ In: what follows `ropo train` or another command. Out: the options, or one sente
 """
 
 import dataclasses
-import shlex
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,11 +14,12 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from ropo.cli.parser import SentenceParser
-from ropo.cli.words import name_of_option, refuse_unknown, without_secrets
+from ropo.cli.words import name_of_option, refuse_unknown
 from ropo.config import ROPOConfig
 from ropo.data.read import HubDataset, is_here
-from ropo.models.source import find_model
+from ropo.models.source import Model, find_model
 from ropo.options import check_choice, check_options, read_yaml, short
+from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.spelling import did_you_mean
 from ropo.train.options import instead_of
 
@@ -166,31 +166,31 @@ def parse_options(kind: type[Options], words: Sequence[str], *, command: str) ->
     return kind(**vars(DataclassParser(command, dataclass_types=kind).read(words)))
 
 
-def inputs_of(given: TrainArguments, words: Sequence[str], *, command: str) -> dict[str, Any]:
-    """What `run_rounds` and `run_audit` take beside the model, the dataset and the options.
-
-    Args:
-        given: Model and data.
-        words: What followed the command.
-        command: `train` or `audit`.
-
-    Returns:
-        Arguments by name.
-    """
-    return {
-        "peft_config": _adapter(given),
-        "split": given.dataset_split,
-        "columns": columns_of(given),
-        "load_options": {
-            "dtype": given.dtype,
-            **({} if given.attn_implementation is None else {"attn_implementation": given.attn_implementation}),
-            "revision": given.model_revision,
-            "trust_remote_code": given.trust_remote_code,
-        },
-        "trusted": given.trusted,
-        "decisions": None if given.decisions is None else Path(given.decisions),
-        "command": shlex.join(["ropo", command, *without_secrets(words)]),
+def model_of(given: TrainArguments) -> Model:
+    """The model to align, with its adapter and how it is loaded."""
+    options = {
+        "dtype": given.dtype,
+        **({} if given.attn_implementation is None else {"attn_implementation": given.attn_implementation}),
+        "revision": given.model_revision,
+        "trust_remote_code": given.trust_remote_code,
     }
+    return Model(str(given.model_name_or_path), adapter=_adapter(given), load_options=options)
+
+
+def pairs_of(given: TrainArguments) -> DataSource:
+    """The pairs to train on or to audit."""
+    return DataSource(dataset_of(given, given.dataset_name), split=given.dataset_split, columns=columns_of(given))
+
+
+def evaluation_of(given: TrainArguments) -> DataSource | None:
+    """The pairs to score the model of every round on, if there are any."""
+    found = dataset_of(given, given.eval_dataset_name)
+    return None if found is None else DataSource(found, split=given.eval_dataset_split)
+
+
+def review_of(given: TrainArguments) -> ReviewInputs:
+    """What people have said about labels."""
+    return ReviewInputs(trusted=given.trusted, decisions=given.decisions)
 
 
 def check_sources(given: TrainArguments) -> None:

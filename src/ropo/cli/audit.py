@@ -9,9 +9,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ropo.cli.arguments import check_sources, dataset_of, inputs_of, parse_train
+from ropo.cli.arguments import check_sources, model_of, pairs_of, parse_train, review_of
 from ropo.cli.faults import DONE
 from ropo.cli.outcome import say_audit
+from ropo.cli.words import typed_as
+from ropo.provenance import typed
 from ropo.run.align import run_audit
 
 logger = logging.getLogger(__name__)
@@ -30,12 +32,8 @@ def run(words: Sequence[str]) -> int:
     if given.eval_dataset_name is not None:
         logger.warning("An audit keeps no model, so eval_dataset_name does nothing here.")
     check_sources(given)
-    summary = run_audit(
-        str(given.model_name_or_path),
-        dataset_of(given, given.dataset_name),
-        args,
-        **inputs_of(given, words, command="audit"),
-    )
+    with typed(typed_as("audit", words)):
+        result = run_audit(model_of(given), pairs_of(given), args, review=review_of(given))
     if PartialState().is_main_process:
-        say_audit(summary, Path(str(args.output_dir)))
+        say_audit(result.summary, Path(str(args.output_dir)))
     return DONE

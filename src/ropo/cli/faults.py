@@ -6,7 +6,6 @@ Imports the standard library only: nothing else may be there yet, or the import 
 """
 
 import os
-import shlex
 import sys
 import tempfile
 import traceback
@@ -14,14 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ropo import __version__
-from ropo.cli.words import secrets_in, without_secrets
+from ropo.cli.words import secrets_in, typed_as
 
 DONE, NOT_ACCEPTABLE, MISUSE, OUR_FAULT = 0, 1, 2, 70
 
 # Exceptions by the module that defines them: where that was never imported, none can have been raised.
 _OF_DATA = (
     ("ropo.data.validate", "DataError"),
-    ("ropo.endpoint", "EndpointError"),
     ("ropo.endpoint.client", "EndpointError"),
 )
 _OF_RUN = (("ropo.provenance", "RunError"), ("torch", "OutOfMemoryError"))
@@ -64,7 +62,7 @@ def _say_fault(error: Exception, words: Sequence[str]) -> str:
     """One sentence on what nobody has foreseen; where it came from is kept in a file, without tokens."""
     head, *rest = f"{type(error).__name__}: {error}".splitlines()
     lines = "".join(traceback.format_exception(error))
-    report = f"ropo {__version__}: {shlex.join(['ropo', *without_secrets(words)])}\n\n{lines}"
+    report = f"ropo {__version__}: {typed_as(words[0], words[1:])}\n\n{lines}"
     for secret in secrets_in(words):
         head, report = head.replace(secret, "..."), report.replace(secret, "...")
     with tempfile.NamedTemporaryFile(

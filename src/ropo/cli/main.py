@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = "\n" if sys.stderr.isatty() else ""  # after ^C, or a line that shows progress
         print(f"{start}ropo {command}: {how_to_resume(command, received[0], stage)}", file=sys.stderr)
     code = INTERRUPTED + received[0]
-    asking = if_imported("ropo.endpoint", "ASKING") or if_imported("ropo.endpoint.pool", "ASKING")
+    asking = if_imported("ropo.endpoint.pool", "ASKING")
     if asking and any(thread.name.startswith(asking) for thread in threading.enumerate()):
         sys.stdout.flush()
         os._exit(code)  # Python would wait for the server's answer, for minutes

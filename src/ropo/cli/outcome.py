@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ropo.data.problems import printable
+from ropo.evaluate.measures import Mean
 from ropo.evaluate.options import ExportArguments
+from ropo.evaluate.win_rate import WinRate
 from ropo.noise.reading import WIDE_RANGE
 
 
@@ -15,7 +17,7 @@ def say_audit(summary: dict[str, Any], folder: Path) -> None:
     """Say what an audit has found, and what to do next.
 
     Args:
-        summary: As `run_audit` returns it.
+        summary: That of an audit.
         folder: Its output folder.
     """
     say_rate(summary)
@@ -33,7 +35,7 @@ def say_training(summary: dict[str, Any], folder: Path) -> None:
     """Say what a run has trained on, and where the model is.
 
     Args:
-        summary: As `run_rounds` returns it.
+        summary: That of a run.
         folder: Its output folder.
     """
     say_rate(summary)
@@ -56,7 +58,7 @@ def say_rate(summary: dict[str, Any]) -> None:
     """Say how many labels are flipped, as far as that can be said.
 
     Args:
-        summary: As `run_audit` or `run_rounds` returns it.
+        summary: That of either.
     """
     rate = summary["flip_rate"]
     if not summary["is_informative"]:
@@ -111,33 +113,29 @@ def say_export(found: dict[str, Any], given: ExportArguments) -> None:
         print(f"Next:    ropo win_rate --outputs {found['file']} --baseline B.json, or alpaca_eval itself")
 
 
-def say_win_rate(found: dict[str, Any], folder: Path) -> bool:
+def say_win_rate(found: WinRate, folder: Path) -> None:
     """Say how often the judge has preferred the outputs to the baseline.
 
     Args:
         found: As `run_win_rate` returns it.
         folder: Its output folder.
-
-    Returns:
-        Whether there is a rate.
     """
-    name, counts = found["outputs"]["name"], found["counts"]
+    counts = found.counts
     total = sum(counts.values())
     print(
-        f"\n{name} against {found['baseline']['name']} on {total} instructions: "
-        f"{_rate(found['rate']) if found['rate'] else 'cannot tell, since the judge has preferred no output'}.\n"
+        f"\n{found.outputs} against {found.baseline} on {total} instructions: "
+        f"{_rate(found.rate) if found.rate else 'cannot tell, since the judge has preferred no output'}.\n"
         f"Wins {counts['win']}, losses {counts['loss']}, ties {counts['tie']}, undecided {counts['undecided']}; "
         f"{counts['identical']} with identical outputs, which count for neither."
     )
     if counts["undecided"]:
-        print(f"If all undecided were lost {found['lowest']:.1%}, if all were won {found['highest']:.1%}.")
-    print(f"Mean length {found['mean_chars']:.0f} characters, baseline {found['mean_chars_baseline']:.0f}.")
-    for length, rate in found["by_length"].items():
+        print(f"If all undecided were lost {found.lowest:.1%}, if all were won {found.highest:.1%}.")
+    print(f"Mean length {found.mean_chars:.0f} characters, baseline {found.mean_chars_baseline:.0f}.")
+    for length, rate in found.by_length.items():
         if rate:
-            print(f"  {length.replace('_', ' ')}: {_rate(rate)} of {rate['count']}")
+            print(f"  {length.replace('_', ' ')}: {_rate(rate)} of {rate.count}")
     print(f"Result: {folder / 'win_rate.json'}\nEach instruction: {folder / 'comparisons.jsonl'}   <- look here next")
-    return bool(found["rate"])
 
 
-def _rate(rate: dict[str, Any]) -> str:
-    return f"{rate['value']:.1%} won, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}"
+def _rate(rate: Mean) -> str:
+    return f"{rate.value:.1%} won, 90 % interval {rate.low:.1%} to {rate.high:.1%}"

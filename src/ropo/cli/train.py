@@ -8,9 +8,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ropo.cli.arguments import check_sources, dataset_of, inputs_of, parse_train
+from ropo.cli.arguments import check_sources, evaluation_of, model_of, pairs_of, parse_train, review_of
 from ropo.cli.faults import DONE
 from ropo.cli.outcome import say_training
+from ropo.cli.words import typed_as
+from ropo.provenance import typed
 from ropo.run.align import run_rounds
 
 
@@ -25,14 +27,10 @@ def run(words: Sequence[str]) -> int:
     """
     given, args = parse_train(words)
     check_sources(given)
-    summary = run_rounds(
-        str(given.model_name_or_path),
-        dataset_of(given, given.dataset_name),
-        args,
-        eval_dataset=dataset_of(given, given.eval_dataset_name),
-        eval_split=given.eval_dataset_split,
-        **inputs_of(given, words, command="train"),
-    )
+    with typed(typed_as("train", words)):
+        result = run_rounds(
+            model_of(given), pairs_of(given), args, eval_dataset=evaluation_of(given), review=review_of(given)
+        )
     if PartialState().is_main_process:
-        say_training(summary, Path(str(args.output_dir)))
+        say_training(result.summary, Path(str(args.output_dir)))
     return DONE

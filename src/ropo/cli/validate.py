@@ -15,8 +15,8 @@ from ropo.data.problems import Problem, printable, render, rows_left_out
 from ropo.data.read import is_here
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import validate_pairs
-from ropo.models.files import check_ids, ids_of
-from ropo.models.source import PolicySource, check_positions, find_model, load_tokenizer
+from ropo.models.fit import check_ids, check_positions, ids_of
+from ropo.models.source import Model, find_model, load_tokenizer
 
 
 def parser() -> SentenceParser:
@@ -53,7 +53,7 @@ def run(words: Sequence[str]) -> int:
     is_here(given.dataset_name)  # refuses a misspelt path before the hub is asked for a model
     source = tokenized = None
     if given.model_name_or_path:
-        source = PolicySource(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
+        source = Model(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
         skeleton = source.skeleton()
         tokenizer = load_tokenizer(source.name_or_path, source.load_options)
     loaded = load_pairs(dataset_of(given, given.dataset_name), split=given.dataset_split, columns=columns_of(given))

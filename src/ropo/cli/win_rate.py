@@ -31,4 +31,5 @@ def run(words: Sequence[str]) -> int:
         found = run_win_rate(given)
     if not PartialState().is_main_process:
         return DONE
-    return DONE if say_win_rate(found, folder) else NOT_ACCEPTABLE
+    say_win_rate(found, folder)
+    return DONE if found.rate else NOT_ACCEPTABLE

@@ -6,6 +6,7 @@ Imports the standard library only, so that a typing mistake is answered at once.
 """
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
@@ -91,6 +92,11 @@ def refuse_unknown(
             f"unknown option {unknown[0]}.{instead(name) or did_you_mean(name, known)} `ropo {command} {every}` lists "
             "all."
         )
+
+
+def typed_as(command: str, words: Sequence[str]) -> str:
+    """The command line as it can be typed again, without secrets."""
+    return shlex.join(["ropo", command, *without_secrets(words)])
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 In: a path, a folder of shards or one that `datasets` saved, a hub id, a `datasets.Dataset`, or rows in memory.
 Out: one `(line, row)` after the other; in place of a row that cannot be read, the `BadRow` that says why.
 
-The one idea: what is wrong with one row is handed on and reading goes on; what is wrong with the whole source raises.
+The one idea: what is wrong with one row is handed on, what is wrong with the whole source raises.
 Where the next row begins cannot be known, the last `BadRow` is of the kind "unread" and says how much is lost.
 Text is decoded so that bytes which are not UTF-8 survive as characters that no UTF-8 text can hold: the row they are
 in is still found, and refused later by whoever encodes it.
@@ -59,7 +59,7 @@ Source: TypeAlias = str | Path | HubDataset | datasets.Dataset | Sequence[object
 Row = tuple[int | None, Any]  # the line of a text file at which the row begins, counted from 1, and the row
 
 _ROWS_PER_BATCH = 1000
-_MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module refuses more than 131,072 unless told
+_MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module refuses more than 131,072 by default
 # Endings that mean a file was meant, beside those that have a reader: a typing mistake must not become a question to
 # the hub. Names on the hub do hold dots ("OpenHermes-2.5-..."), so not every dot begins an ending.
 _OTHER_ENDINGS = (".arrow", ".bz2", ".gz", ".pkl", ".tsv", ".txt", ".xlsx", ".xz", ".yaml", ".zip", ".zst")

@@ -44,7 +44,7 @@ def write_review(
     Args:
         path: Where to write.
         pairs: Those of the data, the one to read first in front.
-        p_flip: P(flipped) by row; None where it cannot be told, and the cell stays empty.
+        p_flip: P(flipped) by row; None where it is not known, and the cell stays empty.
         margins: Held-out margin by row.
         decisions: Decision by row.
     """
@@ -53,8 +53,8 @@ def write_review(
         writer.writerow(COLUMNS)
         for pair in pairs:
             texts = (pair.annotator or "", *(_plain(text) for text in (pair.prompt, pair.chosen, pair.rejected)))
-            told = p_flip[pair.row]
-            shown = "" if told is None else f"{told:.4f}"
+            p = p_flip[pair.row]
+            shown = "" if p is None else f"{p:.4f}"
             name = f"'{pair.id}" if _NUMBER.fullmatch(pair.id) else pair.id
             known = (pair.verdict or "", shown, decisions[pair.row], pair.row, name, f"{margins[pair.row]:.4f}")
             writer.writerow([*known, *(_no_formula(visible(text)) for text in texts)])

@@ -179,7 +179,7 @@ def read_checked(
         dataset: Anything that `load_pairs` reads.
         split: Of the dataset.
         columns: See `load_pairs`.
-        on_bad_rows: "refuse" raises when a row has an error; "skip" goes on without it.
+        on_bad_rows: "refuse" raises when a row has an error; "skip" leaves it out.
 
     Returns:
         What was read, the pairs to go on with, and every problem.

@@ -99,7 +99,7 @@ class WinRateArguments(JudgeOptions):
     outputs: str | None = option(None, "Outputs of the model: AlpacaEval's format, as `ropo export` writes it.")
     baseline: str | None = option(None, "Outputs of the model it is compared with, on the same instructions.")
     output_dir: str | None = option(None, "Where the result goes, and what the judge has answered.")
-    judge: str = option(
+    judge: Annotated[str, Rule(choices=("none", *JUDGES))] = option(
         "none", "Who judges: " + ", ".join(f"{name} ({spec.meaning})" for name, spec in JUDGES.items()) + "."
     )
     plain_text: bool = option(

@@ -171,7 +171,7 @@ def plc_dpo(
         q = softmax(z/τ, −z/τ, −abs(z)/τ′) with z = (h − μ)/√v, held fixed
         a = γₜ·C with C = ((max q − ⅓)/⅔)^κ, held fixed
 
-    dpo(−abs(h)) pulls a tie to margin 0. The weight of a pair that is surely flipped falls to 1−a: dpo(−h) is nearly
+    dpo(−abs(h)) pulls a tie to margin 0. The weight of a pair that is certainly flipped falls to 1−a: dpo(−h) is nearly
     flat there, so the pair is let go of and hardly reversed. The defaults are the paper's main recipe, "aggressive".
 
     The paper leaves open, and here is our choice: equal prior probabilities of the three readings; γₜ is 0 during the

@@ -224,7 +224,7 @@ def gradient_weight(
 
 def methods_table() -> str:
     """Write `LOSSES` as a table in Markdown, with a legend of its symbols."""
-    columns = ("loss", "formula", "paper", "needs", "options (all but `alpha` in `loss_args`)", "when to use it")
+    columns = ("loss", "formula", "paper", "needs", "options", "when to use it")
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, spec in LOSSES.items():
         true_fields = (one.name for one in fields(spec) if getattr(spec, one.name) is True)
@@ -239,13 +239,17 @@ def methods_table() -> str:
         "a: share of the correction; q: chances that a label is right, flipped, a tie (in rappo: `num_dropped`); "
         "β: `beta`; β′: `beta_prime`; B: pairs of an optimizer step."
     )
-    return "\n".join([*rows, "", legend, ""])
+    how = (
+        "Options other than `alpha` are given together: `--loss_args mean_target_margin=0.5,evenness=2` on the command "
+        "line, `loss_args: {mean_target_margin: 0.5, evenness: 2}` in YAML, a mapping in Python."
+    )
+    return "\n".join([*rows, "", legend, "", how, ""])
 
 
 LOSSES: Mapping[str, LossSpec] = MappingProxyType(
     {
         "ropo": LossSpec(
-            fn=ropo, when="Noise of unknown rate, beside a filter. Not alone: it goes far, and answers suffer."
+            fn=ropo, when="Noise of unknown rate, beside a filter. Not alone: the policy drifts far from the reference."
         ),
         "ropo_v1": LossSpec(fn=ropo_v1, when="To reproduce the first version. Otherwise ropo, with an option less."),
         "na": LossSpec(fn=na, when="Heavy noise and a good start. Not from a poor start: what it gets wrong is lost."),

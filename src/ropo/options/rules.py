@@ -3,6 +3,7 @@
 In: a dataclass of options. Out: the same with values of the types it states, or one sentence that names the option.
 """
 
+import inspect
 import os
 import typing
 from collections.abc import Iterable, Mapping
@@ -221,7 +222,7 @@ def check_values(given: Mapping[str, Any], kind: type) -> None:
 def _own_fields(kind: type) -> set[str]:
     """Names of the fields that no library has defined."""
     ours = (one for one in kind.__mro__ if not one.__module__.startswith("transformers"))
-    return {name for one in ours for name in vars(one).get("__annotations__", {})}
+    return {name for one in ours for name in inspect.get_annotations(one)}
 
 
 def _kinds(options: type) -> dict[str, frozenset[Any]]:

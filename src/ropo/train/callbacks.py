@@ -1,4 +1,4 @@
-"""What happens beside the steps of a training: scores on the way, what a checkpoint holds, where an epoch goes on.
+"""What happens beside the steps of a training: scores on the way, what a checkpoint holds, where an epoch is resumed.
 
 In: functions of the trainer. Out: callbacks and a sampler for `transformers.Trainer`.
 """

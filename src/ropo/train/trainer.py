@@ -431,7 +431,7 @@ class ROPOTrainer(Trainer):
         """One value per pair from the processes that have seen it; NaN where none has."""
         mine = values.to(self.args.device)
         if self.accelerator.num_processes == 1:
-            return mine.to("cpu", copy=True)  # the buffer goes on changing
+            return mine.to("cpu", copy=True)  # the buffer changes further
         seen: Tensor = self.accelerator.gather(mine[None])
         return seen.nanmean(dim=0).cpu()  # a pair is seen by one process, or by two where the last batch is filled up
 

@@ -203,7 +203,7 @@ def test_options_are_filled_in(tmp_path):
         ({"name": "a/b"}, "name needs letters, digits"),
         ({"name": ".."}, "name needs letters, digits"),
         ({"temperature": -1.0}, "temperature needs 0 or more; got -1.0"),
-        ({"top_p": 0.0}, "top_p needs a share in (0, 1]; got 0.0"),
+        ({"top_p": 0.0}, "top_p needs a number in (0, 1]; got 0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens needs 1 or more; got 0"),
         ({"dtype": "float16"}, "dtype needs one of auto, float32, bfloat16"),
         ({"generation_engine": "vllm", "dtype": "float32"}, "vllm needs dtype auto or bfloat16"),

@@ -74,10 +74,16 @@ def test_competitors_see_the_noisy_labels_and_what_they_are_told(given, noisy, n
     if METHODS[name].is_reference:
         return
     assert labels(pairs) == labels(noisy.pairs)
-    is_told = args.flip_rate == 0.2 or args.rho == "0.2"
+    is_told = (args.loss_args or {}).get("flip_rate") == 0.2 or args.rho == "0.2"
     assert is_told == (METHODS[name].oracle == "flip rate")
     if LOSSES[args.loss].needs_flip_rate:
         assert is_told
+
+
+def test_parameters_of_a_loss_are_its_loss_args(given):
+    """In a grid they stand beside learning rate and beta; alpha is an option of its own."""
+    assert given("holder", holder_gamma=4.0, beta=0.7)[1].bound_loss().options == {"holder_gamma": 4.0}
+    assert given("ropo_loss", alpha="6")[1].bound_loss().options == {"alpha": 6.0}
 
 
 @pytest.mark.parametrize("name", ["dpo_shipped", "ropo_shipped"])

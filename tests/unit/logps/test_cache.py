@@ -309,6 +309,7 @@ torch.save((logps, features), f"{sys.argv[4]}.{state.process_index}")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_read_what_one_does(model, model_folder, tokens, tmp_path):
     """Each reads its share and both return everything."""
     (tmp_path / "two.py").write_text(TWO)

@@ -9,7 +9,8 @@ import pytest
 from accelerate import PartialState
 
 from ropo.config import ROPOConfig
-from ropo.sampling.engines import ENGINES, Reach, engine_options, open_engine
+from ropo.options import takers_of
+from ropo.sampling.engines import ENGINES, Reach, open_engine
 from ropo.sampling.server_engine import ServerEngine
 from ropo.sampling.transformers_engine import TransformersEngine
 from ropo.sampling.vllm_engine import VllmEngine
@@ -34,11 +35,11 @@ def config(tmp_path, **options):
 
 
 def test_every_option_of_an_engine_exists():
-    assert engine_options() == {
+    assert takers_of(ENGINES) == {
         name: ["server"] for name in ("generation_url", "generation_model", "generation_api_key_env")
     }
     known = {field.name: field for field in dataclasses.fields(ROPOConfig)}
-    for option in engine_options():
+    for option in takers_of(ENGINES):
         assert known[option].default is None
         assert known[option].metadata["help"].startswith("server: ")
     assert all(name in known["generation_engine"].metadata["help"] for name in ENGINES)
@@ -68,7 +69,7 @@ def test_defaults(tmp_path):
         ),
         ({**SERVER, "generation_url": "localhost:8000"}, "generation_url needs an http:// or https:// address"),
         ({**SERVER, "num_candidates": 0}, "generation_engine server needs something to sample; got num_candidates 0"),
-        ({"top_p": 1.1}, r"top_p needs a share in \(0, 1\]; got 1.1"),
+        ({"top_p": 1.1}, r"top_p needs a number in \(0, 1\]; got 1.1"),
         ({"generation_engine": "vllm", "num_candidates": 2}, "Engine vllm needs the package vllm; got an installation"),
     ],
 )
