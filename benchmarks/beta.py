@@ -27,7 +27,7 @@ import torch
 
 from ropo import ROPOConfig, flip_labels, run_audit, run_rounds
 from ropo.data.load import load_pairs
-from ropo.models.source import PolicySource, load_tokenizer
+from ropo.models.source import Model, load_tokenizer
 from ropo.provenance import read_json
 from ropo_bench.policy_score import score_policy
 from ropo_bench.rows import append_row, read_rows
@@ -102,7 +102,7 @@ def measure(cell: dict[str, Any], files: str, scratch: Path) -> dict[str, Any]:
     trained = scratch / "_".join(["run", *map(str, cell.values())])
     run_rounds(task.model, pairs, config(task, seed, scratch, trained.name, **options))
     score = score_policy(
-        PolicySource(str(trained)).load(), PolicySource(str(task.model)).load(), load_tokenizer(str(task.model)),
+        Model(str(trained)).load(), Model(str(task.model)).load(), load_tokenizer(str(task.model)),
         task.gold, num_samples=min(NUM_SAMPLES, len(task.held_out)), seed=seed,
     )  # fmt: skip
     shutil.rmtree(trained)

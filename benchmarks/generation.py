@@ -31,6 +31,7 @@ from ropo.data.tokenize import encode_prompts
 from ropo.provenance import machine
 from ropo.sampling import transformers_engine as in_transformers
 from ropo.sampling.call import Caller
+from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import sample_responses
 from ropo.sampling.shared_prompt import choose_decoder
 
@@ -91,9 +92,8 @@ def by_engine(
 ) -> tuple[float, int]:
     """Seconds and tokens of the engine."""
     start = time.perf_counter()
-    found = sample_responses(
-        model, tokenizer, prompts, num_candidates=NUM_CANDIDATES, max_new_tokens=max_new_tokens, seed=seed
-    )
+    sampling = Sampling(num_candidates=NUM_CANDIDATES, max_new_tokens=max_new_tokens)
+    found = sample_responses(model, tokenizer, prompts, sampling, seed=seed)
     return time.perf_counter() - start, sum(sample.num_tokens for sample in found)
 
 

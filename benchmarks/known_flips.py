@@ -45,7 +45,7 @@ def measured(model: str, folder: Path, num_pairs: int | None) -> Iterator[dict[s
             continue
         with tempfile.TemporaryDirectory() as scratch:
             start = time.process_time()
-            summary = run_audit(model, pairs, ROPOConfig(output_dir=scratch, seed=seed, disable_tqdm=True))
+            summary = run_audit(model, pairs, ROPOConfig(output_dir=scratch, seed=seed, disable_tqdm=True)).summary
             seconds = time.process_time() - start
             rows = read_ledger(Path(scratch) / "ledger.parquet").to_pandas().sort_values("row")
         truth = is_flipped[rows["row"].to_numpy()]

@@ -53,7 +53,7 @@ def measure(variant: str, rate: float, seed: int, base: Path, folder: Path) -> d
     args = ROPOConfig(output_dir=str(folder), seed=seed, **{**COMMON, **VARIANTS[variant]})
     if args.num_folds:
         adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear") if "adapters" in variant else None
-        found = run_audit(base, noisy, args, peft_config=adapter)["flip_rate"]
+        found = run_audit(base, noisy, args, peft_config=adapter).summary["flip_rate"]
         found = {name: found[name] for name in ("estimate", "low", "high")}
         column = "held_out_margin"
     else:

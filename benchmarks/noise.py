@@ -82,7 +82,7 @@ def detect(cell: dict[str, Any], scratch: Path, folder: Path) -> dict[str, Any]:
     start = time.monotonic()
     more = {"trusted": pairs[num_pairs + NUM_HELD_OUT :]} if cell["extra"] == "trusted" else {}
     options = ROPOConfig(output_dir=str(folder), seed=seed, reference_cache_dir=str(scratch / "cache"), **COMMON)
-    summary = run_audit(scratch / f"{task}_model", noisy, options, **more)
+    summary = run_audit(scratch / f"{task}_model", noisy, options, **more).summary
     found, margins = judged(folder, is_flipped)
     clean = scratch / f"clean_{task}_{num_pairs}_{seed}.npy"
     if not cell["flip_rate"]:

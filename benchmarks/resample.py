@@ -32,8 +32,10 @@ from ropo.data.tokenize import encode_prompts, tokenize_pairs
 from ropo.logps.batch import Batching
 from ropo.logps.score import score_pairs
 from ropo.pairs import PairLogps
-from ropo.resample.new_pairs import Scored, WonBack, win_back
+from ropo.resample.new_pairs import NewPairs, Scored, Scoring, resample_pairs
+from ropo.resample.select import Criteria
 from ropo.run.ledger import read_ledger
+from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import Sample, sample_responses
 from ropo.train.dataset import PairDataset
 from ropo.train.objective import losses_of, margins_of
@@ -71,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     **{f"reference, min_loss, {name} guard off": {**BASE, **off} for name, off in OFF.items()},
     "reference, min_loss, carry on": {**BASE, "start": "carry on"},
     "policy, min_loss, carry on": {**BASE, "sample_from": "policy", "start": "carry on"},
-    "dropped pairs turned round": {"turn": True},
+    "dropped pairs flipped": {"turn": True},
     "refined step by step": {**BASE, "num_refinements": 3},
 }
 STUDY_ONLY = ("start", "turn", "num_refinements")  # what no option of ours stands for
@@ -96,7 +98,7 @@ class Cell:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.reference = AutoModelForCausalLM.from_pretrained(base)
         self.args = ROPOConfig(output_dir=str(folder), seed=seed, **COMMON, **ROPO)
-        summary = run_audit(base, self.noisy, self.args)
+        summary = run_audit(base, self.noisy, self.args).summary
         self.loss = self.args.bound_loss(summary["alpha"])
         ledger = read_ledger(folder / "ledger.parquet").to_pandas()
         is_kept = {row: what == "keep" for row, what in zip(ledger["row"], ledger["decision"], strict=True)}
@@ -129,7 +131,7 @@ class Cell:
         trainer.train()
         return trainer.model
 
-    def new_pairs(self, options: dict[str, Any]) -> tuple[WonBack, float]:
+    def new_pairs(self, options: dict[str, Any]) -> tuple[NewPairs, float]:
         """New pairs of a variant and the seconds that they took."""
         args = ROPOConfig(
             output_dir=str(self.folder), rounds=2, **{k: v for k, v in options.items() if k not in STUDY_ONLY}, **COMMON
@@ -140,7 +142,7 @@ class Cell:
             prompts = encode_prompts([pair.prompt for pair in self.dropped], self.tokenizer)
             drawn = sample_responses(
                 self.first if who == "policy" else self.reference, self.tokenizer, prompts,
-                num_candidates=MOST_CANDIDATES, max_new_tokens=48, seed=self.seed,
+                Sampling(num_candidates=MOST_CANDIDATES, max_new_tokens=48), seed=self.seed,
             )  # fmt: skip
             self.samples[who] = drawn, time.monotonic() - start
         drawn, seconds = self.samples[who]
@@ -155,22 +157,26 @@ class Cell:
                 parents=self._scored(model, self.dropped), score=lambda tokens: score_pairs(model, tokens, batching)
             )
 
-        found = win_back(
+        needs_earlier = args.selection_rule == "uncertainty_aware"
+        halfway = AutoModelForCausalLM.from_pretrained(self.folder / "halfway") if needs_earlier else None
+        found = resample_pairs(
             self.dropped,
             samples,
-            policy=scored(self.first),
-            reference=scored(self.reference),
-            earlier=scored(AutoModelForCausalLM.from_pretrained(self.folder / "halfway"))
-            if args.selection_rule == "uncertainty_aware"
-            else None,
-            margins_of=lambda own, base: margins_of(own, base, self.loss),
-            loss_of=lambda margins: losses_of(margins, self.loss),
+            scoring=Scoring(
+                policy=scored(self.first),
+                reference=scored(self.reference),
+                earlier=scored(halfway) if needs_earlier else None,
+                margins_of=lambda own, base: margins_of(own, base, self.loss),
+            ),
+            criteria=Criteria(
+                rule=args.selection_rule,
+                loss_of=lambda margins: losses_of(margins, self.loss),
+                kept_losses=self.kept_losses,
+                guards=args.guards,
+                seed=self.seed,
+            ),
             tokenizer=self.tokenizer,
             max_length=128,
-            rule=args.selection_rule,
-            guards=args.guards,
-            kept_losses=self.kept_losses,
-            seed=self.seed,
         )
         return found, seconds * num / MOST_CANDIDATES + time.monotonic() - start
 
@@ -184,7 +190,7 @@ class Cell:
         prompts = encode_prompts([self.dropped[sample.prompt].prompt for sample in samples], self.tokenizer)
         drawn = sample_responses(
             self.reference, self.tokenizer, [[*prompt, *ids] for prompt, ids in zip(prompts, begun, strict=True)],
-            num_candidates=1, max_new_tokens=48, seed=seed,
+            Sampling(num_candidates=1, max_new_tokens=48), seed=seed,
         )  # fmt: skip
         steps = []
         for place, (old, ids, new) in enumerate(zip(samples, begun, drawn, strict=True)):

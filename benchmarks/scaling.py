@@ -165,7 +165,7 @@ def _seconds(model: Path, folder: Path, run: RunSize, num_pairs: int) -> np.ndar
         rounds=run.rounds, alpha="6", num_candidates=run.num_candidates if run.rounds > 1 else 0, save_strategy="no",
         disable_tqdm=True,
     )  # fmt: skip
-    told = run_rounds(str(model), make_pairs(num_pairs, seed=0), args)["seconds"]
+    told = run_rounds(str(model), make_pairs(num_pairs, seed=0), args).summary["seconds"]
     of_sampling = sum(value for name, value in told.items() if name.endswith("resample"))
     return np.array([sum(told.values()) - of_sampling, of_sampling])
 

@@ -1,9 +1,8 @@
 """Robust preference optimization: align language models on preference data whose labels are partly wrong.
 
-The rooms in the order of the data: `pairs` (a pair, its log-probs, its margin), `data` (read, check, tokenize,
-inject noise), `logps` (model to log-probs), `losses`, `noise` (how many labels are wrong, which, what to do),
-`resample` (new pairs for lost prompts), `trainer` (one training stage), `rounds` (the loop), `align` (all of it),
-`report`, `bench` (measure against truth), `cli`.
+Packages in the order of the data: `pairs` (a pair, its log-probabilities, its margin), `data` (read, check, tokenize),
+`logps`, `losses`, `noise` (how many labels are wrong, which, what to do), `models`, `resample` (new pairs for dropped
+prompts), `train` (one training stage), `audit`, `report`, `run` (the loop, and all of it), `evaluate`, `cli`.
 
 Names are imported when they are first used, so that `import ropo` and `ropo --help` are quick.
 """
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from ropo.data.validate import DataError as DataError
     from ropo.data.validate import validate_pairs as validate_pairs
     from ropo.losses import LOSSES as LOSSES
+    from ropo.models.source import Model as Model
     from ropo.noise.decide import decide as decide
     from ropo.noise.estimate import estimate_flips as estimate_flips
     from ropo.pairs import Pair as Pair
@@ -29,19 +29,28 @@ if TYPE_CHECKING:
     from ropo.pairs import margin as margin
     from ropo.run.align import run_audit as run_audit
     from ropo.run.align import run_rounds as run_rounds
+    from ropo.run.inputs import DataSource as DataSource
+    from ropo.run.inputs import ReviewInputs as ReviewInputs
+    from ropo.run.result import AuditResult as AuditResult
+    from ropo.run.result import RunResult as RunResult
     from ropo.train.dataset import PairDataset as PairDataset
     from ropo.train.trainer import ROPOTrainer as ROPOTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AuditResult": "ropo.run.result",
     "DataError": "ropo.data.validate",
+    "DataSource": "ropo.run.inputs",
     "LOSSES": "ropo.losses",
+    "Model": "ropo.models.source",
     "Pair": "ropo.pairs",
     "PairDataset": "ropo.train.dataset",
     "PairLogps": "ropo.pairs",
     "ROPOConfig": "ropo.config",
     "ROPOTrainer": "ropo.train.trainer",
+    "ReviewInputs": "ropo.run.inputs",
+    "RunResult": "ropo.run.result",
     "decide": "ropo.noise.decide",
     "estimate_flips": "ropo.noise.estimate",
     "flip_labels": "ropo.data.inject",

@@ -15,6 +15,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ _NO_FILES = (
     ("a device", Path.is_char_device),
     ("a device", Path.is_block_device),
 )
+
+
+Json = dict[str, Any]
+"""An object as `json` reads and writes it; everything else that parts hand to each other is a dataclass."""
 
 
 def hash_value(value: Any) -> str:
@@ -266,6 +271,28 @@ def commit() -> str:
 
     found = git("rev-parse", "--short=10", "HEAD")
     return found + ("+" if found and git("status", "--porcelain", "--", str(here)) else "")
+
+
+_COMMAND: ContextVar[str] = ContextVar("command", default="")
+
+
+@contextmanager
+def typed(command: str) -> Iterator[None]:
+    """Within, `command()` is what the user typed.
+
+    Args:
+        command: As it can be typed again, without secrets.
+    """
+    token = _COMMAND.set(command)
+    try:
+        yield
+    finally:
+        _COMMAND.reset(token)
+
+
+def command() -> str:
+    """What the user typed; empty where Python was called."""
+    return _COMMAND.get()
 
 
 def machine() -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 
 import ropo
 from ropo.data.inject import NOISE, flip_labels
-from ropo.models.source import PolicySource, load_tokenizer
+from ropo.models.source import Model, load_tokenizer
 from ropo.pairs import Pair
 from ropo.provenance import commit, read_json
 from ropo_bench.detection import detection
@@ -151,8 +151,8 @@ def measure(config: BenchConfig, cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _scores(config: BenchConfig, task: Task, trained: Path, seed: int) -> dict[str, float]:
     score = score_policy(
-        PolicySource(str(trained)).load(),
-        PolicySource(str(task.model)).load(),
+        Model(str(trained)).load(),
+        Model(str(task.model)).load(),
         load_tokenizer(str(task.model)),
         task.gold,
         num_samples=min(config.num_samples, len(task.held_out)),

@@ -17,9 +17,9 @@ from ropo.config import ROPOConfig
 from ropo.data.inject import flip_labels
 from ropo.evaluate.measures import Mean
 from ropo.logps.score import progress_bar
-from ropo.models.source import PolicySource, load_tokenizer
+from ropo.models.source import Model, load_tokenizer
 from ropo.pairs import Pair
-from ropo.provenance import write_json
+from ropo.provenance import typed, write_json
 from ropo.run.align import run_rounds
 from ropo_bench.detection import detection
 from ropo_bench.policy_score import PolicyScore, score_policy
@@ -74,7 +74,8 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
         )
         path = folder / name.lower().replace(", ", "_")
         args = ROPOConfig(output_dir=str(path), seed=seed, **COMMON, **options)
-        summary = run_rounds(base, noisy, args, command=f"ropo demo --output_dir {folder}")
+        with typed(f"ropo demo --output_dir {folder}"):
+            summary = run_rounds(base, noisy, args).summary
         scores[name] = score_toy_policy(path, base, tokenizer, held_out, seed=seed)
         found[name] = {
             "flip_rate": summary["flip_rate"],
@@ -116,7 +117,7 @@ def score_toy_policy(
     Returns:
         Accuracy, gold reward and distance.
     """
-    policy, reference = (PolicySource(str(folder)).load() for folder in (path, base))
+    policy, reference = (Model(str(folder)).load() for folder in (path, base))
     gold = GoldStandard(pairs=held_out, rewards=each(gold_reward), max_length=128, max_new_tokens=48)
     return score_policy(policy, reference, tokenizer, gold, num_samples=NUM_HELD_OUT, seed=seed)
 

@@ -19,7 +19,7 @@ from scipy.special import logit
 from ropo.data.validate import read_checked
 from ropo.judge.options import JUDGES, JudgeOptions, make_judge
 from ropo.judge.verdicts import Judge, ask
-from ropo.models.source import PolicySource, find_model
+from ropo.models.source import Model, find_model
 from ropo.pairs import Pair, Text
 from ropo.provenance import hash_value
 from ropo_bench.task import Task, TaskOptions
@@ -109,7 +109,7 @@ def judge_args(options: Mapping[str, Any]) -> JudgeOptions:
 def _check_model(name_or_path: str) -> None:
     """Refuse what is no model before a judge is paid to read all pairs."""
     try:
-        PolicySource(find_model(name_or_path)).skeleton()
+        Model(find_model(name_or_path)).skeleton()
     except (OSError, ValueError) as error:
         raise ValueError(f"The task own needs model, the one to align. {error}") from error
 

@@ -17,7 +17,7 @@ from scipy.stats import norm
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.logps.score import score_pairs
-from ropo.models.source import PolicySource, load_tokenizer
+from ropo.models.source import Model, load_tokenizer
 from ropo.pairs import Pair
 from ropo.run.align import run_rounds
 from ropo.train.dataset import batching
@@ -157,7 +157,7 @@ def perplexity_differences(folder: Path, pairs: Sequence[Pair], args: ROPOConfig
         )
         for one in tokenized.tokens
     ]
-    logps = score_pairs(PolicySource(str(folder)).load(), whole, batching(args, tokenizer))
+    logps = score_pairs(Model(str(folder)).load(), whole, batching(args, tokenizer))
     assert logps.chosen_tokens is not None  # noqa: S101 - `score_pairs` counts
     assert logps.rejected_tokens is not None  # noqa: S101
     difference = logps.rejected / logps.rejected_tokens - logps.chosen / logps.chosen_tokens

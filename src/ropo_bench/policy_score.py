@@ -14,6 +14,7 @@ from ropo.evaluate.measures import Mean, mean_of, share_of
 from ropo.logps.batch import Batching, pad_token_id_of
 from ropo.logps.score import score_pairs
 from ropo.pairs import margin
+from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import Sample, sample_responses
 from ropo_bench.task import GoldStandard
 
@@ -71,8 +72,7 @@ def score_policy(
         policy,
         tokenizer,
         prompt_ids,
-        num_candidates=1,
-        max_new_tokens=gold.max_new_tokens,
+        Sampling(num_candidates=1, max_new_tokens=gold.max_new_tokens),
         seed=seed,
         title="Sampling for the gold reward",
     )

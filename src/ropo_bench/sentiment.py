@@ -42,6 +42,7 @@ from transformers import (
 from ropo.data.tokenize import encode_prompts
 from ropo.pairs import Pair
 from ropo.provenance import hash_value, read_json, write_json
+from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import Sample, sample_responses
 from ropo_bench.word_reward import WordReward, fit_on_texts
 
@@ -387,8 +388,7 @@ def _block(made: Path, kind: str, seed: int, number: int) -> Iterator[tuple[str,
         model,
         tokenizer,
         encode_prompts(drawn, tokenizer),
-        num_candidates=2,
-        max_new_tokens=MAX_NEW_TOKENS,
+        Sampling(num_candidates=2, max_new_tokens=MAX_NEW_TOKENS),
         seed=int(name[:15], 16),
         folder=made / "samples",
         model_digest=made.name,

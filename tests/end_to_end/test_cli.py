@@ -242,7 +242,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_read(
 
 
 def test_a_warm_up_without_end_costs_no_reference(model_folder, dataset, recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ropo.models.source.Model.load", lambda *_, **__: pytest.fail("a model was loaded"))
     assert train(model_folder, dataset, recipe, tmp_path / "O", "--warmup_steps", "1e9") == 2
     assert "warmup_steps needs fewer than the 3 steps of the shortest training; got 1e+09" in capsys.readouterr().err
 
@@ -284,7 +284,7 @@ def test_a_package_that_a_library_misses_is_one_sentence(dataset, recipe, tmp_pa
 def test_an_adapter_that_does_not_fit_costs_no_reference(
     modules, model_folder, dataset, recipe, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ropo.models.source.Model.load", lambda *_, **__: pytest.fail("a model was loaded"))
     words = ["--use_peft", "--lora_target_modules", modules]
     assert train(model_folder, dataset, recipe, tmp_path / "O", *words) == 2
     out, error = capsys.readouterr()

@@ -12,7 +12,7 @@ import pytest
 from ropo import run_rounds
 from ropo.cli.main import main
 from ropo.config import ROPOConfig
-from ropo.endpoint import EndpointError
+from ropo.endpoint.client import EndpointError
 from ropo.judge.endpoint import EndpointJudge
 from ropo.train.trainer import ROPOTrainer
 
@@ -68,7 +68,7 @@ def live_url():
 
 def test_a_dead_endpoint_is_gone_on_without(model_folder, pairs, tmp_path, dead_url, caplog):
     with caplog.at_level(logging.WARNING):
-        summary = run_rounds(model_folder, pairs, config(tmp_path / "o", dead_url))
+        summary = run_rounds(model_folder, pairs, config(tmp_path / "o", dead_url)).summary
     assert (tmp_path / "o" / "model.safetensors").exists()
     assert summary["num_resampled"] == 0
     assert summary["rounds"][0]["refused"]["prompt without a candidate that the rule takes"] > 0
@@ -86,7 +86,7 @@ def test_a_dead_endpoint_stops_with_everything_kept(model_folder, pairs, tmp_pat
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(ROPOTrainer, "training_step", counting)
-    summary = run_rounds(model_folder, pairs, config(folder, live_url, judge_on_failure="stop"))
+    summary = run_rounds(model_folder, pairs, config(folder, live_url, judge_on_failure="stop")).summary
     assert all("01" in place for place in trained)  # the first round was kept, the same command went on
     assert trained
     assert summary["rounds"][0]["round"] == 0
@@ -99,7 +99,7 @@ def test_a_function_settles_what_the_rule_leaves(model_folder, pairs, tmp_path):
         asked.extend(pairs)
         return [0.0] * len(pairs)
 
-    summary = run_rounds(model_folder, pairs, config(tmp_path / "o"), judge=first_is_worse)
+    summary = run_rounds(model_folder, pairs, config(tmp_path / "o"), judge=first_is_worse).summary
     lines = (tmp_path / "o" / "rounds" / "00" / "resampled.jsonl").read_text().splitlines()
     new = [json.loads(line) for line in lines]
     assert new

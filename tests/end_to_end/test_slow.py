@@ -70,7 +70,7 @@ def test_example_makes_a_model_that_can_be_aligned(pairs, tmp_path):
     example = Path(__file__).parents[2] / "examples" / "pretrain_small_model.py"
     subprocess.run([sys.executable, str(example), str(dataset), str(folder), "0.05"], check=True)
     options = {**OPTIONS, "max_length": 128, "rounds": 1, "num_candidates": 0}
-    summary = run_rounds(folder, dataset, ROPOConfig(output_dir=str(tmp_path / "O"), **options))
+    summary = run_rounds(folder, dataset, ROPOConfig(output_dir=str(tmp_path / "O"), **options)).summary
     assert summary["num_pairs"] == 20
     assert not summary["is_informative"]
 
@@ -90,7 +90,7 @@ def test_an_audit_finds_what_was_planted(tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
-    summary = run_audit(tmp_path / "model", noisy, args)
+    summary = run_audit(tmp_path / "model", noisy, args).summary
     ledger = pq.read_table(tmp_path / "O" / "ledger.parquet").to_pandas()
     assert summary["is_informative"]
     assert summary["flip_rate"]["estimate"] == pytest.approx(0.2, abs=0.06)

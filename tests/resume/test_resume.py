@@ -17,7 +17,7 @@ from ropo import stages
 from ropo.audit.features import by_features
 from ropo.audit.run import SCORERS
 from ropo.config import ROPOConfig
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.provenance import hash_file, hash_tensors, read_json
 from ropo.run.align import run_rounds
 from ropo.train.trainer import ROPOTrainer
@@ -85,7 +85,7 @@ def test_killed_after_every_stage(scorer, model_folder, pairs, tmp_path, dying_s
         with pytest.raises(KeyboardInterrupt):
             run_rounds(model_folder, pairs, config(folder, scorer=scorer))
     live()
-    summary = run_rounds(model_folder, pairs, config(folder, scorer=scorer))
+    summary = run_rounds(model_folder, pairs, config(folder, scorer=scorer)).summary
     assert made == all_stages
     assert summary["num_resampled"] > 0  # so that the second round had new pairs to train on
     assert outputs(folder) == whole(model_folder, pairs, tmp_path, scorer=scorer)
@@ -141,12 +141,12 @@ def test_an_adapter_run_is_taken_up_again(model_folder, pairs, tmp_path, monkeyp
     lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
     folder = tmp_path / "run"
     options = {"num_candidates": 0, "rounds": 1}
-    first = run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
+    first = run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora).summary
     assert read_json(folder / "ropo_config.json")["adapter"]["target_modules"] == [
         "k_proj", "o_proj", "q_proj", "v_proj",
     ]  # fmt: skip
-    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
-    again = run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
+    monkeypatch.setattr("ropo.models.source.Model.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    again = run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora).summary
     assert again["seconds"] == first["seconds"]
 
 
@@ -239,15 +239,15 @@ def test_the_tokenizer_is_of_the_revision_of_the_model(model_folder, pairs, tmp_
     seen, load = [], AutoTokenizer.from_pretrained
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: seen.append(options) or load(name))
     options = {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
-    run_rounds(model_folder, pairs, config(tmp_path / "run", **options), load_options={"revision": "v2"})
+    run_rounds(Model(model_folder, load_options={"revision": "v2"}), pairs, config(tmp_path / "run", **options))
     assert seen[0] == {"revision": "v2", "trust_remote_code": False}
 
 
 def test_half_precision_files_are_trained_in_single_precision(model_folder, tmp_path):
     """A step of 1e-6 is lost in bfloat16, which is what most models of the hub are saved in."""
     AutoModelForCausalLM.from_pretrained(model_folder).to(torch.bfloat16).save_pretrained(tmp_path / "M")
-    assert PolicySource(str(tmp_path / "M")).load().dtype == torch.float32
-    assert PolicySource(str(tmp_path / "M"), load_options={"dtype": "bfloat16"}).load().dtype == torch.bfloat16
+    assert Model(str(tmp_path / "M")).load().dtype == torch.float32
+    assert Model(str(tmp_path / "M"), load_options={"dtype": "bfloat16"}).load().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_half_precision_files_are_trained_in_single_precision(model_folder, tmp_
 )
 def test_models_of_earlier_stages_are_not_kept(options, model_folder, pairs, tmp_path, monkeypatch):
     """A trainer and its callbacks hold each other; on a GPU a dead model beside the next one is one too many."""
-    alive, models, load = [], weakref.WeakSet(), PolicySource.load
+    alive, models, load = [], weakref.WeakSet(), Model.load
 
     def watching(self, *args, **kwargs):
         from_pretrained = AutoModelForCausalLM.from_pretrained
@@ -270,7 +270,7 @@ def test_models_of_earlier_stages_are_not_kept(options, model_folder, pairs, tmp
         models.add(found)
         return found
 
-    monkeypatch.setattr(PolicySource, "load", watching)
+    monkeypatch.setattr(Model, "load", watching)
     gc.disable()  # it might come by on its own
     try:
         run_rounds(model_folder, pairs, config(tmp_path / "run", **options))
@@ -282,9 +282,9 @@ def test_models_of_earlier_stages_are_not_kept(options, model_folder, pairs, tmp
 
 def test_finished_run_does_nothing(model_folder, pairs, tmp_path, monkeypatch):
     folder = tmp_path / "done"
-    first = run_rounds(model_folder, pairs, config(folder))
-    monkeypatch.setattr("ropo.models.source.PolicySource.load", lambda *_, **__: pytest.fail("a model was loaded"))
-    again = run_rounds(model_folder, pairs, config(folder))
+    first = run_rounds(model_folder, pairs, config(folder)).summary
+    monkeypatch.setattr("ropo.models.source.Model.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    again = run_rounds(model_folder, pairs, config(folder)).summary
     assert again["seconds"] == first["seconds"]
 
 
@@ -292,7 +292,7 @@ def test_one_more_round(model_folder, pairs, tmp_path):
     folder = tmp_path / "more"
     run_rounds(model_folder, pairs, config(folder, rounds=1, num_candidates=0))
     before = hash_file(folder / "rounds" / "00" / "model" / "model.safetensors")
-    summary = run_rounds(model_folder, pairs, config(folder, rounds=2, num_candidates=0))
+    summary = run_rounds(model_folder, pairs, config(folder, rounds=2, num_candidates=0)).summary
     assert hash_file(folder / "rounds" / "00" / "model" / "model.safetensors") == before
     assert [this["round"] for this in summary["rounds"]] == [0, 1]
 

@@ -12,6 +12,7 @@ from ropo.audit import options as audit_options
 from ropo.audit import run as audit_run
 from ropo.audit.folds import _deal, folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
+from ropo.audit.result import RateEstimate
 from ropo.audit.scorers import Scores
 from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_rho, resolve_rule
 from ropo.config import ROPOConfig
@@ -20,8 +21,14 @@ from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair
 from ropo.provenance import hash_file
 from ropo.run.align import run_audit, run_rounds
+from ropo.run.inputs import ReviewInputs
 from ropo.run.ledger import read_ledger
 from ropo.train.trainer import ROPOTrainer
+
+ESTIMATE = RateEstimate(
+    rate=0.0, low=0.0, high=0.5, level=0.9, scale=1.0, is_informative=True, reason="", num_pairs=20, num_trusted=0,
+    obstacle=None, tail=None,
+)  # fmt: skip
 
 
 def config(folder, **options):
@@ -77,7 +84,7 @@ def test_checks_are_different_moments_of_one_training(model_folder, pairs, tmp_p
 
 def test_where_nothing_speaks_for_flips_ropo_is_dpo_bit_for_bit(model_folder, pairs, tmp_path):
     """Twenty pairs are too few to tell anything, so `auto` trains what plain DPO trains."""
-    summary = run_rounds(model_folder, pairs, config(tmp_path / "auto"))
+    summary = run_rounds(model_folder, pairs, config(tmp_path / "auto")).summary
     run_rounds(model_folder, pairs, config(tmp_path / "dpo", loss="dpo", rho="0", num_folds=0))
     assert (summary["is_informative"], summary["rho"], summary["alpha"]) == (False, 0.0, 0.0)
     assert (summary["rho_why"], summary["alpha_why"]) == ("cannot_tell", "after_filter")
@@ -96,6 +103,7 @@ def test_where_nothing_speaks_for_flips_ropo_is_dpo_bit_for_bit(model_folder, pa
     ],
 )
 def test_rho_follows_the_estimate_and_alpha_is_zero(estimate, rho, why):
+    estimate = replace(ESTIMATE, **estimate)
     found = resolve_rho(None, estimate)
     assert (found.value, found.why) == (rho, why)
     found = resolve_alpha(None, is_audited=True)
@@ -126,7 +134,7 @@ def test_an_audit_goes_on_as_a_training(scorer, model_folder, pairs, tmp_path, m
 
 def test_cleaned_data_is_ready_to_train_with(model_folder, pairs, tmp_path):
     folder = tmp_path / "O"
-    summary = run_audit(model_folder, pairs, config(folder, rho="0.3", decision_rule="relabel"))
+    summary = run_audit(model_folder, pairs, config(folder, rho="0.3", decision_rule="relabel")).summary
     cleaned, ledger = load_pairs(folder / "cleaned.jsonl"), ledger_of(folder)
     dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
     assert not cleaned.problems
@@ -153,8 +161,11 @@ def test_a_persons_verdicts_are_obeyed(model_folder, pairs, tmp_path):
     verdicts = {3: "wrong", 4: "drop", 5: "right", 6: "right"}
     table = fill(tmp_path / "O", verdicts)
     summary = run_rounds(
-        model_folder, pairs, config(tmp_path / "T", rho="0.5", decision_rule="lowest_loss"), decisions=table
-    )
+        model_folder,
+        pairs,
+        config(tmp_path / "T", rho="0.5", decision_rule="lowest_loss"),
+        review=ReviewInputs(decisions=table),
+    ).summary
     ledger = ledger_of(tmp_path / "T").set_index("row")
     assert ledger.loc[[3, 4, 5, 6], "decision"].tolist() == ["flip", "drop", "keep", "keep"]
     assert ledger.loc[[3, 5, 6], "p_flip"].tolist() == [1, 0, 0]
@@ -162,7 +173,7 @@ def test_a_persons_verdicts_are_obeyed(model_folder, pairs, tmp_path):
     assert summary["num_trusted"] == 3
     rest = ledger.drop([3, 4, 5, 6])
     assert (rest["decision"] == "drop").sum() == 8  # half of the sixteen that nobody has judged
-    cleaned = run_audit(model_folder, pairs, config(tmp_path / "A"), decisions=table)
+    cleaned = run_audit(model_folder, pairs, config(tmp_path / "A"), review=ReviewInputs(decisions=table)).summary
     assert cleaned["num_flipped"] == 1
     turned = next(p for p in load_pairs(tmp_path / "A" / "cleaned.jsonl").pairs if p.id == pairs[3].id)
     assert (turned.chosen, turned.rejected) == (pairs[3].rejected, pairs[3].chosen)
@@ -183,7 +194,7 @@ def test_verdicts_are_obeyed_where_nobody_judges(model_folder, pairs, tmp_path, 
         ("dpo", {"loss": "dpo", "rho": "0"}),
         ("in_sample", {"num_folds": 0, "rho": "0.5", "rounds": 2}),
     ):
-        run_rounds(model_folder, pairs, config(tmp_path / name, **options), decisions=table)
+        run_rounds(model_folder, pairs, config(tmp_path / name, **options), review=ReviewInputs(decisions=table))
         learned = trained.pop(0)
         assert 4 not in learned
         assert learned[3].chosen == pairs[3].rejected
@@ -196,7 +207,7 @@ def test_verdicts_are_obeyed_where_nobody_judges(model_folder, pairs, tmp_path, 
 def test_a_given_rho_takes_away_that_share(model_folder, pairs, tmp_path):
     """Twenty pairs tell nothing about the rate, and still `--rho 0.2` leaves out four of them."""
     for options in ({}, {"num_folds": 0, "rounds": 2}):
-        summary = run_rounds(model_folder, pairs, config(tmp_path / f"O{len(options)}", rho="0.2", **options))
+        summary = run_rounds(model_folder, pairs, config(tmp_path / f"O{len(options)}", rho="0.2", **options)).summary
         assert (summary["is_informative"], summary["num_dropped"]) == (False, 4)
     for given, why, expected in (
         ("auto", Why.GIVEN, "lowest_loss"),
@@ -215,8 +226,11 @@ def test_a_rule_that_needs_checks_needs_folds(options, tmp_path):
 
 def test_trusted_pairs_are_kept_and_are_no_part_of_the_data(model_folder, pairs, tmp_path):
     summary = run_audit(
-        model_folder, pairs[:15], config(tmp_path / "O", rho="0.5", decision_rule="lowest_loss"), trusted=pairs[15:]
-    )
+        model_folder,
+        pairs[:15],
+        config(tmp_path / "O", rho="0.5", decision_rule="lowest_loss"),
+        review=ReviewInputs(trusted=pairs[15:]),
+    ).summary
     ledger = ledger_of(tmp_path / "O")
     trusted = ledger[ledger["origin"] == "trusted"]
     assert (len(trusted), summary["num_pairs"], summary["num_trusted"]) == (5, 15, 5)
@@ -227,7 +241,9 @@ def test_trusted_pairs_are_kept_and_are_no_part_of_the_data(model_folder, pairs,
 
 
 def test_trusted_pairs_are_no_resampled_ones(model_folder, pairs, tmp_path):
-    summary = run_rounds(model_folder, pairs[:15], config(tmp_path / "O", rho="0", num_folds=0), trusted=pairs[15:])
+    summary = run_rounds(
+        model_folder, pairs[:15], config(tmp_path / "O", rho="0", num_folds=0), review=ReviewInputs(trusted=pairs[15:])
+    ).summary
     assert (summary["num_pairs"], summary["num_resampled"], summary["num_trusted"]) == (15, 0, 5)
 
 
@@ -274,7 +290,7 @@ def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_fol
     asked = plant(
         monkeypatch, lambda pair: -1.0 if pair.row in (*range(15), *range(80, 95), 59) else float(pair.row != 58)
     )
-    summary = run_audit(model_folder, pairs, config(tmp_path / "O"))
+    summary = run_audit(model_folder, pairs, config(tmp_path / "O")).summary
     found = json.loads((tmp_path / "O" / "audit" / "scorers.json").read_text())
     rows = found["rows"]
     assert (summary["scorers"], found["filter"]) == (rows, None)
@@ -292,7 +308,7 @@ def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_fol
 
 def test_rules_compare_the_views_of_a_scorer(model_folder, many, tmp_path, monkeypatch):
     plant(monkeypatch, lambda pair: (1 + pair.row % 7 / 7) * (-1 if pair.row < 16 else 1))
-    summary = run_audit(model_folder, many, config(tmp_path / "O", rho="0.2", decision_rule="hard_or_noisy"))
+    summary = run_audit(model_folder, many, config(tmp_path / "O", rho="0.2", decision_rule="hard_or_noisy")).summary
     assert summary["num_dropped"] == 16
 
 
@@ -363,7 +379,7 @@ def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, m
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
     options = {"rho": "0.3", "decision_rule": "lowest_loss"}
     run_audit(model_folder, rows, config(tmp_path / "O", **options))
-    told = {"decisions": fill(tmp_path / "O", {3: "wrong", 4: "drop"})}
+    told = {"review": ReviewInputs(decisions=fill(tmp_path / "O", {3: "wrong", 4: "drop"}))}
     trained, train = [], ROPOTrainer.train_or_resume
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", lambda self, of: trained.append(len(of)) or train(self, of))
     there = {**options, "audit_from": str(tmp_path / "O")}
@@ -416,7 +432,7 @@ def test_an_audit_needs_folds(model_folder, pairs, tmp_path):
 
 def test_no_rate_is_written_where_none_can_be_told(model_folder, pairs, tmp_path):
     """A script must not read 0 % there."""
-    summary = run_audit(model_folder, pairs, config(tmp_path / "O"))
+    summary = run_audit(model_folder, pairs, config(tmp_path / "O")).summary
     assert not summary["is_informative"]
     assert summary["flip_rate"]["estimate"] is None
     assert 0.0 <= summary["flip_rate"]["low"] < summary["flip_rate"]["high"] <= 0.5
@@ -428,6 +444,6 @@ def test_no_rate_is_written_where_none_can_be_told(model_folder, pairs, tmp_path
     assert {row["p_flip"] for row in rows} == {""}
     report = (tmp_path / "O" / "report.md").read_text()
     assert f"| its fingerprint | {summary['model_fingerprint']} |" in report
-    in_sample = run_rounds(model_folder, pairs, config(tmp_path / "I", num_folds=0))
+    in_sample = run_rounds(model_folder, pairs, config(tmp_path / "I", num_folds=0)).summary
     assert in_sample["flip_rate"] == {"estimate": None, "low": None, "high": None}
     assert in_sample["num_contradicted"] is None

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from ropo.audit.features import BLOCKS
 from ropo.audit.run import Audit
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair, PairFeatures
 from ropo.train.dataset import PairDataset
@@ -68,10 +69,8 @@ class Case:
             PairDataset(self.pairs, self.tokens),
             args,
             folder=folder / "audit",
-            source=PolicySource("nowhere"),
-            tokenizer=tokenizer,
-            peft_config=None,
-            features_of=lambda _: PairFeatures(blocks=self.blocks),
+            model=Model("nowhere", tokenizer=tokenizer),
+            reference=SimpleNamespace(features=lambda _: PairFeatures(blocks=self.blocks)),
         )
         audit.run("digest")
         return audit
@@ -131,7 +130,7 @@ def test_a_pair_is_not_judged_by_length_unless_length_is_evidence(tmp_path, toke
     np.testing.assert_allclose(without.margins() + without.scores.length, with_it.margins(), atol=1e-9)
     assert without.judgement.with_length == with_it.judgement.estimate
     assert with_it.judgement.with_length is None
-    assert without.judgement.estimate["rate"] > without.judgement.with_length["rate"]
+    assert without.judgement.estimate.rate > without.judgement.with_length.rate
 
 
 @pytest.mark.parametrize("options", [{"scorer": "models"}, {"num_folds": 0}])
@@ -214,13 +213,13 @@ def test_pairs_with_a_verdict_stay_in_the_tally_of_their_annotator(tmp_path, tok
     case.blocks = {name: turn * block for name, block in case.blocks.items()}
     rows = [*np.flatnonzero(case.is_flipped)[:15], *np.flatnonzero(by_b & ~case.is_flipped)[:5]]
     before, after = (
-        {one["name"]: one for one in each.audit(tmp_path / str(i), tokenizer).judgement.estimate["annotators"]}
+        {one.name: one for one in each.audit(tmp_path / str(i), tokenizer).judgement.estimate.annotators}
         for i, each in enumerate((case, case.judged(right_verdicts(case, rows))))
     )
     for name in "abc":
-        assert after[name]["num_pairs"] == before[name]["num_pairs"] == 100
-    assert after["b"]["rate"] == pytest.approx(before["b"]["rate"], abs=0.05)
-    assert after["b"]["low"] > after["a"]["high"]
+        assert after[name].num_pairs == before[name].num_pairs == 100
+    assert after["b"].rate == pytest.approx(before["b"].rate, abs=0.05)
+    assert after["b"].low > after["a"].high
 
 
 def test_one_wrong_verdict_among_many_moves_little(tmp_path, tokenizer):
@@ -228,7 +227,7 @@ def test_one_wrong_verdict_among_many_moves_little(tmp_path, tokenizer):
     verdicts = right_verdicts(case, range(0, 40, 2))
     spoiled = {**verdicts, 10: {"right": "wrong", "wrong": "right"}[verdicts[10]]}
     right, wrong = (case.judged(said).audit(tmp_path / str(i), tokenizer) for i, said in enumerate((verdicts, spoiled)))
-    assert wrong.judgement.estimate["rate"] == pytest.approx(right.judgement.estimate["rate"], abs=0.02)
+    assert wrong.judgement.estimate.rate == pytest.approx(right.judgement.estimate.rate, abs=0.02)
     other = np.arange(NUM_PAIRS) != 10
     decisions = [np.array(one.judgement.decisions)[other] for one in (right, wrong)]
     assert (decisions[0] != decisions[1]).sum() <= 6

@@ -17,6 +17,7 @@ from ropo.pairs import Pair, margin
 from ropo.provenance import hash_file, read_json
 from ropo.run.align import run_rounds
 from ropo.run.evaluation import read_evaluation
+from ropo.run.inputs import DataSource
 
 
 def config(folder, **options):
@@ -44,7 +45,7 @@ def unseen(pairs):
 
 def test_what_each_round_makes_of_it(model_folder, tokenizer, pairs, unseen, tmp_path):
     """Accuracy, margin and loss are those of the round's own model against the reference."""
-    summary = run_rounds(model_folder, pairs, config(tmp_path / "O"), eval_dataset=unseen)
+    summary = run_rounds(model_folder, pairs, config(tmp_path / "O"), eval_dataset=unseen).summary
     found = summary["evaluation"]
     assert (found["num_pairs"], found["num_shared"]) == (6, 0)
     assert [entry["round"] for entry in found["rounds"]] == [0, 1]
@@ -76,17 +77,17 @@ def _load(path):
 def test_a_finished_run_takes_it_and_nothing_else_changes(model_folder, pairs, unseen, tmp_path, caplog):
     """Without training anything once more; and other pairs later are scored anew, the same are not."""
     folder = tmp_path / "O"
-    assert run_rounds(model_folder, pairs, config(folder))["evaluation"] is None
+    assert run_rounds(model_folder, pairs, config(folder)).summary["evaluation"] is None
     assert "Pairs that nothing was trained on" not in (folder / "report.html").read_text()
     before = {path: (hash_file(path), path.stat().st_mtime_ns) for path in (folder / "rounds").rglob("*.safetensors")}
-    first = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen)["evaluation"]
+    first = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen).summary["evaluation"]
     assert {path: (hash_file(path), path.stat().st_mtime_ns) for path in before} == before
     caplog.set_level("INFO")
     caplog.clear()
-    again = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen)["evaluation"]
+    again = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen).summary["evaluation"]
     assert again == first
     assert "begins" not in caplog.text
-    fewer = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen[2:])["evaluation"]
+    fewer = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen[2:]).summary["evaluation"]
     assert "evaluation/round 1: started" in caplog.text
     assert "00/train: started" not in caplog.text
     assert fewer["num_pairs"] == 4
@@ -98,7 +99,9 @@ def test_pairs_that_are_trained_on_do_not_count(model_folder, pairs, unseen, tmp
     """Not even the other way round and with another blank; and if no other is there, nothing is trained."""
     turned = replace(pairs[0], chosen=f"{pairs[0].rejected} ", rejected=pairs[0].chosen, id="", row=10)
     assert turned.id != pairs[0].id
-    found = run_rounds(model_folder, pairs, config(tmp_path / "O"), eval_dataset=[*unseen, turned])["evaluation"]
+    found = run_rounds(model_folder, pairs, config(tmp_path / "O"), eval_dataset=[*unseen, turned]).summary[
+        "evaluation"
+    ]
     assert (found["num_pairs"], found["num_shared"]) == (6, 1)
     assert "since they are trained on, too: 1 pairs" in caplog.text
     assert "1 more left out" in (tmp_path / "O" / "report.html").read_text()
@@ -111,17 +114,17 @@ def test_pairs_that_differ_in_an_operator_are_other_pairs(tokenizer):
     """As in sums and comparisons; case, white space and encoding are none."""
     told = [Pair(prompt=f"Is {i} < {i + 1} ?", chosen=" yes", rejected=" no", row=i) for i in range(5)]
     other = [replace(pair, prompt=pair.prompt.replace("<", ">"), id="") for pair in told]
-    found = read_evaluation(other, trained_on=told, tokenizer=tokenizer, max_length=96)
+    found = read_evaluation(DataSource(other), trained_on=told, tokenizer=tokenizer, max_length=96)
     assert (len(found.tokenized.pairs), found.num_shared) == (5, 0)
     same = [replace(told[0], prompt="is 0  < 1 ?", chosen=" no ", rejected=" YES", id=""), *other[1:]]
-    assert read_evaluation(same, trained_on=told, tokenizer=tokenizer, max_length=96).num_shared == 1
+    assert read_evaluation(DataSource(same), trained_on=told, tokenizer=tokenizer, max_length=96).num_shared == 1
 
 
 def test_pairs_given_twice_are_no_more_evidence(model_folder, pairs, unseen, tmp_path):
     copies = [replace(pair, row=10 + pair.row) for pair in unseen]
     args = config(tmp_path / "O", rounds=1, rho="0")
     once, twice = (
-        run_rounds(model_folder, pairs, args, eval_dataset=given)["evaluation"]
+        run_rounds(model_folder, pairs, args, eval_dataset=given).summary["evaluation"]
         for given in (unseen, [*unseen, *copies])
     )
     assert (once["num_pairs"], twice["num_pairs"]) == (6, 12)
@@ -139,6 +142,6 @@ def test_bad_rows_are_refused_before_anything_is_trained(model_folder, pairs, tm
 def test_losses_without_a_reference(model_folder, pairs, unseen, tmp_path):
     """Their margin is that of the average token, under the policy alone."""
     args = config(tmp_path / "O", loss="simpo", rounds=1, rho="0")
-    found = run_rounds(model_folder, pairs, args, eval_dataset=unseen)["evaluation"]
+    found = run_rounds(model_folder, pairs, args, eval_dataset=unseen).summary["evaluation"]
     assert len(found["rounds"]) == 1
     assert not (tmp_path / "O" / "reference_cache").exists()

@@ -14,7 +14,7 @@ from ropo import ROPOConfig
 from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.logps.batch import shared_prefix_batch
 from ropo.logps.shared_prefix import enable_response_logps, shared_prefix_logps
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.run import forecast
 from ropo.run.plan import PairSize, forward_operations
 from ropo_bench.toy import make_pairs, save_toy
@@ -127,7 +127,7 @@ def test_random_state_is_left_alone(toy, tmp_path):
 def test_it_is_told(toy, tmp_path, caplog):
     folder, tokenizer, tokens = toy
     with caplog.at_level(logging.INFO, logger="ropo.run.forecast"):
-        forecast.tell_forecast(PolicySource(str(folder)), tokens, options(tmp_path), tokenizer, None, is_audit=True)
+        forecast.tell_forecast(Model(str(folder), tokenizer=tokenizer), tokens, options(tmp_path), is_audit=True)
     assert "This run, if nothing of it is done yet: About" in caplog.text
     assert "GiB of memory" in caplog.text
 
@@ -136,7 +136,7 @@ def test_it_is_told(toy, tmp_path, caplog):
 def test_the_step_is_timed_as_the_model_will_be_loaded(toy, tmp_path, monkeypatch, caplog, dtype):
     """In the precision and with the attention that are asked for; weights of two bytes take half the memory."""
     folder, tokenizer, tokens = toy
-    asked = PolicySource(str(folder), load_options={"dtype": dtype, "attn_implementation": "eager"})
+    asked = Model(str(folder), tokenizer=tokenizer, load_options={"dtype": dtype, "attn_implementation": "eager"})
     timed, plans = [], []
 
     def seconds(model, layout, *_, **__):
@@ -147,8 +147,8 @@ def test_the_step_is_timed_as_the_model_will_be_loaded(toy, tmp_path, monkeypatc
     monkeypatch.setattr(forecast, "_seconds", seconds)
     monkeypatch.setattr(forecast, "forecast", lambda *given, **more: plans.append(whole(*given, **more)) or plans[-1])
     caplog.set_level(logging.INFO, logger="ropo.run.forecast")
-    for source in (PolicySource(str(folder)), asked):
-        forecast.tell_forecast(source, tokens, options(tmp_path), tokenizer, None, is_audit=True)
+    for source in (Model(str(folder), tokenizer=tokenizer), asked):
+        forecast.tell_forecast(source, tokens, options(tmp_path), is_audit=True)
     is_half = dtype != "auto"
     assert timed[-1] == (torch.bfloat16 if is_half else torch.float32, "eager", "shared_prefix")
     assert (plans[1].memory_bytes < 0.9 * plans[0].memory_bytes) == is_half
@@ -156,9 +156,9 @@ def test_the_step_is_timed_as_the_model_will_be_loaded(toy, tmp_path, monkeypatc
 
 def test_a_model_that_it_cannot_size_stops_nothing(toy, tmp_path, caplog):
     _, tokenizer, tokens = toy
-    source = PolicySource(str(tmp_path / "nothing_here"))
+    source = Model(str(tmp_path / "nothing_here"), tokenizer=tokenizer)
     with caplog.at_level(logging.INFO, logger="ropo.run.forecast"):
-        forecast.tell_forecast(source, tokens, options(tmp_path), tokenizer, None, is_audit=False)
+        forecast.tell_forecast(source, tokens, options(tmp_path), is_audit=False)
     assert "cannot be told" in caplog.text
 
 
@@ -172,7 +172,7 @@ def test_a_missing_package_is_not_passed_over(toy, tmp_path, monkeypatch, caplog
     caplog.set_level("INFO")  # nothing is timed where nobody reads it
     monkeypatch.setattr(forecast, "forecast", miss)
     with pytest.raises(ImportError, match="FlashAttention2"):
-        forecast.tell_forecast(PolicySource(str(folder)), tokens, options(tmp_path), tokenizer, None, is_audit=False)
+        forecast.tell_forecast(Model(str(folder), tokenizer=tokenizer), tokens, options(tmp_path), is_audit=False)
 
 
 def test_nothing_is_timed_where_nobody_reads_it(toy, tmp_path, monkeypatch):
@@ -180,6 +180,6 @@ def test_nothing_is_timed_where_nobody_reads_it(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(forecast, "forecast", lambda *_, **__: pytest.fail("timed"))
     forecast.logger.setLevel(logging.WARNING)
     try:
-        forecast.tell_forecast(PolicySource(str(folder)), tokens, options(tmp_path), tokenizer, None, is_audit=False)
+        forecast.tell_forecast(Model(str(folder), tokenizer=tokenizer), tokens, options(tmp_path), is_audit=False)
     finally:
         forecast.logger.setLevel(logging.NOTSET)

@@ -11,7 +11,8 @@ import pytest
 
 from ropo.cli import main as cli
 from ropo.cli.interruption import Interrupted, raising_interrupted
-from ropo.endpoint import ASKING
+from ropo.endpoint.address import Endpoint
+from ropo.endpoint.pool import ASKING
 from ropo.judge.endpoint import EndpointJudge
 from ropo.sampling.engine import Sampling
 from ropo.sampling.server_engine import ServerEngine
@@ -113,14 +114,14 @@ def test_nobody_waits_for_a_server(who, pairs, tokenizer, tmp_path, monkeypatch)
     has_ended = threading.Event()
     if who == "judge":
         monkeypatch.setattr(EndpointJudge, "_ask_both", lambda *_: has_ended.wait(20))
-        asker = EndpointJudge("http://localhost:1/v1", "m", folder=tmp_path)
+        asker = EndpointJudge(Endpoint(url="http://localhost:1/v1", model="m"), tmp_path)
         ask = partial(asker, pairs[:3])
     else:
         monkeypatch.setattr(ServerEngine, "_ask", lambda *_: has_ended.wait(20))
-        engine = ServerEngine("http://localhost:1/v1", "m", tokenizer)
+        engine = ServerEngine(Endpoint(url="http://localhost:1/v1", model="m"), tokenizer)
         sampling = Sampling(num_candidates=1, max_new_tokens=4)
         ask = partial(engine.sample, [[1, 2], [3]], sampling, lambda *_: None)
-    monkeypatch.setattr("ropo.endpoint._GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("ropo.endpoint.pool._GRACE_SECONDS", 0.1)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
-from ropo.endpoint import EndpointError
+from ropo.endpoint.address import Endpoint
+from ropo.endpoint.client import EndpointError
 from ropo.judge import reward_model
 from ropo.judge.answer_cache import Answers
 from ropo.judge.endpoint import EndpointJudge, parse_answer
@@ -230,8 +231,10 @@ def make(chat, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_KEY", KEY)
 
     def make(**options):
-        usual = {"api_key_env": "TEST_KEY", "num_threads": 1, "timeout_seconds": 2.0, "sleep": lambda _: None}
-        return EndpointJudge(options.pop("url", chat.url), options.pop("model", "m"), tmp_path, **{**usual, **options})
+        usual = {"url": chat.url, "model": "m", "api_key_env": "TEST_KEY", "timeout_seconds": 2.0, "num_threads": 1}
+        options = {**usual, "sleep": lambda _: None, **options}
+        where = {name: options.pop(name) for name in Endpoint.__dataclass_fields__ if name in options}
+        return EndpointJudge(Endpoint(**where), tmp_path, **options)
 
     return make
 

@@ -8,6 +8,7 @@ from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
 from ropo.pairs import pair_id
 from ropo.run.align import run_audit
+from ropo.run.inputs import ReviewInputs
 from ropo.run.known_labels import known_labels
 
 ROWS = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
@@ -28,20 +29,20 @@ def test_trusted_pairs_that_the_data_holds_settle_its_labels(caplog):
     pairs = load_pairs(ROWS).pairs
     trusted = [ROWS[3], turned(ROWS[5]), ROWS[3] | {"prompt": "another"}]
     with caplog.at_level("INFO"):
-        verdicts, further, digest = known_labels(pairs, None, trusted, None)
+        verdicts, further, digest = known_labels(pairs, ReviewInputs(trusted=trusted))
     assert {row: verdict for row, (_, verdict) in verdicts.items()} == {3: "right", 5: "wrong"}
     assert [(pair.prompt, pair.origin) for pair in further] == [("another", "trusted")]
     assert digest == load_pairs(trusted).sha256
     assert "Labels of the data that trusted pairs settle: 1 right, 1 wrong." in caplog.messages
-    assert known_labels(pairs, None, None, None) == ({}, [], None)
+    assert known_labels(pairs, ReviewInputs()) == ({}, [], None)
 
 
 def test_two_sources_of_verdicts_must_agree(tmp_path):
     pairs = load_pairs(ROWS).pairs
     table = write_table(tmp_path / "review.csv", (3, "right"), (4, "drop"))
-    assert set(known_labels(pairs, table, [ROWS[3], ROWS[5]], None)[0]) == {3, 4, 5}
+    assert set(known_labels(pairs, ReviewInputs(trusted=[ROWS[3], ROWS[5]], decisions=table))[0]) == {3, 4, 5}
     with pytest.raises(ValueError, match="Row 3 needs one verdict; got right by --decisions and wrong by --trusted"):
-        known_labels(pairs, table, [turned(ROWS[3])], None)
+        known_labels(pairs, ReviewInputs(trusted=[turned(ROWS[3])], decisions=table))
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def audit(tmp_path):
 
     def run(**given):
         args = ROPOConfig(output_dir=str(tmp_path / "O"), use_cpu=True, num_folds=2)
-        return run_audit(tmp_path / "no model", ROWS, args, **given)
+        return run_audit(tmp_path / "no model", ROWS, args, review=ReviewInputs(**given))
 
     return run
 

@@ -25,7 +25,7 @@ from ropo.config import ROPOConfig
 from ropo.judge.reward_model import RewardModelJudge
 from ropo.models import files as model_files
 from ropo.models.files import not_finite
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.run.align import run_rounds
 from ropo.train.trainer import ROPOTrainer
 from ropo_bench import own
@@ -273,7 +273,7 @@ def test_what_is_no_whole_model_is_refused_before_anything_is_computed(
 ):
     damage, *said = CASES[name]
     damage(model_folder)
-    monkeypatch.setattr(PolicySource, "load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(Model, "load", lambda *_, **__: pytest.fail("weights were read"))
     for command in ("train", "audit", "validate"):
         assert main(words(command, model_folder, dataset, tmp_path)) == 2
         error = capsys.readouterr().err
@@ -286,7 +286,7 @@ def test_tokens_of_pairs_for_evaluation_count_too(model_folder, dataset, tmp_pat
     plain = tmp_path / "plain.jsonl"
     plain.write_text(dataset.read_text().replace(" <tool>", ""))
     dataset.write_text(dataset.read_text().replace("Human:", "Human: please"))
-    monkeypatch.setattr(PolicySource, "load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(Model, "load", lambda *_, **__: pytest.fail("weights were read"))
     for option in ("--eval_dataset_name", "--trusted"):
         assert main([*words("train", model_folder, plain, tmp_path), option, str(dataset)]) == 2
         assert "a token of row 7 has the id 300 ('<tool>')" in capsys.readouterr().err
@@ -297,7 +297,7 @@ def test_pairs_for_evaluation_need_positions_too(model_folder, dataset, tmp_path
     other(lambda: AutoModelForCausalLM.from_config(config))(model_folder)
     longer = tmp_path / "longer.jsonl"
     longer.write_text(json.dumps({"prompt": "p" * 200, "chosen": "yes", "rejected": "no"}) + "\n")
-    monkeypatch.setattr(PolicySource, "load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(Model, "load", lambda *_, **__: pytest.fail("weights were read"))
     for option in ("--eval_dataset_name", "--trusted"):
         assert main([*words("train", model_folder, dataset, tmp_path), option, str(longer)]) == 2
         assert "128 positions; got a pair of" in capsys.readouterr().err
@@ -315,9 +315,9 @@ def test_weights_that_are_not_finite_are_named_and_not_the_data(value, model_fol
 
 def test_a_half_precision_that_is_too_small_for_a_weight(model_folder):
     filled(1e30)(model_folder)
-    assert not not_finite(PolicySource(str(model_folder)).load())
+    assert not not_finite(Model(str(model_folder)).load())
     with pytest.raises(ValueError, match=r"needs finite weights; .*or another dtype \(it is read as float16\)"):
-        PolicySource(str(model_folder), load_options={"dtype": "float16"}).load()
+        Model(str(model_folder), load_options={"dtype": "float16"}).load()
 
 
 def test_a_trainer_blames_weights_for_what_they_do(model, tokenizer, pairs, tmp_path):
@@ -331,7 +331,7 @@ def test_a_trainer_blames_weights_for_what_they_do(model, tokenizer, pairs, tmp_
 
 def test_tensors_without_a_place_are_told_once(model_folder, caplog):
     settings(num_hidden_layers=1)(model_folder)
-    source = PolicySource(str(model_folder))
+    source = Model(str(model_folder))
     with caplog.at_level(logging.WARNING):
         source.skeleton()
         source.load()
@@ -362,7 +362,7 @@ WHOLE = {
 def test_a_whole_model_is_taken_without_a_word(name, tmp_path, caplog):
     """Whatever ties its weights, stacks them when it is loaded, or leaves buffers out of its files."""
     AutoModelForCausalLM.from_config(WHOLE[name]).save_pretrained(tmp_path)
-    source = PolicySource(str(tmp_path))
+    source = Model(str(tmp_path))
     skeleton, model = source.skeleton(), source.load()
     assert skeleton.state_dict().keys() == model.state_dict().keys()
     assert all(weight.is_meta for weight in skeleton.parameters())
@@ -370,10 +370,10 @@ def test_a_whole_model_is_taken_without_a_word(name, tmp_path, caplog):
 
 
 def test_a_model_in_shards_is_taken(model_folder):
-    whole = PolicySource(str(model_folder)).load().state_dict()
+    whole = Model(str(model_folder)).load().state_dict()
     sharded(model_folder)
     assert len([*model_folder.glob("model-*.safetensors")]) > 1
-    source = PolicySource(str(model_folder))
+    source = Model(str(model_folder))
     source.skeleton()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in source.load().state_dict().items())
 
@@ -386,7 +386,7 @@ def test_every_door_is_guarded(model_folder, pairs, dataset, tmp_path, tokenizer
     with pytest.raises(ValueError, match=match):
         ROPOTrainer(str(model_folder), args, train_dataset=pairs)
     with pytest.raises(ValueError, match=match):
-        PolicySource(str(model_folder)).load()
+        Model(str(model_folder)).load()
     questions = tmp_path / "questions.json"
     questions.write_text(json.dumps([{"instruction": "hi", "dataset": "d"}]))
     export = ["export", "--model_name_or_path", str(model_folder), "--benchmark", "alpaca_eval"]
@@ -435,8 +435,8 @@ def test_nobody_is_asked_whether_to_run_the_code_of_a_model(model_folder, tmp_pa
     settings(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(model_folder)
     (model_folder / "own.py").write_text("raise SystemExit")
     for read in (
-        PolicySource(str(model_folder)).config,
-        PolicySource(str(model_folder)).load,
+        Model(str(model_folder)).config,
+        Model(str(model_folder)).load,
         lambda: RewardModelJudge(str(model_folder), tmp_path / "judge"),
     ):
         with pytest.raises(ValueError, match="custom code"):
@@ -444,7 +444,7 @@ def test_nobody_is_asked_whether_to_run_the_code_of_a_model(model_folder, tmp_pa
 
 
 def test_what_a_round_left_damaged_is_named_with_what_to_delete(model_folder, tmp_path):
-    source, trained = PolicySource(str(model_folder)), tmp_path / "rounds" / "00" / "model"
+    source, trained = Model(str(model_folder)), tmp_path / "rounds" / "00" / "model"
     LlamaForCausalLM.from_pretrained(model_folder).save_pretrained(trained)
     without(LAYER)(trained)
     with pytest.raises(ValueError, match=rf"without {LAYER}. Delete {trained}, and give the same command again"):
@@ -459,7 +459,7 @@ def test_what_a_round_left_damaged_is_named_with_what_to_delete(model_folder, tm
 
 
 def test_an_adapter_of_a_round_is_whole(model_folder, tmp_path):
-    source, trained = PolicySource(str(model_folder), is_adapter=True), tmp_path / "model"
+    source, trained = Model(str(model_folder), adapter=LoraConfig(task_type="CAUSAL_LM")), tmp_path / "model"
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     lora = LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     get_peft_model(base, lora).save_pretrained(trained)
@@ -510,7 +510,7 @@ def test_a_hub_id_is_checked_where_it_was_downloaded(is_cached, model_folder, tm
     monkeypatch.setattr(
         model_files.AutoConfig, "from_pretrained", lambda *_, **__: LlamaForCausalLM.config_class(**LLAMA)
     )
-    source = PolicySource("someone/tiny")
+    source = Model("someone/tiny")
     if not is_cached:
         source.skeleton()
         return

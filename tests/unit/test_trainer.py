@@ -16,7 +16,7 @@ from ropo.data.validate import DataError
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
 from ropo.losses import LOSSES
-from ropo.models.source import check_adapter
+from ropo.models.fit import check_adapter
 from ropo.pairs import Pair, PairLogps
 from ropo.run.align import run_audit, run_rounds
 from ropo.train import trainer as ours

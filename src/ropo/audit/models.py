@@ -65,12 +65,12 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, judged: 
     def make() -> None:
         eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
         trainer = ROPOTrainer(
-            question.source.load(),
+            question.model.load(),
             args.of_stage(folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size),
             train_dataset=training,
             eval_dataset=judged,
-            processing_class=question.tokenizer,
-            peft_config=question.peft_config,
+            processing_class=question.model.tokenizer,
+            peft_config=question.model.adapter,
             loss=_loss(args),
         )
         trainer.check_evenly(NUM_CHECKS)

@@ -8,29 +8,26 @@ weighed once, before the training, by margins that no label has had a say in its
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
-from peft import PeftConfig
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
 
 from ropo.audit.features import by_features
 from ropo.audit.folds import folds_of
 from ropo.audit.models import by_models
 from ropo.audit.options import AuditOptions
+from ropo.audit.result import RateEstimate
 from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Floats, Question, Scorer, Scores
 from ropo.audit.weights import (
     Choice,
-    Why,
     decide_all,
     known_labels,
     resolve_alpha,
@@ -38,13 +35,11 @@ from ropo.audit.weights import (
     resolve_rule,
     training_set,
 )
-from ropo.data.tokenize import TokenizedPair
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
-from ropo.models.source import PolicySource, release_memory
+from ropo.models.source import Model, Reference, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
-from ropo.pairs import PairFeatures
 from ropo.provenance import hash_tensors, read_json, write_json
 from ropo.stages import Stages
 from ropo.train.dataset import PairDataset
@@ -66,7 +61,7 @@ class Judgement:
     """What follows from the margins.
 
     Attributes:
-        estimate: `FlipEstimate.to_dict()`.
+        estimate: Of the flip rate.
         with_length: The same if pairs were judged by the lengths of their responses, too; None where it is the same.
         rho: The share of pairs to filter out.
         alpha: Of the training that follows.
@@ -75,8 +70,8 @@ class Judgement:
         weights: Weight of each pair in training.
     """
 
-    estimate: dict[str, Any]
-    with_length: dict[str, Any] | None
+    estimate: RateEstimate
+    with_length: RateEstimate | None
     rho: Choice
     alpha: Choice
     noise_left: float
@@ -87,8 +82,10 @@ class Judgement:
     def read(cls, path: Path) -> "Judgement":
         """What an audit has written."""
         found = read_json(path)
-        choices = {name: Choice(value=found[name]["value"], why=Why(found[name]["why"])) for name in ("rho", "alpha")}
-        return cls(**{**found, **choices})
+        choices = {name: Choice.from_json(found[name]) for name in ("rho", "alpha")}
+        with_length = found["with_length"] and RateEstimate.from_json(found["with_length"])
+        estimate = RateEstimate.from_json(found["estimate"])
+        return cls(**{**found, **choices, "estimate": estimate, "with_length": with_length})
 
 
 class Audit:
@@ -98,10 +95,8 @@ class Audit:
         data: All pairs that fit, as the data labels them, then the trusted ones.
         args: Options of the run.
         folder: Where it writes.
-        source: Loads the initial model.
-        tokenizer: The model's.
-        peft_config: For adapters.
-        features_of: Reads what the reference says about pairs.
+        model: The initial one.
+        reference: Reads what it says about pairs.
         judge: Asked by rules that take one about what they cannot settle; None for nobody.
     """
 
@@ -111,15 +106,12 @@ class Audit:
         args: AuditOptions,
         *,
         folder: Path,
-        source: PolicySource,
-        tokenizer: PreTrainedTokenizerBase,
-        peft_config: PeftConfig | None,
-        features_of: Callable[[Sequence[TokenizedPair]], PairFeatures],
+        model: Model,
+        reference: Reference,
         judge: Judge | None = None,
     ) -> None:
-        self.judge, self.features_of = judge, features_of
         self.data, self.args, self.folder = data, args, folder
-        self.source, self.tokenizer, self.peft_config = source, tokenizer, peft_config
+        self.model, self.reference, self.judge = model, reference, judge
         self._sign, self._is_known = known_labels(data.pairs)
         self._is_doubtful = (self._sign != 0) & ~self._is_known
         self._texts = np.array([text_id(pair) for pair in data.pairs])  # copies of a pair are one piece of evidence
@@ -156,12 +148,10 @@ class Audit:
             is_doubtful=self._is_doubtful,
             clusters=self._texts,
             folds=np.array([[fold_of[pair.id] for pair in self.data.pairs] for fold_of in deals]),
-            features=partial(self.features_of, self.data.tokens),
+            features=partial(self.reference.features, self.data.tokens),
             args=self.args,
             folder=self.folder / self.args.scorer,
-            source=self.source,
-            tokenizer=self.tokenizer,
-            peft_config=self.peft_config,
+            model=self.model,
             digest=digest,
         )
         scores = SCORERS[self.args.scorer](question)
@@ -170,8 +160,8 @@ class Audit:
 
     def _judge(self, scores: Scores) -> None:
         flips = self._flips(scores.margins)
-        estimate, p_flip = flips.to_dict(), self._p_flip(flips, scores.margins)
-        with_length = self._flips(scores.margins + scores.length).to_dict() if scores.length.any() else None
+        estimate, p_flip = RateEstimate.of(flips), self._p_flip(flips, scores.margins)
+        with_length = RateEstimate.of(self._flips(scores.margins + scores.length)) if scores.length.any() else None
         contradicted = float((scores.margins[self._is_doubtful] < 0).mean())
         filter_helps = scores.filter is not None and scores.filter.helps
         rho = resolve_rho(self.args.fixed_rho, estimate, contradicted=contradicted if filter_helps else 0.0)
@@ -186,7 +176,7 @@ class Audit:
         )
         # The flip probabilities of what is trained on: of flipped pairs it is that of their turned label.
         wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)
-        left = float(np.sum(weights * wrong) / max(weights.sum(), 1e-12)) if estimate["is_informative"] else 0.0
+        left = float(np.sum(weights * wrong) / max(weights.sum(), 1e-12)) if estimate.is_informative else 0.0
         judgement = Judgement(
             estimate=estimate,
             with_length=with_length,
@@ -199,7 +189,8 @@ class Audit:
         for name, choice in (("rho", rho), ("alpha", judgement.alpha)):
             logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))
         if PartialState().is_main_process:
-            scores.write(self.folder, p_flip=torch.from_numpy(p_flip))
+            is_open = torch.tensor([pair.verdict is None and pair.origin == "data" for pair in self.data.pairs])
+            scores.write(self.folder, p_flip=torch.from_numpy(p_flip), is_open=is_open)
             write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
 
     def _flips(self, margins: Floats) -> FlipEstimate:

@@ -15,12 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftConfig
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
 from ropo.audit.options import AuditOptions
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.noise.clusters import cluster_weights, mean_of
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import PairFeatures
@@ -48,9 +46,7 @@ class Question:
         features: Reads what the reference says about each pair, in the order of `data`.
         args: Options of the run.
         folder: The scorer's own. What takes long is a stage there, so that it resumes.
-        source: Loads the initial model.
-        tokenizer: The model's.
-        peft_config: For adapters.
+        model: The initial one.
         digest: Of everything that made the data, and of the options.
     """
 
@@ -62,9 +58,7 @@ class Question:
     features: Callable[[], PairFeatures]
     args: AuditOptions
     folder: Path
-    source: PolicySource
-    tokenizer: PreTrainedTokenizerBase
-    peft_config: PeftConfig | None
+    model: Model
     digest: str
 
     def row(self, name: str, margins: Floats, *, is_taken: bool = False) -> "ScorerRow":

@@ -6,7 +6,7 @@ The one idea: evidence and consequence are kept apart. What an estimate says is 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ropo.audit.result import RateEstimate
 from ropo.judge.verdicts import Judge, flip_judge
 from ropo.noise.decide import RULES, decide
 from ropo.pairs import Pair, PairLogps
@@ -93,38 +94,48 @@ class Why(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A value that follows from what is known, and why."""
+    """A value that follows from what is known, and why.
+
+    Attributes:
+        value: The value.
+        why: Why it is that.
+        facts: The numbers that it follows from, by name.
+    """
 
     value: float
     why: Why
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Choice":
+        """Of what `asdict` gave."""
+        return cls(value=found["value"], why=Why(found["why"]), facts=found.get("facts", {}))
 
 
-def resolve_rho(fixed: float | None, estimate: Mapping[str, Any], *, contradicted: float = 0.0) -> Choice:
+def resolve_rho(fixed: float | None, estimate: RateEstimate, *, contradicted: float = 0.0) -> Choice:
     """The share of pairs to filter out.
 
     Args:
         fixed: What the user gave, or None to follow the estimate.
-        estimate: `FlipEstimate.to_dict()`.
+        estimate: Of the flip rate.
         contradicted: Share of labels that held-out margins contradict, if models are better without them.
 
     Returns:
         ρ in [0, 0.5]: the estimated rate if it can be told and its interval excludes 0, else 0; but no less than
         `contradicted`. Where wrong labels have a rule, such as errors between responses that are nearly as good, the
         rate reads too low, and what is contradicted is wrong all the same.
-
-    Examples:
-        >>> resolve_rho(None, {"is_informative": True, "rate": 0.01, "low": 0.0, "high": 0.02})
-        Choice(value=0.0, why=<Why.MAY_BE_CLEAN: 'may_be_clean'>)
     """
     if fixed is not None:
         return Choice(value=fixed, why=Why.GIVEN)
-    is_told = estimate["is_informative"] and estimate["low"] > 0.0
-    rate = float(estimate["rate"]) if is_told else 0.0
+    is_told = estimate.is_informative and estimate.low > 0.0
+    rate = estimate.rate if is_told else 0.0
+    facts = {"low": estimate.low, "high": estimate.high, "contradicted": contradicted}
     if contradicted > rate:
-        return Choice(value=min(contradicted, 0.5), why=Why.FILTER_HELPS)
+        return Choice(value=min(contradicted, 0.5), why=Why.FILTER_HELPS, facts=facts)
     if not is_told:
-        return Choice(value=0.0, why=Why.MAY_BE_CLEAN if estimate["is_informative"] else Why.CANNOT_TELL)
-    return Choice(value=min(rate, 0.5), why=Why.ESTIMATED)
+        why = Why.MAY_BE_CLEAN if estimate.is_informative else Why.CANNOT_TELL
+        return Choice(value=0.0, why=why, facts=facts)
+    return Choice(value=min(rate, 0.5), why=Why.ESTIMATED, facts=facts)
 
 
 def resolve_rule(given: str, rho: Choice) -> str:

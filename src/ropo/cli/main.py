@@ -39,13 +39,15 @@ from ropo.data.problems import printable, render, rows_left_out
 from ropo.data.read import HubDataset
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError, validate_pairs
-from ropo.endpoint import ASKING, EndpointError
+from ropo.endpoint.client import EndpointError
+from ropo.endpoint.pool import ASKING
 from ropo.evaluate.answers import export_answers
+from ropo.evaluate.measures import Mean
 from ropo.evaluate.options import ExportArguments, WinRateArguments
 from ropo.evaluate.win_rate import run_win_rate
 from ropo.losses import methods_table
-from ropo.models.files import check_ids, ids_of
-from ropo.models.source import PolicySource, check_positions, find_model, load_tokenizer
+from ropo.models.fit import check_ids, check_positions, ids_of
+from ropo.models.source import Model, find_model, load_tokenizer
 from ropo.noise.reading import WIDE_RANGE
 from ropo.options import (
     check_choice,
@@ -57,8 +59,9 @@ from ropo.options import (
     read_yaml,
     short,
 )
-from ropo.provenance import RunError
+from ropo.provenance import RunError, typed
 from ropo.run.align import run_audit, run_rounds
+from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.run.lock import owning
 from ropo.train.options import instead_of
 from ropo_bench.demo import run_demo
@@ -307,22 +310,26 @@ def _demo(words: list[str]) -> int:
     return DONE
 
 
-def _inputs(task: str, given: TrainArguments, words: list[str]) -> dict[str, Any]:
-    """What `run_rounds` and `run_audit` take beside the model, the dataset and the options."""
-    return {
-        "peft_config": _adapter(given),
-        "split": given.dataset_split,
-        "columns": _columns(given),
-        "load_options": {
-            "dtype": given.dtype,
-            **({} if given.attn_implementation is None else {"attn_implementation": given.attn_implementation}),
-            "revision": given.model_revision,
-            "trust_remote_code": given.trust_remote_code,
-        },
-        "trusted": given.trusted,
-        "decisions": None if given.decisions is None else Path(given.decisions),
-        "command": shlex.join(["ropo", task, *_without_secrets(words)]),
+def _model(given: TrainArguments) -> Model:
+    options = {
+        "dtype": given.dtype,
+        **({} if given.attn_implementation is None else {"attn_implementation": given.attn_implementation}),
+        "revision": given.model_revision,
+        "trust_remote_code": given.trust_remote_code,
     }
+    return Model(str(given.model_name_or_path), adapter=_adapter(given), load_options=options)
+
+
+def _pairs(given: TrainArguments) -> DataSource:
+    return DataSource(_dataset(given, given.dataset_name), split=given.dataset_split, columns=_columns(given))
+
+
+def _review(given: TrainArguments) -> ReviewInputs:
+    return ReviewInputs(trusted=given.trusted, decisions=given.decisions)
+
+
+def _typed(task: str, words: list[str]) -> str:
+    return shlex.join(["ropo", task, *_without_secrets(words)])
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
@@ -388,9 +395,8 @@ def _audit(words: list[str]) -> int:
     given, args = parse_train(words, task="audit")
     if given.eval_dataset_name is not None:
         logging.getLogger(__name__).warning("An audit keeps no model, so eval_dataset_name does nothing here.")
-    summary = run_audit(
-        str(given.model_name_or_path), _dataset(given, given.dataset_name), args, **_inputs("audit", given, words)
-    )
+    with typed(_typed("audit", words)):
+        summary = run_audit(_model(given), _pairs(given), args, review=_review(given)).summary
     if not PartialState().is_main_process:
         return DONE
     _say_rate(summary)
@@ -408,14 +414,11 @@ def _audit(words: list[str]) -> int:
 
 def _train(words: list[str]) -> int:
     given, args = parse_train(words)
-    summary = run_rounds(
-        str(given.model_name_or_path),
-        _dataset(given, given.dataset_name),
-        args,
-        eval_dataset=_dataset(given, given.eval_dataset_name),
-        eval_split=given.eval_dataset_split,
-        **_inputs("train", given, words),
-    )
+    evaluation = _dataset(given, given.eval_dataset_name)
+    source = None if evaluation is None else DataSource(evaluation, split=given.eval_dataset_split)
+    with typed(_typed("train", words)):
+        result = run_rounds(_model(given), _pairs(given), args, eval_dataset=source, review=_review(given))
+    summary = result.summary
     if not PartialState().is_main_process:
         return DONE
     _say_rate(summary)
@@ -465,27 +468,27 @@ def _win_rate(words: list[str]) -> int:
         found = run_win_rate(given)
     if not PartialState().is_main_process:
         return DONE
-    name, counts = found["outputs"]["name"], found["counts"]
+    counts = found.counts
     total = sum(counts.values())
     print(
-        f"\n{name} against {found['baseline']['name']} on {total} instructions: "
-        f"{_rate(found['rate']) if found['rate'] else 'cannot tell, since the judge has preferred no output'}.\n"
+        f"\n{found.outputs} against {found.baseline} on {total} instructions: "
+        f"{_rate(found.rate) if found.rate else 'cannot tell, since the judge has preferred no output'}.\n"
         f"Wins {counts['win']}, losses {counts['loss']}, ties {counts['tie']}, undecided {counts['undecided']}; "
         f"{counts['identical']} with identical outputs, which count for neither."
     )
     if counts["undecided"]:
-        print(f"If all undecided were lost {found['lowest']:.1%}, if all were won {found['highest']:.1%}.")
-    print(f"Mean length {found['mean_chars']:.0f} characters, baseline {found['mean_chars_baseline']:.0f}.")
-    for length, rate in found["by_length"].items():
+        print(f"If all undecided were lost {found.lowest:.1%}, if all were won {found.highest:.1%}.")
+    print(f"Mean length {found.mean_chars:.0f} characters, baseline {found.mean_chars_baseline:.0f}.")
+    for length, rate in found.by_length.items():
         if rate:
-            print(f"  {length.replace('_', ' ')}: {_rate(rate)} of {rate['count']}")
+            print(f"  {length.replace('_', ' ')}: {_rate(rate)} of {rate.count}")
     folder = Path(str(given.output_dir))
     print(f"Result: {folder / 'win_rate.json'}\nEach instruction: {folder / 'comparisons.jsonl'}   <- look here next")
-    return DONE if found["rate"] else NOT_ACCEPTABLE
+    return DONE if found.rate else NOT_ACCEPTABLE
 
 
-def _rate(rate: dict[str, Any]) -> str:
-    return f"{rate['value']:.1%} won, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}"
+def _rate(rate: Mean) -> str:
+    return f"{rate.value:.1%} won, 90 % interval {rate.low:.1%} to {rate.high:.1%}"
 
 
 def _adapter(given: TrainArguments) -> LoraConfig | None:
@@ -533,7 +536,7 @@ def _validate(words: list[str]) -> int:
     given = _validate_options(words)
     source = tokenized = None
     if given.model_name_or_path:
-        source = PolicySource(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
+        source = Model(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
         skeleton = source.skeleton()
         tokenizer = load_tokenizer(source.name_or_path, source.load_options)
     dataset = _dataset(given, given.dataset_name)

@@ -27,11 +27,12 @@ from ropo.data.template import date_of
 from ropo.data.tokenize import encode_prompts
 from ropo.evaluate.export import EXPORTS, Answer, Question, read_questions, write_answers
 from ropo.evaluate.options import LIKELIEST, ExportArguments
-from ropo.models.files import check_ids, check_json
-from ropo.models.source import PolicySource, find_model, load_tokenizer, model_digest
+from ropo.models.files import check_json
+from ropo.models.fit import check_ids
+from ropo.models.source import Model, find_model, load_tokenizer, model_digest
 from ropo.pairs import Text
 from ropo.provenance import read_json, versions, write_json
-from ropo.sampling.engine import Engine
+from ropo.sampling.engine import Engine, Sampling
 from ropo.sampling.engines import ENGINES, Reach, open_engine
 from ropo.sampling.generate import Sample, sample_responses
 
@@ -136,10 +137,12 @@ def _converse(
                 engine,
                 tokenizer,
                 encode_prompts(prompts, tokenizer),
-                num_candidates=1,
-                max_new_tokens=int(args.max_new_tokens or 0),
-                temperature=max(temperature, LIKELIEST),
-                top_p=args.top_p,
+                Sampling(
+                    num_candidates=1,
+                    max_new_tokens=int(args.max_new_tokens or 0),
+                    temperature=max(temperature, LIKELIEST),
+                    top_p=args.top_p,
+                ),
                 seed=args.seed,
                 folder=folder / f"turn_{turn + 1}",
                 model_digest=digest,
@@ -179,7 +182,7 @@ def _reach(args: ExportArguments, tokenizer: PreTrainedTokenizerBase) -> Reach:
             )
         base = find_model(str(named))
     options = {"dtype": args.dtype, "revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    source = PolicySource(base, load_options=options, is_adapter=adapter is not None)
+    source = Model(base, load_options=options)
     return Reach(
         tokenizer=tokenizer,
         load=partial(source.load, adapter),
@@ -199,7 +202,7 @@ def _check_model(reach: Reach, questions: Sequence[Question], args: ExportArgume
     Raises:
         ValueError: If it is so.
     """
-    source = PolicySource(str(reach.folder), load_options=reach.load_options)
+    source = Model(str(reach.folder), load_options=reach.load_options)
     prompts = encode_prompts([_prompt(question, [], args) for question in questions], reach.tokenizer)
     used = ((f"a token of question {number}", ids) for number, ids in enumerate(prompts, 1))
     check_ids(source.skeleton(), reach.tokenizer, used, name_or_path=source.name_or_path)

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -26,7 +25,9 @@ from ropo.evaluate.options import WinRateArguments
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge, ask
 from ropo.pairs import Pair
-from ropo.provenance import file_kind, hash_file, versions, write_aside, write_json
+from ropo.provenance import Json, file_kind, hash_file, read_json, versions, write_aside, write_json
+from ropo.report.notebook import as_html, as_text
+from ropo.report.wording import percent, percent_range
 
 OUTCOMES = ("win", "loss", "tie", "undecided", "identical")
 LENGTHS = ("longer", "shorter", "as_long")
@@ -78,11 +79,13 @@ class Comparison:
         return "longer" if difference > 0 else "shorter" if difference < 0 else "as_long"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class WinRate:
     """What a judge says of a model beside another.
 
     Attributes:
+        outputs: Name of the model.
+        baseline: Name of the other one.
         rate: Share of decided instructions that are won, ties counting half, with a 90 % interval; None if none is won
             or lost: a judge that prefers nothing has decided nothing.
         lowest: The rate if every undecided instruction were lost; None if the judge was asked about none.
@@ -94,6 +97,8 @@ class WinRate:
         mean_chars_baseline: Likewise for the baseline.
     """
 
+    outputs: str
+    baseline: str
     rate: Mean | None
     lowest: float | None
     highest: float | None
@@ -102,6 +107,46 @@ class WinRate:
     by_length: dict[str, Mean | None]
     mean_chars: float
     mean_chars_baseline: float
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "WinRate":
+        """What `run_win_rate` has written.
+
+        Args:
+            folder: Its output folder.
+
+        Raises:
+            FileNotFoundError: If there is no result.
+            DamagedFileError: If it is damaged.
+        """
+        path = Path(folder) / "win_rate.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"WinRate.load needs the folder of a finished comparison; {folder} has no {path.name}."
+            )
+        found = read_json(path)
+        plain = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        named = {name: found[name]["name"] for name in ("outputs", "baseline")}
+        by_length = {length: _mean(mean) for length, mean in found["by_length"].items()}
+        return cls(**{**plain, **named, "rate": _mean(found["rate"]), "by_length": by_length})
+
+    def __repr__(self) -> str:
+        return as_text(self._title(), self._rows())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._title(), self._rows())
+
+    def _title(self) -> str:
+        return f"{self.outputs} against {self.baseline}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rate, counts = self.rate, ", ".join(f"{num} {outcome}" for outcome, num in self.counts.items())
+        shown = "cannot tell" if rate is None else f"{percent(rate.value)} (90 % {percent_range(rate.low, rate.high)})"
+        return [("win rate", shown), ("instructions", counts)]
+
+
+def _mean(found: Json | None) -> Mean | None:
+    return None if found is None else Mean(**found)
 
 
 def read_outputs(path: Path, *, option: str) -> Outputs:
@@ -201,11 +246,13 @@ def _pair(instruction: str, output: str, baseline: str, row: int, *, plain_text:
     return Pair(prompt=[{"role": "user", "content": instruction}], chosen=chosen, rejected=rejected, row=row)
 
 
-def win_rate(comparisons: Sequence[Comparison]) -> WinRate:
+def win_rate(comparisons: Sequence[Comparison], *, outputs: str = "outputs", baseline: str = "baseline") -> WinRate:
     """The win rate, and what it may hide.
 
     Args:
         comparisons: At least one.
+        outputs: Name of the model.
+        baseline: Name of the other one.
 
     Returns:
         Rates with 90 % intervals (Wilson's; ties make it a little wider than need be).
@@ -224,6 +271,8 @@ def win_rate(comparisons: Sequence[Comparison]) -> WinRate:
     hits = counts["win"] + 0.5 * counts["tie"]
     groups = {length: [one for one in asked if one.length == length] for length in LENGTHS}
     return WinRate(
+        outputs=outputs,
+        baseline=baseline,
         rate=_rate(asked) if is_decided else None,
         lowest=hits / len(asked) if asked else None,
         highest=(hits + counts["undecided"]) / len(asked) if asked else None,
@@ -241,7 +290,7 @@ def _rate(comparisons: Sequence[Comparison]) -> Mean | None:
     return share_of(hits) if hits else None
 
 
-def run_win_rate(args: WinRateArguments) -> dict[str, Any]:
+def run_win_rate(args: WinRateArguments) -> WinRate:
     """Compare two files of outputs, and write `win_rate.json` and `comparisons.jsonl`.
 
     What the judge answers is kept in the same folder, so the same call asks only for what it has not said.
@@ -250,8 +299,7 @@ def run_win_rate(args: WinRateArguments) -> dict[str, Any]:
         args: Options.
 
     Returns:
-        What stands in `win_rate.json`: the fields of `WinRate`, the names of both models, the judge and the hashes of
-        both files.
+        The win rate; `win_rate.json` holds it with the judge and the hashes of both files.
 
     Raises:
         FileNotFoundError: If a file is not there.
@@ -267,11 +315,12 @@ def run_win_rate(args: WinRateArguments) -> dict[str, Any]:
     if judge is None:
         raise ValueError("win_rate needs a judge; got none. Set args.judge.")
     comparisons = compare(outputs, baseline, judge, plain_text=args.plain_text)
+    found = win_rate(comparisons, outputs=outputs.name, baseline=baseline.name)
     summary = {
         "outputs": {"name": outputs.name, "sha256": hash_file(paths[0])},
         "baseline": {"name": baseline.name, "sha256": hash_file(paths[1])},
         "judge": {"kind": args.judge, "model": args.judge_model},
-        **asdict(win_rate(comparisons)),
+        **{name: value for name, value in asdict(found).items() if name not in ("outputs", "baseline")},
         "versions": versions(),
     }
     if PartialState().is_main_process:
@@ -280,4 +329,4 @@ def run_win_rate(args: WinRateArguments) -> dict[str, Any]:
             aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         write_json(folder / "win_rate.json", summary)
     PartialState().wait_for_everyone()
-    return summary
+    return found

@@ -1,1 +1,1 @@
-"""Somebody else who says which of two responses is better: `verdicts` asks, `make` knows who there is to ask."""
+"""Outside judges, which say which of two responses is better: `verdicts` asks one, `options` makes it."""

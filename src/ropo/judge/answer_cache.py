@@ -1,4 +1,4 @@
-"""What a judge has answered, kept so that nothing is asked, or paid for, twice.
+"""The answers of judges, kept so that nothing is asked, or paid for, twice.
 
 In: answers under keys that name everything they depend on. Out: JSON lines in a folder, written as answers arrive, so
 that a run that is killed asks only for the rest.
@@ -47,7 +47,7 @@ class Answers:
             broadcast_object_list(known)
         self.unreadable = {key for key, answer in known[0].items() if answer == UNREADABLE}
         self._known: dict[str, Answer] = {key: known[0][key] for key in known[0].keys() - self.unreadable}
-        state.wait_for_everyone()  # nobody writes before all is read
+        state.wait_for_everyone()  # all is read before anything is written
         # A run that was killed in the middle of a line has left one without an end.
         self._needs_line_end = self._path.exists() and self._path.read_bytes()[-1:] not in (b"", b"\n")
 
@@ -70,7 +70,7 @@ class Answers:
             self._new.update(answers)
 
     def share(self, missing: Mapping[str, Unit], work: Callable[[Mapping[str, Unit]], None]) -> None:
-        """Let each process work on its part of what is missing, and tell all what each has found.
+        """Let each process work on its part of what is missing, and share the answers among all.
 
         Args:
             missing: What to ask, by any name; the same in all processes.

@@ -2,8 +2,8 @@
 
 In: an address, the name of a model there, pairs. Out: 1, 0.5, 0 or None per pair; what it cost.
 
-The one idea: chat models like the response that stands first, so a preference counts only if it survives the exchange
-of the two. The texts are untrusted: they are told to the judge as data, between lines that they cannot forge.
+The one idea: chat models prefer the response that stands first, so a preference counts only if it survives the exchange
+of the two. The texts are untrusted: the judge reads them as data, between lines that they cannot forge.
 """
 
 import json
@@ -11,14 +11,15 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from ropo.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
+from ropo.endpoint.address import Endpoint
+from ropo.endpoint.client import EndpointError, post_json
+from ropo.endpoint.pool import StoppedError, ask_many, pause_until
 from ropo.judge.answer_cache import UNREADABLE, Answers
 from ropo.logps.score import progress_bar
 from ropo.pairs import Pair, Text
@@ -92,10 +93,6 @@ class _Question:
     second: Text
 
 
-class _StoppedError(Exception):
-    """The judge has stopped asking while a request was waiting to be repeated."""
-
-
 class EndpointJudge:
     """A chat model behind an OpenAI-compatible address.
 
@@ -103,41 +100,31 @@ class EndpointJudge:
     come. It is asked for a choice, so there is nothing between.
 
     Args:
-        url: Base address of the server, as `resource_url` takes it.
-        model: Name of the model there.
+        endpoint: The server, the model there, and how long to try.
         folder: Where answers are kept, under a hash of the whole request: model, wording, texts.
-        api_key_env: Environment variable that holds the key; None or "" for none.
         on_failure: "go_on" gives None for what the endpoint fails on, and asks no more in this call once it refuses or
             `max_failures` requests or answers in a row were of no use; "stop" raises when a request fails for good.
         num_threads: Pairs asked about at a time, all processes together.
         max_failures: See `on_failure`. Later calls go on at the first answer, and give up at the first failure.
-        timeout_seconds: See `post_json`.
-        max_retries: See `post_json`.
         sleep: Waits before a request is repeated. Default: a wait that ends when the judge stops asking.
 
     Attributes:
         costs: What was asked so far.
 
     Raises:
-        ValueError: If an argument is out of range, or a key cannot be sent to `url`.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
         self,
-        url: str,
-        model: str,
+        endpoint: Endpoint,
         folder: Path,
         *,
-        api_key_env: str | None = "OPENAI_API_KEY",
         on_failure: str = "go_on",
         num_threads: int = 8,
         max_failures: int = 5,
-        timeout_seconds: float = 60.0,
-        max_retries: int = 5,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        check_url(url, what="EndpointJudge")
-        check_key(url, api_key_env, what="EndpointJudge")
         if on_failure not in ON_FAILURE:
             raise ValueError(f"EndpointJudge needs on_failure of {' or '.join(ON_FAILURE)}; got {on_failure!r}.")
         if num_threads < 1 or max_failures < 1:
@@ -145,13 +132,12 @@ class EndpointJudge:
                 f"EndpointJudge needs num_threads and max_failures of 1 or more; got {num_threads} and {max_failures}."
             )
         self.costs = Costs()
-        self._url, self._model, self._api_key_env = resource_url(url, "chat/completions"), model, api_key_env
-        self._on_failure, self._num_threads, self._max_failures = on_failure, num_threads, max_failures
-        self._timeout_seconds, self._max_retries = timeout_seconds, max_retries
-        self._sleep = sleep or self._pause
+        self._endpoint, self._on_failure = endpoint, on_failure
+        self._num_threads, self._max_failures = num_threads, max_failures
         self._answers = Answers(folder, "endpoint")
         self._lock = threading.Lock()
         self._has_stopped = threading.Event()
+        self._sleep = sleep or pause_until(self._has_stopped)
         self._failures_in_row = 0
         self._failure: EndpointError | None = None  # the last one, or the one that made it stop
 
@@ -171,15 +157,15 @@ class EndpointJudge:
         self._failure = None
         self._failures_in_row = min(self._failures_in_row, self._max_failures - 1)
         self._answers.share(missing, self._ask_all)
-        found = [self._p_right(*questions) for questions in asked]
-        self._report(found)
-        return found
+        p_right = [self._p_right(*questions) for questions in asked]
+        self._report(p_right)
+        return p_right
 
     def _questions(self, pair: Pair) -> tuple[_Question, _Question]:
         """The pair in both orders: `chosen` as A, then `rejected` as A."""
 
         def question(first: Text, second: Text) -> _Question:
-            key = hash_value(_body(self._model, pair.prompt, first, second))
+            key = hash_value(_body(self._endpoint.model, pair.prompt, first, second))
             return _Question(key=key, prompt=pair.prompt, first=first, second=second)
 
         return question(pair.chosen, pair.rejected), question(pair.rejected, pair.chosen)
@@ -199,18 +185,15 @@ class EndpointJudge:
 
     def _ask_all(self, missing: Mapping[str, tuple[_Question, _Question]]) -> None:
         state = PartialState()
-        pool = ThreadPoolExecutor(max(self._num_threads // state.num_processes, 1), ASKING)
+        num_threads = max(self._num_threads // state.num_processes, 1)
         with progress_bar("Asking the judge", len(missing), is_shown=state.is_main_process) as advance:
-            futures = [pool.submit(self._ask_both, questions) for questions in missing.values()]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    advance(1)
-            except BaseException as error:
-                self._has_stopped.set()
-                stop_asking(pool, futures, error)
-                raise
-            pool.shutdown()
+            ask_many(
+                self._ask_both,
+                list(missing.values()),
+                num_threads=num_threads,
+                stop=self._has_stopped,
+                on_answer=lambda _: advance(1),
+            )
         if self._on_failure == "stop" and self._failure is not None and self._has_stopped.is_set():
             raise self._failure
 
@@ -218,7 +201,7 @@ class EndpointJudge:
         while not self._has_stopped.is_set() and (question := self._next(questions)) is not None:
             try:
                 self._ask(question)
-            except _StoppedError:
+            except StoppedError:
                 return
             except EndpointError as error:
                 with self._lock:
@@ -230,14 +213,8 @@ class EndpointJudge:
     def _ask(self, question: _Question) -> None:
         with self._lock:
             self.costs.num_calls += 1
-        reply = post_json(
-            self._url,
-            _body(self._model, question.prompt, question.first, question.second),
-            api_key_env=self._api_key_env,
-            timeout_seconds=self._timeout_seconds,
-            max_retries=self._max_retries,
-            sleep=self._sleep,
-        )
+        body = _body(self._endpoint.model, question.prompt, question.first, question.second)
+        reply = post_json(self._endpoint, "chat/completions", body, sleep=self._sleep)
         text = _reply_text(reply)
         answer = parse_answer(text)
         self._answers.add({question.key: answer or UNREADABLE})
@@ -262,19 +239,15 @@ class EndpointJudge:
             if must_stop or self._failures_in_row >= self._max_failures:
                 self._has_stopped.set()
 
-    def _pause(self, seconds: float) -> None:
-        if self._has_stopped.wait(seconds):
-            raise _StoppedError
-
-    def _report(self, found: Sequence[float | None]) -> None:
+    def _report(self, p_right: Sequence[float | None]) -> None:
         logger.info("What the judge was asked: %s", asdict(self.costs))
-        num_unsettled = sum(p is None for p in found)
+        num_unsettled = sum(p is None for p in p_right)
         if num_unsettled:
             logger.warning(
                 "The judge gave no verdict on %d of %d pairs%s. %s These pairs are decided without it; the same "
                 "command asks again for answers that did not come or could not be read.",
                 num_unsettled,
-                len(found),
+                len(p_right),
                 " and was asked no more" if self._has_stopped.is_set() else "",
                 self._failure or "Its answers could not be read.",
             )
@@ -323,7 +296,7 @@ def _without_tokens(text: str) -> str:
     text = _HEADER.sub("", text)
     ends = list(_END_OF_THOUGHTS.finditer(text))
     begins = [one.start() for one in _THOUGHTS.finditer(text)]
-    # Thoughts stand first. A tag that opens anywhere else is part of some text, and what is the answer cannot be told.
+    # Thoughts stand first. A tag that opens anywhere else is part of some text, and no answer is clear.
     if begins and (text[: begins[0]].strip() or not ends):
         return ""
     text = _HEADER.sub("", text[ends[-1].end() :] if ends else text)
@@ -338,16 +311,16 @@ def _choice(match: re.Match[str]) -> str:
 def _body(model: str, prompt: Text, first: Text, second: Text) -> dict[str, Any]:
     # A text that held the mark would have to hold its own hash.
     mark = hash_value([prompt, first, second])[:16]
-    told = {"prompt": _told(prompt, mark), "first": _told(first, mark), "second": _told(second, mark)}
+    texts = {"prompt": _written(prompt, mark), "first": _written(first, mark), "second": _written(second, mark)}
     return {
         "model": model,
-        "messages": [{"role": "user", "content": _QUESTION.format(mark=mark, **told)}],
+        "messages": [{"role": "user", "content": _QUESTION.format(mark=mark, **texts)}],
         "temperature": 0,
         "max_tokens": _MAX_ANSWER_TOKENS,
     }
 
 
-def _told(text: Text, mark: str) -> str:
+def _written(text: Text, mark: str) -> str:
     """A text as the judge reads it; the turns of a conversation begin with lines that they cannot forge."""
     if isinstance(text, str):
         return text

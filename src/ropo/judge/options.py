@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
-from ropo.endpoint import check_access
+from ropo.endpoint.address import Endpoint, check_access
 from ropo.judge.endpoint import ON_FAILURE, EndpointJudge
 from ropo.judge.reward_model import RewardModelJudge
 from ropo.judge.verdicts import Judge
@@ -41,10 +41,8 @@ JUDGES: Mapping[str, JudgeSpec] = MappingProxyType(
         ),
         "endpoint": JudgeSpec(
             make=lambda args, folder: EndpointJudge(
-                str(args.judge_url),
-                str(args.judge_model),
+                Endpoint(url=str(args.judge_url), model=str(args.judge_model), api_key_env=args.judge_api_key_env),
                 folder,
-                api_key_env=args.judge_api_key_env,
                 on_failure=str(args.judge_on_failure),
             ),
             meaning="a chat model behind an OpenAI-compatible address",
@@ -95,7 +93,7 @@ class JudgeOptions:
 
 
 def make_judge(args: JudgeOptions, folder: Path) -> Judge | None:
-    """Make the judge that options ask for; no weights are loaded and nobody is asked before it is called.
+    """Make the judge that options ask for; no weights are loaded and no request is made before it is called.
 
     With several processes all must make it and call it together, with the same pairs; each asks for its share.
 

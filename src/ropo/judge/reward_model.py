@@ -28,15 +28,14 @@ from ropo.logps.score import progress_bar
 from ropo.models.files import (
     TOKENIZER_SETTINGS,
     ModelKind,
-    check_ids,
     check_json,
     explained,
     for_config,
-    ids_of,
     load_whole,
     make_skeleton,
     not_finite,
 )
+from ropo.models.fit import check_ids, ids_of
 from ropo.pairs import Pair
 from ropo.provenance import hash_value
 
@@ -77,7 +76,7 @@ class RewardModelJudge:
         folder: Where answers are kept, under a hash of the weights and of the pair's token ids.
 
     Raises:
-        ValueError: If there is no reward model: told before anything is trained for hours and its judge is needed.
+        ValueError: If there is no reward model. Checked here, since the judge is asked only after hours of training.
     """
 
     def __init__(self, name_or_path: str, folder: Path) -> None:
@@ -115,14 +114,14 @@ class RewardModelJudge:
         }
         missing = {key: tokens for key, tokens in whole.values() if self._answers.get(key) is None}
         self._answers.share(missing, lambda mine: self._score(model, mine))
-        found = [self._answers.get(whole[i][0]) if i in whole else None for i in range(len(pairs))]
-        if num_not_finite := sum(not isinstance(found[i], float) for i in whole):
+        answers = [self._answers.get(whole[i][0]) if i in whole else None for i in range(len(pairs))]
+        if num_not_finite := sum(not isinstance(answers[i], float) for i in whole):
             logger.warning(
                 "The reward model gives no verdict on %d of %d pairs: its rewards are not finite.",
                 num_not_finite,
                 len(pairs),
             )
-        return [p if isinstance(p, float) else None for p in found]
+        return [p if isinstance(p, float) else None for p in answers]
 
     def _score(self, model: PreTrainedModel, missing: Mapping[str, TokenizedPair]) -> None:
         keys, tokens = list(missing), list(missing.values())
@@ -160,7 +159,7 @@ def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTok
     tokenizer = _tokenizer(name_or_path)
     if names := not_finite(model):
         raise ValueError(f"A reward model needs finite weights; {name_or_path} has NaN or infinity in {names}.")
-    model.config.use_cache = False  # keys and values of a batch would be kept for a text that nobody goes on with
+    model.config.use_cache = False  # nothing is generated
     return model.to(PartialState().device).eval(), tokenizer
 
 
@@ -195,8 +194,8 @@ def rewards_of(model: PreTrainedModel, tokens: Sequence[TokenizedPair]) -> torch
         texts = [np.concatenate([pair.prompt, end]) for pair in tokens for end in (pair.chosen, pair.rejected)]
         ids = [torch.from_numpy(text.astype(np.int64))[None] for text in texts]
         rows = [(one, torch.ones_like(one)) for one in ids]
-    found = [
+    rewards = [
         model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, 0]
         for input_ids, mask in rows
     ]
-    return torch.cat(found).double().cpu()
+    return torch.cat(rewards).double().cpu()

@@ -42,11 +42,11 @@ def ask(judge: Judge, pairs: Sequence[Pair]) -> NDArray[np.float64]:
     said = judge(pairs)
     if len(said) != len(pairs):
         raise ValueError(f"A judge needs to give one value per pair, {len(pairs)}; got {len(said)}. None is a value.")
-    found = np.array([np.nan if value is None else value for value in said], dtype=np.float64)
-    for value, p in zip(said, found, strict=True):
+    p_right = np.array([np.nan if value is None else value for value in said], dtype=np.float64)
+    for value, p in zip(said, p_right, strict=True):
         if value is not None and not 0.0 <= p <= 1.0:
             raise ValueError(f"A judge needs to give probabilities in [0, 1] or None; got {value}. Is it a reward?")
-    return found
+    return p_right
 
 
 def flip_judge(

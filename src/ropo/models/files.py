@@ -9,26 +9,23 @@ anything is computed. A hub id is checked like a folder where its files are in t
 """
 
 import contextlib
-import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ropo.data.tokenize import TokenizedPair
-from ropo.pairs import Pair
+from ropo.provenance import Json
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +112,7 @@ def check_json(
             _read_object(path)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> Json:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
@@ -398,55 +395,3 @@ def _is_finite(weight: Tensor) -> bool:
         return True  # elsewhere, or quantized
     # In one pass and without a copy: NaN wins over every number.
     return bool(torch.stack(torch.aminmax(here)).isfinite().all())
-
-
-def check_ids(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    used: Iterable[tuple[str, Sequence[int] | np.ndarray]],
-    *,
-    name_or_path: str,
-) -> None:
-    """Refuse tokens for which a model has no embedding.
-
-    Args:
-        model: With or without weights.
-        tokenizer: The one that it is used with; its padding and its end of a sequence count.
-        used: Where a text stands, and its token ids.
-        name_or_path: Of the model, for the message.
-
-    Raises:
-        ValueError: If an id is too large.
-    """
-    limit = _num_embeddings(model)
-    ends = {"pad_token": tokenizer.pad_token_id, "eos_token": tokenizer.eos_token_id}
-    own = ((f"the {name} of its tokenizer", [i]) for name, i in ends.items() if i is not None)
-    for where, ids in itertools.chain(own, used):
-        largest = int(np.max(ids, initial=-1))
-        if largest >= limit:
-            raise ValueError(
-                f"A model needs an embedding for each token; {name_or_path} has {limit}, and {where} has the id "
-                f"{largest} ({tokenizer.convert_ids_to_tokens(largest)!r}). Take the tokenizer that the model was "
-                f"trained with, or call model.resize_token_embeddings({len(tokenizer)}) and save both."
-            )
-
-
-def ids_of(pairs: Sequence[Pair], tokens: Sequence[TokenizedPair]) -> Iterator[tuple[str, np.ndarray]]:
-    """The token ids of pairs, for `check_ids`.
-
-    Args:
-        pairs: The pairs.
-        tokens: Their tokens, in the same order.
-    """
-    for pair, ids in zip(pairs, tokens, strict=True):
-        for part in (ids.prompt, ids.chosen, ids.rejected):
-            yield f"a token of row {pair.row}", part
-
-
-def _num_embeddings(model: PreTrainedModel) -> int:
-    """How many tokens a model can read and score."""
-    try:
-        found = [model.get_input_embeddings().num_embeddings]
-    except (AttributeError, NotImplementedError):  # made otherwise
-        found = [model.config.get_text_config().vocab_size]
-    return int(min(found + [size for size in [getattr(model.get_output_embeddings(), "out_features", None)] if size]))

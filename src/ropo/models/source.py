@@ -1,22 +1,18 @@
-"""Where models come from: the initial one, and the ones that rounds have trained.
+"""`Model`: where models come from, the initial one, the ones that rounds have trained, and the reference.
 
 In: a folder or hub id and how to load it. Out: a causal language model on this process's device; or a refusal of what
 would stop a run only after hours.
 """
 
-import contextlib
-import copy
 import gc
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, get_peft_model
-from torch import nn
+from peft import PeftConfig
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -28,7 +24,10 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from ropo.data.read import looks_like_path
-from ropo.data.tokenize import TokenizedPairs
+from ropo.data.tokenize import TokenizedPair
+from ropo.logps.batch import Batching
+from ropo.logps.cache import reference_features, reference_logps
+from ropo.logps.features import Sketch
 from ropo.models.files import (
     SETTINGS,
     TOKENIZER_SETTINGS,
@@ -42,16 +41,13 @@ from ropo.models.files import (
     not_finite,
     read_config,
 )
+from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import hash_file, hash_value
-
-logger = logging.getLogger(__name__)
 
 _WEIGHTS = (".safetensors", ".model", ".jinja")
 _NAMED = (*SETTINGS, *TOKENIZER_SETTINGS, "merges.txt")
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in every folder
-# Model types with a table of positions, learned or computed.
-_HAVE_TABLE = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
 _NEEDS_MODEL = "model_name_or_path needs a folder with a model, or the id of one on the hub"
 _NEEDS_TOKENIZER = "model_name_or_path needs a model with its tokenizer"
 
@@ -112,34 +108,58 @@ POLICY = ModelKind(
 """The model that is aligned, and the reference."""
 
 
-class PolicySource:
-    """Loads the initial model, alone or with what a round has trained.
+class Model:
+    """A model of a run: where its weights come from, its tokenizer, its adapter, and how all of them are loaded.
+
+    Nothing is loaded before it is asked for.
 
     Args:
         name_or_path: Folder or hub id of the initial model.
+        tokenizer: Its tokenizer; default the one that lies beside it.
+        adapter: Configuration of the adapter that is trained in place of the whole model; folders that a training has
+            written then hold adapters of the initial model.
         load_options: Passed to `from_pretrained` (dtype, default float32; attn_implementation, revision, ...).
-        is_adapter: Whether trained folders hold PEFT adapters of the initial model.
 
     Raises:
         ValueError: If the initial model is itself an adapter: a new one would take its place, not go on top of it.
+
+    Examples:
+        >>> Model("someone/tiny", load_options={"revision": "v2"}).load_options
+        {'dtype': 'float32', 'revision': 'v2'}
     """
 
     def __init__(
-        self, name_or_path: str, *, load_options: Mapping[str, Any] | None = None, is_adapter: bool = False
+        self,
+        name_or_path: str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        adapter: PeftConfig | None = None,
+        load_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name_or_path = name_or_path
+        self.name_or_path = str(name_or_path)
         # Left alone, `transformers` takes the precision of the files, mostly bfloat16, and in that a step of a usual
         # learning rate is rounded away.
         self.load_options = {"dtype": "float32", **(load_options or {})}
-        self.is_adapter = is_adapter
+        self.adapter = adapter
+        self._tokenizer = tokenizer
         if (Path(name_or_path) / "adapter_config.json").exists():
             raise ValueError(_IS_ADAPTER.format(name_or_path))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, see `load_tokenizer`."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.name_or_path, self.load_options)
+        return self._tokenizer
+
+    def _holds_adapter(self, trained: Path | None) -> bool:
+        return trained is not None and (self.adapter is not None or (trained / "adapter_config.json").exists())
 
     def load(self, trained: Path | None = None, *, is_trainable: bool = False) -> PreTrainedModel:
         """Load the initial model, or the one in the folder `trained`.
 
         Args:
-            trained: What a round wrote; None for the initial model.
+            trained: What a training wrote, a whole model or an adapter of the initial one; None for the initial model.
             is_trainable: Whether an adapter is to be trained further.
 
         Returns:
@@ -150,13 +170,14 @@ class PolicySource:
             FloatingPointError: If a round left weights that are not finite.
         """
         release_memory()
-        path = self.name_or_path if trained is None or self.is_adapter else str(trained)
+        is_adapter = self._holds_adapter(trained)
+        path = self.name_or_path if trained is None or is_adapter else str(trained)
         again = f"Delete {trained}, and give the same command again: it is then trained anew."
         kind = POLICY if path == self.name_or_path else replace(POLICY, advice=again)
         model: Any = load_whole(kind, path, self.load_options)
         if trained is None and getattr(model, "_hf_peft_config_loaded", False):  # one from the hub
             raise ValueError(_IS_ADAPTER.format(path))
-        if trained is not None and self.is_adapter:
+        if trained is not None and is_adapter:
             model = load_adapter(model, trained, is_trainable=is_trainable, advice=again)
         if names := not_finite(model):
             if trained is None:
@@ -189,6 +210,42 @@ class PolicySource:
     def fingerprint(self) -> str:
         """Name of the initial model's content; see `model_digest`."""
         return model_digest(self.name_or_path, self.load_options.get("revision"))[:16]
+
+    def reference(self, *, cache_dir: Path, batching: Batching) -> "Reference":
+        """The initial model as the frozen one that margins are measured against.
+
+        Args:
+            cache_dir: Where what is read is kept, by content.
+            batching: Padding, precision and size of the batches.
+        """
+        return Reference(self, cache_dir=cache_dir, batching=batching)
+
+
+class Reference:
+    """The frozen model that margins are measured against, in memory only while it reads.
+
+    Args:
+        model: Loads it.
+        cache_dir: Where what is read is kept, by content.
+        batching: See `Model.reference`.
+    """
+
+    def __init__(self, model: Model, *, cache_dir: Path, batching: Batching) -> None:
+        self._model, self._cache_dir, self._batching = model, cache_dir, batching
+
+    def logps(self, tokens: Sequence[TokenizedPair]) -> PairLogps:
+        """Log-probabilities of pairs, in their order."""
+        return reference_logps(self._model.load(), tokens, self._batching, cache_dir=self._cache_dir)
+
+    def read(self, tokens: Sequence[TokenizedPair]) -> tuple[PairLogps, PairFeatures]:
+        """Log-probabilities and features of pairs, in one pass over those that are not in the cache."""
+        return reference_features(
+            self._model.load(), tokens, self._batching, sketch=Sketch(), cache_dir=self._cache_dir
+        )
+
+    def features(self, tokens: Sequence[TokenizedPair]) -> PairFeatures:
+        """Features of pairs, in their order."""
+        return self.read(tokens)[1]
 
 
 def model_digest(name_or_path: str, revision: str | None) -> str:
@@ -256,67 +313,6 @@ def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = N
     with explained(_NEEDS_TOKENIZER, name_or_path, "Copy or save the tokenizer there again."):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **for_config(load_options))
     return tokenizer
-
-
-def check_positions(source: PolicySource, *parts: TokenizedPairs) -> None:
-    """A model with a table of positions has none for longer texts; others go on, less well.
-
-    Args:
-        source: Of the initial model.
-        parts: The pairs, cut to `max_length`.
-
-    Raises:
-        ValueError: If a pair is longer than the table of the model's positions.
-    """
-    config = source.config()
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for part in parts for ids in part.tokens)
-    if not isinstance(limit, int) or longest <= limit:
-        return
-    if config.model_type in _HAVE_TABLE:
-        raise ValueError(
-            f"{source.name_or_path} has {limit} positions; got a pair of {longest} tokens. Set max_length to {limit}."
-        )
-    logger.warning(
-        "%s was made for %d positions (max_position_embeddings); the longest pair has %d tokens. It may know little of "
-        "what lies beyond: set max_length to %d, or look whether its card says that it can.",
-        source.name_or_path,
-        limit,
-        longest,
-        limit,
-    )
-
-
-def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
-    """Refuse an adapter that the model cannot take: it is put on a copy without weights.
-
-    Args:
-        model: With or without weights; it is left as it is.
-        peft_config: Of the adapter.
-
-    Raises:
-        ValueError: If a module is not there, or a number is out of range.
-    """
-    no_weights = {
-        id(one): nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for one in model.parameters()
-    }
-    skeleton: Any = copy.deepcopy(model, no_weights)
-    wanted: Any = copy.deepcopy(peft_config)
-    if hasattr(wanted, "init_lora_weights"):
-        wanted.init_lora_weights = True  # other ways to begin read the weights
-    try:
-        with contextlib.suppress(RuntimeError, AttributeError, TypeError):  # it reads weights, and may yet fit
-            get_peft_model(skeleton, wanted)
-    except ValueError as error:
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if type(module).__name__ in ("Linear", "Conv1D") and name
-        }
-        raise ValueError(
-            f"An adapter (peft_config, lora_*) needs to fit its model; got: {error} Linear layers of this model: "
-            f"{', '.join(sorted(linear))}."
-        ) from error
 
 
 def release_memory() -> None:

@@ -112,7 +112,7 @@ def _advise_cleaned(tables: Table) -> str | None:
         return None
     if counts["keep"] == counts["num_pairs"]:
         return "`ropo train` on the data as it is does the same as on `cleaned.jsonl`: every pair is kept."
-    turned = ", with the flipped ones turned round" if counts["flip"] else ""
+    turned = ", with the flipped ones swapped" if counts["flip"] else ""
     return (
         f"Or train on `cleaned.jsonl`, with any trainer: it holds the "
         f"{counted(counts['keep'] + counts['flip'], 'pair')} to train on{turned}."

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair
+from ropo.provenance import Json
 from ropo.report.statistics import Floats, mean, number
 from ropo.report.texts import plain
 
-Table = dict[str, Any]
+Table = Json
 Measure = Callable[[str], float]
 Bools = NDArray[np.bool_]
 
@@ -108,7 +109,7 @@ def _feature(name: str, chosen: Floats, rejected: Floats, p_flip: Floats, is_kep
 
 
 def kept_differ(entry: Mapping[str, Any], *, least: int) -> bool:
-    """Whether kept pairs and the others surely prefer a feature by different shares.
+    """Whether kept pairs and the others prefer a feature by shares whose intervals lie apart.
 
     Args:
         entry: Of `features`.

@@ -21,7 +21,7 @@ import pyarrow as pa
 from markupsafe import Markup, escape
 
 from ropo.pairs import Pair
-from ropo.provenance import write_aside
+from ropo.provenance import Json, write_aside
 from ropo.report import plots
 from ropo.report.tables import DECISIONS, build_tables
 from ropo.report.wording import count, counted, decimal, percent, percent_range, probability
@@ -37,7 +37,7 @@ def write_report(
     ledger: pa.Table,
     summary: Mapping[str, Any],
     pairs: Sequence[Pair],
-    training_log: Sequence[dict[str, Any]],
+    training_log: Sequence[Json],
     checks: Mapping[int, Sequence[float]] | None = None,
 ) -> None:
     """Write report.html, report.md and report.json, all from the same numbers.

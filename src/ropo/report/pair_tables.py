@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ropo.noise.reading import reading_order
 from ropo.pairs import Pair
+from ropo.provenance import Json
 from ropo.report.statistics import median, number, numbers
 from ropo.report.texts import clean, compare, excerpt, plain, show_prompt
 
@@ -22,7 +23,7 @@ LOW_SHARE = 0.1  # a pair is hard if its margins are among this share of the low
 NUM_DROPPED_ROWS = 200
 NUM_RESAMPLED = 10
 
-Table = dict[str, Any]
+Table = Json
 Columns = Mapping[str, NDArray[Any]]
 
 
@@ -113,7 +114,7 @@ def resampled(
     pairs: Sequence[Pair],
     rounds: Sequence[Mapping[str, Any]],
 ) -> Table:
-    """New pairs beside the pairs whose prompts they win back; a few of them, evenly spaced over the data.
+    """New pairs beside the dropped pairs that they replace; a few of them, evenly spaced over the data.
 
     And why candidates, or whole prompts, were not used, the most frequent reason first.
     """

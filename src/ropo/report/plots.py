@@ -132,7 +132,7 @@ def review_curve(review: Table) -> str:
 
 
 def calibration_curve(bins: Sequence[Table]) -> str:
-    """Predicted against observed share of labels that were turned round on purpose, by bin, with intervals."""
+    """Predicted against observed share of labels that were flipped on purpose, by bin, with intervals."""
     # Most bins lie near 0; a square of the range in use shows them, and its diagonal is where they should lie.
     most = max(max(entry["predicted"], entry["high"]) for entry in bins)
     high = min(1.0, round_step(1.02 * most / 5) * 5)

@@ -6,30 +6,20 @@ In: the dict of `tables.build_tables`. Out: strings, with commands and options b
 from collections.abc import Mapping
 from typing import Any
 
-from ropo.audit.weights import Why
+from ropo.provenance import Json
 from ropo.report.advice import ADVICE, FEW, SMALL_RATE, is_open
 from ropo.report.biases import LENGTH, kept_differ
+from ropo.report.clauses import CLAUSES
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range
 
 NUM_DIFFERING = 0.03  # of the pairs: the two sums of flips differ by so much that a reader notices
 
 _CALLED = "This counts what P(flipped) calls, not how well the margins rank the labels."
 
-CLAUSES: Mapping[str, str] = {
-    Why.GIVEN: "it was given",
-    Why.ESTIMATED: "this is the estimated flip rate",
-    Why.FILTER_HELPS: "models agree with more labels that they have not seen when contradicted pairs are left out",
-    Why.MAY_BE_CLEAN: "the labels may all be right",
-    Why.CANNOT_TELL: "the margins cannot tell how many labels are flipped",
-    Why.AFTER_FILTER: "what looks wrong is left to the filter",
-    Why.NOT_ESTIMATED: "nothing was estimated, and it is the paper's",
-}
-"""Why ρ or α is what it is, as clauses that complete "since ..."."""
-
 Table = Mapping[str, Any]
 
 
-def write_sentences(tables: Table) -> dict[str, Any]:
+def write_sentences(tables: Table) -> Json:
     """All prose of the report that depends on numbers."""
     return {
         "title": title(tables),
@@ -65,8 +55,7 @@ def interval(tables: Table) -> str:
     """How sure that is, or why nothing can be said."""
     estimate = tables["estimate"]
     if not estimate["is_informative"]:
-        reason = estimate["reason"] or "The estimate gave no reason."
-        return f"{reason[:1].upper()}{reason[1:]}" + ("" if reason.endswith(".") else ".")
+        return str(estimate["reason"] or "The estimate gave no reason.")
     shown = percent_range(estimate["low"], estimate["high"])
     best = f"; best guess {percent(estimate['rate'])}" if estimate["may_be_clean"] else ""
     return f"{percent(estimate['level'])} interval {shown}{best}, from {counted(estimate['num_pairs'], 'pair')}."
@@ -85,7 +74,7 @@ def to_read(tables: Table) -> str:
 def look(tables: Table) -> str:
     """How many pairs a person should read."""
     review, estimate, num_judged = tables["review"], tables["estimate"], tables["counts"]["num_judged"]
-    known = f" {counted(num_judged, 'pair')} with a verdict of a person are not counted." if num_judged else ""
+    known = f" {counted(num_judged, 'pair')} with a review decision are not counted." if num_judged else ""
     if review is not None and review["num_likely"]:
         contradicted = tables["contradicted"]
         has_more = contradicted is not None and contradicted["num"] > review["num_likely"]
@@ -196,7 +185,7 @@ def done(tables: Table) -> str:
     else:
         pieces = [f"{count(counts['keep'])} kept", f"{count(counts['drop'])} dropped"]
         pieces += [f"{count(counts['flip'])} flipped"] if counts["flip"] else []
-        pieces += [f"{count(counts['resample'])} dropped and won back by a new pair"] if counts["resample"] else []
+        pieces += [f"{count(counts['resample'])} dropped and replaced by a new pair"] if counts["resample"] else []
         text = f"Of {pairs}, {listed(pieces)}."
     text = f"{text} {budget(tables)}".rstrip()
     if loss["noise_left"] and percent(loss["noise_left"]) != percent(0):
@@ -208,7 +197,7 @@ def done(tables: Table) -> str:
 
 
 def trust(tables: Table) -> list[str]:
-    """How far the estimate can be believed: what became of labels that were turned round on purpose."""
+    """How far the estimate can be believed: what became of labels that were flipped on purpose."""
     if tables["review"] is None:
         return [
             *_untested(tables),
@@ -235,7 +224,7 @@ def _tested(calibration: Table | None) -> list[str]:
         return []
     shown = percent_range(calibration["found_low"], calibration["found_high"])
     found = [
-        f"We turned each of {counted(calibration['num_turned'], 'label')} round once after the margins were made, "
+        f"We flipped each of {counted(calibration['num_turned'], 'label')} once after the margins were made, "
         f"{count(calibration['num_injected'])} at a time: {percent(calibration['share_found'])} of them (interval "
         f"{shown}) were called flipped, and {percent(calibration['share_others'])} of the others."
     ]
@@ -251,27 +240,26 @@ def _tested(calibration: Table | None) -> list[str]:
     return [
         *found,
         f"So about {percent(recall)} of the truly wrong labels are found, and about {percent(precision)} of the called "
-        f"ones are truly wrong. Both hang on the flip rate: across its interval the first is "
+        f"ones are truly wrong. Both depend on the flip rate: across its interval the first is "
         f"{percent_range(*calibration['recall_range'])}, the second {percent_range(*calibration['precision_range'])}.",
     ]
 
 
 def _untested(tables: Table) -> list[str]:
-    """Why no labels were turned round to test the estimate."""
+    """Why no labels were flipped to test the estimate."""
     estimate = tables["estimate"]
     if not tables["margins"]["is_held_out"]:
         return [
-            "The test with labels turned round on purpose needs models that have not seen the pairs. There were none: "
+            "The test with labels flipped on purpose needs models that have not seen the pairs. There were none: "
             "`--num_folds 5` makes them."
         ]
     if not estimate["is_informative"]:
         return [
-            "We did not test the estimate with labels turned round on purpose: with so little signal there is none "
-            "to test."
+            "We did not test the estimate with labels flipped on purpose: with so little signal there is none to test."
         ]
     if estimate["rate"] == 0:
-        return ["We did not test the estimate with labels turned round on purpose: it says that none is flipped."]
-    return ["We did not test the estimate with labels turned round on purpose: there are too few pairs for it."]
+        return ["We did not test the estimate with labels flipped on purpose: it says that none is flipped."]
+    return ["We did not test the estimate with labels flipped on purpose: there are too few pairs for it."]
 
 
 def _length_rule(tables: Table) -> list[str]:

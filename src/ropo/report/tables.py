@@ -5,91 +5,84 @@ HTML, Markdown and JSON are three ways of printing it. Numbers are rounded to si
 
 The one idea: nothing is computed after this file. A sentence, a figure or a table of the report can be traced to a key.
 
-Add a section: one function here, one line in `build_tables`, one block in each template.
+Add a section: one function here (or in `from_summary`, `training`, `pair_tables`, `biases`), one line in
+`build_tables`, one block in each template.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.special import expit
 
-from ropo.data.problems import PROBLEMS
 from ropo.noise.reading import WIDE_RANGE, calls_some
-from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair
-from ropo.report import pair_tables, sentences
+from ropo.provenance import Json
+from ropo.report import from_summary, pair_tables, sentences
 from ropo.report.biases import file_parts, response_biases
+from ropo.report.from_summary import NUM_CURVE_POINTS
 from ropo.report.statistics import Floats, mean, median, number, numbers, round_step
 from ropo.report.texts import clean
+from ropo.report.training import rounds, training
 
-NUM_ANNOTATORS = 30
 RANGE = 1.0  # a histogram reaches this far beyond the middle four fifths, in multiples of their width
 NUM_BINS = 44  # about; the width of a bin is a round number
-NUM_CURVE_POINTS = 150
-WEIGHT_MARGINS = (-8.0, -5.0, -2.0, 0.0, 2.0, 5.0)  # nats
 REVIEW_DEPTHS = (10, 20, 50, 100, 200, 500, 1000, 5000, 20000)  # pairs that somebody may have time to read
+REACHES_ZERO = 0.005  # an interval that begins below this reaches 0 as far as anybody can tell
 
 # decision: (name in the report, what it means for training)
 DECISIONS: Mapping[str, tuple[str, str]] = {
     "keep": ("kept", "Trained on as labelled."),
     "drop": ("dropped", "Left out: the label speaks against what the other pairs teach."),
     "flip": ("flipped", "Trained on with chosen and rejected swapped."),
-    "resample": ("won back", "Left out; its prompt is back with a newly sampled pair."),
+    "resample": ("resampled", "Left out; a newly sampled pair takes its place."),
 }
 
-ALPHA_LOSSES = ("ropo", "dpo", "")  # the losses that α tells apart; an unknown one is ropo's default
-SURELY_FLIPPED = 0.005  # an interval that begins below this reaches 0 as far as anybody can tell
-
-SURFACE: Mapping[str, str] = {
-    "length": "the lengths of the two responses",
-    "n-grams": "the tokens of the two responses, single and in pairs",
-}
-"""What knows nothing but the surface of the texts, by name: judges no label, and is there to compare with."""
-
-MEANINGS: Mapping[str, str] = {
-    "gradients": "linear models on the gradient of each pair by the head's weights",
-    "hidden states": "linear models on the hidden states of each pair, halfway and at the end",
-    "models": "models trained on the other folds",
-    **SURFACE,
-}
-"""What judges labels, or is compared with what does, by the names of `scorers.json`."""
-
-LENGTH_KEYS = ("max_length", "median", "p90", "p99", "longest", "num_truncated", "suggested")
-
-# key of the training log: (title, unit, reference value to draw or None, how to read it)
-CURVES: Mapping[str, tuple[str, str, float | None, str]] = {
-    "loss": ("Loss", "nats per pair", None, "Comparable within one run only; other losses start elsewhere."),
-    "rewards/accuracies": (
-        "Pairs ordered as labelled",
-        "share of a batch",
-        0.5,
-        "0.5 is a coin toss. Near 1 on noisy labels, the wrong ones are being learned by heart.",
-    ),
-    "rewards/margins": ("Margin", "nats, mean of a batch", 0.0, "How clearly the policy agrees with the labels."),
-    "gradient_weight": (
-        "Gradient weight",
-        "mean of a batch",
-        None,
-        "How hard the pairs of a batch still pull; falls as they are learned or given up.",
-    ),
-}
-
-SEVERITIES = ("error", "left_out", "warning")
-
-Table = dict[str, Any]
 Columns = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """The pairs of the data beside what the last round says of them.
+
+    Attributes:
+        scores: Columns of the last round.
+        originals: The pairs by row.
+        in_order: The same in the order of `scores`.
+        is_open: Whether nobody has said yet if the label is right, shape (pairs,).
+        is_informative: Whether the flip rate can be told.
+    """
+
+    scores: Columns
+    originals: Mapping[int, Pair]
+    in_order: Sequence[Pair]
+    is_open: NDArray[np.bool_]
+    is_informative: bool
+
+    def to_read(self, checks: Mapping[int, Sequence[float]], scorers: Sequence[Json]) -> tuple[list[Json], list[Json]]:
+        """Suspects, and pairs that are merely hard."""
+        scores, originals, is_open = self.scores, self.originals, self.is_open
+        p_flip = scores["p_flip"].astype(np.float64)
+        by_margin = not calls_some(p_flip, is_open, is_informative=self.is_informative)
+        suspects = pair_tables.suspects(scores, originals, is_open=is_open, by_margin=by_margin)
+        # What is to be read first is not called merely hard as well.
+        is_other = is_open & ~np.isin(scores["row"], [pair["row"] for pair in suspects] if by_margin else [])
+        are_moments = all(row["name"] == "models" for row in scorers if row["is_taken"])
+        hard = pair_tables.hard(
+            scores, originals, checks, is_open=is_other, is_informative=self.is_informative, are_moments=are_moments
+        )
+        return suspects, hard
 
 
 def build_tables(
     ledger: pa.Table,
     summary: Mapping[str, Any],
     pairs: Sequence[Pair],
-    training_log: Sequence[Table],
+    training_log: Sequence[Json],
     checks: Mapping[int, Sequence[float]] | None = None,
-) -> Table:
+) -> Json:
     """Compute everything the report says.
 
     Args:
@@ -105,6 +98,44 @@ def build_tables(
     Raises:
         ValueError: If the ledger is empty or names a row that `pairs` lacks.
     """
+    seen = _seen(ledger, summary, pairs)
+    scores, is_told = seen.scores, seen.is_informative
+    estimate, scorers = _estimate(summary, len(seen.in_order)), from_summary.scorers(summary)
+    suspects, hard = seen.to_read(checks or {}, scorers)
+    is_kept = scores["decision"] == "keep"
+    tables: Json = {
+        "task": "audit" if summary.get("task") == "audit" else "train",
+        "estimate": estimate,
+        "loss": from_summary.loss(summary),
+        "counts": _counts(scores, pairs, seen.is_open),
+        "review": _review(scores["p_flip"][seen.is_open], is_informative=is_told),
+        "contradicted": _contradicted(scores, seen.is_open),
+        "calibration": from_summary.calibration(summary),
+        "scorers": scorers,
+        "filter": from_summary.filter_(summary),
+        "with_length": from_summary.with_length(summary),
+        "suspects": suspects,
+        "hard": hard,
+        "margins": _margins(scores),
+        "annotators": from_summary.annotators(summary, estimate),
+        "rounds": rounds(ledger, summary),
+        "training": training(training_log),
+        "evaluation": summary.get("evaluation"),
+        "weight_curve": from_summary.weight_curve(summary),
+        "problems": from_summary.problems(summary),
+        "num_left_out": summary.get("num_left_out"),
+        "decisions": _decisions(scores),
+        "dropped": pair_tables.dropped(scores, seen.originals),
+        "resampled": pair_tables.resampled(ledger, scores, seen.originals, pairs, summary.get("rounds") or []),
+        "biases": response_biases(seen.in_order, p_flip=scores["p_flip"], is_kept=is_kept, is_informative=is_told),
+        "file_parts": file_parts(scores["row"], p_flip=scores["p_flip"], is_informative=is_told),
+        "token_lengths": from_summary.token_lengths(summary),
+        "provenance": from_summary.provenance(summary),
+    }
+    return tables | {"sentences": sentences.write_sentences(tables)}
+
+
+def _seen(ledger: pa.Table, summary: Mapping[str, Any], pairs: Sequence[Pair]) -> _Seen:
     scores = last_round(ledger)
     originals = {pair.row: pair for pair in pairs if pair.origin == "data"}
     missing = [int(row) for row in scores["row"] if int(row) not in originals]
@@ -114,50 +145,13 @@ def build_tables(
             f"({len(missing)} missing). Pass the pairs that the ledger was made from."
         )
     in_order = [originals[int(row)] for row in scores["row"]]
-    estimate = _estimate(summary, len(scores["row"]))
-    is_informative = estimate["is_informative"]
-    is_open = np.array([pair.verdict is None for pair in in_order])  # nobody has said yet whether the label is right
-    by_margin = not calls_some(scores["p_flip"].astype(np.float64), is_open, is_informative=is_informative)
-    suspects = pair_tables.suspects(scores, originals, is_open=is_open, by_margin=by_margin)
-    # What is to be read first is not called merely hard as well.
-    is_other = is_open & ~np.isin(scores["row"], [pair["row"] for pair in suspects] if by_margin else [])
-    scorers = _scorers(summary)
-    are_moments = all(row["name"] == "models" for row in scorers if row["is_taken"])
-    tables: Table = {
-        "task": "audit" if summary.get("task") == "audit" else "train",
-        "estimate": estimate,
-        "loss": _loss(summary),
-        "counts": _counts(scores, pairs, is_open),
-        "review": _review(scores["p_flip"][is_open], is_informative=is_informative),
-        "contradicted": _contradicted(scores, is_open),
-        "calibration": _calibration(summary),
-        "scorers": scorers,
-        "filter": _filter(summary),
-        "with_length": _with_length(summary),
-        "suspects": suspects,
-        "hard": pair_tables.hard(
-            scores, originals, checks or {}, is_open=is_other, is_informative=is_informative, are_moments=are_moments
-        ),
-        "margins": _margins(scores),
-        "annotators": _annotators(summary, estimate),
-        "rounds": _rounds(ledger, summary),
-        "training": _training(training_log),
-        "evaluation": summary.get("evaluation"),
-        "weight_curve": _weight_curve(summary),
-        "problems": _problems(summary),
-        "num_left_out": summary.get("num_left_out"),
-        "decisions": _decisions(scores),
-        "dropped": pair_tables.dropped(scores, originals),
-        "resampled": pair_tables.resampled(ledger, scores, originals, pairs, summary.get("rounds") or []),
-        "biases": response_biases(
-            in_order, p_flip=scores["p_flip"], is_kept=scores["decision"] == "keep", is_informative=is_informative
-        ),
-        "file_parts": file_parts(scores["row"], p_flip=scores["p_flip"], is_informative=is_informative),
-        "token_lengths": _token_lengths(summary),
-        "provenance": _provenance(summary),
-    }
-    tables["sentences"] = sentences.write_sentences(tables)
-    return tables
+    return _Seen(
+        scores=scores,
+        originals=originals,
+        in_order=in_order,
+        is_open=np.array([pair.verdict is None for pair in in_order]),
+        is_informative=_estimate(summary, len(in_order))["is_informative"],
+    )
 
 
 def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
@@ -179,7 +173,7 @@ def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
     return found | {"margin": margin, "is_held_out": np.full(len(positions), is_held_out)}
 
 
-def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
+def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Json:
     rate = summary.get("flip_rate") or {}
     values = {key: number(rate.get(source)) for key, source in (("rate", "estimate"), ("low", "low"), ("high", "high"))}
     low, high = values["low"], values["high"]
@@ -187,7 +181,7 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
     return {
         **values,
         "level": number(rate.get("level", 0.9)),
-        "may_be_clean": low is not None and low < SURELY_FLIPPED,
+        "may_be_clean": low is not None and low < REACHES_ZERO,
         "is_informative": is_informative,
         "is_vague": not is_informative or (low is not None and high is not None and high - low > WIDE_RANGE),
         "reason": clean(str(summary.get("reason") or "")),
@@ -198,19 +192,7 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Table:
     }
 
 
-def _loss(summary: Mapping[str, Any]) -> Table:
-    config = summary.get("config") or {}
-    name = clean(str(config.get("loss") or ""))
-    return {
-        "name": name,
-        "has_alpha": name in ALPHA_LOSSES,
-        "alpha": number(summary.get("alpha")),
-        "alpha_why": clean(str(summary.get("alpha_why") or "")),
-        "noise_left": number(summary.get("noise_left")),
-    }
-
-
-def _counts(scores: Columns, pairs: Sequence[Pair], is_open: NDArray[np.bool_]) -> Table:
+def _counts(scores: Columns, pairs: Sequence[Pair], is_open: NDArray[np.bool_]) -> Json:
     counts = {decision: int((scores["decision"] == decision).sum()) for decision in DECISIONS}
     return {
         "num_pairs": len(scores["row"]),
@@ -221,7 +203,7 @@ def _counts(scores: Columns, pairs: Sequence[Pair], is_open: NDArray[np.bool_]) 
     }
 
 
-def _review(p_flip: Floats, *, is_informative: bool) -> Table | None:
+def _review(p_flip: Floats, *, is_informative: bool) -> Json | None:
     """How many flips a reader finds who goes through the pairs from the most suspect downwards."""
     finite = p_flip[np.isfinite(p_flip)]
     if not is_informative or not len(finite):
@@ -244,7 +226,7 @@ def _review(p_flip: Floats, *, is_informative: bool) -> Table | None:
     }
 
 
-def _contradicted(scores: Columns, is_open: NDArray[np.bool_]) -> Table | None:
+def _contradicted(scores: Columns, is_open: NDArray[np.bool_]) -> Json | None:
     """How many labels that nobody has judged are contradicted by models that have not seen them.
 
     None where there are no such models.
@@ -255,88 +237,11 @@ def _contradicted(scores: Columns, is_open: NDArray[np.bool_]) -> Table | None:
     return {"num": int((margin < 0).sum()), "share": mean(margin < 0)}
 
 
-def _calibration(summary: Mapping[str, Any]) -> Table | None:
-    """What became of labels that were turned round on purpose, with an interval for each bin."""
-    found = summary.get("calibration")
-    if not found:
-        return None
-    names = ("share_found", "share_others", "recall", "precision")
-    low, high = wilson_interval(found["share_found"], found["num_turned"])
-    return {
-        "num_injected": int(found["num_injected"]),
-        "num_turned": int(found["num_turned"]),
-        **{name: number(found.get(name)) for name in names},
-        **{name: numbers(found[name]) for name in ("recall_range", "precision_range")},
-        "found_low": number(low),
-        "found_high": number(high),
-        "bins": [_calibration_bin(entry) for entry in found.get("bins") or []],
-    }
-
-
-def _calibration_bin(entry: Mapping[str, Any]) -> Table:
-    low, high = wilson_interval(entry["observed"], entry["num_pairs"])
-    return {
-        "num_pairs": int(entry["num_pairs"]),
-        "predicted": number(entry["predicted"]),
-        "observed": number(entry["observed"]),
-        "low": number(low),
-        "high": number(high),
-    }
-
-
-def _scorers(summary: Mapping[str, Any]) -> list[Table]:
-    """How often each scorer agrees with labels that it has not seen, the one that judges first."""
-    found = [
-        {
-            "name": (name := clean(str(entry["name"]))),
-            "meaning": MEANINGS.get(name, ""),
-            "is_surface": name in SURFACE,
-            **{key: number(entry.get(key)) for key in ("agreement", "low", "high")},
-            "is_taken": bool(entry.get("is_taken")),
-        }
-        for entry in summary.get("scorers") or []
-    ]
-    return sorted(found, key=lambda entry: (not entry["is_taken"], -(entry["agreement"] or 0.0)))
-
-
-def _filter(summary: Mapping[str, Any]) -> Table | None:
-    """Whether linear models get better without the pairs that they contradict."""
-    found = summary.get("filter")
-    return found and {"gain": number(found["gain"]), "error": number(found["error"]), "helps": bool(found["helps"])}
-
-
-def _with_length(summary: Mapping[str, Any]) -> Table | None:
-    """The flip rate if lengths were evidence, too; None where that is not told apart or cannot be told."""
-    found = summary.get("flip_rate_with_length") or {}
-    if found.get("low") is None or found.get("high") is None:
-        return None
-    return {"rate": number(found["estimate"]), "low": number(found["low"]), "high": number(found["high"])}
-
-
-def _annotators(summary: Mapping[str, Any], estimate: Table) -> Table:
-    """Rates by annotator, the worst first; beyond the first ones they are only counted. None without an estimate."""
-    found = (summary.get("annotators") or []) if estimate["is_informative"] else []
-    return {"num": len(found), "rows": [_annotator(entry, estimate) for entry in found[:NUM_ANNOTATORS]]}
-
-
-def _annotator(entry: Mapping[str, Any], estimate: Table) -> Table:
-    rate, low, high = (number(entry.get(key)) for key in ("rate", "low", "high"))
-    return {
-        "name": clean(str(entry.get("name"))),
-        "num_pairs": int(entry.get("num_pairs") or 0),
-        "rate": rate,
-        "low": low,
-        "high": high,
-        "is_worse": bool(low is not None and low > estimate["high"]),
-        "is_opposite": bool(rate is not None and rate > 0.5),
-    }
-
-
-def _margins(scores: Columns) -> Table:
+def _margins(scores: Columns) -> Json:
     margin = scores["margin"].astype(np.float64)
     is_finite = np.isfinite(margin)
     finite = margin[is_finite]
-    table: Table = {
+    table: Json = {
         "is_held_out": bool(scores["is_held_out"].all()),
         "num_pairs": len(finite),
         "num_not_finite": int((~is_finite).sum()),
@@ -367,95 +272,7 @@ def _margins(scores: Columns) -> Table:
     }
 
 
-def _rounds(ledger: pa.Table, summary: Mapping[str, Any]) -> list[Table]:
-    is_data = ledger["origin"].to_numpy(zero_copy_only=False) == "data"
-    in_round, margin = ledger["round"].to_numpy()[is_data], ledger["margin"].to_numpy()[is_data]
-    found = []
-    for index, entry in enumerate(summary.get("rounds") or []):
-        name = int(entry.get("round", index))
-        margins = margin[in_round == name]
-        found.append(
-            {
-                "round": name,
-                "rho": number(entry.get("rho")),
-                **{key: entry.get(key) for key in ("num_kept", "num_dropped", "num_flipped", "num_resampled")},
-                "median_margin": median(margins),
-                "share_negative": mean(margins < 0),
-            }
-        )
-    return found
-
-
-def _training(log: Sequence[Table]) -> Table:
-    """Curves by metric; the steps of the rounds follow one another on one axis."""
-    rounds = sorted({int(entry.get("round", 0)) for entry in log if "step" in entry})
-    offsets, end = {}, 0
-    for name in rounds:
-        steps = [int(entry["step"]) for entry in log if entry.get("round", 0) == name and "step" in entry]
-        offsets[name] = end if min(steps) <= end else 0  # a trainer that is carried on counts on by itself
-        end = offsets[name] + max(steps)
-    curves = []
-    for key, (title, unit, reference, meaning) in CURVES.items():
-        lines = [_line(log, key, name, offsets[name]) for name in rounds]
-        if any(line["x"] for line in lines):
-            texts = {"key": key, "title": title, "unit": unit, "reference": reference, "meaning": meaning}
-            curves.append({**texts, "lines": lines})
-    return {"num_steps": end, "starts": [offsets[name] for name in rounds], "curves": curves}
-
-
-def _line(log: Sequence[Table], key: str, name: int, offset: int) -> Table:
-    points = [
-        (offset + int(entry["step"]), float(entry[key]))
-        for entry in log
-        if entry.get("round", 0) == name and "step" in entry and isinstance(entry.get(key), int | float)
-    ]
-    points = [point for point in points if np.isfinite(point[1])]
-    # A long log is averaged in equal pieces: a line of more points than the figure has pixels shows nothing more.
-    pieces = np.array_split(np.array(points), min(len(points), NUM_CURVE_POINTS)) if points else []
-    means = [piece.mean(axis=0) for piece in pieces]
-    x, y = numbers(mean[0] for mean in means), numbers(mean[1] for mean in means)
-    return {"round": name, "num_logged": len(points), "x": x, "y": y}
-
-
-def _weight_curve(summary: Mapping[str, Any]) -> Table | None:
-    curve = summary.get("weight_curve")
-    if not curve or not len(curve["margin"]):
-        return None
-    step = max(1, len(curve["margin"]) // NUM_CURVE_POINTS)
-    margin = np.asarray(curve["margin"], dtype=np.float64)[::step]
-    weight = np.asarray(curve["weight"], dtype=np.float64)[::step]
-    return {
-        "loss": clean(str(curve["loss"])),
-        "margin": numbers(margin),
-        "weight": numbers(weight),
-        "dpo": numbers(expit(-margin)),  # w(h) = σ(−h), arXiv:2305.18290, eq. 7
-        "at": [
-            {"margin": at, "weight": number(np.interp(at, margin, weight)), "dpo": number(expit(-at))}
-            for at in WEIGHT_MARGINS
-            if margin[0] <= at <= margin[-1]
-        ],
-    }
-
-
-def _problems(summary: Mapping[str, Any]) -> list[Table]:
-    found = []
-    for kind, count in (summary.get("problems") or {}).items():
-        spec = PROBLEMS.get(kind)
-        found.append(
-            {
-                "kind": clean(str(kind)),
-                "count": int(count),
-                "severity": spec.severity if spec else "",
-                "meaning": spec.meaning if spec else "",
-                "remedy": spec.remedy if spec else "",
-            }
-        )
-    rank = {severity: index for index, severity in enumerate(SEVERITIES)}
-    found = [problem for problem in found if problem["count"]]
-    return sorted(found, key=lambda one: (rank.get(one["severity"], len(rank)), -one["count"], one["kind"]))
-
-
-def _decisions(scores: Columns) -> list[Table]:
+def _decisions(scores: Columns) -> list[Json]:
     found = []
     for decision, (name, meaning) in DECISIONS.items():
         of_kind = scores["decision"] == decision
@@ -476,27 +293,3 @@ def _decisions(scores: Columns) -> list[Table]:
             }
         )
     return found
-
-
-def _token_lengths(summary: Mapping[str, Any]) -> Table | None:
-    """Tokens of prompt and longer response, where they were counted."""
-    found = summary.get("token_lengths")
-    return {key: number(found.get(key)) for key in LENGTH_KEYS} if found else None
-
-
-def _provenance(summary: Mapping[str, Any]) -> Table:
-    config = summary.get("config") or {}
-    return {
-        "command": clean(str(summary.get("command") or "")),
-        "data_sha256": str(summary.get("data_sha256") or ""),
-        "model": clean(str(summary.get("model") or "")),
-        "model_fingerprint": str(summary.get("model_fingerprint") or ""),
-        "versions": {clean(str(key)): clean(str(value)) for key, value in (summary.get("versions") or {}).items()},
-        "seconds": {clean(str(key)): number(value) for key, value in (summary.get("seconds") or {}).items()},
-        "config": {clean(str(k)): _shown_option(str(k), v) for k, v in config.items()},
-    }
-
-
-def _shown_option(name: str, value: object) -> str:
-    """A report is passed on; whatever grants access to an account stays out of it."""
-    return "…" if name.endswith("_token") and value else clean(str(value))

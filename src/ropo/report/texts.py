@@ -16,6 +16,7 @@ from typing import Any
 
 from ropo.data.problems import visible
 from ropo.pairs import Text
+from ropo.provenance import Json
 
 MAX_CHARACTERS = 5000  # of one text; ten suspects of three texts then stay well below a megabyte of page
 EXCERPT_CHARACTERS = 90
@@ -54,7 +55,7 @@ def turns(text: Text) -> list[tuple[str, str]]:
     return [(clean(str(message.get("role", ""))), clean(_content(message))) for message in text]
 
 
-def _content(message: dict[str, Any]) -> str:
+def _content(message: Json) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -80,7 +81,7 @@ def excerpt(text: Text) -> str:
     return line if len(line) <= EXCERPT_CHARACTERS else "…" + line[-EXCERPT_CHARACTERS:]
 
 
-def show_prompt(prompt: Text) -> dict[str, Any]:
+def show_prompt(prompt: Text) -> Json:
     """A prompt as shown: the last `MAX_CHARACTERS` of it, since its end is what the responses answer.
 
     Returns:
@@ -97,7 +98,7 @@ def show_prompt(prompt: Text) -> dict[str, Any]:
     return {"turns": shown, "num_hidden": num_hidden}
 
 
-def compare(chosen: Text, rejected: Text) -> dict[str, Any]:
+def compare(chosen: Text, rejected: Text) -> Json:
     """Both responses as shown, each with the words marked that the other lacks in that place.
 
     Returns:
@@ -151,7 +152,7 @@ def _differing(first: list[str], second: list[str]) -> tuple[list[bool], list[bo
     return marks[0], marks[1]
 
 
-def _show_response(text: Text, words: list[tuple[int, str]], marks: list[bool]) -> dict[str, Any]:
+def _show_response(text: Text, words: list[tuple[int, str]], marks: list[bool]) -> Json:
     shown = []
     for index, (role, _) in enumerate(turns(text)):
         of_turn = [(word, is_marked) for (turn, word), is_marked in zip(words, marks, strict=True) if turn == index]

@@ -1,33 +1,34 @@
-"""New pairs for discarded prompts: score sampled responses under policy and reference, select, ask a judge.
+"""New pairs for the prompts of dropped pairs: score sampled responses, select, ask a judge.
 
-In: the discarded pairs with their log-probabilities, sampled responses, and functions that score. Out: new pairs with
-their margins, and the count of refused candidates by reason.
+In: the dropped pairs with their log-probabilities, sampled responses, and functions that score. Out: new pairs with
+their margins, and the number of refused candidates by reason.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ropo.data.template import control_tokens
-from ropo.data.tokenize import SampledIds, TokenizedPair, tokenize_pairs
+from ropo.data.tokenize import SampledIds, TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.judge.verdicts import Judge, settle
 from ropo.pairs import Pair, PairLogps, Text
-from ropo.resample.select import Candidate, Guards, new_pair, select_candidates
+from ropo.resample.select import Candidate, Criteria, Refusal, new_pair, select_candidates
 from ropo.sampling.generate import Sample
 
 Scorer = Callable[[Sequence[TokenizedPair]], PairLogps]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """One model's log-probabilities: of the discarded pairs, and a way to get those of others.
+    """One model's log-probabilities: of the dropped pairs, and a way to get those of others.
 
     Attributes:
-        parents: Of the discarded pairs.
+        parents: Of the dropped pairs.
         score: Of tokenized pairs under the same model.
     """
 
@@ -36,93 +37,140 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WonBack:
-    """What resampling found.
+class Scoring:
+    """The models that give candidates their margins.
+
+    Attributes:
+        policy: The model in training.
+        reference: The frozen one; None for losses without it.
+        earlier: The model half way through its training, for rules that compare with it.
+        margins_of: Margins from log-probabilities under a policy and the reference, nats.
+    """
+
+    policy: Scored
+    reference: Scored | None
+    margins_of: Callable[[PairLogps, PairLogps | None], Floats]
+    earlier: Scored | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NewPairs:
+    """What resampling has made.
 
     Attributes:
         pairs: New pairs, origin "resampled", row and id of their parent.
         margins: Margin of each new pair, shape (pairs,), nats; below 0 only where a judge contradicts the policy.
-        sampled: Token ids of the response of each new pair that was drawn; None where they are not known.
+        sampled: Token ids of the sampled response of each new pair; None where they are not known.
         num_judged: How many of the pairs, the last ones, were settled by the judge.
         refused: Number of candidates, or prompts, not used, by reason.
     """
 
-    pairs: list[Pair]
-    margins: NDArray[np.float64]
-    sampled: list[SampledIds | None]
-    num_judged: int
-    refused: dict[str, int]
+    pairs: list[Pair] = field(default_factory=list)
+    margins: Floats = field(default_factory=lambda: np.zeros(0))
+    sampled: list[SampledIds | None] = field(default_factory=list)
+    num_judged: int = 0
+    refused: dict[Refusal, int] = field(default_factory=dict)
 
 
-NOTHING = WonBack(pairs=[], margins=np.zeros(0), sampled=[], num_judged=0, refused={})
-
-
-def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
+def resample_pairs(
     parents: Sequence[Pair],
     samples: Sequence[Sample],
     *,
-    policy: Scored,
-    reference: Scored | None,
-    earlier: Scored | None,
-    margins_of: Callable[[PairLogps, PairLogps | None], NDArray[np.float64]],
-    loss_of: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    scoring: Scoring,
+    criteria: Criteria,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    rule: str,
-    guards: Guards,
-    kept_losses: NDArray[np.float64],
     judge: Judge | None = None,
     weight: float = 1.0,
-    seed: int = 0,
-) -> WonBack:
-    """Turn sampled responses into at most one new pair per discarded pair.
+) -> NewPairs:
+    """Turn sampled responses into at most one new pair per dropped pair.
 
     Each sample is scored once, beside its parent's chosen response; its margin against either original response
     follows from that and the parent's own log-probabilities. The judge is asked only about prompts for which the rule
     takes no candidate, about the best one that is fit to be read.
 
     Args:
-        parents: The discarded pairs.
+        parents: The dropped pairs.
         samples: Sampled responses; `prompt` is the place of the parent.
-        policy: The model in training.
-        reference: The frozen one; None for losses without it.
-        earlier: The model half way through its training, for rules that compare with it.
-        margins_of: Margins from log-probabilities under a policy and the reference.
-        loss_of: The training loss as a function of margins.
+        scoring: Scores candidates.
+        criteria: Chooses among them.
         tokenizer: The model's.
         max_length: As in training.
-        rule: See `select.SELECTION_RULES`.
-        guards: See `select.Guards`.
-        kept_losses: See `select.select_candidates`.
-        judge: Settles what the rule cannot; None for nobody.
+        judge: Settles what the rule cannot; None for no judge.
         weight: Weight of the new pairs in training.
-        seed: See `select.select_candidates`.
 
     Returns:
         The new pairs.
     """
+    finished, refused = _finished(samples, tokenizer)
+    tokenized = _beside_chosen(parents, finished, tokenizer, max_length=max_length)
+    refused[Refusal.NOT_NEW] += len(finished) - len(tokenized)
+    scored = _score(parents, finished, tokenized, scoring)
+    candidates, margins = scored.candidates, scored.margins
+    selection = select_candidates(candidates, margins, criteria, views=scored.views)
+    pairs = [new_pair(candidates[i], is_sampled_better=bool(margins[i] > 0), weight=weight) for i in selection.taken]
+    settled, settled_margins, from_judge = _settled(judge, candidates, margins, selection.unsettled, weight)
+    pairs += settled
+    sources = [candidates[i] for i in [*selection.taken, *from_judge]]
+    refused.update(selection.refused)
+    refused[Refusal.PROMPT_UNSETTLED] += len(selection.unsettled) - len(settled)
+    return NewPairs(
+        pairs=pairs,
+        margins=np.concatenate([np.abs(margins[selection.taken]), settled_margins]),
+        sampled=[_sampled_ids(pair, source) for pair, source in zip(pairs, sources, strict=True)],
+        num_judged=len(settled),
+        refused=dict(+refused),
+    )
+
+
+def _finished(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Sample], Counter[Refusal]]:
+    """Samples that the model has ended and whose text shows everything that they hold."""
     ended = [sample for sample in samples if sample.is_finished]
-    refused = Counter({"response did not end within max_new_tokens": len(samples) - len(ended)})
-    control = set(control_tokens(tokenizer).values())  # its text would not show them
+    control = set(control_tokens(tokenizer).values())
     finished = [sample for sample in ended if control.isdisjoint((sample.ids or ())[:-1])]
-    refused["response holds a control token"] += len(ended) - len(finished)
-    # `row` numbers the samples for a moment, to find them again after tokenizing has left some out.
-    beside = [
+    return finished, Counter(
+        {
+            Refusal.UNFINISHED: len(samples) - len(ended),
+            Refusal.CONTROL_TOKEN: len(ended) - len(finished),
+        }
+    )
+
+
+def _beside_chosen(
+    parents: Sequence[Pair], samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> TokenizedPairs:
+    """Each sample beside its parent's chosen response; `row` is its place, since tokenizing leaves some out."""
+    pairs = [
         replace(parents[sample.prompt], chosen=_response(sample, parents[sample.prompt]),
-                rejected=parents[sample.prompt].chosen, row=j, id="")
-        for j, sample in enumerate(finished)
+                rejected=parents[sample.prompt].chosen, row=place, id="")
+        for place, sample in enumerate(samples)
     ]  # fmt: skip
-    drawn = [None if sample.ids is None else SampledIds(name="chosen", ids=sample.ids) for sample in finished]
-    tokenized = tokenize_pairs(beside, tokenizer, max_length=max_length, sampled=drawn)
-    refused["no new text once tokenized"] += len(beside) - len(tokenized)
-    where = [finished[pair.row].prompt for pair in tokenized.pairs]
-    own = _against_both(policy, tokenized.tokens, where)
-    base = [None, None] if reference is None else _against_both(reference, tokenized.tokens, where)
-    margins = np.concatenate([margins_of(*both) for both in zip(own, base, strict=True)])
+    ids = [None if sample.ids is None else SampledIds(name="chosen", ids=sample.ids) for sample in samples]
+    return tokenize_pairs(pairs, tokenizer, max_length=max_length, sampled=ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoredCandidates:
+    """Candidates with their margins under the policy and under the earlier model, both of shape (candidates,)."""
+
+    candidates: list[Candidate]
+    margins: Floats
+    views: Floats | None
+
+
+def _score(
+    parents: Sequence[Pair], samples: Sequence[Sample], tokenized: TokenizedPairs, scoring: Scoring
+) -> _ScoredCandidates:
+    """Every sample beside the chosen, then every sample beside the rejected response of its parent."""
+    where = [samples[pair.row].prompt for pair in tokenized.pairs]
+    policy = _against_both(scoring.policy, tokenized.tokens, where)
+    reference: Sequence[PairLogps | None] = [None, None]
+    if scoring.reference is not None:
+        reference = _against_both(scoring.reference, tokenized.tokens, where)
     views = None
-    if earlier is not None:
-        then = _against_both(earlier, tokenized.tokens, where)
-        views = np.concatenate([margins_of(*both) for both in zip(then, base, strict=True)])
+    if scoring.earlier is not None:
+        earlier = _against_both(scoring.earlier, tokenized.tokens, where)
+        views = _margins(earlier, reference, scoring)
     candidates = [
         Candidate(
             parent=parents[i],
@@ -130,40 +178,22 @@ def win_back(  # noqa: PLR0913 - it conducts, and names everything it needs
             original=getattr(parents[i], name),
             num_sampled_tokens=num_sampled,
             num_original_tokens=num_original,
-            sampled_ids=finished[pair.row].ids,
+            sampled_ids=samples[pair.row].ids,
         )
-        for name, logps in zip(("chosen", "rejected"), own, strict=True)
+        for name, logps in zip(("chosen", "rejected"), policy, strict=True)
         for pair, i, num_sampled, num_original in zip(tokenized.pairs, where, *_token_counts(logps), strict=True)
     ]
-    found = select_candidates(
-        candidates,
-        margins,
-        loss_of,
-        rule=rule,
-        guards=guards,
-        kept_losses=kept_losses,
-        views=views,
-        seed=seed,
-    )
-    pairs = [new_pair(candidates[i], is_sampled_better=bool(margins[i] > 0), weight=weight) for i in found.taken]
-    settled, settled_margins, from_judge = _settled(judge, candidates, margins, found.unsettled, weight)
-    pairs += settled
-    sources = [candidates[i] for i in [*found.taken, *from_judge]]
-    refused.update(found.refused)
-    refused["prompt without a candidate that the rule takes"] += len(found.unsettled) - len(settled)
-    return WonBack(
-        pairs=pairs,
-        margins=np.concatenate([np.abs(margins[found.taken]), settled_margins]),
-        sampled=[_drawn(pair, source) for pair, source in zip(pairs, sources, strict=True)],
-        num_judged=len(settled),
-        refused=dict(+refused),
-    )
+    return _ScoredCandidates(candidates, _margins(policy, reference, scoring), views)
+
+
+def _margins(policy: Sequence[PairLogps], reference: Sequence[PairLogps | None], scoring: Scoring) -> Floats:
+    return np.concatenate([scoring.margins_of(*both) for both in zip(policy, reference, strict=True)])
 
 
 def _settled(
-    judge: Judge | None, candidates: Sequence[Candidate], margins: NDArray[np.float64], where: list[int], weight: float
-) -> tuple[list[Pair], NDArray[np.float64], list[int]]:
-    """Pairs that the judge has turned the right way round, their margins and places; none without a judge."""
+    judge: Judge | None, candidates: Sequence[Candidate], margins: Floats, where: list[int], weight: float
+) -> tuple[list[Pair], Floats, list[int]]:
+    """Pairs that the judge could settle, their margins and places; none without a judge."""
     if judge is None or not where:
         return [], np.zeros(0), []
     asked = [new_pair(candidates[i], is_sampled_better=bool(margins[i] > 0), weight=weight) for i in where]
@@ -173,8 +203,8 @@ def _settled(
     return [pair for pair, _, _ in known], np.array(signed, dtype=np.float64), [i for _, _, i in known]
 
 
-def _drawn(pair: Pair, source: Candidate) -> SampledIds | None:
-    """The drawn tokens of a new pair, on the side where its sampled response has come to stand."""
+def _sampled_ids(pair: Pair, source: Candidate) -> SampledIds | None:
+    """The tokens of the sampled response of a new pair, which may be its chosen or its rejected one."""
     if source.sampled_ids is None:
         return None
     return SampledIds(name="chosen" if pair.chosen == source.sampled else "rejected", ids=source.sampled_ids)

@@ -1,21 +1,23 @@
 """Which sampled responses become new pairs (robustness-guided rejection sampling).
 
 In: candidate pairs, each a sampled response with one of the two original responses of its prompt, and their margins.
-Out: at most one new pair per prompt, the prompts that no rule could settle, and why other candidates were refused.
+Out: at most one candidate per prompt, the prompts that the rule could not settle, and why others were refused.
 
 The paper states the purpose (to make up for the information in discarded queries, guided by the robust loss), not
 the procedure (arXiv:2404.04102v2, abstract). The procedure here is ours: the robust loss falls with the margin, so of
-the two orientations of a candidate pair the loss always prefers the one the policy already believes; the pair is
-therefore oriented by the sign of its margin. What this sign is worth depends on where the response was drawn
-(docs/resampling.md): a policy rates its own samples above whatever else there is.
+the two orientations of a candidate pair the loss always prefers the one that the policy prefers; the pair is therefore
+oriented by the sign of its margin. How reliable this sign is depends on the model that was sampled: a policy rates its
+own samples above other responses (docs/resampling.md).
 
 Add a rule: write a function `Field -> position or None`, and add a line to SELECTION_RULES.
-Add a guard: a field in `Guards` whose default lets everything pass, and the line in `_refusal` that reads it.
+Add a guard: a field in `Guards` whose default lets everything pass, a reason in `Refusal`, and the line in `_refusal`
+that reads it.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
 
 import numpy as np
@@ -28,13 +30,34 @@ Floats = NDArray[np.float64]
 _WORDS_PER_GRAM = 3  # of the repetition guard
 
 
+class Refusal(StrEnum):
+    """Why a sample, a candidate or a prompt was not used."""
+
+    UNFINISHED = "response did not end within max_new_tokens"
+    CONTROL_TOKEN = "response holds a control token"
+    NOT_NEW = "no new text once tokenized"
+    EMPTY = "empty response"
+    SAME_TEXT = "same text as an original response"
+    LENGTHS = "lengths too different"
+    REPETITION = "response repeats itself"
+    COPIES = "same response to many prompts"
+    NO_MARGIN = "margin is not a number"
+    EXTREME_MARGIN = "margin too extreme to be believed"
+    HIGH_LOSS = "loss above that of every kept pair"
+    DISAGREEMENT = "the model half way through training disagrees"
+    NOT_BEST = "another candidate was better"
+    OVER_LIMIT = "more new pairs than max_resampled_share allows"
+    PROMPT_WITHOUT_USABLE = "prompt without a usable candidate"
+    PROMPT_UNSETTLED = "prompt without a candidate that the rule takes"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A sampled response beside one original response of its prompt.
 
     Attributes:
-        parent: The pair whose prompt is to be won back.
-        sampled: The response that was drawn.
+        parent: The dropped pair whose prompt was answered.
+        sampled: The sampled response.
         original: One of the parent's two responses.
         num_sampled_tokens: Tokens of `sampled`.
         num_original_tokens: Tokens of `original`.
@@ -54,8 +77,8 @@ class Guards:
     """What a candidate must pass whatever the rule. The defaults let everything pass but empty and identical texts.
 
     Attributes:
-        max_abs_margin: Largest absolute margin that is believed, nats: a rule that looks for a low loss finds the most
-            extreme pair, which may be one that the policy is surely wrong about.
+        max_abs_margin: Largest absolute margin, nats: a rule that looks for a low loss finds the most extreme pair,
+            which may be one that the policy is confidently wrong about.
         max_length_ratio: Most that one response may be longer than the other, in tokens.
         max_repetition: Largest share of three-word sequences of the sampled response that repeat an earlier one.
         max_copies: Most prompts that may be answered by one and the same sampled text; more is a stock phrase.
@@ -118,12 +141,12 @@ class SelectionSpec:
 
     Attributes:
         fn: Position of the candidate to take, or None for none.
-        refusal: Why it takes none, for the counts.
+        refusal: Why it takes none, if it can.
         needs_views: Whether it compares with the margins of an earlier checkpoint.
     """
 
     fn: Callable[[Field], int | None]
-    refusal: str = "never"
+    refusal: Refusal = Refusal.NOT_BEST
     needs_views: bool = False
 
     @property
@@ -135,11 +158,9 @@ class SelectionSpec:
 SELECTION_RULES: Mapping[str, SelectionSpec] = MappingProxyType(
     {
         "min_loss": SelectionSpec(fn=min_loss),
-        "threshold": SelectionSpec(fn=threshold, refusal="loss above that of every kept pair"),
-        "quantile": SelectionSpec(fn=quantile, refusal="loss above that of every kept pair"),
-        "uncertainty_aware": SelectionSpec(
-            fn=uncertainty_aware, refusal="the model half way through training disagrees", needs_views=True
-        ),
+        "threshold": SelectionSpec(fn=threshold, refusal=Refusal.HIGH_LOSS),
+        "quantile": SelectionSpec(fn=quantile, refusal=Refusal.HIGH_LOSS),
+        "uncertainty_aware": SelectionSpec(fn=uncertainty_aware, refusal=Refusal.DISAGREEMENT, needs_views=True),
     }
 )
 
@@ -148,6 +169,25 @@ def selection_table() -> str:
     """SELECTION_RULES as a Markdown table, for `docs/resampling.md`."""
     rows = [f"| `{name}` | {spec.meaning} |" for name, spec in SELECTION_RULES.items()]
     return "\n".join(["| rule | what it takes |", "|---|---|", *rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Criteria:
+    """What decides which candidates become pairs.
+
+    Attributes:
+        rule: A name in SELECTION_RULES.
+        loss_of: The training loss as a function of margins.
+        kept_losses: Losses of the pairs that the filter kept, shape (kept,).
+        guards: What every candidate must pass.
+        seed: Which new pairs stay when there are more than `guards.max_share` allows.
+    """
+
+    rule: str
+    loss_of: Callable[[Floats], Floats]
+    kept_losses: Floats
+    guards: Guards = Guards()
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -162,75 +202,82 @@ class Selection:
 
     taken: list[int]
     unsettled: list[int]
-    refused: Counter[str]
+    refused: Counter[Refusal]
 
 
 def select_candidates(
-    candidates: Sequence[Candidate],
-    margins: Floats,
-    loss_of: Callable[[Floats], Floats],
-    *,
-    rule: str,
-    guards: Guards,
-    kept_losses: Floats,
-    views: Floats | None = None,
-    seed: int = 0,
+    candidates: Sequence[Candidate], margins: Floats, criteria: Criteria, *, views: Floats | None = None
 ) -> Selection:
     """Choose at most one candidate for each parent.
 
     Args:
         candidates: Those of one parent need not stand together.
         margins: Margin of each candidate with `sampled` as chosen, shape (candidates,), nats.
-        loss_of: The training loss as a function of margins.
-        rule: A name in SELECTION_RULES.
-        guards: What every candidate must pass.
-        kept_losses: Losses of the pairs that the filter kept, shape (kept,).
+        criteria: The rule, its guards and what it compares with.
         views: Margins like `margins` under the earlier checkpoint, for rules that need them.
-        seed: Which new pairs stay when there are more than `guards.max_share` allows.
 
     Returns:
         The choice. A candidate that is refused for its text is never unsettled, only one that is refused for its
         margin or by the rule.
     """
-    spec = SELECTION_RULES[rule]
-    refused: Counter[str] = Counter()
+    refused: Counter[Refusal] = Counter()
+    taken, unsettled = [], []
+    for screened in _screen(candidates, margins, criteria.guards, refused):
+        best = _choose(screened.usable, margins, views, criteria, refused) if screened.usable else None
+        if best is not None:
+            taken.append(best)
+        elif screened.readable:
+            unsettled.append(max(screened.readable, key=lambda i: abs(margins[i])))
+        else:
+            refused[Refusal.PROMPT_WITHOUT_USABLE] += 1
+    share = criteria.guards.max_share
+    limit = np.inf if np.isinf(share) else share * len(criteria.kept_losses)
+    taken, num_over = _capped(taken, limit, criteria.seed)
+    refused[Refusal.OVER_LIMIT] += num_over
+    return Selection(taken=taken, unsettled=unsettled, refused=+refused)
+
+
+@dataclass(frozen=True, slots=True)
+class _Screened:
+    """Places of one parent's candidates: those whose texts pass the guards, and of them those whose margins do."""
+
+    readable: list[int]
+    usable: list[int]
+
+
+def _screen(
+    candidates: Sequence[Candidate], margins: Floats, guards: Guards, refused: Counter[Refusal]
+) -> list[_Screened]:
     copies = _prompts_by_text(candidates)
-    readable: dict[tuple[str, int], list[int]] = {}
-    usable: dict[tuple[str, int], list[int]] = {}
+    by_parent: dict[tuple[str, int], _Screened] = {}
     for i, (candidate, h) in enumerate(zip(candidates, margins, strict=True)):
-        parent = (candidate.parent.id, candidate.parent.row)
-        usable.setdefault(parent, [])
-        readable.setdefault(parent, [])
+        screened = by_parent.setdefault((candidate.parent.id, candidate.parent.row), _Screened([], []))
         if reason := _refusal(candidate, guards, num_copies=copies[_text(candidate.sampled)]):
             refused[reason] += 1
-            continue
-        if not np.isfinite(h):
-            refused["margin is not a number"] += 1
-            continue
-        readable[parent].append(i)
-        if abs(h) > guards.max_abs_margin:
-            refused["margin too extreme to be believed"] += 1
+        elif not np.isfinite(h):
+            refused[Refusal.NO_MARGIN] += 1
         else:
-            usable[parent].append(i)
-    taken, unsettled = [], []
-    for parent, places in usable.items():
-        best = None
-        if places:
-            oriented = None if views is None else np.sign(margins[places]) * views[places]
-            best = spec.fn(Field(losses=loss_of(np.abs(margins[places])), views=oriented, kept_losses=kept_losses))
-            refused["another candidate was better" if best is not None else spec.refusal] += len(places) - (
-                best is not None
-            )
-        if best is not None:
-            taken.append(places[best])
-        elif readable[parent]:
-            unsettled.append(max(readable[parent], key=lambda i: abs(margins[i])))
-        else:
-            refused["prompt without a usable candidate"] += 1
-    limit = np.inf if np.isinf(guards.max_share) else guards.max_share * len(kept_losses)
-    taken, num_over = _capped(taken, limit, seed)
-    refused["more new pairs than max_resampled_share allows"] += num_over
-    return Selection(taken=taken, unsettled=unsettled, refused=+refused)
+            screened.readable.append(i)
+            if abs(h) > guards.max_abs_margin:
+                refused[Refusal.EXTREME_MARGIN] += 1
+            else:
+                screened.usable.append(i)
+    return list(by_parent.values())
+
+
+def _choose(
+    places: list[int], margins: Floats, views: Floats | None, criteria: Criteria, refused: Counter[Refusal]
+) -> int | None:
+    """The place of the candidate of one parent that the rule takes."""
+    spec = SELECTION_RULES[criteria.rule]
+    losses = criteria.loss_of(np.abs(margins[places]))
+    oriented = None if views is None else np.sign(margins[places]) * views[places]
+    best = spec.fn(Field(losses=losses, views=oriented, kept_losses=criteria.kept_losses))
+    if best is None:
+        refused[spec.refusal] += len(places)
+        return None
+    refused[Refusal.NOT_BEST] += len(places) - 1
+    return places[best]
 
 
 def _capped(taken: list[int], limit: float, seed: int) -> tuple[list[int], int]:
@@ -246,19 +293,19 @@ def _prompts_by_text(candidates: Sequence[Candidate]) -> Counter[str]:
     return Counter(text for text, _, _ in {(_text(one.sampled), one.parent.id, one.parent.row) for one in candidates})
 
 
-def _refusal(candidate: Candidate, guards: Guards, *, num_copies: int) -> str | None:
+def _refusal(candidate: Candidate, guards: Guards, *, num_copies: int) -> Refusal | None:
     text = _text(candidate.sampled)
     if not text.strip():
-        return "empty response"
+        return Refusal.EMPTY
     if _bare(candidate.sampled) in (_bare(candidate.parent.chosen), _bare(candidate.parent.rejected)):
-        return "same text as an original response"
+        return Refusal.SAME_TEXT
     longer = max(candidate.num_sampled_tokens, candidate.num_original_tokens)
     if longer > guards.max_length_ratio * min(candidate.num_sampled_tokens, candidate.num_original_tokens):
-        return "lengths too different"
+        return Refusal.LENGTHS
     if repetition(text) > guards.max_repetition:
-        return "response repeats itself"
+        return Refusal.REPETITION
     if num_copies > guards.max_copies:
-        return "same response to many prompts"
+        return Refusal.COPIES
     return None
 
 

@@ -1,13 +1,13 @@
 """Pairs that nothing is trained on, under the model of every round.
 
-In: pairs of an evaluation set, finished rounds. Out: their margins, and how many of them each model tells right.
+In: pairs of an evaluation set, finished rounds. Out: their margins, and the accuracy of each model on them.
 
-The one idea: it looks only. Nothing that a run does depends on these pairs, so they may be given later, to a run that
-is finished, and its models are then scored without training anything.
+The one idea: these pairs are for evaluation only. Nothing that a run does depends on them, so they may be given later,
+to a run that is finished, and its models are then scored without training anything.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ropo.data.problems import render
-from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
+from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked, text_id
 from ropo.logps.score import score_pairs
 from ropo.noise.clusters import cluster_weights, mean_of
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import hash_value, write_aside
+from ropo.run.inputs import DataSource
 from ropo.run.rounds import Round
 from ropo.stages import Stages
 from ropo.train.dataset import batching
@@ -49,31 +50,68 @@ class EvaluationSet:
     num_shared: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundEvaluation:
+    """What the model of one round makes of the pairs.
+
+    Attributes:
+        round: Its number, from 0.
+        accuracy: Share of pairs whose margin is above 0, copies of a pair counting as one.
+        low: Lower end of its 90 % interval.
+        high: Upper end.
+        margin: Mean margin, nats.
+        loss: Mean DPO loss, whatever was trained.
+    """
+
+    round: int
+    accuracy: float
+    low: float
+    high: float
+    margin: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the models of a run make of pairs that nothing was trained on.
+
+    Attributes:
+        num_pairs: How many pairs.
+        num_shared: How many were left out since they are trained on.
+        rounds: One entry per round, in order.
+    """
+
+    num_pairs: int
+    num_shared: int
+    rounds: tuple[RoundEvaluation, ...]
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Evaluation":
+        """Of what `asdict` gave."""
+        return cls(**{**found, "rounds": tuple(RoundEvaluation(**one) for one in found["rounds"])})
+
+
 def read_evaluation(
-    source: Any,
+    source: DataSource,
     *,
     trained_on: Sequence[Pair],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    split: str = "train",
-    columns: Mapping[str, str] | None = None,
     on_bad_rows: str = "refuse",
 ) -> EvaluationSet:
     """Read pairs to evaluate on, and leave out those whose text is trained on, see `text_id`.
 
     Args:
-        source: Anything that `ropo.data.load.load_pairs` reads.
+        source: The pairs to evaluate on.
         trained_on: The pairs of the run.
         tokenizer: The model's.
         max_length: As in training.
-        split: Of the source, where it has several.
-        columns: See `load_pairs`.
         on_bad_rows: See `read_checked`.
 
     Raises:
         DataError: If rows cannot be read, or no pair is left.
     """
-    _, pairs, problems = read_checked(source, split=split, columns=columns, on_bad_rows=on_bad_rows)
+    _, pairs, problems = read_checked(source.data, split=source.split, columns=source.columns, on_bad_rows=on_bad_rows)
     known = {text_id(pair) for pair in trained_on}
     unseen = [pair for pair in pairs if text_id(pair) not in known]
     tokenized = tokenize_pairs(unseen, tokenizer, max_length=max_length)
@@ -92,38 +130,29 @@ def read_evaluation(
     return EvaluationSet(tokenized=tokenized, num_shared=num_shared)
 
 
-def evaluate(
-    data: EvaluationSet,
-    rounds: Sequence[Round],
-    *,
-    folder: Path,
-    reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
-) -> dict[str, Any]:
-    """Score the evaluation set under the model of every round; what was scored before is read from disk.
+def evaluate(data: EvaluationSet, rounds: Sequence[Round], *, folder: Path) -> Evaluation:
+    """Score the pairs under the model of every round; what was scored before is read from disk.
 
     Args:
         data: The pairs.
-        rounds: Finished rounds, in order.
-        folder: Where margins are kept, as `round_NN.safetensors`.
-        reference_of: Reference log-probabilities of tokenized pairs.
+        rounds: Finished ones.
+        folder: Where margins are written.
 
     Returns:
-        `num_pairs`, `num_shared` and, for each of `rounds`, `accuracy` (share of pairs whose margin is above 0, with
-        its 90 % interval `low`, `high`, copies of a pair counting as one), `margin` (mean, nats) and `loss` (mean DPO
-        loss, whatever was trained).
+        What each model makes of the pairs.
     """
     stages, tokens = Stages(folder), data.tokenized.tokens
     weights = cluster_weights([text_id(pair) for pair in data.tokenized.pairs], len(tokens))
     pairs = hash_value([[part.tolist() for part in (one.prompt, one.chosen, one.rejected)] for one in tokens])
-    args = rounds[0].args
+    args, model = rounds[0].args, rounds[0].model
     reference: PairLogps | None = None
 
     def make(this: Round, name: str) -> None:
         nonlocal reference
         if this.loss.spec.needs_reference and reference is None:
-            reference = reference_of(tokens)
-        policy = this.source.load(this.model_folder)
-        logps = score_pairs(policy, tokens, batching(args, this.tokenizer), title=f"Round {this.number}: evaluation")
+            reference = this.setup.reference.logps(tokens)
+        policy, how = model.load(this.model_folder), batching(args, model.tokenizer)
+        logps = score_pairs(policy, tokens, how, title=f"Round {this.number}: evaluation")
         if PartialState().is_main_process:
             with write_aside(folder / name) as path:
                 save_file({"margins": torch.from_numpy(margins_of(logps, reference, this.loss))}, path)
@@ -133,18 +162,19 @@ def evaluate(
         name = f"round_{this.number:02d}.safetensors"
         stages.run(f"round {this.number}", [this.trained, pairs], [name], lambda: make(this, name))  # noqa: B023 - called at once
         margins = load_file(folder / name)["margins"].double().numpy()
-        found.append({"round": this.number, **_told(margins, weights)})
-    return {"num_pairs": len(tokens), "num_shared": data.num_shared, "rounds": found}
+        found.append(_round_evaluation(this.number, margins, weights))
+    return Evaluation(num_pairs=len(tokens), num_shared=data.num_shared, rounds=tuple(found))
 
 
-def _told(margins: NDArray[np.float64], weights: NDArray[np.float64]) -> dict[str, float]:
+def _round_evaluation(number: int, margins: NDArray[np.float64], weights: NDArray[np.float64]) -> RoundEvaluation:
     means = {name: float(values.mean()) for name, values in of_margins(torch.from_numpy(margins)).items()}
     accuracy = mean_of(margins > 0, weights)
     low, high = wilson_interval(accuracy, round(weights.sum()))
-    return {
-        "accuracy": accuracy,
-        "low": low,
-        "high": high,
-        "margin": means["rewards/margins"],
-        "loss": means["loss/dpo"],
-    }
+    return RoundEvaluation(
+        round=number,
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        margin=means["rewards/margins"],
+        loss=means["loss/dpo"],
+    )

@@ -25,7 +25,7 @@ from ropo.logps.choose import choose_layout
 from ropo.logps.last_layer import last_mlp
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import LOSSES
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.run.plan import Machine, ModelSize, PairSize, Plan, RunSize, forward_operations, plan_run
 from ropo.train.model import turn_dropout_off
 
@@ -35,23 +35,13 @@ _NUM_LAYERS = 2  # of the model that is timed
 _NUM_STEPS = 3  # that are timed, the fastest counts: the first ones warm up
 
 
-def tell_forecast(
-    source: PolicySource,
-    tokens: Sequence[TokenizedPair],
-    args: ROPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: PeftConfig | None,
-    *,
-    is_audit: bool,
-) -> None:
+def tell_forecast(model: Model, tokens: Sequence[TokenizedPair], args: ROPOConfig, *, is_audit: bool) -> None:
     """Log what a run will cost, or why that cannot be said; an estimate stops no run that could go on.
 
     Args:
-        source: Of the initial model.
+        model: The initial one.
         tokens: All pairs.
         args: Options.
-        tokenizer: The model's.
-        peft_config: For adapters.
         is_audit: No model is aligned after the audit.
 
     Raises:
@@ -61,11 +51,11 @@ def tell_forecast(
     if not logger.isEnabledFor(logging.INFO) or not PartialState().is_main_process:
         return
     try:
-        config = source.config()
-        asked = source.load_options.get("dtype", "auto")
+        config = model.config()
+        asked = model.load_options.get("dtype", "auto")
         config.dtype = config.dtype if asked == "auto" else asked
-        config._attn_implementation = source.load_options.get("attn_implementation")
-        plan = forecast(config, tokens, args, tokenizer, peft_config, is_audit=is_audit)
+        config._attn_implementation = model.load_options.get("attn_implementation")
+        plan = forecast(config, tokens, args, model.tokenizer, model.adapter, is_audit=is_audit)
     # Another make of model, or too little memory. A package that is not installed stops the run, so it is told at once.
     except (ValueError, AttributeError, RuntimeError, OSError) as error:
         logger.info("What this run will cost cannot be told: %s", error)

@@ -11,15 +11,15 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from ropo.audit.scorers import SCORED_FILES
 from ropo.config import ROPOConfig
 from ropo.data.template import date_of, writes_date
-from ropo.models.source import PolicySource
+from ropo.models.source import Model
 from ropo.provenance import (
     DamagedFileError,
+    Json,
     hash_file,
     hash_value,
     is_leftover,
@@ -46,20 +46,16 @@ _SCORED_BY = ("scorer", "length_is_evidence", "num_folds", "seed", "max_length")
 
 def identity_of(
     args: ROPOConfig,
-    source: PolicySource,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: PeftConfig | None,
+    model: Model,
     *,
     digests: Mapping[str, str | None],
     date: str | None,
-) -> dict[str, Any]:
+) -> Json:
     """Everything that decides what a run computes, as plain values of JSON.
 
     Args:
         args: Options.
-        source: Of the initial model.
-        tokenizer: The model's.
-        peft_config: For adapters.
+        model: The initial one.
         digests: Of what was read: `data`, `trusted`, `verdicts`; None for what is not there.
         date: That a chat template writes; None for one that writes none.
 
@@ -71,13 +67,13 @@ def identity_of(
     """
     found = {
         "options": args.identity(),
-        "model": [source.fingerprint(), source.load_options],
-        "tokenizer": _fingerprint(tokenizer),
+        "model": [model.fingerprint(), model.load_options],
+        "tokenizer": _fingerprint(model.tokenizer),
         **digests,
-        "adapter": None if peft_config is None else peft_config.to_dict(),
+        "adapter": None if model.adapter is None else model.adapter.to_dict(),
         **({} if date is None else {"date": date}),
     }
-    identity: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=_as_json))
+    identity: Json = json.loads(json.dumps(found, sort_keys=True, default=_as_json))
     identity["audit_from"] = None if args.audit_from is None else _margins_of(Path(args.audit_from), identity)
     return identity
 
@@ -168,7 +164,7 @@ def _is_ours(entry: Path) -> bool:
     return entry.name in _MADE_BEFORE or is_leftover(entry)
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
+def claim(folder: Path, identity: Json) -> None:
     """Make the output folder this run's, or make sure that it already is.
 
     Raises:

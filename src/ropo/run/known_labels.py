@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ropo.data.problems import render
 from ropo.data.review import VERDICTS, read_verdicts, verdicts_of
 from ropo.data.validate import read_checked
 from ropo.pairs import Pair
+from ropo.run.inputs import DataSource, ReviewInputs
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +22,27 @@ Verdicts = dict[int, tuple[str, str]]  # by row: id of the pair, and what was sa
 
 
 def known_labels(
-    pairs: Sequence[Pair], decisions: Path | None, trusted: Any, columns: Mapping[str, str] | None
+    pairs: Sequence[Pair], review: ReviewInputs, *, columns: Mapping[str, str] | None = None
 ) -> tuple[Verdicts, list[Pair], str | None]:
-    """Verdicts on rows of the data, the trusted pairs that it does not hold, and the digest of all trusted ones.
+    """What is known of labels before anything is estimated.
+
+    Args:
+        pairs: Of the data.
+        review: What people have said.
+        columns: Of the data; the trusted pairs have the same unless they say otherwise.
+
+    Returns:
+        Verdicts on rows of the data, the trusted pairs that it does not hold, and the digest of all trusted ones.
 
     Raises:
         ValueError: If there is no verdict, or a trusted pair contradicts another one or a verdict.
     """
-    verdicts = {} if decisions is None else _verdicts_in(Path(decisions))
-    if trusted is None:
+    verdicts = {} if review.decisions is None else _verdicts_in(Path(review.decisions))
+    if review.trusted is None:
         return verdicts, [], None
     shared = {ours: theirs for ours, theirs in (columns or {}).items() if ours != "annotator"}
-    read, known, found = read_checked(trusted, columns=shared, on_bad_rows="refuse")
+    trusted = DataSource.of(review.trusted, columns=shared)
+    read, known, found = read_checked(trusted.data, split=trusted.split, columns=trusted.columns, on_bad_rows="refuse")
     if found:
         logger.warning("Trusted pairs:\n%s", render(found))
     said = verdicts_of(known, pairs)
@@ -53,7 +62,7 @@ def known_labels(
 
 
 def tell_idle(verdicts: Verdicts, pairs: Sequence[Pair]) -> None:
-    """Verdicts on rows that are left out do nothing."""
+    """Warn of verdicts on rows that are left out, which do nothing."""
     if idle := set(verdicts) - {pair.row for pair in pairs}:
         logger.warning("%d verdicts are about rows that are left out; the first is row %d.", len(idle), min(idle))
 

@@ -36,11 +36,11 @@ SCHEMA = pa.schema(
         "loss": "training loss at that margin",
         "weight": "weight given for the next round",
         "p_flip": "probability that the label is wrong",
-        "decision": "keep, drop, flip, or resample (dropped, and its prompt won back by a new pair)",
+        "decision": "keep, drop, flip, or resample (dropped, and replaced by a new pair)",
         "origin": "data, trusted or resampled",
         "held_out_margin": "margin under a model that was not trained on the pair; p_flip comes from it; null if none",
         "annotator": "who labelled the pair, if the data says so",
-        "parent_id": "pair_id of the pair whose prompt a resampled pair wins back; null for others",
+        "parent_id": "pair_id of the pair that a resampled pair replaces; null for others",
     },
 )
 

@@ -1,12 +1,12 @@
 """Everything that is known before the first model is trained.
 
-In: names of a model and a dataset, a `ROPOConfig`. Out: tokenized pairs with reference log-probabilities, in an output
-folder that is this run's.
+In: a model and datasets, a `ROPOConfig`. Out: tokenized pairs with reference log-probabilities, in an output folder
+that is this run's.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,16 @@ from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import with_verdicts
 from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
-from ropo.models.files import check_ids, ids_of
-from ropo.models.reference import Reference
-from ropo.models.source import PolicySource, check_adapter, check_positions, find_model, load_tokenizer
-from ropo.pairs import PairLogps
+from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
+from ropo.models.source import Model, Reference, find_model
+from ropo.pairs import Pair, PairLogps
 from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.run.checks import check_run
 from ropo.run.evaluation import EvaluationSet, read_evaluation
 from ropo.run.forecast import tell_forecast
 from ropo.run.identity import INITIAL_MODEL, claim, dated, has_trained, identity_of, refuse_what_is_not_ours
-from ropo.run.known_labels import known_labels, tell_idle
-from ropo.run.outputs import Read
+from ropo.run.inputs import DataSource, ReviewInputs
+from ropo.run.known_labels import Verdicts, known_labels, tell_idle
 from ropo.stages import Stages
 from ropo.train.checks import check_warmup
 from ropo.train.dataset import PairDataset, batching
@@ -43,124 +42,214 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a run is given beside its options; see `ropo.run.align.run_rounds`."""
+
+    model: str | Path | PreTrainedModel | Model
+    dataset: Any
+    peft_config: PeftConfig | None
+    processing_class: PreTrainedTokenizerBase | None
+    review: ReviewInputs | None
+    eval_dataset: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Everything that is known before the first model is trained."""
+    """Everything that is known before the first model is trained.
+
+    Attributes:
+        folder: The output folder.
+        loaded: The data as it was read.
+        problems: All problems found in it.
+        lengths: Tokens of prompt and longer response of each pair, before anything was cut.
+        data: The pairs that fit, then the trusted ones, with reference log-probabilities if the loss reads them.
+        model: The initial one.
+        reference: The frozen one.
+        digest: Of the run's identity.
+        evaluation: Pairs for evaluation only; None without.
+    """
 
     folder: Path
     loaded: Loaded
     problems: list[Problem]
+    lengths: list[int]
     data: PairDataset
-    source: PolicySource
-    tokenizer: PreTrainedTokenizerBase
+    model: Model
     reference: Reference
     digest: str
-    lengths: list[int]
     evaluation: EvaluationSet | None
 
-    def read(self, command: str) -> Read:
-        """What was read, for the summary."""
-        return Read(loaded=self.loaded, problems=self.problems, lengths=self.lengths, command=command)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Labelled:
+    """The data as it was read, with what is known of its labels.
+
+    Attributes:
+        loaded: The data.
+        pairs: Those to go on with.
+        problems: Of the data.
+        verdicts: By row.
+        trusted: Trusted pairs that the data does not hold.
+        trusted_sha256: Of all trusted pairs; None without.
+    """
+
+    loaded: Loaded
+    pairs: list[Pair]
+    problems: list[Problem]
+    verdicts: Verdicts
+    trusted: list[Pair]
+    trusted_sha256: str | None
+
+    def digests(self) -> dict[str, str | None]:
+        """What stands for the data in a run's identity."""
+        verdicts = hash_value(sorted(self.verdicts.items())) if self.verdicts else None
+        return {"data": self.loaded.sha256, "trusted": self.trusted_sha256, "verdicts": verdicts}
 
 
-def prepare(
-    model: str | Path | PreTrainedModel,
-    dataset: Any,
-    args: ROPOConfig,
-    processing_class: PreTrainedTokenizerBase | None,
-    peft_config: PeftConfig | None,
-    split: str,
-    columns: Mapping[str, str] | None,
-    load_options: Mapping[str, Any] | None,
-    trusted: Any,
-    decisions: Path | None,
-    *,
-    is_audit: bool,
-    eval_dataset: Any = None,
-    eval_split: str = "train",
-) -> Prepared:
-    """Read, check and tokenize the data, claim the output folder, score the reference."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tokenized:
+    """The same in tokens, with the pairs for evaluation only."""
+
+    pairs: TokenizedPairs
+    trusted: TokenizedPairs
+    evaluation: EvaluationSet | None
+
+    def parts(self) -> list[TokenizedPairs]:
+        return [self.pairs, self.trusted, *([] if self.evaluation is None else [self.evaluation.tokenized])]
+
+    def dataset(self, reference: PairLogps | None = None) -> PairDataset:
+        """The data, then the trusted pairs."""
+        pairs = [*self.pairs.pairs, *self.trusted.pairs]
+        return PairDataset(pairs, [*self.pairs.tokens, *self.trusted.tokens], reference=reference)
+
+
+def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
+    """Read, check and tokenize the data, claim the output folder, score the reference.
+
+    Args:
+        given: Model and data.
+        args: Options.
+        is_audit: No model is aligned after the audit.
+
+    Raises:
+        DataError: If rows cannot be read, or no pair is left.
+        ValueError: If options, model, data or output folder do not fit.
+    """
     check_run(args)
     folder = Path(str(args.output_dir))
     refuse_what_is_not_ours(folder)
-    _tell_launch(args, model)
-    loaded, pairs, problems = read_checked(dataset, split=split, columns=columns, on_bad_rows=args.on_bad_rows)
-    verdicts, known, trusted_sha256 = known_labels(pairs, decisions, trusted, columns)
-    loaded = replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, is_whole=True))
-    pairs = with_verdicts(pairs, verdicts)
-    if args.needs_audit:
-        folds_of([*pairs, *known], args.num_folds, seed=args.seed)  # raises if there are too few pairs
-    name = _name_of(model, processing_class, folder)
-    source = PolicySource(name, load_options=load_options, is_adapter=peft_config is not None)
-    skeleton = source.skeleton()  # what its files lack is told now
-    tokenizer = processing_class or load_tokenizer(name, load_options)
-    date = dated(tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
-    tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
-    problems = [*problems, *tokenized.problems]
-    if not tokenized.pairs:
-        raise DataError(f"No pair is left to train on.\n{render(problems)}")
-    trusted_tokens = tokenize_pairs(known, tokenizer, max_length=args.max_length)
-    if found := [problem for problem in trusted_tokens.problems if problem.row is not None]:
-        logger.warning("Trusted pairs:\n%s", render(found))
-    check_warmup(args, num_pairs=args.fewest_trained_on(len(tokenized) + len(trusted_tokens)))
-    if peft_config is not None:
-        check_adapter(skeleton, peft_config)
-    evaluation = None
-    if eval_dataset is not None:
-        evaluation = read_evaluation(
-            eval_dataset,
-            trained_on=[*pairs, *known],
-            tokenizer=tokenizer,
-            max_length=args.max_length,
-            split=eval_split,
-            columns=columns,
-            on_bad_rows=args.on_bad_rows,
-        )
-    parts = [tokenized, trusted_tokens, *([] if evaluation is None else [evaluation.tokenized])]
-    check_positions(source, *parts)
-    for part in parts:
-        check_ids(skeleton, tokenizer, ids_of(part.pairs, part.tokens), name_or_path=name)
-    digests = {
-        "data": loaded.sha256,
-        "trusted": trusted_sha256,
-        "verdicts": hash_value(sorted(verdicts.items())) if verdicts else None,
-    }
-    identity = identity_of(args, source, tokenizer, peft_config, digests=digests, date=date)
+    _tell_launch(args, given.model)
+    read = _read(given, args)
+    model = _model_of(given, folder)
+    skeleton = model.skeleton()  # what its files lack is told now
+    date = dated(model.tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
+    tokenized = _tokenize(given, read, args, model, skeleton)
+    identity = identity_of(args, model, digests=read.digests(), date=date)
     claim(folder, identity)
     tell_other_launch(folder, Launch.of(args))
+    problems = [*read.problems, *tokenized.pairs.problems]
     _report_problems(folder, problems)
-    tell_idle(verdicts, tokenized.pairs)
+    tell_idle(read.verdicts, tokenized.pairs.pairs)
     if args.audit_from is None:  # else most of what it counts is there
-        tell_forecast(source, tokenized.tokens, args, tokenizer, peft_config, is_audit=is_audit)
+        tell_forecast(model, tokenized.pairs.tokens, args, is_audit=is_audit)
     cache_dir = Path(args.reference_cache_dir or folder / "reference_cache")
-    reference = Reference(source, cache_dir=cache_dir, batching=batching(args, tokenizer))
-    digest = hash_value(identity)
+    reference = model.reference(cache_dir=cache_dir, batching=batching(args, model.tokenizer))
+    digest, data = hash_value(identity), tokenized.dataset()
+    if args.reads_reference:
+        reads_features = args.reads_features and (is_audit or args.needs_audit)
+        logps = _reference_logps(data, folder / "reference", reference, digest, reads_features=reads_features)
+        data = tokenized.dataset(logps)
     return Prepared(
         folder=folder,
-        loaded=loaded,
+        loaded=read.loaded,
         problems=problems,
-        data=_with_reference(
-            tokenized,
-            trusted_tokens,
-            folder / "reference",
-            reference,
-            digest,
-            reads_features=args.reads_features and (is_audit or args.needs_audit),
-        )
-        if args.reads_reference
-        else PairDataset([*tokenized.pairs, *trusted_tokens.pairs], [*tokenized.tokens, *trusted_tokens.tokens]),
-        source=source,
-        tokenizer=tokenizer,
+        lengths=tokenized.pairs.lengths,
+        data=data,
+        model=model,
         reference=reference,
         digest=digest,
-        lengths=tokenized.lengths,
-        evaluation=evaluation,
+        evaluation=tokenized.evaluation,
     )
 
 
-def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
-    """Folder or hub id of the initial model; a model object is saved first, since rounds load it again and again."""
-    if isinstance(model, str | Path):
-        return find_model(model)
+def _read(given: Given, args: ROPOConfig) -> _Labelled:
+    """The data with what people have said about it.
+
+    Raises:
+        ValueError: If there are too few pairs for an audit, or a verdict is about another pair.
+    """
+    source = DataSource.of(given.dataset)
+    loaded, pairs, problems = read_checked(
+        source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows
+    )
+    verdicts, trusted, sha256 = known_labels(pairs, given.review or ReviewInputs(), columns=source.columns)
+    read = _Labelled(
+        loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, is_whole=True)),
+        pairs=with_verdicts(pairs, verdicts),
+        problems=problems,
+        verdicts=verdicts,
+        trusted=trusted,
+        trusted_sha256=sha256,
+    )
+    if args.needs_audit:
+        folds_of([*read.pairs, *trusted], args.num_folds, seed=args.seed)  # raises if there are too few pairs
+    return read
+
+
+def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, skeleton: PreTrainedModel) -> _Tokenized:
+    """All pairs in tokens that the model knows.
+
+    Raises:
+        DataError: If no pair is left.
+        ValueError: If the model cannot read them, or cannot take the adapter.
+    """
+    tokenizer = model.tokenizer
+    pairs = tokenize_pairs(read.pairs, tokenizer, max_length=args.max_length)
+    if not pairs.pairs:
+        raise DataError(f"No pair is left to train on.\n{render([*read.problems, *pairs.problems])}")
+    trusted = tokenize_pairs(read.trusted, tokenizer, max_length=args.max_length)
+    if found := [problem for problem in trusted.problems if problem.row is not None]:
+        logger.warning("Trusted pairs:\n%s", render(found))
+    check_warmup(args, num_pairs=args.fewest_trained_on(len(pairs) + len(trusted)))
+    if model.adapter is not None:
+        check_adapter(skeleton, model.adapter)
+    evaluation = None
+    if given.eval_dataset is not None:
+        evaluation = read_evaluation(
+            DataSource.of(given.eval_dataset, columns=DataSource.of(given.dataset).columns),
+            trained_on=[*read.pairs, *read.trusted],
+            tokenizer=tokenizer,
+            max_length=args.max_length,
+            on_bad_rows=args.on_bad_rows,
+        )
+    tokenized = _Tokenized(pairs=pairs, trusted=trusted, evaluation=evaluation)
+    check_positions(model, *tokenized.parts())
+    for part in tokenized.parts():
+        check_ids(skeleton, tokenizer, ids_of(part.pairs, part.tokens), name_or_path=model.name_or_path)
+    return tokenized
+
+
+def _model_of(given: Given, folder: Path) -> Model:
+    """The model to start from, as something that can be loaded again and again.
+
+    Raises:
+        ValueError: If it cannot be one, or is given its tokenizer or its adapter twice.
+    """
+    model, tokenizer, adapter = given.model, given.processing_class, given.peft_config
+    if isinstance(model, Model):
+        for name, value in (("processing_class", tokenizer), ("peft_config", adapter)):
+            if value is not None:
+                raise ValueError(
+                    f"A Model brings its own tokenizer and adapter; got {name}, too. Give it to the Model."
+                )
+        find_model(model.name_or_path)
+        return model
+    name = find_model(model) if isinstance(model, str | Path) else _saved(model, tokenizer, folder)
+    return Model(name, tokenizer=tokenizer, adapter=adapter)
+
+
+def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
+    """Where a model object is saved, since rounds load it again and again."""
     if isinstance(model, PeftModel):
         raise ValueError(
             "A run needs a whole model to start from; got one with an adapter. Pass the base model and peft_config, or "
@@ -183,10 +272,11 @@ def _name_of(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizer
     return str(path)
 
 
-def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel) -> None:
+def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel | Model) -> None:
     """Log what this run computes on, and where the reference comes from; the trainer logs the layout."""
     if PartialState().is_main_process:
-        name = model if isinstance(model, str | Path) else "the model given"
+        named = model.name_or_path if isinstance(model, Model) else model
+        name = named if isinstance(named, str | Path) else "the model given"
         cache = args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache"
         is_read = args.reads_reference
         reference = f"Reference: {name}, scored once into {cache}." if is_read else f"{args.loss} reads no reference."
@@ -206,27 +296,20 @@ def _report_problems(folder: Path, problems: Sequence[Problem]) -> None:
             logger.warning("%s: %s (%s). %s", where, kind, spec.severity.replace("_", " "), spec.meaning)
 
 
-def _with_reference(
-    tokenized: TokenizedPairs,
-    trusted: TokenizedPairs,
-    folder: Path,
-    reference: Reference,
-    digest: str,
-    *,
-    reads_features: bool,
-) -> PairDataset:
-    """The data, then the trusted pairs, with reference log-probabilities, computed as a stage of its own.
+def _reference_logps(
+    data: PairDataset, folder: Path, reference: Reference, digest: str, *, reads_features: bool
+) -> PairLogps:
+    """Log-probabilities of the reference, computed as a stage of its own.
 
     Features that an audit will ask for are read in the same pass; they stay in the reference's cache.
     """
-    pairs, tokens = [*tokenized.pairs, *trusted.pairs], [*tokenized.tokens, *trusted.tokens]
     path = folder / "reference_logps.safetensors"
 
     def make() -> None:
-        logps = reference.read(tokens)[0] if reads_features else reference.logps(tokens)
+        logps = reference.read(data.tokens)[0] if reads_features else reference.logps(data.tokens)
         if PartialState().is_main_process:
             with write_aside(path) as aside:
                 save_file(asdict(logps), aside)
 
     Stages(folder).run("reference", digest, [path.name], make)
-    return PairDataset(pairs, tokens, reference=PairLogps(**load_file(path)))
+    return PairLogps(**load_file(path))

@@ -19,34 +19,35 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
-from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ropo.audit import Audit
+from ropo.audit.result import IN_SAMPLE, RateEstimate
 from ropo.audit.weights import Choice, decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
 from ropo.config import ROPOConfig
-from ropo.data.tokenize import SampledIds, TokenizedPair, TokenizedPairs, encode_prompts, tokenize_pairs
+from ropo.data.tokenize import SampledIds, TokenizedPairs, encode_prompts, tokenize_pairs
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
 from ropo.losses import BoundLoss
-from ropo.models.source import PolicySource
+from ropo.models.source import Model, Reference
 from ropo.noise.estimate import estimate_flips
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import read_json, write_aside, write_json
-from ropo.resample.new_pairs import NOTHING, Scored, Scorer, WonBack, win_back
-from ropo.resample.select import SELECTION_RULES
+from ropo.report.clauses import OBSTACLES
+from ropo.resample.new_pairs import NewPairs, Scored, Scorer, Scoring, resample_pairs
+from ropo.resample.select import SELECTION_RULES, Criteria
+from ropo.sampling.engine import Sampling
 from ropo.sampling.engines import Reach, open_engine
 from ropo.sampling.generate import sample_responses
 from ropo.stages import Stages
@@ -63,10 +64,53 @@ _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
 _HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
-_IN_SAMPLE = (
-    "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "
-    "With num_folds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What all rounds of a run have in common.
+
+    Attributes:
+        folder: The rounds become `00`, `01`, ... in it.
+        args: Options of the run.
+        loss: The loss of training, with α resolved.
+        alpha: Its α, and why.
+        model: The initial one.
+        reference: The frozen one, which reads only pairs that it has never seen.
+        audit: What is known about the labels, finished; None to go by the margins of the trained model.
+        judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
+    """
+
+    folder: Path
+    args: ROPOConfig
+    loss: BoundLoss
+    alpha: Choice
+    model: Model
+    reference: Reference
+    audit: Audit | None
+    judge: Judge | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """What a round has decided.
+
+    Attributes:
+        rho: The share of pairs to filter out.
+        alpha: Of the loss.
+        decisions: keep, drop, flip or resample for each pair.
+        weights: Weight of each pair in the next training.
+    """
+
+    rho: Choice
+    alpha: Choice
+    decisions: list[str]
+    weights: list[float]
+
+    @classmethod
+    def read(cls, path: Path) -> "Decided":
+        """What a round has written."""
+        found = read_json(path)
+        return cls(**{**found, **{name: Choice.from_json(found[name]) for name in ("rho", "alpha")}})
 
 
 class Round:
@@ -74,45 +118,19 @@ class Round:
 
     Args:
         number: From 0.
-        folder: Where its stages write.
-        args: Options of the run.
-        source: Loads the initial model and trained ones.
-        tokenizer: The model's.
+        setup: What all rounds have in common.
         data: All pairs of the data that fit, as the data labels them, then the trusted ones, then the resampled pairs
             that this round trains on, with reference log-probabilities.
-        audit: What is known about the labels; None to go by the margins of the trained model.
-        reference_of: Reference log-probabilities of tokenized pairs; loads the reference only for pairs never seen.
-        peft_config: For adapters.
-        judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
-        alpha: Of the loss, and why.
-        loss: The loss with that α.
     """
 
-    def __init__(
-        self,
-        number: int,
-        *,
-        folder: Path,
-        args: ROPOConfig,
-        source: PolicySource,
-        tokenizer: PreTrainedTokenizerBase,
-        data: PairDataset,
-        audit: Audit | None,
-        reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
-        peft_config: PeftConfig | None,
-        judge: Judge | None = None,
-        alpha: Choice,
-        loss: BoundLoss,
-    ) -> None:
-        self.alpha, self.loss = alpha, loss
-        self.number, self.folder, self.args = number, folder, args
-        self.source, self.tokenizer, self.data, self.peft_config = source, tokenizer, data, peft_config
-        self.reference_of = reference_of
-        self.audit, self.judge = audit, judge
+    def __init__(self, number: int, setup: Setup, data: PairDataset) -> None:
+        self.number, self.setup, self.data = number, setup, data
+        self.args, self.loss, self.model, self.audit = setup.args, setup.loss, setup.model, setup.audit
+        self.folder = setup.folder / f"{number:02d}"
         self.num_data = sum(pair.origin == "data" for pair in data.pairs)
         self.num_read = sum(pair.origin != "resampled" for pair in data.pairs)
-        self.stages = Stages(folder)
-        self.model_folder = folder / "model"
+        self.stages = Stages(self.folder)
+        self.model_folder = self.folder / "model"
         self.trained = ""  # digest of what its model was made from, once it is
 
     def run(self, dataset: PairDataset, *, start: Path | None, digest: str, is_last: bool) -> str:
@@ -150,18 +168,19 @@ class Round:
         """Probability that the label is wrong, of every pair of `data`, shape (pairs,)."""
         return load_file(self.folder / "flips.safetensors")["p_flip"].double().numpy()
 
-    def decisions(self) -> dict[str, Any]:
-        """What `_decide` wrote: `rho` and `alpha` with why, and per pair `decisions` and `weights`.
-
-        A dropped pair whose prompt was won back reads "resample".
-        """
-        found: dict[str, Any] = read_json(self.folder / "decisions.json")
-        won_back = {pair.row for pair in self.new_pairs()}
-        found["decisions"] = [
-            "resample" if what == "drop" and pair.origin == "data" and pair.row in won_back else what
-            for what, pair in zip(found["decisions"], self.data.pairs, strict=True)
+    def decided(self) -> Decided:
+        """What `_decide` wrote; a dropped pair whose prompt has a new pair reads "resample"."""
+        found = Decided.read(self.folder / "decisions.json")
+        has_new = {pair.row for pair in self.new_pairs()}
+        decisions = [
+            "resample" if what == "drop" and pair.origin == "data" and pair.row in has_new else what
+            for what, pair in zip(found.decisions, self.data.pairs, strict=True)
         ]
-        return found
+        return replace(found, decisions=decisions)
+
+    def estimate(self) -> RateEstimate:
+        """The flip rate that this round has decided by."""
+        return RateEstimate.from_json(read_json(self.folder / "flip_estimate.json"))
 
     def new_pairs(self) -> list[Pair]:
         """Pairs that this round made; none before its resampling or in the last round."""
@@ -179,28 +198,28 @@ class Round:
 
     def _tokenize_new(self, new: Sequence[tuple[Pair, SampledIds | None]]) -> TokenizedPairs:
         pairs, drawn = zip(*new, strict=True)
-        return tokenize_pairs(pairs, self.tokenizer, max_length=self.args.max_length, sampled=drawn)
+        return tokenize_pairs(pairs, self.model.tokenizer, max_length=self.args.max_length, sampled=drawn)
 
     def next_datasets(self) -> tuple[PairDataset, PairDataset]:
         """What the next round scores and what it trains on.
 
         Returns:
             All pairs of the data and the resampled pairs that go on, as labelled; and the weighted training set, with
-            dropped pairs left out and flipped ones turned round.
+            dropped pairs left out and flipped ones swapped.
         """
-        found = self.decisions()
-        stays = [i for i, what in enumerate(found["decisions"]) if i < self.num_read or what == "keep"]
+        found = self.decided()
+        stays = [i for i, what in enumerate(found.decisions) if i < self.num_read or what == "keep"]
         scored = self.data.select(stays)
         for place, i in enumerate(stays):
             if i >= self.num_read:  # of data pairs the weights are those that the data gives
-                scored.weights[place] = found["weights"][i]
+                scored.weights[place] = found.weights[i]
         num_before = len(scored)
         if new := self._resampled():
             tokenized = self._tokenize_new(new)
             reference = load_file(self.folder / "resampled_reference.safetensors")
             scored = scored.joined(tokenized, PairLogps(**reference) if reference else None)
-        weights = [found["weights"][i] for i in stays] + scored.weights[num_before:]
-        is_flipped = [found["decisions"][i] == "flip" for i in stays] + [False] * (len(scored) - num_before)
+        weights = [found.weights[i] for i in stays] + scored.weights[num_before:]
+        is_flipped = [found.decisions[i] == "flip" for i in stays] + [False] * (len(scored) - num_before)
         return scored, training_set(scored, np.array(weights), np.array(is_flipped))
 
     def _train(self, dataset: PairDataset, start: Path | None, made_from: Sequence[str]) -> None:
@@ -211,11 +230,11 @@ class Round:
             num_train_epochs=self.args.num_train_epochs * max(1.0, self.num_read / len(dataset)),
         )
         trainer = ROPOTrainer(
-            self.source.load(start, is_trainable=True),
+            self.model.load(start, is_trainable=True),
             args,
             train_dataset=dataset,
-            processing_class=self.tokenizer,
-            peft_config=self.peft_config if start is None else None,
+            processing_class=self.model.tokenizer,
+            peft_config=self.model.adapter if start is None else None,
             loss=self.loss,
         )
         if self._needs_halfway:
@@ -246,9 +265,9 @@ class Round:
         return bool(self.args.num_candidates) and SELECTION_RULES[self.args.selection_rule].needs_views
 
     def _score(self) -> None:
-        policy = self.source.load(self.model_folder)
+        policy = self.model.load(self.model_folder)
         logps = score_pairs(
-            policy, self.data.tokens, batching(self.args, self.tokenizer), title=f"Round {self.number}: scoring"
+            policy, self.data.tokens, batching(self.args, self.model.tokenizer), title=f"Round {self.number}: scoring"
         )
         self._write_tensors("scores.safetensors", _tensors(logps))
 
@@ -260,8 +279,9 @@ class Round:
         if self.audit is None:
             found = estimate_flips(margins[:read], clusters=[text_id(pair) for pair in self.data.pairs[:read]])
             # A model agrees with labels that it has learned, so these margins only rank.
-            estimate = found.to_dict() | {"margins": "in-sample", "is_informative": False, "reason": _IN_SAMPLE}
-            estimate["obstacle"] = "IN_SAMPLE"
+            estimate = replace(
+                RateEstimate.of(found), is_informative=False, obstacle=IN_SAMPLE, reason=OBSTACLES[IN_SAMPLE]
+            )
             p_flip = found.p_flip
             rho = resolve_rho(self.args.fixed_rho, estimate)
             found_all = decide_all(
@@ -274,101 +294,111 @@ class Round:
             decisions, weights = (values.tolist() for values in found_all)
         else:
             judged, p_flip = self.audit.judgement, self.audit.p_flip()
-            estimate = {**judged.estimate, "margins": "held-out"}
-            rho, decisions, weights = judged.rho, judged.decisions, judged.weights
+            estimate, rho, decisions, weights = judged.estimate, judged.rho, judged.decisions, judged.weights
         # Resampled pairs carry the model's own labels: one goes on, with a little less weight each time, as long as the
         # policy sides with it.
         resampled = margins[read:]
         faded = np.where(resampled > 0, self.args.resampled_decay * np.array(self.data.weights[read:]), 0.0)
-        p_resampled = expit(logit(estimate["rate"]) - estimate["scale"] * resampled)
+        p_resampled = expit(logit(estimate.rate) - estimate.scale * resampled)
         self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(np.concatenate([p_flip, p_resampled]))})
-        told = {
-            "rho": asdict(rho),
-            "alpha": asdict(self.alpha),
-            "decisions": [*decisions, *np.where(resampled > 0, "keep", "drop").tolist()],
-            "weights": [*weights, *faded.tolist()],
-        }
+        decided = Decided(
+            rho=rho,
+            alpha=self.setup.alpha,
+            decisions=[*decisions, *np.where(resampled > 0, "keep", "drop").tolist()],
+            weights=[*weights, *faded.tolist()],
+        )
         if PartialState().is_main_process:
-            write_json(self.folder / "flip_estimate.json", estimate)
-            write_json(self.folder / "decisions.json", told)
+            margins_are = "held-out" if estimate.is_held_out else "in-sample"
+            write_json(self.folder / "flip_estimate.json", {**estimate.to_json(), "margins": margins_are})
+            write_json(self.folder / "decisions.json", asdict(decided))
 
     def _resample(self, digest: str) -> None:
-        found = read_json(self.folder / "decisions.json")["decisions"]
+        found = Decided.read(self.folder / "decisions.json").decisions
         has_new = {self.data.pairs[i].row for i in range(self.num_read, len(found)) if found[i] == "keep"}
         lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
-        won = self._win_back(lost, digest) if lost and self.args.num_candidates else NOTHING
+        made = self._resampled_pairs(lost, digest) if lost and self.args.num_candidates else NewPairs()
         reference: dict[str, torch.Tensor] = {}
-        new = list(zip(won.pairs, won.sampled, strict=True))
+        new = list(zip(made.pairs, made.sampled, strict=True))
         if new and self.data.reference is not None:
-            reference = _tensors(self.reference_of(self._tokenize_new(new).tokens))
+            reference = _tensors(self.setup.reference.logps(self._tokenize_new(new).tokens))
         self._write_tensors("resampled_reference.safetensors", reference)
         if PartialState().is_main_process:
             with write_aside(self.folder / "resampled.jsonl") as path:
                 rows = [{**asdict(pair), "sampled": drawn and asdict(drawn)} for pair, drawn in new]
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            told = {"num_prompts": len(lost), "num_judged": won.num_judged, "refused": won.refused}
+            told = {"num_prompts": len(lost), "num_judged": made.num_judged, "refused": made.refused}
             write_json(self.folder / "resampling.json", told)
 
-    def _win_back(self, lost: Sequence[int], digest: str) -> WonBack:
+    def _resampled_pairs(self, lost: Sequence[int], digest: str) -> NewPairs:
         args = self.args
-        found = read_json(self.folder / "decisions.json")["decisions"]
+        found = Decided.read(self.folder / "decisions.json").decisions
         losses = self.losses()
         parents = [self.data.pairs[i] for i in lost]
-        policy = partial(self.source.load, self.model_folder)  # not before it is needed: vLLM wants the memory
+        policy = partial(self.model.load, self.model_folder)  # not before it is needed: vLLM wants the memory
         reach = self._reach(policy if args.sample_from == "policy" else None)
         with open_engine(args.generation_engine, reach) as engine:
             samples = sample_responses(
                 engine,
-                self.tokenizer,
-                encode_prompts([pair.prompt for pair in parents], self.tokenizer),
-                num_candidates=args.num_candidates,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_p=args.top_p,
+                self.model.tokenizer,
+                encode_prompts([pair.prompt for pair in parents], self.model.tokenizer),
+                Sampling(
+                    num_candidates=args.num_candidates,
+                    max_new_tokens=args.max_new_tokens,
+                    temperature=args.temperature,
+                    top_p=args.top_p,
+                ),
                 seed=args.seed + 1000 * self.number,
                 folder=self.folder / "samples",
                 model_digest=digest,
                 title=f"Round {self.number}: sampling",
             )
         reference = self.data.reference
-        return win_back(
-            parents,
-            samples,
+        scoring = Scoring(
             policy=Scored(parents=self._scores()[list(lost)], score=self._scorer(policy)),
-            reference=None if reference is None else Scored(parents=reference[list(lost)], score=self.reference_of),
+            reference=None
+            if reference is None
+            else Scored(parents=reference[list(lost)], score=self.setup.reference.logps),
             earlier=self._earlier(lost),
             margins_of=lambda own, base: margins_of(own, base, self.loss),
-            loss_of=lambda margins: losses_of(margins, self.loss),
-            tokenizer=self.tokenizer,
-            max_length=args.max_length,
+        )
+        criteria = Criteria(
             rule=args.selection_rule,
-            guards=args.guards,
+            loss_of=lambda margins: losses_of(margins, self.loss),
             kept_losses=losses[np.array(found) == "keep"],
-            judge=self.judge,
-            weight=args.resampled_weight,
+            guards=args.guards,
             seed=args.seed + 1000 * self.number,
+        )
+        return resample_pairs(
+            parents,
+            samples,
+            scoring=scoring,
+            criteria=criteria,
+            tokenizer=self.model.tokenizer,
+            max_length=args.max_length,
+            judge=self.setup.judge,
+            weight=args.resampled_weight,
         )
 
     def _scorer(self, policy: Callable[[], PreTrainedModel]) -> Scorer:
-        how, title = batching(self.args, self.tokenizer), f"Round {self.number}: scoring samples"
+        how, title = batching(self.args, self.model.tokenizer), f"Round {self.number}: scoring samples"
         return lambda tokens: score_pairs(policy(), tokens, how, title=title)
 
     def _earlier(self, lost: Sequence[int]) -> Scored | None:
         """The model half way through this round's training, for rules that compare with it."""
         if not self._needs_halfway:
             return None
-        score = self._scorer(partial(self.source.load, self.folder / _HALFWAY))
+        score = self._scorer(partial(self.model.load, self.folder / _HALFWAY))
         return Scored(parents=score([self.data.tokens[i] for i in lost]), score=score)
 
     def _reach(self, policy: Callable[[], PreTrainedModel] | None) -> Reach:
         """Where an engine finds the model that this round has trained, or the initial one if `policy` is None."""
-        is_adapter, is_initial = self.source.is_adapter, policy is None
+        is_adapter, is_initial = self.model.adapter is not None, policy is None
         return Reach(
-            tokenizer=self.tokenizer,
-            load=policy or self.source.load,
-            folder=self.source.name_or_path if is_adapter or is_initial else self.model_folder,
+            tokenizer=self.model.tokenizer,
+            load=policy or self.model.load,
+            folder=self.model.name_or_path if is_adapter or is_initial else self.model_folder,
             adapter=self.model_folder if is_adapter and not is_initial else None,
-            load_options=self.source.load_options,
+            load_options=self.model.load_options,
             use_bf16=self.args.bf16,
             url=self.args.generation_url,
             name=self.args.generation_model,
@@ -391,10 +421,8 @@ def run_all(
     args: ROPOConfig,
     *,
     folder: Path,
-    source: PolicySource,
-    tokenizer: PreTrainedTokenizerBase,
-    reference_of: Callable[[Sequence[TokenizedPair]], PairLogps],
-    peft_config: PeftConfig | None,
+    model: Model,
+    reference: Reference,
     judge: Judge | None = None,
     digest: str,
 ) -> list[Round]:
@@ -405,10 +433,8 @@ def run_all(
         audit: What is known about the labels, finished; None to go by the margins of the trained model.
         args: Options.
         folder: The rounds become `00`, `01`, ... in it.
-        source: Loads the initial model and trained ones.
-        tokenizer: The model's.
-        reference_of: Reference log-probabilities of tokenized pairs.
-        peft_config: For adapters.
+        model: The initial one.
+        reference: The frozen one.
         judge: Asked about what the selection rule cannot settle; None for nobody.
         digest: Of everything that made `data` and `audit`, and of the options.
 
@@ -422,24 +448,14 @@ def run_all(
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
         alpha, scored, trained_on = audit.judgement.alpha, data, audit.training()
-    loss = args.bound_loss(alpha.value)
+    setup = Setup(
+        folder=folder, args=args, loss=args.bound_loss(alpha.value), alpha=alpha, model=model, reference=reference,
+        audit=audit, judge=judge,
+    )  # fmt: skip
     for number in range(args.rounds):
         if rounds:
             scored, trained_on = rounds[-1].next_datasets()
-        this = Round(
-            number,
-            folder=folder / f"{number:02d}",
-            args=args,
-            source=source,
-            tokenizer=tokenizer,
-            data=scored,
-            audit=audit,
-            reference_of=reference_of,
-            peft_config=peft_config,
-            judge=judge,
-            alpha=alpha,
-            loss=loss,
-        )
+        this = Round(number, setup, scored)
         start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
         digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)
         rounds.append(this)

@@ -78,7 +78,7 @@ class Caller:
         mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
-    def room_after(self, ids: Sequence[int]) -> int:
+    def max_response_tokens(self, ids: Sequence[int]) -> int:
         """Most tokens that can follow a prompt; only a table of learned positions sets a limit.
 
         Args:
@@ -128,7 +128,7 @@ class Job:
     num_rows: int
 
     def noise(self, places: Sequence[int]) -> Tensor:
-        """Chance of all candidates of some prompts, shape (B, N), on the model's device."""
+        """Random numbers of all candidates of some prompts, shape (B, N), on the model's device."""
         size = {"num_candidates": self.sampling.num_candidates, "max_new_tokens": self.sampling.max_new_tokens}
         return torch.cat([draw_noise(self.prompts[i].seed, **size) for i in places]).to(self.call.device)
 

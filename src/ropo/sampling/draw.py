@@ -2,8 +2,8 @@
 
 In: logits of the next token, noise of the row. Out: token ids.
 
-The one idea: all chance is drawn beforehand, one whole number per token of a response, from a generator that belongs to
-the prompt. A token is then found by inverting the distribution function in whole numbers, which no device rounds.
+The one idea: all random numbers are drawn beforehand, one integer per token of a response, from a generator of the
+prompt. A token then follows by inverting the distribution function in whole numbers, which no device rounds.
 
 Shapes: B rows, V vocabulary, K candidates, N new tokens.
 """
@@ -18,7 +18,7 @@ _MAX_LOGITS = 2**26  # drawn from at once; more are cut into pieces of rows
 
 
 def draw_noise(seed: int, *, num_candidates: int, max_new_tokens: int) -> Int[Tensor, "candidates tokens"]:
-    """All chance that one prompt needs.
+    """All random numbers that one prompt needs.
 
     Args:
         seed: Of the prompt.

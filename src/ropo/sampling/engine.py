@@ -2,8 +2,8 @@
 
 In: what the caller wants sampled. Out: plain values that all engines share, and the interface they offer.
 
-The one idea: chance belongs to the prompt. Each prompt has a seed of its own, made from its token ids, so what is drawn
-for it depends neither on its neighbours in a batch nor on the order of the data nor on the number of processes.
+The one idea: randomness belongs to the prompt. Each prompt has its own seed, made from its token ids, so its responses
+depend neither on its neighbours in a batch nor on the order of the data nor on the number of processes.
 
 Add an engine: write a class with the methods of `Engine` in a file beside this one, and add a line to ENGINES in
 `engines.py`.
@@ -109,7 +109,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what `sample` has taken; the engine is not used any more."""
+        """Release what `sample` has loaded; the engine is not used any more."""
         ...
 
 
@@ -158,12 +158,12 @@ def response_of(ids: list[int], stop_ids: Sequence[int], tokenizer: PreTrainedTo
     )
 
 
-def told_finished(response: Response, *, is_finished: bool) -> Response:
-    """A response of which a server says whether the model ended it; where its tokens say otherwise, they are not kept.
+def with_end(response: Response, *, is_finished: bool) -> Response:
+    """A response with the engine's word on whether the model ended it; tokens that contradict it are not kept.
 
     Args:
         response: As `response_of` makes it.
-        is_finished: What the server says.
+        is_finished: What the engine says.
 
     Returns:
         The response.

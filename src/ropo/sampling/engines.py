@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ropo.endpoint.address import Endpoint
 from ropo.options import Taker
 from ropo.sampling.engine import Engine
 from ropo.sampling.server_engine import ServerEngine
@@ -51,7 +52,7 @@ class EngineSpec(Taker):
     """A kind of engine.
 
     Attributes:
-        make: Makes it; cheap, nothing is loaded and nobody is asked.
+        make: Makes it; cheap, nothing is loaded and no request is made.
         meaning: One phrase for the help.
         check: Refuses where it could not run; takes the number of processes.
     """
@@ -84,7 +85,14 @@ ENGINES: Mapping[str, EngineSpec] = MappingProxyType(
         ),
         "server": EngineSpec(
             make=lambda reach: ServerEngine(
-                str(reach.url), str(reach.name), reach.tokenizer, api_key_env=reach.api_key_env
+                Endpoint(
+                    url=str(reach.url),
+                    model=str(reach.name),
+                    api_key_env=reach.api_key_env,
+                    timeout_seconds=600.0,  # long texts, and all candidates of a prompt at once
+                    max_total_seconds=1800.0,
+                ),
+                reach.tokenizer,
             ),
             meaning="a running OpenAI-compatible completions server; whatever model it serves answers",
             needs=("generation_url", "generation_model"),

@@ -1,4 +1,4 @@
-"""Sample responses to prompts, shard by shard, so that a killed run goes on where it was.
+"""Sample responses to prompts, shard by shard, so that a killed run resumes where it was.
 
 In: a model or an engine, prompts as token ids, a folder for the shards. Out: K responses per prompt, as text, and
 whether each ended.
@@ -52,50 +52,35 @@ def sample_responses(
     model: PreTrainedModel | Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    num_candidates: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     seed: int = 0,
     folder: Path | None = None,
     model_digest: str | None = None,
     title: str = "Sampling responses",
 ) -> list[Sample]:
-    """Draw `num_candidates` responses for each prompt.
+    """Draw responses to prompts.
 
-    The same call gives the same text: chance belongs to a prompt (see `engine`), and neither reads nor moves the global
-    random state. With several processes each samples its share of the shards and all return everything.
+    The same call gives the same text: each prompt has its own seed (see `engine`), and the global random state is
+    neither read nor moved. With several processes each samples its share of the shards and all return everything.
 
     Args:
         model: A causal language model on its device, or an engine from `engines.open_engine`.
         tokenizer: The model's, for padding and decoding.
         prompts: Token ids of each prompt.
-        num_candidates: Responses per prompt.
-        max_new_tokens: Longest response.
-        temperature: Sampling temperature.
-        top_p: Nucleus sampling.
-        seed: Of everything that is drawn.
+        sampling: How many responses per prompt, how long, and how they are drawn.
+        seed: Random seed.
         folder: Where finished shards are kept; None to keep none.
         model_digest: Names the model by its content; needed with `folder`.
         title: What the progress bar says.
 
     Returns:
-        `num_candidates` samples per prompt, in the order of the prompts.
+        `sampling.num_candidates` samples per prompt, in the order of the prompts.
 
     Raises:
-        ValueError: If an option is out of range, a prompt is empty, or shards are to be kept without `model_digest`.
+        ValueError: If a prompt is empty, or shards are to be kept without `model_digest`.
     """
-    sampling = Sampling(
-        num_candidates=num_candidates, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
-    )
-    if folder is not None and not model_digest:
-        raise ValueError(
-            "sample_responses needs model_digest to keep shards; got none. Pass a digest that changes with the model, "
-            "or no folder."
-        )
-    if empty := [i for i, ids in enumerate(prompts) if not len(ids)]:
-        raise ValueError(f"Sampling needs prompts with tokens; got none in prompt {empty[0]}. Leave it out.")
+    _check(prompts, folder, model_digest)
     if not prompts:
         return []
     engine = TransformersEngine(lambda: model, tokenizer) if isinstance(model, nn.Module) else model
@@ -103,21 +88,32 @@ def sample_responses(
     shards = _deal(seeded(prompts, seed), sampling, engine.tokens_per_shard, num_processes=state.num_processes)
     mine = shards[state.process_index :: state.num_processes]
     files = {} if folder is None else _files(folder, mine, sampling, {**engine.identity, "model": model_digest})
-    known = {number: found for number, path in files.items() if (found := _read(path, len(mine[number]), sampling))}
+    read = ((number, _read(path, len(mine[number]), sampling)) for number, path in files.items())
+    known = {number: responses for number, responses in read if responses}
     if known:
         logger.info("%d of %d shards of samples are read from %s", len(known), len(mine), folder)
     samples: list[tuple[int, int, Sample]] = []
     num_known = sum(len(mine[number]) for number in known)
     with _progress_bar(title, sum(map(len, mine)), num_known, is_shown=state.is_main_process) as advance:
         for number, shard in enumerate(mine):
-            found = known.get(number) or engine.sample([prompt for _, prompt in shard], sampling, advance)
+            sampled = known.get(number) or engine.sample([prompt for _, prompt in shard], sampling, advance)
             if number in files and number not in known:
-                _write(files[number], found)
-            for (place, _), responses in zip(shard, found, strict=True):
+                _write(files[number], sampled)
+            for (place, _), responses in zip(shard, sampled, strict=True):
                 samples += [(place, k, Sample(prompt=place, **asdict(one))) for k, one in enumerate(responses)]
     if state.num_processes > 1:
         samples = gather_object(samples)
     return [sample for _, _, sample in sorted(samples, key=lambda item: item[:2])]
+
+
+def _check(prompts: Sequence[Sequence[int]], folder: Path | None, model_digest: str | None) -> None:
+    if folder is not None and not model_digest:
+        raise ValueError(
+            "sample_responses needs model_digest to keep shards; got none. Pass a digest that changes with the model, "
+            "or no folder."
+        )
+    if empty := [i for i, ids in enumerate(prompts) if not len(ids)]:
+        raise ValueError(f"Sampling needs prompts with tokens; got none in prompt {empty[0]}. Leave it out.")
 
 
 _Shard = list[tuple[int, Prompt]]  # prompts and their places in the input
@@ -142,19 +138,19 @@ def _deal(prompts: Sequence[Prompt], sampling: Sampling, tokens_per_shard: int, 
 
 def _files(folder: Path, shards: Sequence[_Shard], sampling: Sampling, made_by: dict[str, Any]) -> dict[int, Path]:
     """Where each shard is kept, under a digest of everything that makes it."""
-    found = {}
+    paths = {}
     for number, shard in enumerate(shards):
-        told = [[list(prompt.ids), prompt.seed] for _, prompt in shard]
-        digest = hash_value({"made_by": made_by, "sampling": asdict(sampling), "prompts": told})
-        found[number] = folder / f"{digest[:32]}.jsonl"
-    return found
+        prompts = [[list(prompt.ids), prompt.seed] for _, prompt in shard]
+        digest = hash_value({"made_by": made_by, "sampling": asdict(sampling), "prompts": prompts})
+        paths[number] = folder / f"{digest[:32]}.jsonl"
+    return paths
 
 
-def _write(path: Path, found: Sequence[Sequence[Response]]) -> None:
+def _write(path: Path, responses: Sequence[Sequence[Response]]) -> None:
     rows = [
         json.dumps({"prompt": i, "candidate": k, **asdict(response)}, ensure_ascii=False)
-        for i, responses in enumerate(found)
-        for k, response in enumerate(responses)
+        for i, candidates in enumerate(responses)
+        for k, response in enumerate(candidates)
     ]
     rows.append(json.dumps({"sha256": hash_value(rows)}))
     with write_aside(path) as aside:
@@ -162,22 +158,23 @@ def _write(path: Path, found: Sequence[Sequence[Response]]) -> None:
 
 
 def _read(path: Path, num_prompts: int, sampling: Sampling) -> list[list[Response]] | None:
-    """The responses of a finished shard; None if there is none or somebody has changed it."""
+    """The responses of a finished shard; None if there is none or the file was changed."""
     if not path.exists():
         return None
-    found: list[list[Response]] = [[] for _ in range(num_prompts)]
+    responses: list[list[Response]] = [[] for _ in range(num_prompts)]
     try:
         # Not splitlines(): a text may hold characters that it takes for the end of a line.
         *rows, last = path.read_text(encoding="utf-8").split("\n")[:-1]
         for row in map(json.loads, rows if json.loads(last) == {"sha256": hash_value(rows)} else []):
             ids = None if row["ids"] is None else tuple(row["ids"])
-            found[row["prompt"]].append(Response(**{**{name: row[name] for name in Response.__slots__}, "ids": ids}))
+            values = {**{name: row[name] for name in Response.__slots__}, "ids": ids}
+            responses[row["prompt"]].append(Response(**values))
     except (ValueError, KeyError, IndexError, TypeError):
-        found = []
-    if [len(responses) for responses in found] != [sampling.num_candidates] * num_prompts:
+        responses = []
+    if [len(candidates) for candidates in responses] != [sampling.num_candidates] * num_prompts:
         logger.warning("%s is not what was written there; its prompts are sampled again.", path)
         return None
-    return found
+    return responses
 
 
 @contextmanager

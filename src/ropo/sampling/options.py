@@ -7,7 +7,7 @@ among them: a run and an export have defaults of their own for that.
 from dataclasses import dataclass
 from typing import Annotated
 
-from ropo.endpoint import check_access
+from ropo.endpoint.address import check_access
 from ropo.options import Rule, check_options, check_taker, option
 from ropo.sampling.engines import ENGINES
 

@@ -1,4 +1,4 @@
-"""The plain decoder: `model.generate`, one batch after the other. It works for every model, and judges the other one.
+"""The plain decoder: `model.generate`, one batch after the other, for every model; the fast one is tested against it.
 
 In: a job. Out: responses, batch by batch.
 

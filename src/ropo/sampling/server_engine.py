@@ -2,22 +2,24 @@
 
 In: its address and the name of a model there. Out: an `Engine`.
 
-The one idea: prompts go over as token ids, so the server sees exactly what training sees, and with a seed each, so that
-asking again gives the same. Which model answers is the server's affair: it need not be the one in training, and then
-the responses are not the policy's own.
+The one idea: prompts are sent as token ids, so the server sees exactly what training sees, and with a seed each, so the
+same request gives the same responses. The server decides which model answers: if it is not the one in training, the
+responses are not samples of the policy.
 """
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ropo.endpoint import ASKING, EndpointError, check_key, check_url, post_json, resource_url, stop_asking
-from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
+from ropo.endpoint.address import Endpoint, resource_url, without_query
+from ropo.endpoint.client import EndpointError, post_json
+from ropo.endpoint.pool import ask_many, pause_until
+from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, with_end
 
+_RESOURCE = "completions"
 _TOKENS_PER_SHARD = 2**18
 _SEED_BITS = 31  # servers that are not vLLM take no more
 _SHOWN = 60  # characters of a prompt in a message
@@ -27,54 +29,32 @@ class ServerEngine:
     """Samples from a running server.
 
     Args:
-        url: Base address of the server, as `resource_url` takes it.
-        model: Name of the model there.
+        endpoint: The server, the model there, and how long to try; all candidates of a prompt are drawn in one attempt.
         tokenizer: That model's: prompts are sent as its token ids.
-        api_key_env: Environment variable that holds the key; None for none. The key is read when a request is made and
-            kept nowhere.
         num_threads: Requests at a time; the server batches them.
-        timeout_seconds: Longest time of one attempt; all candidates of a prompt are drawn in it.
-        max_retries: Most attempts after the first.
-        max_total_seconds: Longest time of all attempts at one request.
         sleep: Waits before a request is repeated. Default: a wait that ends when another request has failed for good.
-
-    Raises:
-        ValueError: If the address is unusable, or a key cannot be sent there.
     """
 
     def __init__(
         self,
-        url: str,
-        model: str,
+        endpoint: Endpoint,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        api_key_env: str | None = "OPENAI_API_KEY",
         num_threads: int = 16,
-        timeout_seconds: float = 600.0,
-        max_retries: int = 5,
-        max_total_seconds: float = 1800.0,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        check_url(url, what="Engine server")
-        check_key(url, api_key_env, what="Engine server")
-        self._url, self._model, self._tokenizer = resource_url(url, "completions"), model, tokenizer
-        self._api_key_env, self._num_threads = api_key_env, num_threads
-        self._limits: dict[str, Any] = {
-            "timeout_seconds": timeout_seconds,
-            "max_retries": max_retries,
-            "max_total_seconds": max_total_seconds,
-            "sleep": sleep or self._pause,
-        }
+        self._endpoint, self._tokenizer, self._num_threads = endpoint, tokenizer, num_threads
         self._has_failed = threading.Event()
+        self._sleep = sleep or pause_until(self._has_failed)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What changes the responses: which model answers, wherever it is."""
-        return {"engine": "server", "model": self._model}
+        return {"engine": "server", "model": self._endpoint.model}
 
     @property
     def tokens_per_shard(self) -> int:
-        """Few enough that little is asked twice after a kill."""
+        """Few enough that a killed run repeats little."""
         return _TOKENS_PER_SHARD
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance) -> list[list[Response]]:
@@ -93,31 +73,21 @@ class ServerEngine:
             ValueError: If the key is unusable.
         """
         self._has_failed.clear()
-        found: list[list[Response]] = [[] for _ in prompts]
-        pool = ThreadPoolExecutor(self._num_threads, ASKING)
-        futures = {pool.submit(self._ask, prompt, sampling): i for i, prompt in enumerate(prompts)}
-        try:
-            for future in as_completed(futures):
-                found[futures[future]] = future.result()
-                advance(1, sum(response.num_tokens for response in future.result()))
-        except BaseException as error:
-            self._has_failed.set()
-            stop_asking(pool, futures, error)
-            raise
-        pool.shutdown()
-        return found
+        return ask_many(
+            lambda prompt: self._ask(prompt, sampling),
+            prompts,
+            num_threads=self._num_threads,
+            stop=self._has_failed,
+            on_answer=lambda responses: advance(1, sum(response.num_tokens for response in responses)),
+        )
 
     def close(self) -> None:
-        """Nothing to give back: the server runs on."""
-
-    def _pause(self, seconds: float) -> None:
-        if self._has_failed.wait(seconds):
-            raise _StoppedError
+        """Nothing to release."""
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> list[Response]:
         # What is left out would be taken from the options that the model was published with.
         body = {
-            "model": self._model,
+            "model": self._endpoint.model,
             "prompt": list(prompt.ids),
             "n": sampling.num_candidates,
             "max_tokens": sampling.max_new_tokens,
@@ -131,12 +101,13 @@ class ServerEngine:
             "return_token_ids": True,  # of vLLM; where it is not known, only the text comes back
         }
         try:
-            answer = post_json(self._url, body, api_key_env=self._api_key_env, **self._limits)
+            answer = post_json(self._endpoint, _RESOURCE, body, sleep=self._sleep)
             choices = _choices(answer, sampling.num_candidates)
         except EndpointError as error:
             raise EndpointError(
                 f"{error} The prompt has {len(prompt.ids)} tokens and ends with {self._end_of(prompt)!r}; "
-                f"{sampling.num_candidates} responses of {self._model} were asked of {self._url.partition('?')[0]}.",
+                f"{sampling.num_candidates} responses of {self._endpoint.model} were asked of "
+                f"{without_query(resource_url(self._endpoint.url, _RESOURCE))}.",
                 status=error.status,
                 is_final=error.is_final,
             ) from None
@@ -146,8 +117,8 @@ class ServerEngine:
         text = choice["text"].encode("utf-8", errors="replace").decode()  # JSON can hold half a character
         is_finished, drawn = choice.get("finish_reason") == "stop", choice.get("token_ids")
         if isinstance(drawn, list) and drawn and all(type(one) is int and one >= 0 for one in drawn):
-            found = response_of(drawn, stop_tokens(self._tokenizer, None), self._tokenizer)
-            return told_finished(replace(found, text=text), is_finished=is_finished)
+            response = response_of(drawn, stop_tokens(self._tokenizer, None), self._tokenizer)
+            return with_end(replace(response, text=text), is_finished=is_finished)
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Response(text=text, num_tokens=len(ids), is_finished=is_finished)
 
@@ -178,7 +149,3 @@ def _choices(answer: dict[str, Any], num_candidates: int) -> list[dict[str, Any]
 def _index(choice: dict[str, Any]) -> int:
     index = choice.get("index")
     return index if isinstance(index, int) else 0
-
-
-class _StoppedError(Exception):
-    """Another request has failed for good while this one was waiting to be repeated."""

@@ -1,6 +1,6 @@
-"""The fast decoder: each prompt once for all its candidates, and rows that end make room for others.
+"""The fast decoder: each prompt is read once for all its candidates, and new rows take the places of ended ones.
 
-In: a job. Out: responses as they end, the same as `with_generate` gives up to rounding.
+In: a job. Out: responses as they end, the same as `ask_generate` gives up to rounding.
 
 The one idea: all rows stand at the right end of one cache, so whatever their lengths they write the same column next. A
 row can then leave, and those of a new prompt can enter, by copying the cache once. Which models allow this is found out
@@ -25,8 +25,8 @@ from ropo.sampling.call import Caller, Ended, Job
 from ropo.sampling.growing_cache import bytes_per_token, new_cache, regroup
 from ropo.sampling.plain_generate import ask_generate
 
-_ROOM = 64  # columns that the cache can grow by before it is copied
-_LEAVE_SHARE = 4  # rows are regrouped when one in so many has ended: till then it is cheaper to compute for nobody
+_SPARE_COLUMNS = 64  # columns that the cache can grow by before it is copied
+_LEAVE_SHARE = 4  # rows are regrouped when one in so many has ended; before, copying costs more than their idle steps
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # a row's positions follow from the longest row of its batch
 
 
@@ -70,19 +70,19 @@ class _Entering:
 class _Flight:
     """Rows that are decoded together.
 
-    A row that has ended goes on until it leaves, at the same position and with the same noise; nobody reads that.
+    A row that has ended stays in the batch until it leaves, at the same position; what it computes is not read.
     """
 
     def __init__(self, job: Job) -> None:
         self._job, self._device = job, job.call.device
         self._stop = torch.tensor(job.stop_ids, dtype=torch.long, device=self._device)
-        self._room = min(_ROOM, job.sampling.max_new_tokens)
+        self._num_spare = min(_SPARE_COLUMNS, job.sampling.max_new_tokens)
         self._cache = new_cache()
         self._rows: list[_Row] = []
         self._since: list[Tensor] = []  # tokens drawn in each step since rows were regrouped
         self._width = 0
         self._mask_BT = torch.zeros(0, 0)
-        # Of each row: last token, its position, number of tokens drawn, most of them, noise, whether it has ended.
+        # Of each row: last token, its position, number of tokens drawn, their limit, noise, whether it has ended.
         self._state: dict[str, Tensor] = {}
         self.num_done = 0
 
@@ -94,7 +94,7 @@ class _Flight:
     @property
     def is_due(self) -> bool:
         """Whether rows are to be regrouped before the next step."""
-        return self.num_done * _LEAVE_SHARE >= self.num_rows or len(self._since) == self._room
+        return self.num_done * _LEAVE_SHARE >= self.num_rows or len(self._since) == self._num_spare
 
     def step(self) -> None:
         """Draw one token for every row."""
@@ -104,9 +104,9 @@ class _Flight:
         )
         where_B = state["count"].clamp(max=state["noise"].shape[1] - 1)
         state["last"] = self._job.choose(logits_BV, state["noise"].gather(1, where_B[:, None]).squeeze(1))
-        goes_on_B = ~state["has_ended"]
-        state["position"] = state["position"] + goes_on_B
-        state["count"] = state["count"] + goes_on_B
+        is_open_B = ~state["has_ended"]
+        state["position"] = state["position"] + is_open_B
+        state["count"] = state["count"] + is_open_B
         state["has_ended"] = state["has_ended"] | self._ends(state)
         self._since.append(state["last"])
         self._look()
@@ -121,7 +121,7 @@ class _Flight:
         self._job.check(num_broken, self.num_rows)
 
     def regroup(self, enters: Sequence[int]) -> Ended:
-        """Let rows that have ended leave and those of new prompts enter.
+        """Remove rows that have ended and add those of new prompts.
 
         Args:
             enters: Places of prompts, longest first.
@@ -156,10 +156,10 @@ class _Flight:
             [group.cache for group in entering],
             repeats=self._job.sampling.num_candidates,
             width=self._width,
-            room=self._room,
+            num_spare=self._num_spare,
         )
         pads_B1 = torch.tensor([[self._width - row.num_columns] for row in self._rows], device=self._device)
-        self._mask_BT = (torch.arange(self._width + self._room, device=self._device) >= pads_B1).long()
+        self._mask_BT = (torch.arange(self._width + self._num_spare, device=self._device) >= pads_B1).long()
         self._look()
 
     def _parts(self, places: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -208,11 +208,11 @@ def choose_decoder(call: Caller, ids: Sequence[int], *, longest: int) -> tuple[s
     if obstacle:
         return "generate", obstacle, 0
     try:
-        found_BV, plain_BV, num_bytes = _both_ways(call, [ids[i % len(ids)] for i in range(20)])
+        cached_BV, plain_BV, num_bytes = _both_ways(call, [ids[i % len(ids)] for i in range(20)])
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
         return "generate", f"the model does not take our cache ({type(error).__name__}: {str(error)[:120]})", 0
     # Minus infinity on both sides is agreement.
-    difference_BV = torch.where(found_BV == plain_BV, 0.0, (found_BV - plain_BV).abs())
+    difference_BV = torch.where(cached_BV == plain_BV, 0.0, (cached_BV - plain_BV).abs())
     # A wrong mask or position shifts a log-probability by nats; rounding in half precision by a per cent or so.
     is_exact = has_exact_products(call.model) and not torch.is_autocast_enabled(call.device.type)
     relative, absolute = (1e-4, 1e-3) if is_exact else (2e-2, 0.5)
@@ -253,14 +253,14 @@ def _both_ways(call: Caller, text: Sequence[int]) -> tuple[Tensor, Tensor, int]:
     cache, read, read_late = new_cache(), new_cache(), new_cache()
     call.read([long, short], read)
     call.read([late], read_late)
-    regroup(cache, torch.zeros(0, dtype=torch.long), [read], repeats=2, width=12, room=1)
+    regroup(cache, torch.zeros(0, dtype=torch.long), [read], repeats=2, width=12, num_spare=1)
     rows = [[*row, text[12 + i]] for i, row in enumerate([long, long, short, short])]
-    found, plain = [_continued(call, rows, cache)], [call.read([row], None) for row in rows]
-    regroup(cache, torch.tensor([1, 2]), [read_late], repeats=2, width=13, room=1)
+    cached, plain = [_continued(call, rows, cache)], [call.read([row], None) for row in rows]
+    regroup(cache, torch.tensor([1, 2]), [read_late], repeats=2, width=13, num_spare=1)
     rows = [[*row, text[16 + i]] for i, row in enumerate([rows[1], rows[2], late, late])]
-    found.append(_continued(call, rows, cache))
+    cached.append(_continued(call, rows, cache))
     plain += [call.read([row], None) for row in rows]
-    return torch.cat(found).log_softmax(dim=-1), torch.cat(plain).log_softmax(dim=-1), bytes_per_token(read)
+    return torch.cat(cached).log_softmax(dim=-1), torch.cat(plain).log_softmax(dim=-1), bytes_per_token(read)
 
 
 def _continued(call: Caller, rows: Sequence[Sequence[int]], cache: Cache) -> Tensor:

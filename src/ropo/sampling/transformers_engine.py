@@ -65,7 +65,7 @@ class TransformersEngine:
             `sampling.num_candidates` responses for each prompt.
 
         Raises:
-            ValueError: If a prompt leaves no room for a response, or the model's logits are not numbers.
+            ValueError: If no token can follow a prompt, or the model's logits are not numbers.
             torch.OutOfMemoryError: If not even the candidates of one prompt fit.
         """
         model = self._model = self._load() if self._model is None else self._model
@@ -82,24 +82,24 @@ class TransformersEngine:
             model.train(was_training)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._model = None
 
     def _sample(
         self, call: Caller, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance
     ) -> list[list[Response]]:
         stop_ids = stop_tokens(self._tokenizer, call.causal_lm.generation_config)
-        most = [min(sampling.max_new_tokens, call.room_after(prompt.ids)) for prompt in prompts]
+        most = [min(sampling.max_new_tokens, call.max_response_tokens(prompt.ids)) for prompt in prompts]
         longest = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
         if self._chosen is None:
             name, why, num_bytes = choose_decoder(call, prompts[0].ids, longest=longest)
             logger.info("Sampling by %s: %s.", name, why)
             self._chosen = name, num_bytes
         name, num_bytes = self._chosen
-        found: list[dict[int, Response]] = [{} for _ in prompts]
+        drawn: list[dict[int, Response]] = [{} for _ in prompts]
 
         def keep(place: int, candidate: int, ids: list[int]) -> None:
-            responses = found[place]
+            responses = drawn[place]
             if candidate in responses:  # drawn before memory ran out, and the same now
                 return
             responses[candidate] = response_of(ids[: most[place]], stop_ids, self._tokenizer)
@@ -107,7 +107,7 @@ class TransformersEngine:
                 advance(1, sum(response.num_tokens for response in responses.values()))
 
         num_rows = _num_rows(call, longest, num_bytes, sampling.num_candidates)
-        while missing := [i for i, responses in enumerate(found) if len(responses) < sampling.num_candidates]:
+        while missing := [i for i, responses in enumerate(drawn) if len(responses) < sampling.num_candidates]:
             places = sorted(missing, key=lambda i: -len(prompts[i].ids))
             if not _drain(DECODERS[name](Job(call, prompts, places, most, sampling, stop_ids, num_rows)), keep):
                 if num_rows == sampling.num_candidates:
@@ -116,9 +116,9 @@ class TransformersEngine:
                         "num_candidates or max_new_tokens."
                     )
                 num_rows = max(num_rows // 2 // sampling.num_candidates, 1) * sampling.num_candidates
-                logger.warning("Sampling ran out of memory; it goes on with %d rows at a time.", num_rows)
+                logger.warning("Sampling ran out of memory; continuing with %d rows at a time.", num_rows)
                 torch.cuda.empty_cache()
-        return [[responses[k] for k in range(sampling.num_candidates)] for responses in found]
+        return [[responses[k] for k in range(sampling.num_candidates)] for responses in drawn]
 
 
 def _drain(ended: Ended, keep: Callable[[int, int, list[int]], None]) -> bool:

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ropo.provenance import RunError
-from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, told_finished
+from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, with_end
 
 _TOKENS_PER_SHARD = 2**21
 _MEMORY_SHARE = 0.9  # of the GPU memory that is free when it starts
@@ -105,23 +105,24 @@ class VllmEngine:
             use_tqdm=False,
             lora_request=lora,
         )
-        found = [
+        responses = [
             [
-                told_finished(
+                with_end(
                     response_of(list(one.token_ids), stop_ids, self._tokenizer), is_finished=one.finish_reason == "stop"
                 )
                 for one in sorted(output.outputs, key=lambda one: one.index)
             ]
             for output in outputs
         ]
-        counts = {len(responses) for responses in found}
-        if len(found) != len(prompts) or counts != {sampling.num_candidates}:
+        counts = {len(candidates) for candidates in responses}
+        if len(responses) != len(prompts) or counts != {sampling.num_candidates}:
             raise RunError(
                 f"Sampling needs {sampling.num_candidates} responses to each of {len(prompts)} prompts; got "
-                f"{len(found)} answers of {sorted(counts)} from vLLM. Use another version of vLLM, or another engine."
+                f"{len(responses)} answers of {sorted(counts)} from vLLM. Use another version of vLLM or another "
+                "engine."
             )
-        advance(len(found), sum(response.num_tokens for responses in found for response in responses))
-        return found
+        advance(len(responses), sum(response.num_tokens for candidates in responses for response in candidates))
+        return responses
 
     def close(self) -> None:
         """End vLLM, and give back its memory and what torch keeps of trained models: vLLM can use only what is free."""
@@ -153,12 +154,12 @@ class VllmEngine:
 
     def _published(self) -> GenerationConfig | None:
         try:
-            found: GenerationConfig = GenerationConfig.from_pretrained(
+            config: GenerationConfig = GenerationConfig.from_pretrained(
                 self._model, revision=self._options.get("revision") or "main"
             )
         except OSError:  # many models have none
             return None
-        return found
+        return config
 
 
 def check_vllm(num_processes: int) -> None:

@@ -20,7 +20,7 @@ from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import read_checked
 from ropo.logps.batch import LAYOUTS, Batch, Batching, pad_token_id_of, split_by_tokens
 from ropo.logps.cache import reference_logps
-from ropo.models.files import check_ids, ids_of
+from ropo.models.fit import check_ids, ids_of
 from ropo.pairs import Pair, PairLogps
 from ropo.train.options import TrainOptions
 

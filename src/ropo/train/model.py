@@ -9,7 +9,8 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ropo.models.source import PolicySource, check_adapter, find_model, load_tokenizer
+from ropo.models.fit import check_adapter
+from ropo.models.source import Model, find_model, load_tokenizer
 
 
 def make_ready(
@@ -27,7 +28,7 @@ def make_ready(
     """
     place: str = find_model(model) if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
-        model = PolicySource(place).load()
+        model = Model(place).load()
     if tokenizer is None and not place:
         raise ValueError("ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer.")
     tokenizer = tokenizer or load_tokenizer(place)

@@ -185,7 +185,7 @@ def test_what_is_missing_is_left_out_in_peace(make_run, change):
     tables = build(run)
     page = Page(render_html(tables))
     assert page.unbalanced == []
-    assert "No prompt was won back" in page.text
+    assert "No prompt has a new pair" in page.text
     assert "nan" not in page.text.lower().split()
     assert "None" not in page.text.replace("None were found", "")
     assert render_markdown(tables)

@@ -5,8 +5,10 @@ from ropo.audit import features
 from ropo.audit.features import BLOCKS
 from ropo.audit.run import SCORERS
 from ropo.audit.weights import Why
-from ropo.report.sentences import CLAUSES, why_hard, write_sentences
-from ropo.report.tables import MEANINGS, SURFACE, build_tables
+from ropo.report.clauses import CLAUSES
+from ropo.report.from_summary import MEANINGS, SURFACE
+from ropo.report.sentences import why_hard, write_sentences
+from ropo.report.tables import build_tables
 from ropo.report.wording import NB_SPACE, percent, percent_range
 
 RATE = {"estimate": 0.29, "low": 0.26, "high": 0.32}
@@ -29,7 +31,7 @@ def test_the_headline_states_rate_and_interval(make_run):
 
 
 def test_without_signal_the_headline_says_so_with_the_reason(make_run):
-    tables, sentences = said(make_run, is_informative=False, reason="the margins spread over 0.01 nats only")
+    tables, sentences = said(make_run, is_informative=False, reason="The margins spread over 0.01 nats only.")
     assert "too little signal" in sentences["title"]
     assert sentences["interval"] == "The margins spread over 0.01 nats only."
     assert "29" not in sentences["title"]
@@ -53,7 +55,7 @@ def test_the_first_screen_counts_what_to_read_and_what_was_done(make_run):
     _, sentences = said(make_run, flip_rate=RATE)
     assert "P(flipped) add up to about 3 wrong labels, those of all pairs to 5." in plain(sentences["look"])
     assert plain(sentences["done"]).startswith(
-        "Of 20 pairs, 16 kept, 2 dropped, 1 flipped and 1 dropped and won back by a new pair."
+        "Of 20 pairs, 16 kept, 2 dropped, 1 flipped and 1 dropped and replaced by a new pair."
     )
     assert sentences["budget"] == "ρ = 0.20, the share to filter out."  # a summary of before, without a reason
 
@@ -84,12 +86,12 @@ def test_rules_keep_silent_when_they_do_not_apply(make_audit):
 def test_trust_tells_what_became_of_labels_turned_on_purpose(make_audit):
     _, sentences = said(make_audit)
     assert plain(sentences["trust"][0]) == (
-        "We turned each of 100 labels round once after the margins were made, 10 at a time: 85 % of them "
+        "We flipped each of 100 labels once after the margins were made, 10 at a time: 85 % of them "
         "(interval 78–90 %) were called flipped, and 20 % of the others."
     )
     assert plain(sentences["trust"][1]) == (
         "So about 90 % of the truly wrong labels are found, and about 70 % of the called ones are truly wrong. Both "
-        "hang on the flip rate: across its interval the first is 80–95 %, the second 55–90 %."
+        "depend on the flip rate: across its interval the first is 80–95 %, the second 55–90 %."
     )
 
 
@@ -119,7 +121,7 @@ def calibration():
 def test_trust_says_why_there_was_no_test(make_audit, summary, words):
     _, sentences = said(make_audit, calibration=None, **summary)
     assert words in sentences["trust"][0]
-    assert "We turned" not in " ".join(sentences["trust"])
+    assert "We flipped" not in " ".join(sentences["trust"])
 
 
 def test_margins_of_the_trained_model_are_no_test_of_labels(make_run):
@@ -446,7 +448,7 @@ def test_why_a_pair_is_hard(checks, are_moments, is_late, words):
 def test_verdicts_are_left_out_of_what_to_read(make_audit):
     tables, _ = said(make_audit)
     tables["counts"]["num_judged"] = 2
-    assert plain(write_sentences(tables)["look"]).endswith("2 pairs with a verdict of a person are not counted.")
+    assert plain(write_sentences(tables)["look"]).endswith("2 pairs with a review decision are not counted.")
 
 
 def test_soft_weights_are_mentioned(make_run):

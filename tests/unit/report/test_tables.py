@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from ropo.pairs import Pair
+from ropo.report.from_summary import NUM_ANNOTATORS
 from ropo.report.pair_tables import NUM_DROPPED_ROWS
 from ropo.report.statistics import round_step
-from ropo.report.tables import NUM_ANNOTATORS, NUM_CURVE_POINTS, build_tables
+from ropo.report.tables import NUM_CURVE_POINTS, build_tables
 
 
 def build(run):

@@ -1,4 +1,4 @@
-"""Sampling as a whole: the same call gives the same text, and a killed one goes on after its last finished shard."""
+"""Sampling as a whole: the same call gives the same text, and a killed one resumes after its last finished shard."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from ropo.sampling.engine import Prompt, Response, Sampling, response_of, seeded
 from ropo.sampling.generate import sample_responses
 from ropo.sampling.transformers_engine import TransformersEngine
 
-OPTIONS = {"num_candidates": 2, "max_new_tokens": 8, "seed": 5}
+OPTIONS = {"sampling": Sampling(num_candidates=2, max_new_tokens=8), "seed": 5}
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_chance_belongs_to_the_prompt(model, tokenizer, prompts):
 
 def test_texts_and_counts(model, tokenizer, prompts):
     """What is drawn is decoded up to the token that ended it, which is not counted."""
-    found = sample_responses(model, tokenizer, prompts, num_candidates=8, max_new_tokens=60)
+    found = sample_responses(model, tokenizer, prompts, Sampling(num_candidates=8, max_new_tokens=60))
     ended = [each for each in found if each.is_finished]
     assert len(ended) > 3
     assert all(each.num_tokens < 60 for each in ended)
@@ -166,14 +166,10 @@ def test_killed_between_any_two_steps(share, model, tokenizer, prompts, tmp_path
     assert {p.name: hash_file(p) for p in killed.iterdir()} == {p.name: hash_file(p) for p in whole.iterdir()}
 
 
-def echo(folder, prompts, engine=None, **options):
+def echo(folder, prompts, engine=None, *, seed=0, model_digest="m", **sampling):
     engine = engine or EchoEngine()
-    found = sample_responses(
-        engine,
-        None,
-        prompts,
-        **{"num_candidates": 1, "max_new_tokens": 8, "folder": folder, "model_digest": "m", **options},
-    )
+    sampling = Sampling(**{"num_candidates": 1, "max_new_tokens": 8, **sampling})
+    found = sample_responses(engine, None, prompts, sampling, seed=seed, folder=folder, model_digest=model_digest)
     return engine.calls, found
 
 
@@ -311,7 +307,7 @@ def test_out_of_memory_halves_the_rows(model, tokenizer, prompts, monkeypatch, c
     assert sizes == [16, 8, 4]
     assert asked[0] == 10 > asked[1] > asked[2]
     assert len(advanced) == 10
-    assert "goes on with 4 rows at a time" in caplog.text
+    assert "with 4 rows at a time" in caplog.text
     monkeypatch.setattr(shared_prompt._Flight, "_read", lambda *_: exec("raise torch.OutOfMemoryError"))
     with pytest.raises(torch.OutOfMemoryError, match="needs memory for 2 rows of"):
         engine(model, tokenizer).sample(given, SAMPLING, lambda *_: None)

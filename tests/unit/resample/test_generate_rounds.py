@@ -1,4 +1,4 @@
-"""Sampling inside a run: killed between two shards it goes on, and what an engine needs reaches it."""
+"""Sampling inside a run: killed between two shards it resumes, and what an engine needs reaches it."""
 
 import json
 import threading

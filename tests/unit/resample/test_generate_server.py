@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ropo.endpoint import EndpointError
+from ropo.endpoint.address import Endpoint
+from ropo.endpoint.client import EndpointError
 from ropo.sampling.engine import Prompt, Response, Sampling
 from ropo.sampling.generate import sample_responses
 from ropo.sampling.server_engine import ServerEngine
@@ -75,9 +76,11 @@ def waits():
 
 @pytest.fixture
 def engine(server, tokenizer, waits):
-    def make(url=None, **options):
-        options = {"max_retries": 2, "timeout_seconds": 5, "max_total_seconds": 60, "sleep": waits.append, **options}
-        return ServerEngine(url or server.url, "policy", tokenizer, **options)
+    def make(**options):
+        usual = {"url": server.url, "model": "policy", "max_retries": 2, "timeout_seconds": 5, "max_total_seconds": 60}
+        options = {**usual, "sleep": waits.append, **options}
+        where = {name: options.pop(name) for name in Endpoint.__dataclass_fields__ if name in options}
+        return ServerEngine(Endpoint(**where), tokenizer, **options)
 
     return make
 
@@ -153,7 +156,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 ):
     monkeypatch.setenv("MY_KEY", SECRET)
     made = engine(api_key_env="MY_KEY")
-    options = {"num_candidates": 2, "max_new_tokens": 5, "folder": tmp_path, "model_digest": "m"}
+    options = {"sampling": Sampling(num_candidates=2, max_new_tokens=5), "folder": tmp_path, "model_digest": "m"}
     ids = [list(prompt.ids) for prompt in prompts(tokenizer, 3)]
     sample_responses(made, tokenizer, ids, **options)
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {SECRET}"}
@@ -204,7 +207,7 @@ def test_what_does_not_pass_is_told(how, words, server, engine, tokenizer):
     server.answers = [how]
     with pytest.raises(EndpointError, match=words) as error:
         sample(engine(), tokenizer)
-    assert f"asked of {server.url}/v1/completions" in str(error.value)
+    assert f"asked of {server.url}/v1/completions." in str(error.value)
     assert "tokens and ends with 'the waiter number 0 was kind'" in str(error.value)
     assert "2 responses of policy" in str(error.value)
 
@@ -226,7 +229,7 @@ def test_silent_server(server, engine, tokenizer):
 def test_one_failure_ends_the_waiting_of_others(server, tokenizer):
     """Requests that wait to be repeated give up; those not yet sent are never sent."""
     server.answers = [lambda body: (time.sleep(0.2) or (404, "gone")) if body["seed"] == 1 else (503, "busy")]
-    made = ServerEngine(server.url, "policy", tokenizer, num_threads=2, max_retries=50)
+    made = ServerEngine(Endpoint(url=server.url, model="policy", max_retries=50), tokenizer, num_threads=2)
     start = time.monotonic()
     with pytest.raises(EndpointError, match="status 404"):
         sample(made, tokenizer, 30)
@@ -238,8 +241,8 @@ def test_broken_off_and_taken_up_again(server, engine, tokenizer, tmp_path, monk
     """What the server answered before it broke down is not asked again."""
     monkeypatch.setattr("ropo.sampling.server_engine._TOKENS_PER_SHARD", 60)
     ids = [list(prompt.ids) for prompt in prompts(tokenizer, 6)]
-    options = {"num_candidates": 2, "max_new_tokens": 5, "folder": tmp_path, "model_digest": "m"}
-    expected = sample_responses(engine(), tokenizer, ids, num_candidates=2, max_new_tokens=5)
+    options = {"sampling": Sampling(num_candidates=2, max_new_tokens=5), "folder": tmp_path, "model_digest": "m"}
+    expected = sample_responses(engine(), tokenizer, ids, options["sampling"])
     server.bodies.clear()
     server.answers = [answer, answer, answer, lambda _: (400, "broken")]
     with pytest.raises(EndpointError, match="status 400"):
@@ -257,16 +260,3 @@ def test_half_a_character(server, engine, tokenizer):
     choice = {"index": 0, "text": "a\ud83d", "finish_reason": "stop"}
     server.answers = [lambda _: (200, json.dumps({"choices": [choice, choice]}))]
     assert sample(engine(), tokenizer)[0][0].text == "a?"
-
-
-@pytest.mark.parametrize(
-    ("url", "words"),
-    [
-        ("localhost:8000", "http:// or https://"),
-        ("ftp://host/v1", "http:// or https://"),
-        ("http://me:pw@host", "without"),
-    ],
-)
-def test_bad_addresses(url, words, tokenizer):
-    with pytest.raises(ValueError, match=f"Engine server needs an .*{words}"):
-        ServerEngine(url, "policy", tokenizer)

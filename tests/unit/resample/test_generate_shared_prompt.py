@@ -143,7 +143,7 @@ def test_neighbours_do_not_matter(llama, num_rows):
 def test_small_rooms(llama, monkeypatch):
     """The cache is copied every three steps, and prompts are read one by one."""
     expected = draw("share_prompts", llama)
-    monkeypatch.setattr(shared_prompt, "_ROOM", 3)
+    monkeypatch.setattr(shared_prompt, "_SPARE_COLUMNS", 3)
     monkeypatch.setattr(calls, "_READ_TOKENS", {"cpu": 1})
     assert draw("share_prompts", llama) == expected
 
@@ -234,9 +234,9 @@ def test_a_model_that_has_scored_pairs_samples_as_before(llama):
 def test_prompts_beyond_the_positions_are_refused():
     model = AutoModelForCausalLM.from_config(MODELS["learned positions"])
     call = Caller(model, Padding())
-    assert call.room_after(range(33)) == 7
+    assert call.max_response_tokens(range(33)) == 7
     with pytest.raises(ValueError, match="shorter than the model's 40 positions; got one of 40 tokens"):
-        call.room_after(range(40))
+        call.max_response_tokens(range(40))
 
 
 def choice(model, longest=64):

@@ -152,7 +152,7 @@ def test_wrong_number_of_responses(vllm, tokenizer):
 
 def test_shards(vllm, tokenizer, tmp_path):
     """It serves `sample_responses` as any engine does; what is finished starts no vLLM."""
-    options = {"num_candidates": 2, "max_new_tokens": 5, "folder": tmp_path, "model_digest": "m"}
+    options = {"sampling": SAMPLING, "folder": tmp_path, "model_digest": "m"}
     prompts = [[80], [81, 82]]
     first = sample_responses(VllmEngine("m", tokenizer), tokenizer, prompts, **options)
     assert [each.prompt for each in first] == [0, 0, 1, 1]

@@ -6,7 +6,16 @@ import torch
 
 from ropo.losses import ropo
 from ropo.pairs import Pair
-from ropo.resample.select import SELECTION_RULES, Candidate, Guards, new_pair, repetition, select_candidates
+from ropo.resample.select import (
+    SELECTION_RULES,
+    Candidate,
+    Criteria,
+    Guards,
+    Refusal,
+    new_pair,
+    repetition,
+    select_candidates,
+)
 
 PARENT = Pair(prompt="p", chosen="good", rejected="bad", row=7)
 OTHER = Pair(prompt="q", chosen="fine", rejected="poor", row=9)
@@ -27,12 +36,8 @@ def select(candidates, margins, *, rule="min_loss", kept_losses=KEPT, views=None
     return select_candidates(
         candidates,
         np.array(margins, dtype=float),
-        loss_of,
-        rule=rule,
-        guards=Guards(**guards),
-        kept_losses=kept_losses,
+        Criteria(rule=rule, loss_of=loss_of, kept_losses=kept_losses, guards=Guards(**guards), seed=seed),
         views=None if views is None else np.array(views, dtype=float),
-        seed=seed,
     )
 
 
@@ -48,7 +53,7 @@ def test_a_new_pair_knows_where_it_comes_from():
 def test_one_pair_per_prompt_and_the_lowest_loss_wins():
     found = select([candidate("a"), candidate("b"), candidate("c", "fine", OTHER)], [0.5, -2.0, 1.0])
     assert found.taken == [1, 2]
-    assert found.refused == {"another candidate was better": 1}
+    assert found.refused == {Refusal.NOT_BEST: 1}
 
 
 def test_parents_with_one_row_stay_apart():
@@ -60,17 +65,17 @@ def test_parents_with_one_row_stay_apart():
 @pytest.mark.parametrize(
     ("bad", "guards", "reason"),
     [
-        (candidate("bad"), {}, "same text as an original response"),
-        (candidate("good"), {}, "same text as an original response"),
-        (candidate(" ", tokens=(1, 5)), {}, "empty response"),
-        (candidate(tokens=(2, 7)), {"max_length_ratio": 3.0}, "lengths too different"),
-        (candidate("so it is so it is so it is"), {"max_repetition": 0.3}, "response repeats itself"),
+        (candidate("bad"), {}, Refusal.SAME_TEXT),
+        (candidate("good"), {}, Refusal.SAME_TEXT),
+        (candidate(" ", tokens=(1, 5)), {}, Refusal.EMPTY),
+        (candidate(tokens=(2, 7)), {"max_length_ratio": 3.0}, Refusal.LENGTHS),
+        (candidate("so it is so it is so it is"), {"max_repetition": 0.3}, Refusal.REPETITION),
     ],
 )
 def test_text_guards_leave_nothing_for_a_judge(bad, guards, reason):
     found = select([bad], [1.0], **guards)
     assert (found.taken, found.unsettled) == ([], [])
-    assert found.refused == {reason: 1, "prompt without a usable candidate": 1}
+    assert found.refused == {reason: 1, Refusal.PROMPT_WITHOUT_USABLE: 1}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ def test_a_stock_phrase_is_refused():
     own = [candidate(f"answer {i}", parent=parent) for i, parent in enumerate(parents)]
     found = select([*stock, *own], [3.0] * 8 + [1.0] * 4, max_copies=3)
     assert found.taken == [8, 9, 10, 11]
-    assert found.refused["same response to many prompts"] == 8
+    assert found.refused[Refusal.COPIES] == 8
     assert select([*stock, *own], [3.0] * 8 + [1.0] * 4, max_copies=4).taken == [0, 1, 2, 3]
 
 
@@ -101,13 +106,13 @@ def test_an_extreme_margin_makes_room_for_others_or_for_a_judge():
     assert select(both, [50.0, 1.0], max_abs_margin=10.0).taken == [1]
     alone = select(both[:1], [-50.0], max_abs_margin=10.0)
     assert (alone.taken, alone.unsettled) == ([], [0])
-    assert alone.refused == {"margin too extreme to be believed": 1}
+    assert alone.refused == {Refusal.EXTREME_MARGIN: 1}
 
 
 def test_a_margin_that_is_not_a_number_is_nobodys():
     found = select([candidate()], [float("nan")])
     assert (found.taken, found.unsettled) == ([], [])
-    assert found.refused["margin is not a number"] == 1
+    assert found.refused[Refusal.NO_MARGIN] == 1
 
 
 def test_threshold_refuses_what_is_worse_than_the_kept_pairs():
@@ -115,7 +120,7 @@ def test_threshold_refuses_what_is_worse_than_the_kept_pairs():
     assert select([candidate()], [1.1], rule="threshold", kept_losses=limit).taken == [0]
     found = select([candidate()], [0.9], rule="threshold", kept_losses=limit)
     assert (found.taken, found.unsettled) == ([], [0])
-    assert found.refused == {"loss above that of every kept pair": 1}
+    assert found.refused == {Refusal.HIGH_LOSS: 1}
 
 
 def test_quantile_takes_a_typical_pair():
@@ -133,7 +138,7 @@ def test_uncertainty_aware_asks_the_earlier_model():
     assert select(both, [-5.0, 2.0], views=[-0.1, 1.0], **rule).taken == [0]
     found = select(both, [5.0, -2.0], views=[-0.1, 1.0], **rule)
     assert (found.taken, found.unsettled) == ([], [0])
-    assert found.refused == {"the model half way through training disagrees": 2}
+    assert found.refused == {Refusal.DISAGREEMENT: 2}
 
 
 def test_only_as_many_as_the_kept_pairs_bear_and_none_is_favoured():
@@ -147,7 +152,7 @@ def test_only_as_many_as_the_kept_pairs_bear_and_none_is_favoured():
     assert found.taken != select(many, np.arange(1, 41), kept_losses=kept, max_share=0.5, seed=1).taken
     # The ten most extreme would have a mean of 34.5; chance gives 19.5 with a standard error of 3.2.
     assert np.mean(found.taken) < 32
-    assert found.refused["more new pairs than max_resampled_share allows"] == 30
+    assert found.refused[Refusal.OVER_LIMIT] == 30
 
 
 def test_every_candidate_is_accounted_for():
@@ -159,7 +164,7 @@ def test_every_candidate_is_accounted_for():
         for _ in range(4)
     ]
     found = select(many, rng.normal(size=120), rule="threshold", max_length_ratio=1.5, kept_losses=KEPT[:2])
-    about_prompts = found.refused["prompt without a usable candidate"]
+    about_prompts = found.refused[Refusal.PROMPT_WITHOUT_USABLE]
     assert len(found.taken) + sum(found.refused.values()) - about_prompts == 120
     assert len(found.taken) + len(found.unsettled) + about_prompts == 30
 

@@ -1,4 +1,4 @@
-"""From discarded pairs to new ones: the margins of new pairs are those a plain scoring would give."""
+"""From dropped pairs to new ones: the margins of new pairs are those a plain scoring would give."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,11 +11,14 @@ from ropo.data.tokenize import encode_prompts, tokenize_pairs
 from ropo.logps.batch import Batching
 from ropo.logps.score import score_pairs
 from ropo.pairs import Pair, margin
-from ropo.resample.new_pairs import Scored, win_back
-from ropo.resample.select import Guards
+from ropo.resample.new_pairs import Scored, Scoring, resample_pairs
+from ropo.resample.select import Criteria, Guards, Refusal
+from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import Sample, sample_responses
 
 BATCHING = Batching(pad_token_id=0)
+GUARDS = Guards()
+NOTHING_BELIEVED = Guards(max_abs_margin=1e-9)
 
 
 def sample(prompt, text, *, is_finished=True):
@@ -36,7 +39,7 @@ def parents(pairs):
     return pairs[:4]
 
 
-def run(model, reference, tokenizer, parents, samples, *, earlier=None, **options):
+def run(model, reference, tokenizer, parents, samples, *, earlier=None, rule="min_loss", guards=GUARDS, **options):
     """`earlier` is what the earlier model says of tokenized pairs."""
     tokens = tokenize_pairs(parents, tokenizer, max_length=128).tokens
 
@@ -46,43 +49,42 @@ def run(model, reference, tokenizer, parents, samples, *, earlier=None, **option
         )
         return Scored(parents=score(tokens), score=score)
 
-    defaults = {"rule": "min_loss", "guards": Guards(), "kept_losses": np.array([9.0])}
-    return win_back(
-        parents,
-        samples,
+    scoring = Scoring(
         policy=scored(model),
         reference=scored(reference),
         earlier=None if earlier is None else scored(earlier),
-        margins_of=lambda own, base: margin(own, base, beta=0.1).double().numpy(),
-        loss_of=lambda margins: np.log1p(np.exp(-margins)),
-        tokenizer=tokenizer,
-        max_length=128,
-        **{**defaults, **options},
+        margins_of=lambda policy, base: margin(policy, base, beta=0.1).double().numpy(),
+    )
+    criteria = Criteria(
+        rule=rule, loss_of=lambda margins: np.log1p(np.exp(-margins)), kept_losses=np.array([9.0]), guards=guards
+    )
+    return resample_pairs(
+        parents, samples, scoring=scoring, criteria=criteria, tokenizer=tokenizer, max_length=128, **options
     )
 
 
 def test_margins_are_those_of_the_new_pairs(model, reference, tokenizer, parents):
     """Whatever original response it was paired with, in whatever orientation: scoring the new pair gives its margin."""
     samples = [sample(i, text) for i in range(4) for text in (" very kind", " cold soup and loud", " not good")]
-    won = run(model, reference, tokenizer, parents, samples)
-    assert [pair.row for pair in won.pairs] == [0, 1, 2, 3]
-    assert [pair.parent_id for pair in won.pairs] == [pair.id for pair in parents]
-    tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128).tokens
+    made = run(model, reference, tokenizer, parents, samples)
+    assert [pair.row for pair in made.pairs] == [0, 1, 2, 3]
+    assert [pair.parent_id for pair in made.pairs] == [pair.id for pair in parents]
+    tokens = tokenize_pairs(made.pairs, tokenizer, max_length=128).tokens
     scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
-    np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
-    assert (won.margins > 0).all()
+    np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), made.margins, atol=1e-4)
+    assert (made.margins > 0).all()
     originals = {(pair.chosen, pair.rejected) for pair in parents}
-    used = {response for pair in won.pairs for response in (pair.chosen, pair.rejected)}
+    used = {response for pair in made.pairs for response in (pair.chosen, pair.rejected)}
     assert used & {text for pair in originals for text in pair}
 
 
 def test_unfinished_and_repeated_samples_are_counted(model, reference, tokenizer, parents):
     samples = [sample(0, " cut", is_finished=False), sample(1, parents[1].chosen), sample(1, parents[1].rejected)]
-    won = run(model, reference, tokenizer, parents, samples)
-    assert won.pairs == []
-    assert won.refused["response did not end within max_new_tokens"] == 1
-    assert won.refused["no new text once tokenized"] == 1
-    assert won.refused["same text as an original response"] == 2
+    made = run(model, reference, tokenizer, parents, samples)
+    assert made.pairs == []
+    assert made.refused[Refusal.UNFINISHED] == 1
+    assert made.refused[Refusal.NOT_NEW] == 1
+    assert made.refused[Refusal.SAME_TEXT] == 2
 
 
 def test_nothing_sampled(model, reference, tokenizer, parents):
@@ -94,8 +96,8 @@ def test_conversations_get_messages(model, reference, tokenizer):
         return [{"role": "assistant", "content": text}]
 
     parent = Pair(prompt=[{"role": "user", "content": "soup?"}], chosen=said("good"), rejected=said("bad"), row=0)
-    (won,) = run(model, reference, tokenizer, [parent], [sample(0, "very kind")]).pairs
-    assert said("very kind") in (won.chosen, won.rejected)
+    (made,) = run(model, reference, tokenizer, [parent], [sample(0, "very kind")]).pairs
+    assert said("very kind") in (made.chosen, made.rejected)
 
 
 SAMPLES = [(i, text) for i in range(4) for text in (" very kind", " cold soup and loud", " not good")]
@@ -104,17 +106,17 @@ SAMPLES = [(i, text) for i in range(4) for text in (" very kind", " cold soup an
 def test_uncertainty_aware_follows_the_earlier_model(model, reference, tokenizer, parents):
     """With the policy itself as the earlier model nothing is refused; with one that thinks the opposite all is."""
     samples = [sample(*each) for each in SAMPLES]
-    options = {"rule": "uncertainty_aware"}
+    rule = "uncertainty_aware"
 
     def opposite(tokens):
         ours, base = (score_pairs(each, tokens, BATCHING) for each in (model, reference))
         return replace(ours, chosen=2 * base.chosen - ours.chosen, rejected=2 * base.rejected - ours.rejected)
 
-    same = run(model, reference, tokenizer, parents, samples, earlier=model, **options)
+    same = run(model, reference, tokenizer, parents, samples, earlier=model, rule=rule)
     assert same.pairs == run(model, reference, tokenizer, parents, samples).pairs
-    found = run(model, reference, tokenizer, parents, samples, earlier=opposite, **options)
+    found = run(model, reference, tokenizer, parents, samples, earlier=opposite, rule=rule)
     assert found.pairs == []
-    assert found.refused["the model half way through training disagrees"] == 2 * len(samples)
+    assert found.refused[Refusal.DISAGREEMENT] == 2 * len(samples)
 
 
 class Spy:
@@ -133,31 +135,30 @@ def test_a_judge_is_asked_only_what_the_rule_cannot_settle(model, reference, tok
     judge = Spy(0.9)
     assert run(model, reference, tokenizer, parents, samples, judge=judge).num_judged == 0
     assert judge.asked == []
-    nothing_believed = {"guards": Guards(max_abs_margin=1e-9)}
-    won = run(model, reference, tokenizer, parents, samples, judge=judge, weight=0.5, **nothing_believed)
-    assert (won.num_judged, len(won.pairs), len(judge.asked)) == (4, 4, 4)
-    assert won.pairs == judge.asked
-    assert {pair.weight for pair in won.pairs} == {0.5}
-    assert (won.margins > 0).all()
+    made = run(model, reference, tokenizer, parents, samples, judge=judge, weight=0.5, guards=NOTHING_BELIEVED)
+    assert (made.num_judged, len(made.pairs), len(judge.asked)) == (4, 4, 4)
+    assert made.pairs == judge.asked
+    assert {pair.weight for pair in made.pairs} == {0.5}
+    assert (made.margins > 0).all()
 
 
 def test_a_judge_turns_pairs_round_or_leaves_them(model, reference, tokenizer, parents):
     samples = [sample(*each) for each in SAMPLES]
     judge = Spy(0.1, None, 0.5, 0.9)
-    won = run(model, reference, tokenizer, parents, samples, judge=judge, guards=Guards(max_abs_margin=1e-9))
-    turned, stays = won.pairs
+    made = run(model, reference, tokenizer, parents, samples, judge=judge, guards=NOTHING_BELIEVED)
+    turned, stays = made.pairs
     assert (turned.chosen, turned.rejected) == (judge.asked[0].rejected, judge.asked[0].chosen)
     assert stays == judge.asked[3]
-    assert won.margins[0] < 0 < won.margins[1]
-    assert won.refused["prompt without a candidate that the rule takes"] == 2
-    tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128).tokens
+    assert made.margins[0] < 0 < made.margins[1]
+    assert made.refused[Refusal.PROMPT_UNSETTLED] == 2
+    tokens = tokenize_pairs(made.pairs, tokenizer, max_length=128).tokens
     scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
-    np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
+    np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), made.margins, atol=1e-4)
 
 
 def test_sampling_is_repeatable_and_in_order(model, tokenizer, pairs):
     prompts = encode_prompts([pair.prompt for pair in pairs], tokenizer)
-    options = {"num_candidates": 3, "max_new_tokens": 8, "seed": 5}
+    options = {"sampling": Sampling(num_candidates=3, max_new_tokens=8), "seed": 5}
     first = sample_responses(model, tokenizer, prompts, **options)
     again = sample_responses(model, tokenizer, prompts, **options)
     other = sample_responses(model, tokenizer, prompts, **{**options, "seed": 6})
@@ -171,7 +172,7 @@ def test_sampling_is_repeatable_and_in_order(model, tokenizer, pairs):
 def test_padding_does_not_reach_the_text(model, tokenizer, pairs):
     """A prompt gets the same greedy-like answer alone as in a batch with a much longer one."""
     prompts = encode_prompts([pairs[0].prompt, pairs[1].prompt * 3], tokenizer)
-    options = {"num_candidates": 1, "max_new_tokens": 6, "temperature": 1e-4}
+    options = {"sampling": Sampling(num_candidates=1, max_new_tokens=6, temperature=1e-4)}
     alone = [sample_responses(model, tokenizer, [prompt], **options)[0].text for prompt in prompts]
     together = [each.text for each in sample_responses(model, tokenizer, prompts, **options)]
     assert together == alone
@@ -183,25 +184,25 @@ def test_drawn_tokens_are_what_is_scored(model, reference, tokenizer, parents):
     assert tokenizer.decode(letters) == " verykind"
     assert tokenizer(" verykind", add_special_tokens=False)["input_ids"] != letters
     samples = [replace(sample(i, " verykind"), ids=(*letters, tokenizer.eos_token_id)) for i in range(4)]
-    for judge, guards in ((None, Guards()), (Spy(0.1, 0.9), Guards(max_abs_margin=1e-9))):
-        won = run(model, reference, tokenizer, parents, samples, judge=judge, guards=guards)
-        assert len(won.pairs) == len(won.sampled) == 4
-        for pair, drawn in zip(won.pairs, won.sampled, strict=True):
+    for judge, guards in ((None, GUARDS), (Spy(0.1, 0.9), NOTHING_BELIEVED)):
+        made = run(model, reference, tokenizer, parents, samples, judge=judge, guards=guards)
+        assert len(made.pairs) == len(made.sampled) == 4
+        for pair, drawn in zip(made.pairs, made.sampled, strict=True):
             assert getattr(pair, drawn.name) == " verykind"
             assert drawn.ids == samples[0].ids
-        tokens = tokenize_pairs(won.pairs, tokenizer, max_length=128, sampled=won.sampled).tokens
+        tokens = tokenize_pairs(made.pairs, tokenizer, max_length=128, sampled=made.sampled).tokens
         scored = [score_pairs(each, tokens, BATCHING) for each in (model, reference)]
-        np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), won.margins, atol=1e-4)
+        np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), made.margins, atol=1e-4)
 
 
 def test_a_response_with_a_control_token_is_refused(model, reference, tokenizer, parents):
     """The text that a judge or a reader sees would not show it."""
     ids = (*tokenizer(" kind")["input_ids"], tokenizer.pad_token_id, tokenizer.eos_token_id)
-    won = run(model, reference, tokenizer, parents, [replace(sample(0, " kind"), ids=ids)])
-    assert won.pairs == []
-    assert won.refused["response holds a control token"] == 1
+    made = run(model, reference, tokenizer, parents, [replace(sample(0, " kind"), ids=ids)])
+    assert made.pairs == []
+    assert made.refused[Refusal.CONTROL_TOKEN] == 1
 
 
 def test_white_space_makes_no_new_response(model, reference, tokenizer, parents):
     samples = [sample(1, parents[1].rejected.strip())]
-    assert run(model, reference, tokenizer, parents, samples).refused["same text as an original response"] == 2
+    assert run(model, reference, tokenizer, parents, samples).refused[Refusal.SAME_TEXT] == 2

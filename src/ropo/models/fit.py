@@ -1,0 +1,139 @@
+"""Whether a model fits what it is to read and to learn: ids of tokens, positions, an adapter.
+
+In: a model or its skeleton, tokens, an adapter's configuration. Out: nothing, or a refusal before anything is computed.
+"""
+
+import contextlib
+import copy
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ropo.data.tokenize import TokenizedPair, TokenizedPairs
+from ropo.models.source import Model
+from ropo.pairs import Pair
+
+logger = logging.getLogger(__name__)
+
+# Model types with a table of positions, learned or computed.
+_HAVE_TABLE = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
+
+
+def check_positions(model: Model, *parts: TokenizedPairs) -> None:
+    """A model with a table of positions has none for longer texts; others go on, less well.
+
+    Args:
+        model: The initial one.
+        parts: The pairs, cut to `max_length`.
+
+    Raises:
+        ValueError: If a pair is longer than the table of the model's positions.
+    """
+    config = model.config()
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for part in parts for ids in part.tokens)
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    if config.model_type in _HAVE_TABLE:
+        raise ValueError(
+            f"{model.name_or_path} has {limit} positions; got a pair of {longest} tokens. Set max_length to {limit}."
+        )
+    logger.warning(
+        "%s was made for %d positions (max_position_embeddings); the longest pair has %d tokens. It may know little of "
+        "what lies beyond: set max_length to %d, or look whether its card says that it can.",
+        model.name_or_path,
+        limit,
+        longest,
+        limit,
+    )
+
+
+def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
+    """Refuse an adapter that the model cannot take: it is put on a copy without weights.
+
+    Args:
+        model: With or without weights; it is left as it is.
+        peft_config: Of the adapter.
+
+    Raises:
+        ValueError: If a module is not there, or a number is out of range.
+    """
+    no_weights = {
+        id(one): nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for one in model.parameters()
+    }
+    skeleton: Any = copy.deepcopy(model, no_weights)
+    wanted: Any = copy.deepcopy(peft_config)
+    if hasattr(wanted, "init_lora_weights"):
+        wanted.init_lora_weights = True  # other ways to begin read the weights
+    try:
+        with contextlib.suppress(RuntimeError, AttributeError, TypeError):  # it reads weights, and may yet fit
+            get_peft_model(skeleton, wanted)
+    except ValueError as error:
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D") and name
+        }
+        raise ValueError(
+            f"An adapter (peft_config, lora_*) needs to fit its model; got: {error} Linear layers of this model: "
+            f"{', '.join(sorted(linear))}."
+        ) from error
+
+
+def check_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    used: Iterable[tuple[str, Sequence[int] | np.ndarray]],
+    *,
+    name_or_path: str,
+) -> None:
+    """Refuse tokens for which a model has no embedding.
+
+    Args:
+        model: With or without weights.
+        tokenizer: The one that it is used with; its padding and its end of a sequence count.
+        used: Where a text stands, and its token ids.
+        name_or_path: Of the model, for the message.
+
+    Raises:
+        ValueError: If an id is too large.
+    """
+    limit = _num_embeddings(model)
+    ends = {"pad_token": tokenizer.pad_token_id, "eos_token": tokenizer.eos_token_id}
+    own = ((f"the {name} of its tokenizer", [i]) for name, i in ends.items() if i is not None)
+    for where, ids in itertools.chain(own, used):
+        largest = int(np.max(ids, initial=-1))
+        if largest >= limit:
+            raise ValueError(
+                f"A model needs an embedding for each token; {name_or_path} has {limit}, and {where} has the id "
+                f"{largest} ({tokenizer.convert_ids_to_tokens(largest)!r}). Take the tokenizer that the model was "
+                f"trained with, or call model.resize_token_embeddings({len(tokenizer)}) and save both."
+            )
+
+
+def ids_of(pairs: Sequence[Pair], tokens: Sequence[TokenizedPair]) -> Iterator[tuple[str, np.ndarray]]:
+    """The token ids of pairs, for `check_ids`.
+
+    Args:
+        pairs: The pairs.
+        tokens: Their tokens, in the same order.
+    """
+    for pair, ids in zip(pairs, tokens, strict=True):
+        for part in (ids.prompt, ids.chosen, ids.rejected):
+            yield f"a token of row {pair.row}", part
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens a model can read and score."""
+    try:
+        found = [model.get_input_embeddings().num_embeddings]
+    except (AttributeError, NotImplementedError):  # made otherwise
+        found = [model.config.get_text_config().vocab_size]
+    return int(min(found + [size for size in [getattr(model.get_output_embeddings(), "out_features", None)] if size]))
