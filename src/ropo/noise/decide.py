@@ -19,7 +19,7 @@ from scipy.special import entr, expit
 
 from ropo.noise.clusters import PerPair
 from ropo.noise.estimate import check_margins
-from ropo.options import did_you_mean
+from ropo.spelling import did_you_mean
 
 Rule = Callable[..., "Decisions"]
 Checks = Float[np.ndarray, "checks pairs"]
