@@ -10,7 +10,7 @@ JOBS ?= 2
 # 5,000 rows, the same ones each time; `make fuzz ROWS=100000 WRITE=1` draws new ones, for docs/reliability.md.
 ROWS ?= 5000
 
-.PHONY: demo test slow fuzz kill-test lint measure clean
+.PHONY: demo test slow fuzz kill-test help-pages lint measure clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ fuzz: $(VENV)/.installed-dev
 
 kill-test: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kills.py --kills $(KILLS)
+
+# What `ropo X --help` prints, and the names of all options; tests/unit/cli/test_help.py says when they are out of date.
+help-pages: $(VENV)/.installed-dev
+	$(BIN)/python -m ropo.cli.help
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

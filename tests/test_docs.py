@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ropo.cli.main import parse_options, parse_train
+from ropo.cli.arguments import parse_options, parse_train
 from ropo.data.inject import noise_table
 from ropo.data.problems import problems_table
 from ropo.evaluate.export import EXPORTS
@@ -104,7 +104,7 @@ def test_commands_are_understood(code):
             parse_train([*words[2:], "--use_cpu"])  # bf16 is refused on a CPU otherwise
         for task, kind in (("export", ExportArguments), ("win_rate", WinRateArguments)):
             if words[:2] == ["ropo", task]:
-                parse_options(kind, words[2:], task=task)
+                parse_options(kind, words[2:], command=task)
 
 
 def test_docs_name_every_format_with_its_defaults():

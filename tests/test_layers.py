@@ -16,7 +16,9 @@ import ropo
 import ropo_bench
 
 # A package may import packages that stand above it, and its own files.
-ABOVE_THE_BORDER = ["pairs", "provenance", "stages", "options", "data", "logps", "losses", "noise"]
+ABOVE_THE_BORDER = [
+    "pairs", "spelling", "progress", "provenance", "stages", "options", "data", "logps", "losses", "noise",
+]  # fmt: skip
 ORDER = [
     *ABOVE_THE_BORDER, "endpoint", "models", "judge", "sampling", "resample", "train", "audit", "config", "report",
     "run", "evaluate", "cli", "__main__",

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from ropo.config import ROPOConfig
 from ropo.data.inject import flip_labels
 from ropo.evaluate.measures import Mean
-from ropo.logps.score import progress_bar
 from ropo.models.source import Model, load_tokenizer
 from ropo.pairs import Pair
+from ropo.progress import Progress
 from ropo.provenance import typed, write_json
 from ropo.run.align import run_rounds
 from ropo_bench.detection import detection
@@ -98,8 +98,8 @@ def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, conso
 def _make_model(path: Path, *, seed: int) -> None:
     if (path / "tokenizer.json").exists():
         return
-    with progress_bar("Pre-training a tiny language model", 1) as advance:
-        save_toy(path, seed=seed, on_step=lambda _, steps, __: advance(1 / steps))
+    with Progress("Pre-training a tiny language model", 100, unit=" %") as progress:
+        save_toy(path, seed=seed, on_step=lambda _, steps, __: progress.advance(100 / steps))
 
 
 def score_toy_policy(

@@ -14,12 +14,12 @@ from ropo.options import (
     check_choice,
     check_mapping,
     check_values,
-    did_you_mean,
     is_finite,
     read_numbers,
     read_yaml,
     short,
 )
+from ropo.spelling import did_you_mean
 from ropo.train.options import instead_of
 from ropo_bench.methods import BETAS, LEARNING_RATES, METHODS, options_of
 from ropo_bench.own import LACKS, judge_args

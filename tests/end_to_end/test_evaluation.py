@@ -166,7 +166,7 @@ def test_empty_answers_are_counted(model_folder, alpaca_eval, tmp_path, monkeypa
         return [[Response(text=" \n", num_tokens=1, is_finished=True)] for _ in prompts]
 
     monkeypatch.setattr(TransformersEngine, "sample", saying)
-    assert export(model_folder, "alpaca_eval", alpaca_eval, tmp_path, "--plain_text") == 0
+    assert export(model_folder, "alpaca_eval", alpaca_eval, tmp_path, "--plain_text", "--use_cpu") == 0
     assert "average, 3 empty." in capsys.readouterr().out
 
 
@@ -223,6 +223,21 @@ def test_misuse_of_export(model_folder, alpaca_eval, mt_bench, tmp_path, capsys)
             ("alpaca_eval", alpaca_eval, "--temprature", "1"),
             2,
             "unknown option --temprature. Did you mean temperature?",
+        ),
+        (
+            (
+                "alpaca_eval",
+                alpaca_eval,
+                "--use_cpu",
+                "--generation_engine",
+                "server",
+                "--generation_url",
+                "http://localhost:1/v1",
+                "--generation_model",
+                "m",
+            ),
+            2,
+            "use_cpu needs generation_engine transformers; got server. Leave it out.",
         ),
     ]:
         assert export(model_folder, benchmark, questions, output, *more) == code

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,9 @@ OPTIONS = {
     "per_device_train_batch_size": 1, "num_train_epochs": 10, "save_strategy": "steps", "save_steps": 2,
     "hub_token": "hf_secret",
 }  # fmt: skip
+
+SAID = {signal.SIGINT: "interrupted by Ctrl-C", signal.SIGTERM: "interrupted by SIGTERM"}
+NOTHING_LOST = "The same command resumes from what is done."
 
 
 @pytest.fixture
@@ -44,6 +49,24 @@ def wait_for_a_checkpoint(folder, process):
     while not list(folder.glob("rounds/00/checkpoints/checkpoint-*/trainer_state.json")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
+
+
+def wait_for_its_handler(process):
+    """SIGTERM is caught once the command has begun, and by nobody before; what it imports then takes seconds."""
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("wait", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_it_imports(number, wait, words):
+    process = start(*words)
+    wait_for_its_handler(process)
+    time.sleep(wait)
+    process.send_signal(number)
+    assert process.communicate(timeout=60) == ("", f"ropo train: {SAID[number]}. {NOTHING_LOST}\n")
+    assert process.returncode == 128 + number
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -114,7 +114,7 @@ def test_the_command_line_says_it_in_one_line(model_folder, pairs, tmp_path, dea
     def failing(*_, **__):
         raise EndpointError(f"{dead_url} refused the connection. Start it.")
 
-    monkeypatch.setattr("ropo.cli.main.run_rounds", failing)
+    monkeypatch.setattr("ropo.cli.train.run_rounds", failing)
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "p", "chosen": " a", "rejected": " b"}\n')
     words = ["train", "--model_name_or_path", str(model_folder), "--dataset_name", str(data), "--output_dir", "o"]

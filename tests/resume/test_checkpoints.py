@@ -41,7 +41,12 @@ def result_of(trainer):
     """Everything that a training leaves, as numbers."""
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     return torch.cat(
-        [weights, trainer.gather_first_margins(), trainer.training_objective.reliability, trainer.objective.moments]
+        [
+            weights,
+            trainer.gather_first_margins(),
+            trainer.training_objective.reliability,
+            trainer.training_objective.moments,
+        ]
     )
 
 

@@ -30,9 +30,9 @@ def send(number):
 def command(monkeypatch):
     """Let `ropo losses` do something else, as a process of its own would."""
 
-    def run(do, *, name="_losses"):
-        monkeypatch.setattr(sys, "argv", ["ropo", name.lstrip("_")])
-        monkeypatch.setattr(cli, name, lambda _: do() or cli.DONE)
+    def run(do, *, name="losses"):
+        monkeypatch.setattr(sys, "argv", ["ropo", name])
+        monkeypatch.setattr(f"ropo.cli.{name}.run", lambda _: do() or cli.DONE)
         return cli.main()
 
     return run
@@ -46,6 +46,27 @@ def test_one_sentence(number, command, capsys):
     assert signal.getsignal(number) == before
 
 
+def test_a_terminal_gets_a_line_of_its_own(command, capsys, monkeypatch):
+    """^C stands there, or a line that shows progress."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert command(lambda: send(signal.SIGINT)) == 130
+    assert capsys.readouterr().err == "\nropo losses: interrupted by Ctrl-C.\n"
+
+
+def test_a_library_that_goes_on_does_not_begin_a_run(monkeypatch, capsys):
+    """As where an exception inside an import is swallowed."""
+    monkeypatch.setattr(sys, "argv", ["ropo", "losses"])
+
+    def swallow():
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+    monkeypatch.setattr("ropo.cli.console.log_to_console", swallow)
+    monkeypatch.setattr("ropo.cli.losses.run", lambda _: pytest.fail("it began"))
+    assert cli.main() == 130
+    assert capsys.readouterr().err == "ropo losses: interrupted by Ctrl-C.\n"
+
+
 def test_it_says_where_the_same_command_resumes(command, capsys, tmp_path):
     """At the innermost of the stages that were not finished."""
 
@@ -53,12 +74,12 @@ def test_it_says_where_the_same_command_resumes(command, capsys, tmp_path):
         inner = Stages(tmp_path / "models")
         Stages(tmp_path / "audit").run("judge", 0, [], lambda: inner.run("fold 1", 0, [], lambda: send(signal.SIGTERM)))
 
-    assert command(train, name="_train") == 143
+    assert command(train, name="train") == 143
     assert capsys.readouterr().err == (
         "ropo train: interrupted by SIGTERM in stage models/fold 1. The same command resumes there, from its last "
         "checkpoint if it has one.\n"
     )
-    assert command(lambda: send(signal.SIGTERM), name="_bench") == 143
+    assert command(lambda: send(signal.SIGTERM), name="bench") == 143
     assert "The same command resumes from what is done." in capsys.readouterr().err
 
 
@@ -72,7 +93,7 @@ def test_a_library_that_turns_it_into_another_error(command, capsys):
             raise RuntimeError("connection closed by peer") from None
 
     assert command(collective) == 143
-    assert capsys.readouterr().err.endswith("ropo losses: interrupted by SIGTERM.\n")
+    assert capsys.readouterr().err == "ropo losses: interrupted by SIGTERM.\n"
 
 
 def test_processes_of_a_launch_speak_once(command, capsys, monkeypatch):
@@ -102,7 +123,7 @@ def test_an_ignored_signal_stays_ignored():
 
 
 def test_a_caller_in_python_keeps_its_ctrl_c(monkeypatch):
-    monkeypatch.setattr(cli, "_losses", lambda _: send(signal.SIGINT))
+    monkeypatch.setattr("ropo.cli.losses.run", lambda _: send(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
         cli.main(["losses"])
     assert not isinstance(caught.value, Interrupted)

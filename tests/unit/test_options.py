@@ -8,14 +8,16 @@ import typing
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from ropo.cli.main import TrainArguments, main, parse_train
+from ropo.cli.arguments import TrainArguments, parse_train
+from ropo.cli.main import main
+from ropo.cli.words import check_words
 from ropo.config import ROPOConfig
 from ropo.data.options import DataOptions
 from ropo.evaluate.options import ExportArguments
 from ropo.judge.options import JudgeOptions
 from ropo.losses import LOSSES
 from ropo.losses.options import LossOptions
-from ropo.options import Rule, check_options, check_words, identifying, option, read_yaml, rules_of
+from ropo.options import Rule, check_options, identifying, option, read_yaml, rules_of
 from ropo.resample.options import ResampleOptions
 from ropo.sampling.options import EngineOptions
 from ropo.train.checks import check_training, check_warmup
@@ -531,7 +533,7 @@ def test_an_unexpected_exception_is_one_sentence(tmp_path, capsys, monkeypatch):
 
     sk = "sk-12345"
     monkeypatch.setenv("SOME_API_KEY", sk)
-    monkeypatch.setattr("ropo.cli.main.run_rounds", fail)
+    monkeypatch.setattr("ropo.cli.train.run_rounds", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     words = ["train", *WORDS[:-2], str(tmp_path / "O"), "--use_cpu", "--hub_token", "hf_secret1"]
     assert main(words) == 70
@@ -558,7 +560,7 @@ def test_no_exception_is_a_traceback(kind, tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("ropo.cli.main.run_rounds", fail)
+    monkeypatch.setattr("ropo.cli.train.run_rounds", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert main(["train", *WORDS]) == (2 if isinstance(error, ValueError) else 70)
     assert len(capsys.readouterr().err.strip().splitlines()) <= 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ropo.cli.main import parse_train
+from ropo.cli.arguments import parse_train
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 PAPERS = [path for path in RECIPES if path.name not in ("ropo.yaml", "resampling.yaml")]

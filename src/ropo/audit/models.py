@@ -74,7 +74,7 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, scored: 
             loss=_loss(args),
         )
         trainer.check_evenly(NUM_CHECKS)
-        trainer.train_or_resume([question.digest, fold])
+        trainer.train_or_resume([question.digest, fold], title=f"Audit: fold model {fold + 1} of {args.num_folds}")
         margins = torch.stack(trainer.check_margins)
         if PartialState().is_main_process:
             with write_aside(folder / name) as path:

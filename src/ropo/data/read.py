@@ -34,6 +34,7 @@ from datasets.exceptions import DatasetsError
 
 from ropo.data.problems import BadRow, printable, short
 from ropo.provenance import file_kind
+from ropo.spelling import did_you_mean_path, is_beside_others
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,12 @@ def read_rows(source: Source, split: str = "train") -> Iterator[Row]:
         path = Path(source).expanduser()
         if path.is_dir():
             return _read_folder(path, split)
-        if path.exists() or isinstance(source, Path) or looks_like_path(source):
+        if isinstance(source, Path) or is_here(source):
             _refuse_split(split, path.name)
             return _read_file(path)
         return _read_dataset(_open_hub(HubDataset(name=source), split))
     if isinstance(source, HubDataset):
-        if looks_like_path(source.name) or Path(source.name).exists():
+        if _is_written_as_path(source.name) or Path(source.name).exists():
             raise ValueError(
                 f"dataset_config and dataset_data_dir need a dataset on the hub; got the file or folder {source.name}. "
                 "Leave them out; a folder inside it is named by its path."
@@ -121,12 +122,45 @@ def _refuse_split(split: str, what: str) -> None:
 
 def looks_like_path(source: str) -> bool:
     """Whether a name is meant as a path, so that a typing mistake must not become a question to the hub."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith((*READERS, *_OTHER_ENDINGS))
+    return _is_written_as_path(source) or is_beside_others(source)
+
+
+def _is_written_as_path(source: str) -> bool:
+    is_written_so = source.startswith((".", "/", "~")) or source.count("/") > 1
+    return is_written_so or source.endswith((*READERS, *_OTHER_ENDINGS))
+
+
+def instead_of_missing(source: str) -> str:
+    """What may have been meant by a path at which nothing is, as a sentence to append.
+
+    Args:
+        source: The path, which may have been meant as a hub id if it names a folder that exists here.
+    """
+    on_hub = f" If it is on the hub, start where there is no folder {Path(source).parent}."
+    return (did_you_mean_path(Path(source)) or " Check the path.") + ("" if _is_written_as_path(source) else on_hub)
+
+
+def is_here(source: str) -> bool:
+    """Whether a dataset is read from this machine and not from the hub.
+
+    Args:
+        source: File, folder, or hub id.
+
+    Raises:
+        FileNotFoundError: If it looks like a path and nothing is there.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and looks_like_path(source):
+        raise FileNotFoundError(
+            f"load_pairs needs a file that exists; got {source}: file not found.{instead_of_missing(source)}"
+        )
+    return path.exists()
 
 
 def _read_file(path: Path) -> Iterator[Row]:
     reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
     if not path.exists():
+        is_here(str(path))
         raise FileNotFoundError(f"load_pairs needs a file that exists; got {path}: file not found. Check the path.")
     if not path.is_file():  # opening a pipe waits for whoever writes into it, and a device may have no end
         raise ValueError(f"load_pairs needs a regular file; got {path}, {file_kind(path)}. Write the rows to a file.")
@@ -425,9 +459,10 @@ def _open_hub(source: HubDataset, split: str) -> datasets.Dataset:
             source.name, split=split, **{name: value for name, value in options.items() if value is not None}
         )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        close = did_you_mean_path(Path(source.name)) if "/" not in source.name else ""
         raise ValueError(
             "load_pairs needs an existing file or folder, or a dataset on the hub; "
-            f"got {source.name!r}, split {split!r}: {error}. Check the name, the split (--dataset_split), the "
+            f"got {source.name!r}, split {split!r}: {error}.{close} Check the name, the split (--dataset_split), the "
             "configuration (--dataset_config) and the connection."
         ) from error
 

@@ -55,6 +55,7 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
             questions need a chat template that the tokenizer does not have.
     """
     spec, name = EXPORTS[str(args.benchmark)], str(args.name)
+    PartialState(cpu=args.use_cpu)  # whoever asks later gets this one
     questions = read_questions(Path(str(args.questions)), str(args.benchmark))
     _check_turns(questions, args)
     ENGINES[args.generation_engine].check(PartialState().num_processes)

@@ -50,6 +50,7 @@ class ExportArguments(EngineOptions):
     plain_text: bool = option(
         default=False, text="Give the model the bare question, without its chat template, and keep the answer as it is."
     )
+    use_cpu: bool = option(default=False, text="Use no GPU.")
     dtype: Annotated[str, Rule(choices=DTYPES)] = option(
         "auto", "Type of the weights and of computing: auto (as saved), float32, bfloat16."
     )
@@ -69,6 +70,10 @@ class ExportArguments(EngineOptions):
             raise ValueError(
                 "generation_engine server needs dtype auto and no trust_remote_code; got one of them. The server has "
                 "loaded the model as it likes."
+            )
+        if self.use_cpu and self.generation_engine != "transformers":
+            raise ValueError(
+                f"use_cpu needs generation_engine transformers; got {self.generation_engine}. Leave it out."
             )
         if self.generation_engine == "vllm" and self.dtype == "float32":
             raise ValueError("generation_engine vllm needs dtype auto or bfloat16; got float32. Choose one of the two.")

@@ -21,8 +21,8 @@ from ropo.endpoint.address import Endpoint
 from ropo.endpoint.client import EndpointError, post_json
 from ropo.endpoint.pool import StoppedError, ask_many, pause_until
 from ropo.judge.answer_cache import UNREADABLE, Answers
-from ropo.logps.score import progress_bar
 from ropo.pairs import Pair, Text
+from ropo.progress import Progress
 from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
@@ -186,13 +186,13 @@ class EndpointJudge:
     def _ask_all(self, missing: Mapping[str, tuple[_Question, _Question]]) -> None:
         state = PartialState()
         num_threads = max(self._num_threads // state.num_processes, 1)
-        with progress_bar("Asking the judge", len(missing), is_shown=state.is_main_process) as advance:
+        with Progress("Asking the judge", len(missing), unit=" pairs", is_shown=state.is_main_process) as progress:
             ask_many(
                 self._ask_both,
                 list(missing.values()),
                 num_threads=num_threads,
                 stop=self._has_stopped,
-                on_answer=lambda _: advance(1),
+                on_answer=lambda _: progress.advance(),
             )
         if self._on_failure == "stop" and self._failure is not None and self._has_stopped.is_set():
             raise self._failure

@@ -24,7 +24,6 @@ from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.judge.answer_cache import Answers
 from ropo.logps.batch import batches_by_length, plain_batch
 from ropo.logps.cache import reference_hash
-from ropo.logps.score import progress_bar
 from ropo.models.files import (
     TOKENIZER_SETTINGS,
     ModelKind,
@@ -37,6 +36,7 @@ from ropo.models.files import (
 )
 from ropo.models.fit import check_ids, ids_of
 from ropo.pairs import Pair
+from ropo.progress import Progress
 from ropo.provenance import hash_value
 
 logger = logging.getLogger(__name__)
@@ -129,13 +129,15 @@ class RewardModelJudge:
         limit = _MAX_POSITIONS.get(model.device.type, _MAX_POSITIONS["cuda"])
         with (
             torch.no_grad(),
-            progress_bar("Asking the reward model", len(keys), is_shown=PartialState().is_main_process) as advance,
+            Progress(
+                "Asking the reward model", len(keys), unit=" pairs", is_shown=PartialState().is_main_process
+            ) as progress,
         ):
             for where in batches_by_length(lengths, max_tokens=limit):
                 rewards = rewards_of(model, [tokens[i] for i in where])
                 p_right = torch.sigmoid(rewards[0::2] - rewards[1::2]).tolist()
                 self._answers.add({keys[i]: p for i, p in zip(where, p_right, strict=True) if np.isfinite(p)})
-                advance(len(where))
+                progress.advance(len(where))
 
 
 def _key(model: str, tokens: TokenizedPair) -> str:

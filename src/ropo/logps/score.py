@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ropo.data.tokenize import TokenizedPair
@@ -20,6 +19,7 @@ from ropo.logps.choose import choose_layout
 from ropo.logps.features import FeatureReader, Features
 from ropo.logps.shared_prefix import FORWARDS, vocabulary_size
 from ropo.pairs import PairLogps
+from ropo.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def score_pairs(
         model: A causal language model on its device.
         tokens: The pairs.
         batching: Padding, precision and size of the batches.
-        title: What the progress bar says.
+        title: Of the progress that is shown.
         reader: Of this model; reads features in the same pass.
         on_batch: Called in each process with the rows and features, on the CPU, of every batch it finishes (the cache
             writes them). Features of all pairs may be more than fits in memory, so they are not kept here.
@@ -73,7 +73,7 @@ def score_pairs(
     with (
         torch.no_grad(),
         torch.autocast(device.type, dtype=torch.bfloat16) if batching.use_bf16 else contextlib.nullcontext(),
-        progress_bar(title, sum(map(len, mine)), is_shown=state.is_main_process) as advance,
+        Progress(title, sum(map(len, mine)), unit=" pairs", is_shown=state.is_main_process) as progress,
     ):
         while mine:
             where, *rest = mine
@@ -88,7 +88,7 @@ def score_pairs(
             if on_batch is not None:
                 on_batch(scored, features)
             rows += scored
-            advance(len(where))
+            progress.advance(len(where))
     model.train(was_training)
     return logps_of_rows(gather_object(rows) if state.num_processes > 1 else rows)
 
@@ -150,21 +150,3 @@ def logps_of_rows(rows: Rows) -> PairLogps:
         chosen_tokens=torch.tensor(chosen_tokens, dtype=torch.int64),
         rejected_tokens=torch.tensor(rejected_tokens, dtype=torch.int64),
     )
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, total: int, *, is_shown: bool = True):  # type: ignore[no-untyped-def]  # noqa: ANN201
-    """Show what is being done and how long it will take; gone when done.
-
-    Args:
-        title: What is being done.
-        total: How many items there are.
-        is_shown: False on all but the main process.
-
-    Yields:
-        A function that takes the number of items just finished.
-    """
-    columns = (*Progress.get_default_columns()[:-1], TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not is_shown) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -34,7 +34,7 @@ from ropo.losses.margin_losses import (
     simpo,
 )
 from ropo.losses.ranges import check_positive
-from ropo.options import did_you_mean
+from ropo.spelling import did_you_mean
 
 Loss = Callable[..., Tensor]
 

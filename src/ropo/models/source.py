@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from ropo.data.read import looks_like_path
+from ropo.data.read import instead_of_missing, looks_like_path
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_features, reference_logps
@@ -285,7 +285,7 @@ def find_model(model: str | Path) -> str:
         if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
             raise ValueError(f"{_NEEDS_MODEL}; got {name!r}, which holds no config.json. Save the model there first.")
     elif isinstance(model, Path) or looks_like_path(name):
-        raise FileNotFoundError(f"{_NEEDS_MODEL}; got {name!r}: no such folder. Check the path.")
+        raise FileNotFoundError(f"{_NEEDS_MODEL}; got {name!r}: no such folder.{instead_of_missing(name)}")
     return name
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 
 from ropo.noise.clusters import PerPair
 from ropo.noise.estimate import check_margins
-from ropo.options import did_you_mean
+from ropo.spelling import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,9 +9,7 @@ The one idea: a value means the same wherever it is written. A YAML file is read
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Collection, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -20,27 +18,10 @@ import numpy as np
 import yaml
 
 from ropo.provenance import file_kind
+from ropo.spelling import did_you_mean
 
 SHOWN = 100
 """Characters of a value in a message."""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the closest known names, or nothing.
-
-    Args:
-        name: What was written.
-        known: What exists.
-
-    Returns:
-        " Did you mean ...?" or an empty string.
-
-    Examples:
-        >>> did_you_mean("lowest_los", ["lowest_loss", "posterior"])
-        ' Did you mean lowest_loss?'
-    """
-    close = get_close_matches(str(name), list(known), n=2)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def check_mapping(name: str, value: Any) -> None:
@@ -71,48 +52,6 @@ def check_keys(name: str, value: Mapping[str, Any], known: Collection[str]) -> N
     for key in value:
         if key not in known:
             raise ValueError(f"{name} needs keys of {', '.join(known)}; got {key!r}.{did_you_mean(key, known)}")
-
-
-def check_words(words: Sequence[str]) -> None:
-    """Refuse what a command line can say by mistake and a parser takes: options given twice, without value, not text.
-
-    Args:
-        words: What follows `ropo train` or another command.
-
-    Raises:
-        ValueError: If there is any.
-    """
-    for word in words:
-        if not _is_text(word):
-            shown = word.encode("utf-8", "backslashreplace").decode()
-            raise ValueError(f"The command line needs UTF-8 text; got {shown[:SHOWN]!r}. Rename the file, or quote it.")
-    named = [
-        (place, name_of_option(word)) for place, word in enumerate(words) if word.startswith("--") and word != "--"
-    ]
-    for name, count in Counter(name for _, name in named).items():
-        if count > 1:
-            raise ValueError(f"--{name} needs one value; got it {count} times. Leave all but one out.")
-    for place, name in named:
-        if words[place].endswith("=") or words[place + 1 : place + 2] == [""]:
-            raise ValueError(f"--{name} needs a value; got an empty one. Leave it out for the default.")
-
-
-def _is_text(word: str) -> bool:
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def name_of_option(word: str) -> str:
-    """The option that a word of the command line names.
-
-    Examples:
-        >>> name_of_option("--max-length=512")
-        'max_length'
-    """
-    return word.lstrip("-").split("=")[0].replace("-", "_")
 
 
 def is_finite(value: Any) -> bool:
@@ -257,8 +196,12 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
         if as_text and isinstance(node, yaml.MappingNode):
             written = zip(found, node.value, strict=True)
             found |= {name: one.value for name, (_, one) in written if _is_written(one)}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"--config needs a YAML file; {path}{where}: {error.problem or error.context}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ValueError(f"--config needs a YAML file; {path} is none: {error}") from None
+        raise ValueError(f"--config needs a YAML file; {path} is none: {' '.join(str(error).split())}") from None
     if found is None:
         return {}
     if not isinstance(found, dict):

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ropo.options.read import SHOWN, check_keys, did_you_mean, is_finite, is_number, read_object, short
+from ropo.options.read import SHOWN, check_keys, is_finite, is_number, read_object, short
+from ropo.spelling import did_you_mean
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

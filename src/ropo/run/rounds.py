@@ -191,7 +191,7 @@ class Round:
         )
         if self._needs_halfway:
             trainer.save_halfway(self.folder / _HALFWAY)
-        trainer.train_or_resume(made_from)
+        trainer.train_or_resume(made_from, title=f"Round {self.number}: training")
         trainer.save_whole(self.model_folder)
         first_margins = trainer.gather_first_margins()
         if PartialState().is_main_process:

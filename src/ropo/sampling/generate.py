@@ -10,18 +10,17 @@ everything that made it, so it is found again, never sampled twice, and of no us
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ropo.progress import Progress
 from ropo.provenance import hash_value, write_aside
 from ropo.sampling.engine import Advance, Engine, Prompt, Response, Sampling, seeded
 from ropo.sampling.transformers_engine import TransformersEngine
@@ -72,7 +71,7 @@ def sample_responses(
         seed: Random seed.
         folder: Where finished shards are kept; None to keep none.
         model_digest: Names the model by its content; needed with `folder`.
-        title: What the progress bar says.
+        title: Of the progress that is shown.
 
     Returns:
         `sampling.num_candidates` samples per prompt, in the order of the prompts.
@@ -94,7 +93,9 @@ def sample_responses(
         logger.info("%d of %d shards of samples are read from %s", len(known), len(mine), folder)
     samples: list[tuple[int, int, Sample]] = []
     num_known = sum(len(mine[number]) for number in known)
-    with _progress_bar(title, sum(map(len, mine)), num_known, is_shown=state.is_main_process) as advance:
+    with Progress(title, sum(map(len, mine)), unit=" prompts", is_shown=state.is_main_process) as progress:
+        progress.skip(num_known)
+        advance = _with_rate(progress)
         for number, shard in enumerate(mine):
             sampled = known.get(number) or engine.sample([prompt for _, prompt in shard], sampling, advance)
             if number in files and number not in known:
@@ -177,21 +178,13 @@ def _read(path: Path, num_prompts: int, sampling: Sampling) -> list[list[Respons
     return responses
 
 
-@contextmanager
-def _progress_bar(title: str, total: int, num_known: int, *, is_shown: bool) -> Iterator[Advance]:
-    """Show prompts done, tokens per second and the time left; gone when done."""
-    columns = (
-        *Progress.get_default_columns()[:-1],
-        TextColumn("{task.completed}/{task.total} prompts, {task.fields[rate]:.0f} tokens/s,"),
-        TimeRemainingColumn(),
-    )
+def _with_rate(progress: Progress) -> Advance:
+    """Count prompts, and show tokens per second beside them."""
     num_tokens, start = 0, time.monotonic()
-    with Progress(*columns, transient=True, disable=not is_shown) as bar:
-        task = bar.add_task(title, total=total, completed=num_known, rate=0.0)
 
-        def advance(more_prompts: int, more_tokens: int) -> None:
-            nonlocal num_tokens
-            num_tokens += more_tokens
-            bar.update(task, advance=more_prompts, rate=num_tokens / max(time.monotonic() - start, 1e-9))
+    def advance(more_prompts: int, more_tokens: int) -> None:
+        nonlocal num_tokens
+        num_tokens += more_tokens
+        progress.advance(more_prompts, f"{num_tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s")
 
-        yield advance
+    return advance

@@ -12,16 +12,38 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ropo.progress import Progress
 from ropo.train.checkpoints import complete, remove_older
 
 _STATE_FILE = "ropo_state.safetensors"
 
 
-class ProgressWithLoss(ProgressCallback):
-    """The bar of `Trainer` with the newest numbers beside it, instead of a printed dict for every line of the log."""
+class ShowProgress(TrainerCallback):
+    """The steps of a training with the newest numbers of its log beside them, in place of what `Trainer` prints.
+
+    Args:
+        is_line: False for lines of the log even on a terminal.
+    """
+
+    def __init__(self, *, is_line: bool) -> None:
+        self.is_line = is_line
+        self.title = "Training"
+        self._progress: Progress | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        """Begin where the training begins, or resumes."""
+        is_shown = state.is_world_process_zero
+        self._progress = Progress(self.title, state.max_steps, unit=" steps", is_shown=is_shown, is_line=self.is_line)
+        self._progress.__enter__()
+        self._progress.skip(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        """Count the step."""
+        if self._progress is not None:
+            self._progress.advance()
 
     def on_log(
         self,
@@ -33,9 +55,15 @@ class ProgressWithLoss(ProgressCallback):
     ) -> None:
         """Show loss, margin and accuracy."""
         shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-        found = {name: f"{logs[key]:.3f}" for key, name in shown.items() if logs and key in logs}
-        if self.training_bar is not None and found:
-            self.training_bar.set_postfix(found)
+        found = [f"{name} {logs[key]:.3f}" for key, name in shown.items() if logs and key in logs]
+        if self._progress is not None and found:
+            self._progress.advance(0, ", ".join(found))
+
+    def close(self) -> None:
+        """Show nothing any more, whether the training has ended or failed."""
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+            self._progress = None
 
 
 class AfterStep(TrainerCallback):

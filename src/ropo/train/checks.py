@@ -17,7 +17,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from ropo.options import did_you_mean, short
+from ropo.options import short
+from ropo.spelling import did_you_mean
 from ropo.train.launch import refuse_other_launch
 from ropo.train.options import LIGER_LOSSES, TrainOptions
 

@@ -60,22 +60,13 @@ class Objective:
         Raises:
             ValueError: If the loss needs a reference and the batch has none.
         """
-        h = self._margin(logps, inputs)
+        reference = None
+        if "reference_chosen" in inputs:
+            reference = PairLogps(chosen=inputs["reference_chosen"], rejected=inputs["reference_rejected"])
+        h = _margin(logps, reference, self.loss_of_margin)
         if h.requires_grad:
             h.register_hook(_without_the_smallest)
         return h
-
-    def _margin(self, logps: PairLogps, inputs: Batch) -> Tensor:
-        if self.spec.per_token:
-            return margin_per_token(logps, beta=self.loss_of_margin.beta)
-        if "reference_chosen" not in inputs:
-            if self.spec.needs_reference:
-                raise ValueError(
-                    f"{self.loss_of_margin.name} needs reference log-probs; the PairDataset has none. Pass reference=."
-                )
-            return self.loss_of_margin.beta * (logps.chosen - logps.rejected)
-        reference = PairLogps(chosen=inputs["reference_chosen"], rejected=inputs["reference_rejected"])
-        return margin(logps, reference, beta=self.loss_of_margin.beta)
 
     def loss(self, h: Tensor, inputs: Batch, *, progress: float) -> Tensor:
         """Loss per pair; a loss of the whole batch sees the pairs of all processes.
@@ -170,18 +161,29 @@ def warn_about_alpha(args: TrainOptions) -> None:
         )
 
 
+def _margin(policy: PairLogps, reference: PairLogps | None, loss: BoundLoss) -> Tensor:
+    """Margin of each pair as a loss reads it, nats, shape (pairs,)."""
+    if loss.spec.per_token:
+        return margin_per_token(policy, beta=loss.beta)
+    if reference is not None:
+        return margin(policy, reference, beta=loss.beta)
+    if loss.spec.needs_reference:
+        raise ValueError(f"{loss.name} needs reference log-probs; the PairDataset has none. Pass reference=.")
+    return loss.beta * (policy.chosen - policy.rejected)
+
+
 def margins_of(policy: PairLogps, reference: PairLogps | None, loss: BoundLoss) -> NDArray[np.float64]:
     """Margins as a loss reads them, shape (pairs,), nats.
 
     Args:
         policy: Log-probabilities under the policy.
-        reference: The same under the reference; not used by reference-free losses.
+        reference: The same under the reference; None only for losses that need none.
         loss: The loss.
+
+    Raises:
+        ValueError: If the loss needs a reference and there is none.
     """
-    if loss.spec.per_token:
-        return margin_per_token(policy, beta=loss.beta).double().numpy()
-    assert reference is not None  # noqa: S101 - it is computed for every loss that reads it
-    return margin(policy, reference, beta=loss.beta).double().numpy()
+    return _margin(policy, reference, loss).double().numpy()
 
 
 def losses_of(margins: NDArray[np.float64], loss: BoundLoss) -> NDArray[np.float64]:

@@ -288,6 +288,12 @@ def instead_of(name: str) -> str:
     return f" {_IN_TRL[name]}" if name in _IN_TRL else in_loss_args(name)
 
 
+def renamed() -> dict[str, str]:
+    """What `instead_of` says, of every name that it knows."""
+    names = {*_IN_TRL, *(name for spec in LOSSES.values() for name in spec.params if name != "alpha")}
+    return {name: instead_of(name).strip() for name in sorted(names)}
+
+
 def check_kind(args: Any, kind: type, *, taker: str) -> None:
     """Refuse the options of another trainer, which lack what is read here.
 

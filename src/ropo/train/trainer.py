@@ -21,7 +21,14 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -38,8 +45,8 @@ from ropo.train.callbacks import (
     CompleteCheckpoint,
     Halfway,
     NoneAtTheEnd,
-    ProgressWithLoss,
     Replayable,
+    ShowProgress,
     saved_with,
 )
 from ropo.train.checkpoints import find_checkpoint, newest_complete, remove_incomplete, remove_others
@@ -144,9 +151,10 @@ class ROPOTrainer(Trainer):
         )
         self.label_names = []
         self._keep_outputs_in_float32()
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressWithLoss)
+        self._shown = ShowProgress(is_line=not args.disable_tqdm)
+        for kind in (PrinterCallback, ProgressCallback):  # the second prints every line of the log as well
+            self.remove_callback(kind)
+        self.add_callback(self._shown)
 
     def _choose_layout(self, model: nn.Module, sample: PairDataset, *, is_trained: bool) -> str:
         """The fastest forward that agrees with the plain one; which, is logged."""
@@ -223,6 +231,7 @@ class ROPOTrainer(Trainer):
             raise
         finally:
             self.args.save_total_limit = limit
+            self._shown.close()
 
     def _restore(self, checkpoint: Path) -> None:
         """Bring back what `_learned` saved."""
@@ -232,14 +241,16 @@ class ROPOTrainer(Trainer):
         self._checks.margins = list(saved["check_margins"])
         self._order_to_replay = saved["order"] if len(saved["order"]) else None
 
-    def train_or_resume(self, made_from: Any) -> None:
+    def train_or_resume(self, made_from: Any, *, title: str = "Training") -> None:
         """Train; go on from the last complete checkpoint in the output folder if one of this training is there.
 
         The caller saves what it wants of the trained model, so no checkpoint is written at the end.
 
         Args:
             made_from: JSON-able value of everything that the training depends on; checkpoints of another are removed.
+            title: Of the progress that is shown.
         """
+        self._shown.title = title
         folder = Path(str(self.args.output_dir))
         remove_others(folder, made_from=hash_value([made_from, asdict(Launch.of(self.options)), ropo.__version__]))
         self.add_callback(NoneAtTheEnd)

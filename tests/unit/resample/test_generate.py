@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from rich.progress import Progress
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ropo.data.tokenize import encode_prompts
+from ropo.progress import Progress
 from ropo.provenance import hash_file
 from ropo.sampling import generate, shared_prompt
 from ropo.sampling import transformers_engine as in_transformers
@@ -267,14 +267,13 @@ def test_refusals(model, tokenizer, tmp_path):
 
 
 def test_progress_says_tokens_per_second(monkeypatch):
-    seen, clock = [], iter(range(0, 1000, 2))
-    update = Progress.update
-    monkeypatch.setattr(Progress, "update", lambda self, task, **kw: (seen.append(kw), update(self, task, **kw)))
+    clock = iter(range(0, 1000, 2))
+    progress = Progress("Sampling", 10, is_shown=False)
     monkeypatch.setattr(generate.time, "monotonic", lambda: float(next(clock)))
-    with generate._progress_bar("Sampling", 10, 4, is_shown=False) as advance:
-        advance(1, 100)
-        advance(2, 100)
-    assert [(kw["advance"], kw["rate"]) for kw in seen] == [(1, 50.0), (2, 50.0)]
+    advance = generate._with_rate(progress)
+    for prompts in (1, 2):
+        advance(prompts, 100)
+        assert (progress.done, progress.note) == ({1: 1, 2: 3}[prompts], "50 tokens/s")
 
 
 def engine(model, tokenizer, **options):

@@ -1,0 +1,58 @@
+"""`ropo bench`: compare methods on noise whose truth is known.
+
+In: words. Out: an exit code; where rows, tables and figures are, on the standard output.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ropo.cli.faults import DONE
+from ropo.cli.parser import SentenceParser
+from ropo.options import check_folder
+from ropo_bench.grid import run_bench
+from ropo_bench.grid_config import read_bench_config
+from ropo_bench.publish import publish_bench
+
+_USAGE = "Usage: ropo bench --config grid.yaml --output_dir O"
+
+
+def parser() -> SentenceParser:
+    """The options of the command."""
+    found = SentenceParser("bench")
+    found.add("config", type=Path, help="YAML file of the grid, like benchmarks/quick.yaml.")
+    found.add("output_dir", type=Path, help="Folder of rows, tables and figures; rows that are there are kept.")
+    found.add("num_processes", type=int, help="Trainings at a time. Default: one per GPU or core.")
+    return found
+
+
+def run(words: Sequence[str]) -> int:
+    """Measure every cell of the grid that has no row.
+
+    Args:
+        words: What follows the command.
+
+    Returns:
+        Exit code.
+    """
+    given = parser().read(words)
+    for name in ("config", "output_dir"):
+        if getattr(given, name) is None:
+            raise ValueError(f"--{name} is missing. {_USAGE}")
+    config = read_bench_config(given.config)
+    if given.num_processes is not None and given.num_processes < 1:
+        raise ValueError(f"num_processes needs 1 or more; got {given.num_processes}.")
+    check_folder("output_dir", given.output_dir)
+    start = time.monotonic()
+    run_bench(
+        config,
+        given.output_dir,
+        num_processes=given.num_processes,
+        on_row=lambda what, number, total: print(f"[{number}/{total}] {what}", flush=True),
+    )
+    tables, *pictures = publish_bench(given.output_dir)
+    print(
+        f"Measured in {time.monotonic() - start:.0f} s.\nRows:     {given.output_dir / 'results.csv'}\n"
+        f"Pictures: {', '.join(path.name for path in pictures)}\nTables:   {tables}   <- look here next"
+    )
+    return DONE
