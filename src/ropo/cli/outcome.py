@@ -4,16 +4,17 @@ In: the result of a run, and its folder. Out: lines on the standard output.
 """
 
 from pathlib import Path
-from typing import Any
 
 from ropo.data.problems import printable
+from ropo.evaluate.answers import Exported
 from ropo.evaluate.measures import Mean
 from ropo.evaluate.options import ExportArguments
 from ropo.evaluate.win_rate import WinRate
 from ropo.noise.review_order import WIDE_INTERVAL
+from ropo.provenance import Json
 
 
-def say_audit(summary: dict[str, Any], folder: Path) -> None:
+def say_audit(summary: Json, folder: Path) -> None:
     """Say what an audit has found, and what to do next.
 
     Args:
@@ -31,7 +32,7 @@ def say_audit(summary: dict[str, Any], folder: Path) -> None:
     )
 
 
-def say_training(summary: dict[str, Any], folder: Path) -> None:
+def say_training(summary: Json, folder: Path) -> None:
     """Say what a run has trained on, and where the model is.
 
     Args:
@@ -54,7 +55,7 @@ def say_training(summary: dict[str, Any], folder: Path) -> None:
     )
 
 
-def say_rate(summary: dict[str, Any]) -> None:
+def say_rate(summary: Json) -> None:
     """Say how many labels are flipped, as far as that can be said.
 
     Args:
@@ -73,7 +74,7 @@ def say_rate(summary: dict[str, Any]) -> None:
         print(f"  {printable(one['name'])}: {shown}, {one['num_pairs']} pairs")
 
 
-def _say_contradicted(summary: dict[str, Any]) -> None:
+def _say_contradicted(summary: Json) -> None:
     """What stands first in the table for a person though nobody can say whether it is wrong."""
     num = summary["num_contradicted"]
     if not num:  # or None, without models that have not seen the labels
@@ -90,27 +91,24 @@ def _say_contradicted(summary: dict[str, Any]) -> None:
     )
 
 
-def say_export(found: dict[str, Any], given: ExportArguments) -> None:
+def say_export(found: Exported, given: ExportArguments) -> None:
     """Say what was answered, and where the answers are.
 
     Args:
         found: As `export_answers` returns it.
         given: The options.
     """
-    counts = [
-        f"{found[f'num_{kind}']} {meaning}"
-        for kind, meaning in (("unfinished", "cut at max_new_tokens"), ("empty", "empty"))
-        if found[f"num_{kind}"]
-    ]
+    kinds = ((found.num_unfinished, "cut at max_new_tokens"), (found.num_empty, "empty"))
+    counts = [f"{num} {meaning}" for num, meaning in kinds if num]
     print(
-        f"\n{found['num_questions']} questions, {found['num_answers']} answers of {found['mean_chars']:.0f} characters "
+        f"\n{found.num_questions} questions, {found.num_answers} answers of {found.mean_chars:.0f} characters "
         f"on average{''.join(f', {count}' for count in counts)}.\n"
-        f"Temperature {' or '.join(f'{value:g}' for value in found['temperatures'])}, top_p {given.top_p:g}, at most "
+        f"Temperature {' or '.join(f'{value:g}' for value in found.temperatures)}, top_p {given.top_p:g}, at most "
         f"{given.max_new_tokens} tokens.\n"
-        f"Answers: {found['file']}   <- what {given.benchmark} reads"
+        f"Answers: {found.file}   <- what {given.benchmark} reads"
     )
     if given.benchmark == "alpaca_eval":
-        print(f"Next:    ropo win_rate --outputs {found['file']} --baseline B.json, or alpaca_eval itself")
+        print(f"Next:    ropo win_rate --outputs {found.file} --baseline B.json, or alpaca_eval itself")
 
 
 def say_win_rate(found: WinRate, folder: Path) -> None:

@@ -13,11 +13,10 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -31,7 +30,7 @@ from ropo.models.files import check_json
 from ropo.models.fit import check_ids
 from ropo.models.source import Model, find_model, load_tokenizer, model_digest
 from ropo.pairs import Text
-from ropo.provenance import read_json, versions, write_json
+from ropo.provenance import Json, read_json, versions, write_json
 from ropo.sampling.engine import Engine, Sampling
 from ropo.sampling.engines import ENGINES, Reach, open_engine
 from ropo.sampling.generate import Sample, sample_responses
@@ -39,14 +38,37 @@ from ropo.sampling.generate import Sample, sample_responses
 logger = logging.getLogger(__name__)
 
 
-def export_answers(args: ExportArguments) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """Answers that were written.
+
+    Attributes:
+        file: What the benchmark reads.
+        num_questions: Number of questions.
+        num_answers: Number of answers; a question of several turns has several.
+        num_unfinished: Answers cut at `max_new_tokens`.
+        num_empty: Answers of nothing but white space.
+        mean_chars: Mean length of an answer, characters.
+        temperatures: Sampling temperatures, ascending.
+    """
+
+    file: Path
+    num_questions: int
+    num_answers: int
+    num_unfinished: int
+    num_empty: int
+    mean_chars: float
+    temperatures: tuple[float, ...]
+
+
+def export_answers(args: ExportArguments) -> Exported:
     """Answer all questions; rerun the same call to resume it.
 
     Args:
         args: Options.
 
     Returns:
-        The file that was written, and counts: `file`, `num_questions`, `num_unfinished`, `num_empty`, `mean_chars`.
+        The file that was written, and counts.
 
     Raises:
         FileNotFoundError: If the questions are not there.
@@ -85,15 +107,15 @@ def export_answers(args: ExportArguments) -> dict[str, Any]:
         write_answers(path, answers, str(args.benchmark), name=name, written=started)
     PartialState().wait_for_everyone()
     texts = [text for answer in answers for text in answer.turns]
-    return {
-        "file": path,
-        "num_questions": len(questions),
-        "num_answers": len(texts),
-        "num_unfinished": sum(not sample.is_finished for said in samples for sample in said),
-        "num_empty": sum(not text.strip() for text in texts),
-        "mean_chars": float(np.mean([len(text) for text in texts])),
-        "temperatures": sorted(set(temperatures.values())),
-    }
+    return Exported(
+        file=path,
+        num_questions=len(questions),
+        num_answers=len(texts),
+        num_unfinished=sum(not sample.is_finished for said in samples for sample in said),
+        num_empty=sum(not text.strip() for text in texts),
+        mean_chars=float(np.mean([len(text) for text in texts])),
+        temperatures=tuple(sorted(set(temperatures.values()))),
+    )
 
 
 def _check_turns(questions: Sequence[Question], args: ExportArguments) -> None:
@@ -214,7 +236,7 @@ def _identity(
     questions: Sequence[Question],
     digest: str,
     temperatures: Mapping[str | int, float],
-) -> dict[str, Any]:
+) -> Json:
     """Everything that changes the answers, as plain values."""
     asked = json.dumps([asdict(question) for question in questions], sort_keys=True)
     return {
@@ -231,7 +253,7 @@ def _identity(
     }  # fmt: skip
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> float:
+def _claim(folder: Path, identity: Json) -> float:
     """Write down what the answers are made of, or refuse a folder of other ones; when they were started, in seconds."""
     path, state = folder / "config.json", PartialState()
     if state.is_main_process and not path.exists():

@@ -19,7 +19,7 @@ from typing import Any
 from ropo.data.problems import BadRow, short
 from ropo.data.read import read_rows
 from ropo.data.validate import DataError
-from ropo.provenance import file_kind, hash_value, write_aside
+from ropo.provenance import Json, file_kind, hash_value, write_aside
 
 _ID_DIGITS = 22  # as long as the ids that FastChat and Arena-Hard draw by lot
 
@@ -72,7 +72,7 @@ class ExportSpec:
     """
 
     question: Callable[[Mapping[str, Any]], Question]
-    row: Callable[[Answer, str, float], dict[str, Any]]
+    row: Callable[[Answer, str, float], Json]
     file: str
     source: str
     max_new_tokens: int
@@ -94,7 +94,7 @@ def alpaca_eval_question(row: Mapping[str, Any]) -> Question:
     return Question(id=instruction, turns=(instruction,), dataset=None if dataset is None else str(dataset))
 
 
-def alpaca_eval(answer: Answer, name: str, written: float) -> dict[str, Any]:
+def alpaca_eval(answer: Answer, name: str, written: float) -> Json:
     """A row of the `--model_outputs` of `alpaca_eval`.
 
     Checked against tatsu-lab/alpaca_eval at cd543a1: the files `results/*/model_outputs.json`, and `evaluate` in
@@ -122,7 +122,7 @@ def mt_bench_question(row: Mapping[str, Any]) -> Question:
     return Question(id=_id(row, "question_id"), turns=tuple(map(encodable, turns)), category=_category(row))
 
 
-def mt_bench(answer: Answer, name: str, written: float) -> dict[str, Any]:
+def mt_bench(answer: Answer, name: str, written: float) -> Json:
     """A line of `data/mt_bench/model_answer/<model>.jsonl`.
 
     Checked against lm-sys/FastChat at 0e6d3e4: `get_model_answers` in `fastchat/llm_judge/gen_model_answer.py` writes
@@ -150,7 +150,7 @@ def arena_hard_question(row: Mapping[str, Any]) -> Question:
     return Question(id=_id(row, "uid"), turns=(_text(row, "prompt"),), category=_category(row))
 
 
-def arena_hard(answer: Answer, name: str, written: float) -> dict[str, Any]:
+def arena_hard(answer: Answer, name: str, written: float) -> Json:
     """A line of `data/arena-hard-v2.0/model_answer/<model>.jsonl`, and of v0.1 since April 2025.
 
     Checked against lmarena/arena-hard-auto at 196f6b8: `get_answer` in `gen_answer.py` writes it, `load_model_answers`
@@ -187,7 +187,7 @@ def arena_hard_2024_question(row: Mapping[str, Any]) -> Question:
     return Question(id=_id(row, "question_id"), turns=texts, category=_category(row))
 
 
-def arena_hard_2024(answer: Answer, name: str, written: float) -> dict[str, Any]:
+def arena_hard_2024(answer: Answer, name: str, written: float) -> Json:
     """A line of `data/arena-hard-v0.1/model_answer/<model>.jsonl` before April 2025, when the paper was evaluated.
 
     Checked against lmarena/arena-hard-auto at 318ec93: `get_answer` in `gen_answer.py` writes it. Its `token_len`, of
@@ -296,7 +296,7 @@ def read_questions(path: Path, benchmark: str) -> list[Question]:
     return list(questions.values())
 
 
-def read_objects(path: Path, *, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_objects(path: Path, *, option: str) -> Iterator[tuple[str, Json]]:
     """Read a .json list or .jsonl lines of objects.
 
     Args:
