@@ -1,4 +1,4 @@
-"""Does winning back discarded prompts pay, by which rule, behind which guards, with how many samples?
+"""Does resampling dropped prompts pay, by which rule, behind which guards, with how many samples?
 
     python benchmarks/resample.py                  # fill in the missing cells of resample.csv
     python benchmarks/resample.py --scratch=DIR    # the same; several processes with one folder share the work

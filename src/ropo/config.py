@@ -11,7 +11,6 @@ from typing import Annotated
 
 from ropo.audit.options import AuditOptions
 from ropo.judge.options import JudgeOptions
-from ropo.noise.decide import RULES
 from ropo.options import Rule, option
 from ropo.resample.options import ResampleOptions
 from ropo.sampling.engines import ENGINES
@@ -52,9 +51,8 @@ class ROPOConfig(JudgeOptions, ResampleOptions, AuditOptions):
                 f"rho {self.rho} needs margins to filter by before the last training; got num_folds 0 and one round. "
                 "Use rounds of 2 or more, or num_folds of 2 or more."
             )
-        takes_judge = self.decision_rule != "auto" and RULES[self.decision_rule].takes_judge
-        if self.judge != "none" and not takes_judge and not self.num_candidates:
+        if self.judge != "none" and not self.num_candidates:
             raise ValueError(
-                f"judge {self.judge} needs something to settle; got decision_rule {self.decision_rule} and "
-                "num_candidates 0. Use decision_rule hard_or_noisy, or resampling."
+                f"judge {self.judge} needs new pairs to settle; got num_candidates 0. Set num_candidates to 1 or "
+                "more, or leave the judge out."
             )

@@ -49,13 +49,13 @@ class Pair:
         chosen: The response that the label calls better.
         rejected: The response that the label calls worse.
         row: Place in the input, counted from 0 over rows (not over lines of text). A resampled pair
-            carries the row of the pair whose prompt it wins back.
+            carries the row of the pair whose prompt it answers.
         origin: "data" for a pair that was read, "trusted" for one that is known to be right, "resampled" for one that
             we made.
         annotator: Who labelled the pair, if the data says so.
         weight: Weight that the data gives the pair, 0 or more; 1 when it gives none.
         verdict: What a person has said about the label: "right", "wrong", "drop", or None for nothing.
-        parent_id: Id of the pair whose prompt a resampled pair wins back; None for others.
+        parent_id: Id of the pair whose prompt a resampled pair answers; None for others.
         id: `pair_id` of the three texts; computed when not given.
     """
 

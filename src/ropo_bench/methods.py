@@ -361,16 +361,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             options=_loss("simpo"),
             search={"target_margin": (0.0, 0.5, 1.0)},
         ),
-        "double_correction": Method(
-            meaning="drops by a lower bound of the loss over checks, relabels the top",
-            paper="arXiv:2405.11272",
-            options={"loss": "dpo", "decision_rule": "double_correction", "scorer": "models"},
-        ),
-        "upo": Method(
-            meaning="weights by certainty and by agreement of the checks",
-            paper="arXiv:2409.11212, repaired",
-            options={"loss": "dpo", "decision_rule": "uncertainty", "scorer": "models"},
-        ),
         "selective_dpo": Method(
             meaning="the easiest half by cross-fitted loss, easiest first",
             paper="arXiv:2502.09650",

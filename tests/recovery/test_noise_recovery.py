@@ -118,9 +118,7 @@ def test_decisions_leave_fewer_wrong_labels(rule):
     """20 % planted among well separated margins: every rule takes away most of the wrong weight, little else."""
     margins, is_flipped = plant("gaussian", 0.2, num_pairs=5000, seed=9)
     found = estimate_flips(margins)
-    growing = np.array([[0.5], [0.8], [1.0]]) * margins * found.scale
-    checks = growing + 0.3 * np.random.default_rng(10).normal(size=growing.shape)
-    decisions = decide(margins, found.p_flip, rho=found.rate, rule=rule, checks=checks)
+    decisions = decide(margins, found.p_flip, rho=found.rate, rule=rule)
     is_wrong = is_flipped ^ (decisions.decision == "flip")
     assert decisions.weight[is_wrong].sum() < 0.2 * is_flipped.sum()
     assert decisions.weight[~is_wrong].sum() > 0.95 * np.sum(~is_flipped)
@@ -139,23 +137,6 @@ def test_threshold_loses_little_on_clean_data_whatever_the_budget():
     margins, _ = plant("model error", 0.0, num_pairs=5000, seed=11)
     kept = decide(margins, estimate_flips(margins).p_flip, rho=0.4, rule="threshold").weight.mean()
     assert kept > 0.98
-
-
-def test_hard_pairs_are_kept_by_the_rules_that_look_at_checks():
-    """About 180 right pairs are doubtful in the end but not before; the budget is as large as they and the flips."""
-    rng = np.random.default_rng(12)
-    margins, is_flipped = plant("gaussian", 0.1, num_pairs=2000, seed=12)
-    is_hard = ~is_flipped & (rng.random(2000) < 0.1)
-    last = np.where(is_hard, rng.normal(-1.0, 0.3, size=2000), margins)
-    checks = np.stack([np.where(is_hard, 2.5, margins), np.where(is_hard, 1.0, margins), last])
-    found = estimate_flips(last)
-    lost = {
-        rule: decide(last, found.p_flip, rho=0.2, rule=rule, checks=checks).weight[is_hard] == 0
-        for rule in ("lowest_loss", "double_correction", "hard_or_noisy")
-    }
-    assert lost["lowest_loss"].mean() > 0.9
-    assert lost["double_correction"].mean() < 0.65
-    assert lost["hard_or_noisy"].mean() < 0.05
 
 
 def test_a_bad_annotator_is_found():
@@ -226,10 +207,3 @@ def test_trusted_pairs_show_sure_errors():
     assert told.num_trusted == 300
     assert (told.p_flip[is_trusted] == 0).all()
     assert abs(told.rate - 0.2) < abs(blind.rate - 0.2)
-
-
-def test_a_known_rate_is_kept():
-    margins, _ = plant("gaussian", 0.2, num_pairs=2000, seed=16)
-    found = estimate_flips(margins, rate=0.3)
-    assert (found.rate, found.low, found.high) == (0.3, 0.3, 0.3)
-    assert found.p_flip.mean() > estimate_flips(margins).p_flip.mean()

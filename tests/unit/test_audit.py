@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from ropo.audit import options as audit_options
 from ropo.audit import run as audit_run
-from ropo.audit.folds import _deal, folds_of
+from ropo.audit.folds import folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
 from ropo.audit.result import RateEstimate
 from ropo.audit.scorers import Scores
@@ -218,12 +218,6 @@ def test_a_given_rho_takes_away_that_share(model_folder, pairs, tmp_path):
         assert resolve_rule(given, Choice(value=0.2, why=why)) == expected
 
 
-@pytest.mark.parametrize("options", [{"num_folds": 0, "rho": "0.2"}, {"loss": "dpo", "rho": "0"}])
-def test_a_rule_that_needs_checks_needs_folds(options, tmp_path):
-    with pytest.raises(ValueError, match="decision_rule uncertainty needs held-out margins"):
-        config(tmp_path, decision_rule="uncertainty", **options)
-
-
 def test_trusted_pairs_are_kept_and_are_no_part_of_the_data(model_folder, pairs, tmp_path):
     summary = run_audit(
         model_folder,
@@ -306,25 +300,19 @@ def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_fol
     )
 
 
-def test_rules_compare_the_views_of_a_scorer(model_folder, many, tmp_path, monkeypatch):
-    plant(monkeypatch, lambda pair: (1 + pair.row % 7 / 7) * (-1 if pair.row < 16 else 1))
-    summary = run_audit(model_folder, many, config(tmp_path / "O", rho="0.2", decision_rule="hard_or_noisy")).summary
-    assert summary["num_dropped"] == 16
-
-
 def test_an_audit_needs_a_label_that_nobody_has_judged(model_folder, pairs, tmp_path):
     with pytest.raises(ValueError, match="needs a pair whose label nobody has judged; got none"):
         run_audit(model_folder, [replace(pair, verdict="right") for pair in pairs], config(tmp_path / "O"))
 
 
 def test_folds_are_even_and_repeatable():
-    ids = [f"pair {number % 50}" for number in range(60)]
-    fold_of = _deal(ids, 5, seed=1)
+    pairs = [Pair(prompt=f"{row % 50}?", chosen=" yes", rejected=" no", row=row) for row in range(60)]
+    fold_of = folds_of(pairs, 5, seed=1)
     assert np.bincount(list(fold_of.values())).tolist() == [10] * 5
-    assert _deal(ids[::-1], 5, seed=1) == fold_of
-    assert _deal(ids, 5, seed=2) != fold_of
+    assert folds_of(pairs[::-1], 5, seed=1) == fold_of
+    assert folds_of(pairs, 5, seed=2) != fold_of
     with pytest.raises(ValueError, match="got 5 folds and 3 pairs"):
-        _deal(["a", "b", "c"], 5, seed=0)
+        folds_of(pairs[:3], 5, seed=0)
 
 
 def test_what_reads_the_same_shares_a_fold(pairs):
@@ -335,8 +323,6 @@ def test_what_reads_the_same_shares_a_fold(pairs):
     assert len(fold_of) == 60
     for group in zip(pairs, twins, turned, strict=True):
         assert len({fold_of[pair.id] for pair in group}) == 1
-    # Without such twins folds are dealt by the ids themselves.
-    assert folds_of(pairs, 4, seed=0) == _deal([pair.id for pair in pairs], 4, seed=0)
 
 
 def test_pairs_that_differ_in_an_operator_are_dealt_by_themselves():
@@ -360,7 +346,7 @@ def test_data_given_twice_is_no_more_evidence(model_folder, many, tmp_path, monk
     named = [replace(pair, annotator=f"a{pair.row % 2}") for pair in many]
     copies = [replace(pair, prompt=f"{pair.prompt} ", id="", row=80 + pair.row) for pair in named]
     once, twice = (
-        run_audit(model_folder, pairs, config(tmp_path / str(len(pairs)), rho="0.2"))
+        run_audit(model_folder, pairs, config(tmp_path / str(len(pairs)), rho="0.2")).summary
         for pairs in (named, [*named, *copies])
     )
     assert once["is_informative"]

@@ -1,11 +1,15 @@
 """The scorer of every audit, on features whose truth is known: what is taken, what length may say, what verdicts do."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ropo.audit import features
 from ropo.audit.features import BLOCKS
@@ -15,6 +19,8 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.models.source import Model
 from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair, PairFeatures
+from ropo.provenance import read_json
+from ropo.run.align import run_audit
 from ropo.train.dataset import PairDataset
 
 NUM_PAIRS = 300
@@ -232,3 +238,34 @@ def test_one_wrong_verdict_among_many_moves_little(tmp_path, tokenizer):
     decisions = [np.array(one.judgement.decisions)[other] for one in (right, wrong)]
     assert (decisions[0] != decisions[1]).sum() <= 6
     assert auroc(-wrong.margins()[other], case.is_flipped[other]) > 0.95
+
+
+@pytest.mark.slow
+def test_two_processes_audit_as_one(model_folder, pairs, tmp_path):
+    """Each reads the features of its share; margins, estimate and decisions are those of one process."""
+    rows = [
+        {
+            "prompt": f"{row} {pairs[row % 20].prompt}",
+            "chosen": pairs[row % 20].chosen,
+            "rejected": pairs[row % 7].rejected,
+        }
+        for row in range(80)
+    ]
+    dataset, cache = tmp_path / "pairs.jsonl", tmp_path / "cache"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"rho": "0.2", "num_folds": 4, "max_length": 96, "use_cpu": True, "disable_tqdm": True}
+    run_audit(model_folder, dataset, ROPOConfig(output_dir=str(tmp_path / "one"), **options))
+    words = {"model_name_or_path": model_folder, "dataset_name": dataset, "output_dir": tmp_path / "two"}
+    words |= {"reference_cache_dir": cache, **options}
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ropo.cli.main", "audit")
+    command = [sys.executable, *launch, *(f"--{name}={value}" for name, value in words.items())]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    assert len(list(cache.glob("*/features*/*.safetensors"))) == 2
+    one, two = (load_file(tmp_path / name / "audit" / "margins.safetensors") for name in ("one", "two"))
+    assert one["margins"].shape == (80,)
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, atol=5e-3, err_msg=name)
+    one, two = (read_json(tmp_path / name / "audit" / "judgement.json") for name in ("one", "two"))
+    assert two["decisions"] == one["decisions"]
+    assert two["decisions"].count("drop") == 16
+    assert two["estimate"]["rate"] == pytest.approx(one["estimate"]["rate"], abs=1e-3)

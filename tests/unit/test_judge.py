@@ -23,8 +23,7 @@ from ropo.judge.answer_cache import Answers
 from ropo.judge.endpoint import EndpointJudge, parse_answer
 from ropo.judge.options import JUDGES, make_judge
 from ropo.judge.reward_model import RewardModelJudge
-from ropo.judge.verdicts import ask, flip_judge, settle
-from ropo.noise.decide import decide
+from ropo.judge.verdicts import ask, settle
 from ropo.pairs import Pair
 
 KEY = "sk-test-0123456789abcdef"
@@ -50,30 +49,6 @@ def test_ask_checks_what_is_said():
     for bad in (1.5, -0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=re.escape(f"[0, 1] or None; got {bad}")):
             ask(lambda _, bad=bad: [0.5] * 5 + [bad], PAIRS)
-
-
-def test_hard_or_noisy_asks_about_the_doubtful_only():
-    """Position 0 is sure, 1 is wrong at all checks, 2 to 5 are doubtful."""
-    checks = np.array([[2.0, -2, -2, -2, -2, -2], [2.0, -2, 1, 1, 1, 1]])
-    p_flip = np.array([0.0, 0.9, 0.9, 0.1, 0.1, 0.9])
-    asked = []
-
-    def judge(pairs):
-        asked.extend(pair.row for pair in pairs)
-        return [{2: 0.8, 3: 0.2, 4: None, 5: 0.5}[pair.row] for pair in pairs]
-
-    # rho is at most a half, so six sure pairs stand beside the six of interest
-    found = decide(
-        np.concatenate([checks.mean(axis=0), np.full(6, 9.0)]),
-        np.concatenate([p_flip, np.zeros(6)]),
-        rho=0.5,
-        rule="hard_or_noisy",
-        checks=np.hstack([checks, np.full((2, 6), 9.0)]),
-        judge=flip_judge(judge, [*PAIRS, *map(pair, range(6, 12))], np.concatenate([p_flip, np.zeros(6)])),
-    )
-    assert sorted(asked) == [2, 3, 4, 5]
-    # 2: the judge calls it right; 3: wrong; 4: nothing said and 5: a tie, so p_flip stands
-    assert found.decision[:6].tolist() == ["keep", "drop", "keep", "drop", "keep", "drop"]
 
 
 def test_settle_turns_pairs_round():
@@ -746,12 +721,12 @@ def test_code_of_a_model_is_not_run(reward_folder, tmp_path):
 
 
 def config(tmp_path, **options):
-    usual = {"decision_rule": "hard_or_noisy", "use_cpu": True, "report_to": "none"}
+    usual = {"num_candidates": 2, "rounds": 2, "use_cpu": True, "report_to": "none"}
     return ROPOConfig(output_dir=str(tmp_path), **{**usual, **options})
 
 
 def test_no_judge_by_default(tmp_path):
-    args = config(tmp_path, decision_rule="auto")
+    args = config(tmp_path)
     assert (args.judge, args.judge_model, args.judge_api_key_env, args.judge_on_failure) == ("none", None, None, None)
     assert make_judge(args, tmp_path / "judge") is None
     assert not (tmp_path / "judge").exists()
@@ -801,20 +776,13 @@ ENDPOINT = {"judge": "endpoint", "judge_model": "m", "judge_url": "http://127.0.
             {**ENDPOINT, "judge_url": "http://h.invalid", "judge_api_key_env": "TEST_KEY"},
             "judge_url needs https to send",
         ),
-        (
-            {**ENDPOINT, "decision_rule": "threshold"},
-            "judge endpoint needs something to settle; got decision_rule threshold",
-        ),
+        ({**ENDPOINT, "num_candidates": 0}, "judge endpoint needs new pairs to settle; got num_candidates 0"),
     ],
 )
 def test_options_are_checked_early(tmp_path, monkeypatch, options, match):
     monkeypatch.setenv("TEST_KEY", KEY)
     with pytest.raises(ValueError, match=match):
         config(tmp_path, **options)
-
-
-def test_a_judge_may_serve_resampling(tmp_path):
-    config(tmp_path, **ENDPOINT, decision_rule="threshold", num_candidates=2, rounds=2)
 
 
 def test_a_key_in_place_of_its_name_is_not_shown(tmp_path):

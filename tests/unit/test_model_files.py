@@ -447,7 +447,7 @@ def test_what_a_round_left_damaged_is_named_with_what_to_delete(model_folder, tm
     source, trained = Model(str(model_folder)), tmp_path / "rounds" / "00" / "model"
     LlamaForCausalLM.from_pretrained(model_folder).save_pretrained(trained)
     without(LAYER)(trained)
-    with pytest.raises(ValueError, match=rf"without {LAYER}. Delete {trained}, and give the same command again"):
+    with pytest.raises(ValueError, match=rf"without {LAYER}. Delete {trained}, then run the same command again"):
         source.load(trained)
     filled_again = {**load_file(trained / "model.safetensors"), LAYER: torch.full((64, 32), float("nan"))}
     save_file(filled_again, trained / "model.safetensors", metadata={"format": "pt"})

@@ -76,6 +76,14 @@ def test_suspects_come_as_in_the_table_for_review(audited, pairs):
     assert flipped["chosen"] == pairs[flipped["row"]].chosen
 
 
+def test_a_pair_that_somebody_has_judged_is_no_suspect(model_folder, pairs, tmp_path):
+    """Though held-out margins still contradict the label."""
+    worst = run_audit(model_folder, pairs, config(tmp_path / "O")).suspects(1)["row"][0]
+    found = run_audit(model_folder, pairs, config(tmp_path / "P"), review=ReviewInputs(trusted=[pairs[worst]]))
+    assert found.margins_nats[worst] < 0
+    assert worst not in found.suspects(100)["row"]
+
+
 def test_cleaned_is_the_file(audited, pairs):
     lines = [json.loads(line) for line in (audited.folder / "cleaned.jsonl").read_text().splitlines()]
     cleaned = audited.cleaned()

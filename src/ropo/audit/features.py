@@ -2,9 +2,9 @@
 
 In: features of the pairs, folds. Out: margins of every pair, and how much each kind of feature knows.
 
-Nothing is trained and nothing is to be set: which features judge is chosen by held-out likelihood on the data at hand,
-and so is the penalty. A pair is not judged by the lengths of its responses unless the user says that length is
-evidence: annotators who like long answers would otherwise be taken for right.
+Nothing is trained and nothing is to be set: held-out likelihood on the data at hand chooses the features and the
+penalty. The lengths of the responses are taken out of the margins unless the user says that length is evidence:
+annotators who like long answers would otherwise be taken for right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,11 @@ from types import MappingProxyType
 
 import numpy as np
 from accelerate import PartialState
-from numpy.typing import NDArray
 
-from ropo.audit.scorers import SCORED_FILES, Filter, Floats, Question, Scores
+from ropo.audit.scorers import SCORED_FILES, Floats, Question, Scores
 from ropo.data.tokenize import TokenizedPair
 from ropo.noise.clusters import cluster_weights
-from ropo.noise.linear import HeldOut, LinearModels, Refit
+from ropo.noise.linear import Filter, HeldOut, LinearModels, Refit, scaled_to_one
 from ropo.stages import Stages
 
 BLOCKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -26,7 +25,7 @@ BLOCKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "hidden states": ("hidden_middle", "hidden_last"),
     }
 )
-"""What may judge, by name: blocks of `ropo.logps.features`, each scaled to one size."""
+"""What may score the pairs, by name: blocks of `ropo.logps.features`, each scaled to one size."""
 
 LENGTH, NGRAMS = "length", "n-grams"
 """What knows nothing but the surface of the texts: shown beside the others, and never taken."""
@@ -37,7 +36,7 @@ _STAGE = "linear"
 
 
 def by_features(question: Question) -> Scores:
-    """Fit linear models on each entry of `BLOCKS`, and judge by the one that predicts unseen labels best.
+    """Fit linear models on each entry of `BLOCKS`, and take the one that predicts unseen labels best.
 
     That one is fitted again without the pairs that the first fit contradicts, if it agrees with more unseen
     labels then, by more than the standard error.
@@ -45,8 +44,8 @@ def by_features(question: Question) -> Scores:
     Returns:
         Margins in nats up to a scale. The views are those of the entries of `BLOCKS`, on the same scale.
     """
-    made = [_STAGE, question.args.length_is_evidence]
-    Stages(question.folder).run(_STAGE, [question.digest, made], SCORED_FILES, lambda: _write(question))
+    inputs = [question.digest, [_STAGE, question.args.length_is_evidence]]
+    Stages(question.folder).run(_STAGE, inputs, SCORED_FILES, lambda: _write(question))
     return Scores.read(question.folder)
 
 
@@ -57,53 +56,48 @@ def _write(question: Question) -> None:
 
 
 def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
-    tokens, folds, is_known = question.data.tokens, question.folds, ~question.is_doubtful
-    turn = np.where(question.sign < 0, -1.0, 1.0)[:, None]  # a label that is known to be wrong counts as its opposite
-    weights = np.abs(question.sign) * cluster_weights(question.clusters, len(turn))
-    length = turn * _length(tokens)
-    judged: dict[str, HeldOut] = {}
+    tokens, folds = question.data.tokens, question.folds
+    sign = np.where(question.sign < 0, -1.0, 1.0)[:, None]  # a label that is known to be wrong counts as its opposite
+    weights = np.abs(question.sign) * cluster_weights(question.clusters, len(sign))
+    length = sign * _length(tokens)
+    fits: dict[str, HeldOut | Refit] = {}
+    best_loss = np.inf
     for name, parts in BLOCKS.items():
-        own = turn * _joined([blocks[part] for part in parts if part in blocks])  # a model may lack one
-        models = LinearModels(own, folds, covariates=length, weights=weights)
-        judged[name] = models.held_out()
-        if judged[name].loss == min(one.loss for one in judged.values()):
-            taken, best = name, models  # only one is kept: many pairs fill the memory
+        features = sign * _joined([blocks[part] for part in parts if part in blocks])  # a model may lack one
+        models = LinearModels(features, folds, covariates=length, weights=weights)
+        fits[name] = fit = models.held_out()
+        if fit.loss <= best_loss:
+            taken, best, best_loss = name, (models, fit), fit.loss  # only one is kept: many pairs fill the memory
     surface = {
         LENGTH: LinearModels(length, folds, weights=weights).held_out(),
-        NGRAMS: LinearModels(turn * _ngrams(tokens), folds, covariates=length, weights=weights).held_out(),
+        NGRAMS: LinearModels(sign * _ngrams(tokens), folds, covariates=length, weights=weights).held_out(),
     }
-    final, filter_ = _refitted(best, judged[taken], folds, is_known=is_known)
+    filter_: Filter | None = None
+    if folds.max() >= 2:  # the suspects of a fold are found by fits without two
+        refit = best[0].without_suspects(best[1], is_known=~question.is_doubtful)
+        filter_ = refit.filter
+        if filter_.helps:
+            fits[taken] = refit
     evidence = 1.0 if question.args.length_is_evidence else 0.0
 
-    def as_labelled(one: HeldOut | Refit) -> Floats:
-        return turn[:, 0] * (one.margins + evidence * one.surface)
+    def as_labelled(fit: HeldOut | Refit) -> Floats:
+        return sign[:, 0] * (fit.margins + evidence * fit.surface)
 
-    margins = {name: as_labelled(final if name == taken else one) for name, one in judged.items()}
+    margins = {name: as_labelled(fit) for name, fit in fits.items()}
     rows = [question.row(name, margins[name], is_taken=name == taken) for name in BLOCKS]
-    rows += [question.row(name, as_labelled(one)) for name, one in surface.items()]
+    rows += [question.row(name, as_labelled(fit)) for name, fit in surface.items()]
     return Scores(
         margins=margins[taken],
-        length=turn[:, 0] * (1.0 - evidence) * final.surface,
+        length=sign[:, 0] * (1.0 - evidence) * fits[taken].surface,
         views=np.stack([_scaled(one, margins[taken]) for one in margins.values()]),
         rows=tuple(rows),
         filter=filter_,
     )
 
 
-def _refitted(
-    models: LinearModels, judged: HeldOut, folds: NDArray[np.int64], *, is_known: NDArray[np.bool_]
-) -> tuple[HeldOut | Refit, Filter | None]:
-    """What judges without suspects if that is better, else as it is; no filter where it cannot be tried."""
-    if folds.max() < 2:  # the suspects of a fold are found by fits without two
-        return judged, None
-    refit = models.without_suspects(judged, is_known=is_known)
-    found = Filter(gain=refit.gain, error=refit.error)
-    return (refit if found.helps else judged), found
-
-
 def _joined(blocks: Sequence[np.ndarray]) -> Floats:
-    """Blocks side by side, each with a mean squared norm of 1."""
-    return np.concatenate([one / (np.sqrt((one**2).sum(axis=1).mean()) or 1.0) for one in blocks], axis=1)
+    """Blocks side by side, each of which counts for as much as the others."""
+    return np.concatenate([scaled_to_one(block) for block in blocks], axis=1)
 
 
 def _scaled(margins: Floats, like: Floats) -> Floats:

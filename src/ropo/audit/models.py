@@ -1,4 +1,4 @@
-"""Held-out margins by models that were not trained on the pair they judge: the thorough scorer.
+"""Held-out margins by fold models, which were not trained on the pairs that they score: the thorough scorer.
 
 In: pairs, folds, options of training. Out: margins of every pair at several checks, one file per fold.
 
@@ -42,24 +42,24 @@ def by_models(question: Question) -> Scores:
     data, folds = question.data, question.folds[0]
     # What the data says, swapped where a person has said that it is wrong.
     weights = np.abs(question.sign) * data.weights
-    training, learned_in = training_set(data, weights, question.sign < 0), folds[weights > 0]
+    training, fold_of_training = training_set(data, weights, question.sign < 0), folds[weights > 0]
     lengths = np.array([len(tokens) for tokens in data.tokens])
     views = np.empty((NUM_CHECKS, len(data)))
     sizes = []
     for fold in range(question.args.num_folds):
-        judged = np.flatnonzero(folds == fold)
-        judged = judged[np.argsort(-lengths[judged], kind="stable")]  # batches of similar length
-        others = training.select(np.flatnonzero(learned_in != fold).tolist())
-        margins = _fold_margins(question, fold, others, data.select(judged.tolist()))
+        scored = np.flatnonzero(folds == fold)
+        scored = scored[np.argsort(-lengths[scored], kind="stable")]  # batches of similar length
+        others = training.select(np.flatnonzero(fold_of_training != fold).tolist())
+        margins = _fold_margins(question, fold, others, data.select(scored.tolist()))
         sizes.append(float(np.median(np.abs(margins[-1]))))
-        views[:, judged] = margins / (sizes[-1] or 1.0)
+        views[:, scored] = margins / (sizes[-1] or 1.0)
     views *= float(np.median(sizes)) or 1.0  # of a typical fold
     row = question.row("models", views[-1], is_taken=True)
     return Scores(margins=views[-1], length=np.zeros(len(data)), views=views, rows=(row,))
 
 
-def _fold_margins(question: Question, fold: int, training: PairDataset, judged: PairDataset) -> NDArray[np.float64]:
-    """Margins of the pairs of one fold at each check of a model trained on the others, shape (checks, judged)."""
+def _fold_margins(question: Question, fold: int, training: PairDataset, scored: PairDataset) -> NDArray[np.float64]:
+    """Margins of the pairs of one fold at each check of a model trained on the others, shape (checks, scored)."""
     folder, name, args = question.folder, f"fold_{fold}.safetensors", question.args
 
     def make() -> None:
@@ -68,7 +68,7 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, judged: 
             question.model.load(),
             args.of_stage(folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size),
             train_dataset=training,
-            eval_dataset=judged,
+            eval_dataset=scored,
             processing_class=question.model.tokenizer,
             peft_config=question.model.adapter,
             loss=_loss(args),

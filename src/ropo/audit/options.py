@@ -75,11 +75,6 @@ class AuditOptions(TrainOptions):
                 f"length_is_evidence needs an audit by scorer features; got scorer {self.scorer} and num_folds "
                 f"{self.num_folds}. Leave it out, or change them."
             )
-        if self.decision_rule != "auto" and RULES[self.decision_rule].needs_checks and not self.needs_audit:
-            raise ValueError(
-                f"decision_rule {self.decision_rule} needs held-out margins; got num_folds={self.num_folds} and "
-                f"rho={self.rho}. Use num_folds of 2 or more and a rho above 0, or another rule."
-            )
 
     def _check_rho(self) -> None:
         try:

@@ -26,17 +26,8 @@ from ropo.audit.models import by_models
 from ropo.audit.options import AuditOptions
 from ropo.audit.result import RateEstimate
 from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Floats, Question, Scorer, Scores
-from ropo.audit.weights import (
-    Choice,
-    decide_all,
-    known_labels,
-    resolve_alpha,
-    resolve_rho,
-    resolve_rule,
-    training_set,
-)
+from ropo.audit.weights import Choice, decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
 from ropo.data.validate import text_id
-from ropo.judge.verdicts import Judge
 from ropo.models.source import Model, Reference, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
@@ -97,27 +88,19 @@ class Audit:
         folder: Where it writes.
         model: The initial one.
         reference: Reads what it says about pairs.
-        judge: Asked by rules that take one about what they cannot settle; None for nobody.
     """
 
     def __init__(
-        self,
-        data: PairDataset,
-        args: AuditOptions,
-        *,
-        folder: Path,
-        model: Model,
-        reference: Reference,
-        judge: Judge | None = None,
+        self, data: PairDataset, args: AuditOptions, *, folder: Path, model: Model, reference: Reference
     ) -> None:
         self.data, self.args, self.folder = data, args, folder
-        self.model, self.reference, self.judge = model, reference, judge
+        self.model, self.reference = model, reference
         self._sign, self._is_known = known_labels(data.pairs)
         self._is_doubtful = (self._sign != 0) & ~self._is_known
         self._texts = np.array([text_id(pair) for pair in data.pairs])  # copies of a pair are one piece of evidence
 
     def run(self, digest: str) -> str:
-        """Judge every pair.
+        """Score every pair and decide about it.
 
         Args:
             digest: Of everything that made `data`, and of the options.
@@ -133,7 +116,7 @@ class Audit:
         scores = self._score(digest)
         inputs = [digest, hash_tensors(scores.tensors())]
         files = [*SCORED_FILES, _JUDGEMENT_FILE]
-        return Stages(self.folder).run(_STAGE, inputs, files, lambda: self._judge(scores))
+        return Stages(self.folder).run(_STAGE, inputs, files, lambda: self._decide(scores))
 
     def _score(self, digest: str) -> Scores:
         """Held-out margins, made here or taken from another audit of the same pairs."""
@@ -155,34 +138,26 @@ class Audit:
             digest=digest,
         )
         scores = SCORERS[self.args.scorer](question)
-        release_memory()  # of a model that was trained, with its gradients: a judge may load one of its own
+        release_memory()  # of a model that was trained, with its gradients
         return scores
 
-    def _judge(self, scores: Scores) -> None:
-        flips = self._flips(scores.margins)
+    def _decide(self, scores: Scores) -> None:
+        flips = self._estimate(scores.margins)
         estimate, p_flip = RateEstimate.of(flips), self._p_flip(flips, scores.margins)
-        with_length = RateEstimate.of(self._flips(scores.margins + scores.length)) if scores.length.any() else None
+        with_length = RateEstimate.of(self._estimate(scores.margins + scores.length)) if scores.length.any() else None
         contradicted = float((scores.margins[self._is_doubtful] < 0).mean())
         filter_helps = scores.filter is not None and scores.filter.helps
         rho = resolve_rho(self.args.fixed_rho, estimate, contradicted=contradicted if filter_helps else 0.0)
-        decisions, weights = decide_all(
-            self.data,
-            scores.margins,
-            p_flip,
-            rho=rho.value,
-            rule=resolve_rule(self.args.decision_rule, rho),
-            views=scores.views,
-            judge=self.judge,
-        )
-        # The flip probabilities of what is trained on: of flipped pairs it is that of their turned label.
-        wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)
-        left = float(np.sum(weights * wrong) / max(weights.sum(), 1e-12)) if estimate.is_informative else 0.0
+        rule = resolve_rule(self.args.decision_rule, rho)
+        decisions, weights = decide_all(self.data, scores.margins, p_flip, rho=rho.value, rule=rule)
+        p_wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)  # of the labels that are trained on
+        noise_left = float(np.sum(weights * p_wrong) / max(weights.sum(), 1e-12)) if estimate.is_informative else 0.0
         judgement = Judgement(
             estimate=estimate,
             with_length=with_length,
             rho=rho,
             alpha=resolve_alpha(self.args.fixed_alpha, is_audited=True),
-            noise_left=left,
+            noise_left=noise_left,
             decisions=decisions.tolist(),
             weights=weights.tolist(),
         )
@@ -193,26 +168,23 @@ class Audit:
             scores.write(self.folder, p_flip=torch.from_numpy(p_flip), is_open=is_open)
             write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
 
-    def _flips(self, margins: Floats) -> FlipEstimate:
-        """The estimate from margins of the pairs that are not to be left out, turned where the label is known."""
-        is_open = self._sign != 0
-        known = self._is_known[is_open]
-        lengths = [
-            len(one.chosen) + len(one.rejected) for one, stays in zip(self.data.tokens, is_open, strict=True) if stays
-        ]
+    def _estimate(self, margins: Floats) -> FlipEstimate:
+        """The estimate from margins of the pairs that are not to be left out, of known labels as they should be."""
+        stays = np.flatnonzero(self._sign != 0)
+        tokens = [self.data.tokens[i] for i in stays]
         return estimate_flips(
-            (self._sign * margins)[is_open],
-            annotators=[pair.annotator for pair, stays in zip(self.data.pairs, is_open, strict=True) if stays],
-            is_trusted=known if known.any() else None,
-            is_wrong=self._sign[is_open] < 0,
-            clusters=self._texts[is_open],
-            covariate=np.log(lengths),
+            (self._sign * margins)[stays],
+            annotators=[self.data.pairs[i].annotator for i in stays],
+            is_trusted=self._is_known[stays],
+            is_wrong=self._sign[stays] < 0,
+            clusters=self._texts[stays],
+            covariate=np.log([len(one.chosen) + len(one.rejected) for one in tokens]),
         )
 
     def _p_flip(self, flips: FlipEstimate, margins: Floats) -> Floats:
         """P(flipped) of every pair; of what is to be left out nobody has said that the label is wrong."""
-        p_flip, is_open = flips.p_flip_at(margins), self._sign != 0
-        p_flip[is_open] = np.where(self._sign[is_open] < 0, 1.0, flips.p_flip)
+        p_flip, stays = flips.p_flip_at(margins), self._sign != 0
+        p_flip[stays] = np.where(self._sign[stays] < 0, 1.0, flips.p_flip)
         return p_flip
 
     @cached_property
@@ -236,15 +208,15 @@ class Audit:
 
     @property
     def num_contradicted(self) -> int:
-        """How many labels that nobody has judged are contradicted by what has not seen them."""
+        """How many labels without a review decision are contradicted by what has not seen them."""
         return int((self.margins()[self._is_doubtful] < 0).sum())
 
     def calibration(self) -> Calibration | None:
-        """What would become of labels turned round on purpose by the decisions that were made; None if all are kept."""
+        """What the decisions would do to labels that are flipped on purpose; None if all pairs are kept."""
         doubtful = np.flatnonzero(self._is_doubtful)
         return calibrate(
             self.margins()[doubtful],
-            self._flips(self.margins()),
+            self._estimate(self.margins()),
             np.array(self.judgement.decisions)[doubtful] != "keep",
             annotators=[self.data.pairs[i].annotator for i in doubtful],
             seed=self.args.seed,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from ropo.audit.options import AuditOptions
 from ropo.models.source import Model
 from ropo.noise.clusters import cluster_weights, mean_of
+from ropo.noise.linear import Filter
 from ropo.noise.shares import wilson_interval
 from ropo.pairs import PairFeatures
 from ropo.provenance import read_json, write_aside, write_json
@@ -29,7 +30,7 @@ Floats = NDArray[np.float64]
 
 MARGINS_FILE, ROWS_FILE = "margins.safetensors", "scorers.json"
 SCORED_FILES = (MARGINS_FILE, ROWS_FILE)
-"""What another audit of the same pairs can go by."""
+"""What another audit of the same pairs can read instead of scoring them again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +63,7 @@ class Question:
     digest: str
 
     def row(self, name: str, margins: Floats, *, is_taken: bool = False) -> "ScorerRow":
-        """Count how often held-out margins agree with labels that they have not seen, of those that are open to doubt.
-
-        Args:
-            name: Of the scorer.
-            margins: Shape (pairs,), as labelled; 0 counts half.
-            is_taken: Whether this scorer judges the labels.
-        """
+        """How often held-out margins, shape (pairs,), agree with the labels that are open to doubt."""
         agrees = (np.sign(margins[self.is_doubtful]) + 1) / 2
         weights = cluster_weights(self.clusters[self.is_doubtful], len(agrees))
         share = mean_of(agrees, weights)
@@ -85,7 +80,7 @@ class ScorerRow:
         agreement: Share of the labels it has not seen that it agrees with; ties count half, copies of a pair once.
         low: Lower end of the 90 % interval.
         high: Upper end.
-        is_taken: Whether it judges the labels in this audit.
+        is_taken: Whether this audit goes by its margins.
     """
 
     name: str
@@ -95,33 +90,15 @@ class ScorerRow:
     is_taken: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filter:
-    """Whether models are better without the pairs that other models contradict, by labels that neither has seen.
-
-    Attributes:
-        gain: By how much more of these labels they agree with, in [−1, 1].
-        error: Its standard error.
-    """
-
-    gain: float
-    error: float
-
-    @property
-    def helps(self) -> bool:
-        """Whether the gain exceeds its standard error: without one the simpler model stays (Breiman et al. 1984)."""
-        return self.gain > self.error
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scores:
-    """What a scorer has found.
+    """What a scorer gives.
 
     Attributes:
         margins: Held-out margin of every pair as labelled, shape (pairs,).
         length: What the lengths of the responses would add to it, shape (pairs,); 0 where that is not told apart.
-        views: The same as seen at several moments or by several models, shape (views, pairs); for rules that compare
-            them, which need two or more.
+        views: The same as seen at several moments or by several models, shape (views, pairs): where they differ, the
+            pair is hard.
         rows: What was compared, the scorer that is taken among them.
         filter: Whether a filter helps; None where it was not tried.
     """
@@ -137,25 +114,20 @@ class Scores:
         return {name: torch.from_numpy(getattr(self, name).copy()) for name in ("margins", "length", "views")}
 
     def write(self, folder: Path, **more: torch.Tensor) -> None:
-        """Write `SCORED_FILES`.
-
-        Args:
-            folder: Where to.
-            **more: Further tensors.
-        """
+        """Write `SCORED_FILES`, with further tensors if there are."""
         with write_aside(folder / MARGINS_FILE) as path:
             save_file({**self.tensors(), **more}, path)
-        told = {"rows": [asdict(row) for row in self.rows], "filter": self.filter and asdict(self.filter)}
-        write_json(folder / ROWS_FILE, told)
+        rows = [asdict(row) for row in self.rows]
+        write_json(folder / ROWS_FILE, {"rows": rows, "filter": self.filter and asdict(self.filter)})
 
     @classmethod
     def read(cls, folder: Path) -> "Scores":
         """What `write` wrote."""
-        found, told = load_file(folder / MARGINS_FILE), read_json(folder / ROWS_FILE)
+        tensors, facts = load_file(folder / MARGINS_FILE), read_json(folder / ROWS_FILE)
         return cls(
-            **{name: found[name].numpy() for name in ("margins", "length", "views")},
-            rows=tuple(ScorerRow(**row) for row in told["rows"]),
-            filter=told["filter"] and Filter(**told["filter"]),
+            **{name: tensors[name].numpy() for name in ("margins", "length", "views")},
+            rows=tuple(ScorerRow(**row) for row in facts["rows"]),
+            filter=facts["filter"] and Filter(**facts["filter"]),
         )
 
 

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ropo.audit.result import RateEstimate
-from ropo.judge.verdicts import Judge, flip_judge
-from ropo.noise.decide import RULES, decide
+from ropo.noise.decide import decide
 from ropo.pairs import Pair, PairLogps
 from ropo.train.dataset import PairDataset
 
@@ -28,14 +27,11 @@ _SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}
 
 
 def known_labels(pairs: Sequence[Pair]) -> tuple[Floats, NDArray[np.bool_]]:
-    """What a person has said about each label.
-
-    Args:
-        pairs: With their verdicts; trusted ones count as right.
+    """What human review says about each label; trusted ones count as right.
 
     Returns:
         +1 where the label stands, −1 where it was called wrong, 0 where the pair is to be left out; and whether the
-        label is known to be right or wrong.
+        label is known to be right or wrong; each of shape (pairs,).
     """
     sign = np.array([_SIGNS.get(pair.verdict, 1.0) for pair in pairs])
     is_known = [pair.origin == "trusted" or pair.verdict in ("right", "wrong") for pair in pairs]
@@ -43,25 +39,16 @@ def known_labels(pairs: Sequence[Pair]) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def decide_all(
-    data: PairDataset,
-    margins: Floats,
-    p_flip: Floats,
-    *,
-    rho: float,
-    rule: str,
-    views: Floats | None = None,
-    judge: Judge | None = None,
+    data: PairDataset, margins: Floats, p_flip: Floats, *, rho: float, rule: str
 ) -> tuple[NDArray[np.str_], Floats]:
-    """Obey the verdicts, and decide about the rest by a rule.
+    """Obey the review decisions, and decide about the rest by a rule.
 
     Args:
         data: The pairs, without resampled ones.
-        margins: One per pair.
-        p_flip: One per pair.
-        rho: The share of the pairs without a verdict that the budget takes away.
+        margins: Shape (pairs,).
+        p_flip: Shape (pairs,).
+        rho: The share of the pairs without a review decision that the budget takes away.
         rule: A name in `RULES`.
-        views: Margins as seen several times, shape (views, pairs), for rules that compare them.
-        judge: Asked by rules that take one; the others leave it alone.
 
     Returns:
         "keep", "drop" or "flip" for each pair, and its weight times the one it has in the data.
@@ -71,12 +58,8 @@ def decide_all(
     weights = np.abs(sign)
     doubtful = ~is_known & (sign != 0)
     if doubtful.any():
-        of_doubtful = None if views is None else views[:, doubtful]
-        asked = None
-        if judge is not None and RULES[rule].takes_judge:
-            asked = flip_judge(judge, [data.pairs[i] for i in np.flatnonzero(doubtful)], p_flip[doubtful])
-        found = decide(margins[doubtful], p_flip[doubtful], rho=rho, rule=rule, checks=of_doubtful, judge=asked)
-        decisions[doubtful], weights[doubtful] = found.decision, found.weight
+        decided = decide(margins[doubtful], p_flip[doubtful], rho=rho, rule=rule)
+        decisions[doubtful], weights[doubtful] = decided.decision, decided.weight
     return decisions, weights * [pair.weight for pair in data.pairs]
 
 
@@ -173,15 +156,7 @@ def resolve_alpha(fixed: float | None, *, is_audited: bool) -> Choice:
 
 
 def training_set(data: PairDataset, weights: Floats, is_flipped: NDArray[np.bool_]) -> PairDataset:
-    """What to train on: pairs with a positive weight, with chosen and rejected swapped where `is_flipped`.
-
-    Args:
-        data: Pairs as labelled.
-        weights: One per pair, 0 leaves the pair out.
-        is_flipped: One per pair.
-
-    Returns:
-        Weighted pairs in the order of `data`.
+    """Pairs of `data` with a positive weight, in order, with chosen and rejected swapped where `is_flipped`.
 
     Raises:
         ValueError: If no pair is left.
@@ -189,18 +164,17 @@ def training_set(data: PairDataset, weights: Floats, is_flipped: NDArray[np.bool
     kept = np.flatnonzero(np.asarray(weights) > 0).tolist()
     if not kept:
         raise ValueError("Training needs at least one pair with a weight above 0; got none. Lower rho.")
-    chosen = data.select(kept)
-    turned = [i for i, place in enumerate(kept) if is_flipped[place]]
-    for i in turned:
-        pair, ids = chosen.pairs[i], chosen.tokens[i]
-        chosen.pairs[i] = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
-        chosen.tokens[i] = replace(ids, chosen=ids.rejected, rejected=ids.chosen)
-    if chosen.reference is not None and turned:
-        flipped = torch.tensor([bool(is_flipped[place]) for place in kept])
-        old = chosen.reference
-        chosen.reference = PairLogps(
+    training = data.select(kept)
+    swapped = [i for i, place in enumerate(kept) if is_flipped[place]]
+    for i in swapped:
+        pair, ids = training.pairs[i], training.tokens[i]
+        training.pairs[i] = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        training.tokens[i] = replace(ids, chosen=ids.rejected, rejected=ids.chosen)
+    if training.reference is not None and swapped:
+        flipped, old = torch.tensor([bool(is_flipped[place]) for place in kept]), training.reference
+        training.reference = PairLogps(
             chosen=torch.where(flipped, old.rejected, old.chosen),
             rejected=torch.where(flipped, old.chosen, old.rejected),
         )
-    chosen.weights = [float(weights[i]) for i in kept]
-    return chosen
+    training.weights = [float(weights[i]) for i in kept]
+    return training

@@ -117,10 +117,9 @@ def parse_train(words: Sequence[str], *, command: str = "train") -> tuple[TrainA
     parser = training_parser(command)
     recipe = {} if config.config is None else _read_recipe(config.config, parser)
     parser.set_defaults(**recipe)
-    given, args, unknown = parser.parse_args_into_dataclasses(
-        rest, return_remaining_strings=True, look_for_args_file=False
-    )
+    unknown = parser.parse_known_args(rest)[1]  # told before the others are checked together
     refuse_unknown(unknown, [*parser.names(), "config"], command=command, instead=instead_of)
+    given, args = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     for name, value in (
         ("model_name_or_path", given.model_name_or_path),
         ("dataset_name", given.dataset_name),

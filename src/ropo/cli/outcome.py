@@ -10,7 +10,7 @@ from ropo.data.problems import printable
 from ropo.evaluate.measures import Mean
 from ropo.evaluate.options import ExportArguments
 from ropo.evaluate.win_rate import WinRate
-from ropo.noise.reading import WIDE_RANGE
+from ropo.noise.review_order import WIDE_INTERVAL
 
 
 def say_audit(summary: dict[str, Any], folder: Path) -> None:
@@ -66,7 +66,7 @@ def say_rate(summary: dict[str, Any]) -> None:
         _say_contradicted(summary)
         return
     print(f"\nFlipped labels: {rate['estimate']:.1%}, 90 % interval {rate['low']:.1%} to {rate['high']:.1%}.")
-    if rate["high"] - rate["low"] > WIDE_RANGE:
+    if rate["high"] - rate["low"] > WIDE_INTERVAL:
         _say_contradicted(summary)
     for one in summary["annotators"][:5]:
         shown = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"

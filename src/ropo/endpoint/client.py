@@ -133,9 +133,9 @@ def _error(endpoint: Endpoint, url: str, failure: _Failure, *, num_attempts: int
 
 def _attempt(endpoint: Endpoint, url: str, content: bytes, seconds: float) -> dict[str, Any] | _Failure:
     key_env, limit = endpoint.api_key_env, endpoint.max_response_bytes
-    headers = _headers(url, key_env)
+    headers, tls = _headers(url, key_env), _tls()
     try:
-        client = httpx2.AsyncClient(headers=headers, verify=_tls(), trust_env=not is_this_machine(url), timeout=None)
+        client = httpx2.AsyncClient(headers=headers, verify=tls, trust_env=not is_this_machine(url), timeout=None)
     except (ImportError, ValueError, httpx2.InvalidURL):  # their texts can hold the password of a proxy
         raise EndpointError(
             f"POST {without_query(url)} needs a proxy that can be used; got none in the environment variable "
@@ -206,7 +206,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @cache
 def _tls() -> ssl.SSLContext:
-    return httpx2.create_ssl_context()
+    try:
+        return httpx2.create_ssl_context()
+    except OSError as error:
+        raise EndpointError(
+            f"HTTPS needs certificates to trust; got {error.strerror or error} from the environment variable "
+            "SSL_CERT_FILE or SSL_CERT_DIR. Correct or unset it.",
+            is_final=True,
+        ) from None
 
 
 def _headers(url: str, api_key_env: str | None) -> Mapping[str, str]:

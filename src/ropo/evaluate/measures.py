@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, rankdata
 
+from ropo.noise.shares import wilson_interval
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
@@ -68,10 +70,8 @@ def share_of(hits: ArrayLike, *, level: float = 0.90) -> Mean:
     """
     array = np.asarray(hits, dtype=np.float64)
     count, share = len(array), float(array.mean())
-    z = norm.ppf((1 + level) / 2)
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return Mean(value=share, low=max(float(centre - half), 0.0), high=min(float(centre + half), 1.0), count=count)
+    low, high = wilson_interval(share, count, z=float(norm.ppf((1 + level) / 2)))
+    return Mean(value=share, low=low, high=high, count=count)
 
 
 def auroc(scores: ArrayLike, is_flipped: ArrayLike) -> float:

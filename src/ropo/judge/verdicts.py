@@ -1,6 +1,6 @@
 """What a judge is, and the ways to use what it says.
 
-In: a judge and pairs. Out: checked probabilities, a callback for `noise.decide`, or pairs turned the right way round.
+In: a judge and pairs. Out: checked probabilities, or pairs with the response that the judge prefers as `chosen`.
 
 The one idea: every judge is a function, so a person, a reward model and a chat model are asked alike, and none is
 needed.
@@ -8,7 +8,6 @@ needed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,36 +46,6 @@ def ask(judge: Judge, pairs: Sequence[Pair]) -> NDArray[np.float64]:
         if value is not None and not 0.0 <= p <= 1.0:
             raise ValueError(f"A judge needs to give probabilities in [0, 1] or None; got {value}. Is it a reward?")
     return p_right
-
-
-def flip_judge(
-    judge: Judge, pairs: Sequence[Pair], p_flip: NDArray[np.float64]
-) -> Callable[[NDArray[Any]], NDArray[np.float64]]:
-    """A judge in the form that `decide` takes: from positions of pairs to the probability that their labels are wrong.
-
-    Where the judge cannot tell, or calls it a tie, `p_flip` stands: a judge that always prefers the first response
-    changes nothing.
-
-    Args:
-        judge: Asked about the pairs as they are labelled.
-        pairs: Those that `decide` decides about, in the same order.
-        p_flip: P(flipped) of each pair, shape (pairs,).
-
-    Returns:
-        A function for `decide(..., judge=...)`.
-
-    Examples:
-        >>> pairs = [Pair(prompt="", chosen="a", rejected="b", row=i) for i in range(3)]
-        >>> is_wrong = flip_judge(lambda asked: [0.5 * pair.row for pair in asked], pairs, np.array([0.1, 0.6, 0.9]))
-        >>> is_wrong(np.array([2, 1])).tolist()
-        [0.0, 0.6]
-    """
-
-    def is_wrong(asked: NDArray[Any]) -> NDArray[np.float64]:
-        p_right = ask(judge, [pairs[i] for i in asked])
-        return np.where(np.isnan(p_right) | (p_right == 0.5), p_flip[asked], 1.0 - p_right)
-
-    return is_wrong
 
 
 def settle(judge: Judge, pairs: Sequence[Pair]) -> list[Pair | None]:

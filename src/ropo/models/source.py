@@ -172,7 +172,7 @@ class Model:
         release_memory()
         is_adapter = self._holds_adapter(trained)
         path = self.name_or_path if trained is None or is_adapter else str(trained)
-        again = f"Delete {trained}, and give the same command again: it is then trained anew."
+        again = f"Delete {trained}, then run the same command again: it is trained anew."
         kind = POLICY if path == self.name_or_path else replace(POLICY, advice=again)
         model: Any = load_whole(kind, path, self.load_options)
         if trained is None and getattr(model, "_hf_peft_config_loaded", False):  # one from the hub

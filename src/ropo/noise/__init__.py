@@ -7,5 +7,7 @@ Out: `estimate.FlipEstimate` (the rate with its interval, or an upper bound, and
 The one idea: a model that has learned something agrees with right labels and contradicts flipped ones, so the
 margins of right and flipped labels are mirror images, and the mixture of the two tells how large each part is.
 
+The way: `linear` -> `likelihood` -> `estimate` -> `decide`, `calibrate`, `review_order`; `clusters` and `shares` help.
+
 Add a rule: one function, one line in `decide.RULES`, one recovery test.
 """

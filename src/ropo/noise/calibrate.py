@@ -1,10 +1,10 @@
-"""How far an estimate can be trusted, from labels that we turn round ourselves.
+"""How far decisions can be trusted, from labels that are flipped on purpose.
 
-In: held-out margins and their `FlipEstimate`. Out: `Calibration`.
+In: held-out margins, their `FlipEstimate`, and which labels the decisions call wrong. Out: `Calibration`.
 
-The one idea: a held-out pair may be turned round after the training, since the model that judges it has never seen it;
-its margin is then −h. So for a share of the pairs it is known that the label has just been turned, whatever it was, and
-counting how many of these are called flipped needs no truth and no further training.
+The one idea: a held-out pair may be flipped after the training, since the model that scores it has never seen it; its
+margin is then −h. So each label can be flipped in turn, and counting how many of them would be called wrong needs no
+truth and no further training.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool
 
 from ropo.noise.clusters import Clusters, PerPair, cluster_weights, mean_of
 from ropo.noise.estimate import MIN_PAIRS, FlipEstimate
 
 INJECTED_SHARE = 0.1
-"""Labels that are turned round at a time for the bins."""
+"""Labels that are flipped at a time for the bins."""
 
 NUM_BINS = 10
 
@@ -28,9 +28,9 @@ class CalibrationBin:
     """Pairs whose P(flipped) is about equal.
 
     Attributes:
-        num_pairs: How many, turned ones included.
-        predicted: Mean P(just turned), as the estimate implies it.
-        observed: Share of them that we have just turned.
+        num_pairs: How many, those flipped on purpose included.
+        predicted: Mean P(flipped on purpose), as the estimate implies it.
+        observed: Share of them that was.
     """
 
     num_pairs: int
@@ -40,18 +40,18 @@ class CalibrationBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What became of labels that were turned round on purpose.
+    """What became of labels that were flipped on purpose; copies of a pair count once.
 
     Attributes:
-        num_injected: Labels flipped on purpose at a time; copies of a pair count once.
-        num_turned: Labels flipped on purpose in all rounds: each once, copies likewise.
+        num_injected: Labels flipped at a time.
+        num_turned: Labels flipped in all rounds: each once.
         share_found: Of these, called wrong; some were wrong before, so 1 is neither possible nor meant.
-        share_others: Of the others, called wrong.
+        share_others: Of the labels as they are, called wrong.
         recall: Share of truly wrong labels that is called wrong, from these two shares and the rate; in [0, 1].
         precision: Share of called labels that is truly wrong; None if no label is thought wrong.
         recall_range: The least and the most that `recall` is at the ends of the rate's interval.
         precision_range: The same of `precision`; begins at 0 where the labels may all be right.
-        bins: Predicted and observed share of turned labels in one round, from the least to the most suspect.
+        bins: Predicted and observed share of flipped labels in one round, from the least to the most suspect.
     """
 
     num_injected: int
@@ -78,31 +78,30 @@ def calibrate(
     seed: int = 0,
     clusters: Clusters | None = None,
 ) -> Calibration | None:
-    """Turn each label round once, and see whether it would be called wrong.
+    """Flip each label once, and see whether it would be called wrong.
 
     ::
 
-        found = (1−ε)·R + ε·F,   others = (1−ε)·F + ε·R      R recall on wrong labels, F false alarms on right ones
-        R = [(1−ε)·found − ε·others] / (1−2ε),   precision = ε·R / [ε·R + (1−ε)·F]
+        flipped = (1−ε)·R + ε·F,   others = (1−ε)·F + ε·R      R recall on wrong labels, F false alarms on right ones
+        R = [(1−ε)·flipped − ε·others] / (1−2ε),   precision = ε·R / [ε·R + (1−ε)·F]
 
     Called is what has a margin no larger than that of some pair that was, by the same annotator if annotators have
     rates of their own; these then stand for ε, and R and F are counted together.
 
-    Assumptions: flips fall at random. Where wrong labels have a pattern that the model takes for the truth, ours are
-    found and theirs are not. R and F hang on ε, which is not known exactly, so they come with their values at both
-    ends of its interval.
+    Assumption: flips fall at random. Where wrong labels have a pattern that the model takes for the truth, ours are
+    found and theirs are not.
 
     Args:
         margins: Held-out margins of the pairs that are open to doubt.
         estimate: From the same margins.
         is_called: Which labels the decisions call wrong.
         annotators: Who labelled each pair, as given to `estimate_flips`.
-        seed: Which labels are turned for the bins.
-        clusters: A name for each pair, the same for copies of one pair, which count as one; see `estimate_flips`.
+        seed: Which labels are flipped for the bins.
+        clusters: A name for each pair, the same for copies of one pair, which count as one.
 
     Returns:
-        The calibration; None where the estimate is not informative, nothing is called, or there are fewer than 50
-        different pairs.
+        The calibration; None where the estimate is not informative, nothing is called, or there are fewer than
+        `MIN_PAIRS` different pairs.
     """
     weights = cluster_weights(clusters, len(margins))
     num_pairs = round(weights.sum())
@@ -113,33 +112,35 @@ def calibrate(
     ends = [_claims(groups, end / max(estimate.rate, 1e-9)) for end in (estimate.low, estimate.high)]
     recalls, precisions = zip(*((one[0], one[1] or 0.0) for one in ((recall, precision), *ends)), strict=True)
     shares = np.array([one.share for one in groups])
+    if clusters is not None:
+        margins = margins[np.sort(np.unique(np.asarray(clusters), return_index=True)[1])]  # the first of each cluster
     return Calibration(
         num_injected=round(INJECTED_SHARE * num_pairs),
         num_turned=num_pairs,
-        share_found=float(shares @ [one.found for one in groups]),
+        share_found=float(shares @ [one.flipped for one in groups]),
         share_others=float(shares @ [one.others for one in groups]),
         recall=recall,
         precision=precision,
         recall_range=(min(recalls), max(recalls)),
         precision_range=(min(precisions), max(precisions)),
-        bins=_bins(margins if clusters is None else margins[_first_of(np.asarray(clusters))], estimate, seed=seed),
+        bins=_bins(margins, estimate, seed=seed),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Pairs with one flip rate: their share of all, and the shares called of turned and of other labels."""
+    """Pairs with one flip rate: their share of all, and the shares called of flipped and of other labels."""
 
     share: float
     rate: float
-    found: float
+    flipped: float
     others: float
 
 
 def _groups(
     margins: PerPair,
     weights: PerPair,
-    is_called: np.ndarray,
+    is_called: Bool[np.ndarray, " pairs"],
     estimate: FlipEstimate,
     annotators: Sequence[str | None] | None,
 ) -> list[_Group]:
@@ -150,51 +151,40 @@ def _groups(
     for name in np.unique(names):
         own = names == name
         cut = margins[own & is_called].max(initial=-np.inf)
-        found, others = (mean_of(seen[own] <= cut, weights[own]) for seen in (-margins, margins))
+        flipped, others = (mean_of(seen[own] <= cut, weights[own]) for seen in (-margins, margins))
         share = float(weights[own].sum() / weights.sum())
-        groups.append(_Group(share, rates.get(str(name), estimate.rate), found, others))
+        groups.append(_Group(share, rates.get(str(name), estimate.rate), flipped, others))
     return groups
 
 
 def _claims(groups: Sequence[_Group], factor: float) -> tuple[float, float | None]:
-    """The recall and the precision that follow if every rate is `factor` times what it was read as."""
+    """The recall and the precision that follow if every rate is `factor` times the estimated one."""
     wrong, hits, called = 0.0, 0.0, 0.0
     for one in groups:
         rate = min(one.rate * factor, 1.0)  # an annotator may be wrong more often than right
-        rate = 0.49 if 0.49 < rate < 0.51 else rate  # where turned labels look like the others
-        recall = np.clip(((1 - rate) * one.found - rate * one.others) / (1 - 2 * rate), 0.0, 1.0)
-        alarms = np.clip(((1 - rate) * one.others - rate * one.found) / (1 - 2 * rate), 0.0, 1.0)
+        rate = 0.49 if 0.49 < rate < 0.51 else rate  # where flipped labels look like the others
+        recall, alarms = (
+            float(np.clip(((1 - rate) * this - rate * other) / (1 - 2 * rate), 0.0, 1.0))
+            for this, other in ((one.flipped, one.others), (one.others, one.flipped))
+        )
         wrong += one.share * rate
-        hits += one.share * rate * float(recall)
-        called += one.share * (rate * float(recall) + (1 - rate) * float(alarms))
+        hits += one.share * rate * recall
+        called += one.share * (rate * recall + (1 - rate) * alarms)
     return hits / max(wrong, 1e-12), hits / called if hits > 0 else None
 
 
-def _first_of(clusters: Shaped[np.ndarray, " pairs"]) -> Int[np.ndarray, " clusters"]:
-    """Positions of the first pair of each cluster, in order."""
-    places: np.ndarray = np.sort(np.unique(clusters, return_index=True)[1])
-    return places
-
-
-def _rate_with_turned(estimate: FlipEstimate) -> float:
-    """How often a label is wrong once a tenth of all are turned."""
-    return estimate.rate + INJECTED_SHARE - 2 * estimate.rate * INJECTED_SHARE
-
-
-def _p_wrong(seen: PerPair, estimate: FlipEstimate) -> PerPair:
-    return estimate.p_flip_at(seen, rate=_rate_with_turned(estimate))
-
-
 def _bins(margins: PerPair, estimate: FlipEstimate, *, seed: int) -> tuple[CalibrationBin, ...]:
-    rate, rate_now = estimate.rate, _rate_with_turned(estimate)
+    """Flip a share of the labels, and compare P(flipped on purpose) with what was."""
+    is_flipped = np.zeros(len(margins), dtype=bool)
     num_injected = round(INJECTED_SHARE * len(margins))
-    is_turned = np.zeros(len(margins), dtype=bool)
-    is_turned[np.random.default_rng(seed).choice(len(margins), size=num_injected, replace=False)] = True
-    p_wrong = _p_wrong(np.where(is_turned, -margins, margins), estimate)
-    p_turned = INJECTED_SHARE * (p_wrong * (1 - rate) / rate_now + (1 - p_wrong) * rate / (1 - rate_now))
+    is_flipped[np.random.default_rng(seed).choice(len(margins), size=num_injected, replace=False)] = True
+    before = estimate.rate
+    rate = before + INJECTED_SHARE - 2 * before * INJECTED_SHARE  # of labels that are wrong now
+    p_wrong = estimate.p_flip_at(np.where(is_flipped, -margins, margins), rate=rate)
+    p_flipped = INJECTED_SHARE * (p_wrong * (1 - before) / rate + (1 - p_wrong) * before / (1 - rate))
     return tuple(
         CalibrationBin(
-            num_pairs=len(places), predicted=float(p_turned[places].mean()), observed=float(is_turned[places].mean())
+            num_pairs=len(places), predicted=float(p_flipped[places].mean()), observed=float(is_flipped[places].mean())
         )
-        for places in np.array_split(np.argsort(p_turned, kind="stable"), NUM_BINS)
+        for places in np.array_split(np.argsort(p_flipped, kind="stable"), NUM_BINS)
     )

@@ -9,7 +9,7 @@ interval without anything new being known.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 
 PerPair = Float[np.ndarray, " pairs"]
 Clusters = Sequence[str] | np.ndarray
@@ -17,14 +17,7 @@ Clusters = Sequence[str] | np.ndarray
 
 
 def cluster_weights(clusters: Clusters | None, num_pairs: int) -> PerPair:
-    """Weights that count the pairs of a cluster once.
-
-    Args:
-        clusters: Name of the cluster of each pair; None where each is its own.
-        num_pairs: Number of pairs.
-
-    Returns:
-        1 / (size of the cluster) for each pair; they sum to the number of clusters.
+    """1 / (size of its cluster) for each pair, so the weights sum to the number of clusters; None: each is its own.
 
     Raises:
         ValueError: If there is not one name per pair.
@@ -42,32 +35,16 @@ def cluster_weights(clusters: Clusters | None, num_pairs: int) -> PerPair:
     return weights
 
 
-def within(
-    clusters: Clusters | None, names: Shaped[np.ndarray, " pairs"], *, of: Bool[np.ndarray, " pairs"] | None = None
-) -> Shaped[np.ndarray, " some"] | None:
-    """Split clusters by a second name: copies that differ in it are no copies.
-
-    Args:
-        clusters: Name of the cluster of each pair, or None.
-        names: The second name of each pair, such as that of its annotator.
-        of: The pairs to name; all by default.
-
-    Returns:
-        Names of the smaller clusters, or None.
-    """
+def within(clusters: Clusters | None, names: Shaped[np.ndarray, " pairs"]) -> Shaped[np.ndarray, " pairs"] | None:
+    """Clusters split by a second name, such as that of the annotator: copies that differ in it are no copies."""
     if clusters is None:
         return None
     _, where = np.unique(np.asarray(clusters), return_inverse=True)
     _, which = np.unique(names, return_inverse=True)
-    found: np.ndarray = where * len(names) + which
-    return found if of is None else found[of]
+    smaller: np.ndarray = where * len(names) + which
+    return smaller
 
 
 def mean_of(values: Shaped[np.ndarray, " pairs"], weights: PerPair) -> float:
     """Weighted mean; of equal weights exactly what `values.mean()` gives."""
     return float(np.average(values, weights=weights))
-
-
-def sd_of(values: PerPair, weights: PerPair) -> float:
-    """Weighted standard deviation; of equal weights exactly what `values.std()` gives."""
-    return float(np.sqrt(mean_of((values - mean_of(values, weights)) ** 2, weights)))

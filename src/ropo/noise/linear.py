@@ -5,7 +5,7 @@ In: features of the pairs, each chosen minus rejected, and folds. Out: `HeldOut`
 The one idea: to first order around the reference, the margin of a fine-tuned model is linear in its parameters, so DPO
 is logistic regression on the gradient of each pair. What takes one training per fold then takes one matrix product per
 step: in the eigenbasis of the features every penalty is diagonal, and a fold is a column of weights in which its own
-pairs weigh nothing. So even the honest comparison of two trainings, in which the suspects of a fold are found without
+pairs weigh nothing. So even the nested comparison of two trainings, in which the suspects of a fold are found without
 that fold, takes seconds.
 
 Shapes: a problem is one fit, a column. Pairs are dealt into folds several times; columns go deal by deal.
@@ -20,11 +20,12 @@ from jaxtyping import Float, Int
 from scipy.linalg import eigh
 from scipy.special import expit
 
-from ropo.noise.clusters import PerPair, mean_of, sd_of
+from ropo.noise.clusters import PerPair, mean_of
 
 Features = Float[np.ndarray, "pairs numbers"]
 Covariates = Float[np.ndarray, "pairs covariates"]
 PerFit = Float[np.ndarray, "pairs problems"]
+PerDeal = Float[np.ndarray, "pairs some"]
 Folds = Int[np.ndarray, "deals pairs"]
 
 STRENGTHS: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -55,21 +56,31 @@ class HeldOut:
     fits: np.ndarray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Refit:
-    """What becomes of linear models when the pairs that others contradict are left out of their training.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Whether models are better without the pairs that other models contradict, by labels that neither has seen.
 
     Attributes:
-        margins: Held-out, of models without suspects; as in `HeldOut`.
-        surface: What the covariates add.
-        gain: By how much more of the labels they agree with than models with all pairs do, in [−1, 1].
-        error: Standard error of `gain`.
+        gain: By how much more of these labels they agree with, in [−1, 1].
+        error: Its standard error.
     """
+
+    gain: float
+    error: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the gain exceeds its standard error: without one the simpler model stays (Breiman et al. 1984)."""
+        return self.gain > self.error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Refit:
+    """Held-out margins of models that were fitted without suspects, as in `HeldOut`, and whether that is better."""
 
     margins: PerPair
     surface: PerPair
-    gain: float
-    error: float
+    filter: Filter
 
 
 class LinearModels:
@@ -89,8 +100,8 @@ class LinearModels:
     Args:
         features: Chosen minus rejected, of each pair, in any unit.
         folds: The fold of each pair, from 0 on, in each deal.
-        covariates: What a label is not to be judged by, chosen minus rejected, such as a length; in any unit.
-        weights: Of pairs in the fit; 0 leaves a pair out of it, though it is judged. All 1 by default.
+        covariates: What must not decide about a label, chosen minus rejected, such as a length; in any unit.
+        weights: Of pairs in the fit; 0 leaves a pair out of it, though it gets a margin. All 1 by default.
 
     Raises:
         ValueError: If the folds are not those of these pairs or there are fewer than two.
@@ -117,55 +128,39 @@ class LinearModels:
         self._seen = np.concatenate([deal[:, None] != np.arange(self._num_folds) for deal in folds], axis=1)
 
     def held_out(self, *, strengths: Sequence[float] = STRENGTHS) -> HeldOut:
-        """Fit without each fold, and let the fit judge the pairs of that fold.
-
-        Args:
-            strengths: λ that are tried, on the first deal.
-        """
+        """Fit without each fold, and take the margins of its pairs from that fit; λ is chosen on the first deal."""
         first = self._seen[:, : self._num_folds]
         tried = self._solve(np.tile(first, len(strengths)), np.repeat(strengths, self._num_folds))
-        fits = [tried[:, i * self._num_folds :][:, : self._num_folds] for i in range(len(strengths))]
-        losses = [self._loss(np.add(*self._judge(fit))) for fit in fits]
-        best = int(np.argmin(losses))
-        all_fits = fits[best]
+        by_strength = [tried[:, i * self._num_folds :][:, : self._num_folds] for i in range(len(strengths))]
+        best = int(np.argmin([self._loss(np.add(*self._margins(fits))) for fits in by_strength]))
+        fits, strength = by_strength[best], float(strengths[best])
         if len(self._folds) > 1:
-            others = self._solve(self._seen[:, self._num_folds :], float(strengths[best]))
-            all_fits = np.concatenate([all_fits, others], axis=1)
-        margins, surface = self._judge(all_fits)
+            fits = np.concatenate([fits, self._solve(self._seen[:, self._num_folds :], strength)], axis=1)
+        margins, surface = self._margins(fits)
         return HeldOut(
-            margins=margins,
-            surface=surface,
-            loss=self._loss(margins + surface),
-            strength=float(strengths[best]),
-            fits=all_fits,
+            margins=margins, surface=surface, loss=self._loss(margins + surface), strength=strength, fits=fits
         )
 
     def without_suspects(self, before: HeldOut, *, is_known: np.ndarray | None = None) -> Refit:
         """Leave out what held-out margins contradict, fit again, and compare by labels that neither fit has seen.
 
         This is ROPO's alternation of filtering and training (arXiv:2404.04102, section 3) on linear models, nested:
-        which pairs are left out of the fit that judges a fold is found without that fold. So no label has a say in its
-        own judgement, and where all labels are right there is nothing to gain.
+        which pairs are left out of the fit that scores a fold is found without that fold. So no label has a say in its
+        own margin, and where all labels are right there is nothing to gain.
 
         Args:
             before: The fits with all pairs; of three folds or more.
-            is_known: Pairs that stay in whatever is said of them, shape (pairs,), bool.
-
-        Returns:
-            The new margins, and what was gained.
+            is_known: Pairs that are never suspects, shape (pairs,), bool.
         """
         suspects = self._suspects(before.strength)
         if is_known is not None:
             suspects &= ~is_known[:, None]
         fits = self._solve(self._seen & ~suspects, before.strength)
-        margins, surface = self._judge(fits)
-        agreed, agrees = (self._agreement(found) for found in (before.fits, fits))
-        return Refit(
-            margins=margins,
-            surface=surface,
-            gain=mean_of(agrees - agreed, self._weights),
-            error=sd_of(agrees - agreed, self._weights) / float(np.sqrt(self._weights.sum())),
-        )
+        margins, surface = self._margins(fits)
+        change = self._agreement(fits) - self._agreement(before.fits)
+        gain = mean_of(change, self._weights)
+        error = np.sqrt(mean_of((change - gain) ** 2, self._weights)) / np.sqrt(self._weights.sum())
+        return Refit(margins=margins, surface=surface, filter=Filter(gain=gain, error=float(error)))
 
     def _suspects(self, strength: float) -> np.ndarray:
         """Which pairs are contradicted by fits without their own fold and without that of the column."""
@@ -184,26 +179,26 @@ class LinearModels:
     def _solve(self, seen: np.ndarray, penalties: float | np.ndarray) -> np.ndarray:
         return _solve(self._basis, self._weights[:, None] * seen, np.broadcast_to(penalties, seen.shape[1:]))
 
-    def _own(self, values: PerFit) -> Float[np.ndarray, "pairs some"]:
-        """Of each pair and deal the value in the column of its fold, for as many deals as there are columns of."""
-        split = np.split(values, values.shape[1] // self._num_folds, axis=1)
-        return np.stack(
-            [
-                np.take_along_axis(one, deal[:, None], axis=1)[:, 0]
-                for one, deal in zip(split, self._folds, strict=False)
-            ],
-            axis=1,
-        ).astype(np.float64)
+    def _by_deal(self, fits: np.ndarray) -> tuple[PerDeal, PerDeal]:
+        """Of each pair and deal the margin by the fit without its fold, and what the covariates add to it.
 
-    def _judge(self, fits: np.ndarray) -> tuple[PerPair, PerPair]:
-        """Margins by the fits without a pair's fold: without what the covariates add, and what they add."""
-        surface = self._own(self._basis.surface(fits)).mean(axis=1)
-        return self._own(self._basis.margins(fits)).mean(axis=1) - surface, surface
+        For as many deals as there are columns of.
+        """
+        folds = self._folds[: fits.shape[1] // self._num_folds]
+        columns = folds.T + self._num_folds * np.arange(len(folds))
+        both = (self._basis.margins(fits), self._basis.surface(fits))
+        margins, surface = (np.take_along_axis(values, columns, axis=1).astype(np.float64) for values in both)
+        return margins, surface
+
+    def _margins(self, fits: np.ndarray) -> tuple[PerPair, PerPair]:
+        """Means over the deals: without what the covariates add, and what they add."""
+        margins, surface = (values.mean(axis=1) for values in self._by_deal(fits))
+        return margins - surface, surface
 
     def _agreement(self, fits: np.ndarray) -> PerPair:
-        """In how many of the deals the margin agrees with the label; 0 counts half."""
-        margins = self._own(self._basis.margins(fits)) - self._own(self._basis.surface(fits))
-        return np.asarray((np.sign(margins).mean(axis=1) + 1) / 2)
+        """In what share of the deals the margin agrees with the label; 0 counts half."""
+        margins, surface = self._by_deal(fits)
+        return np.asarray((np.sign(margins - surface).mean(axis=1) + 1) / 2)
 
     def _loss(self, margins: PerPair) -> float:
         return mean_of(np.logaddexp(0.0, -margins), self._weights)
@@ -216,9 +211,9 @@ class _Basis:
         features = np.asarray(features, dtype=np.float64)
         self._covariates = np.zeros((len(features), 0))
         if covariates is not None:
-            self._covariates = np.sqrt(_FREE) * _unit(np.asarray(covariates, dtype=np.float64))
+            self._covariates = np.sqrt(_FREE) * scaled_to_one(np.asarray(covariates, dtype=np.float64))
             features = features - self._covariates @ np.linalg.lstsq(self._covariates, features, rcond=None)[0]
-        features = np.concatenate([_unit(features), self._covariates], axis=1)
+        features = np.concatenate([scaled_to_one(features), self._covariates], axis=1)
         is_wide = len(features) <= features.shape[1]
         spectrum, vectors = eigh(features @ features.T if is_wide else features.T @ features, driver="evd")
         is_kept = spectrum > 1e-10 * max(spectrum[-1], _TINY)
@@ -238,8 +233,8 @@ class _Basis:
         return np.asarray(self._covariates @ (self._of_covariates @ fits), dtype=np.float32)
 
 
-def _unit(features: Float[np.ndarray, "pairs some"]) -> Float[np.ndarray, "pairs some"]:
-    """Scaled to a mean squared norm of 1."""
+def scaled_to_one(features: Float[np.ndarray, "pairs some"]) -> Float[np.ndarray, "pairs some"]:
+    """Features scaled to a mean squared norm of 1."""
     return np.asarray(features / max(float(np.sqrt((features**2).sum(axis=1).mean())), _TINY))
 
 
@@ -251,16 +246,16 @@ def _solve(basis: _Basis, weights: PerFit, penalties: np.ndarray) -> np.ndarray:
     """
     weights, penalties = weights.astype(np.float32), penalties.astype(np.float32)
     inverse = (1.0 / (basis.spectrum[:, None] / 4 * weights.max() + penalties)).astype(np.float32)
-    found: np.ndarray = np.zeros_like(inverse)
-    ahead = found
+    fits: np.ndarray = np.zeros_like(inverse)
+    ahead = fits
     momentum: np.ndarray = np.ones(len(penalties), dtype=np.float32)
     for _ in range(_MAX_STEPS):
         gradient = basis.coordinates.T @ (weights * expit(-basis.margins(ahead))) - penalties * ahead
         new = ahead + inverse * gradient
-        step = new - found
+        step = new - fits
         momentum[(step * gradient).sum(axis=0) < 0] = 1.0
         following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        ahead, found, momentum = new + (momentum - 1) / following * step, new, following
+        ahead, fits, momentum = new + (momentum - 1) / following * step, new, following
         if np.abs(basis.margins(step)).max() < _TOLERANCE:
             break
-    return found
+    return fits

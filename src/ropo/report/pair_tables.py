@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ropo.noise.reading import reading_order
+from ropo.noise.review_order import review_order
 from ropo.pairs import Pair
 from ropo.provenance import Json
 from ropo.report.statistics import median, number, numbers
@@ -42,7 +42,7 @@ def suspects(
     is_shown = is_open & np.isfinite(p_flip)
     if by_margin:
         is_shown = is_open & (margin < 0) & scores["is_held_out"]
-    order = reading_order(p_flip, margin, by_margin=by_margin)
+    order = review_order(p_flip, margin, by_margin=by_margin)
     order = order[is_shown[order]][:NUM_SUSPECTS]
     shown = [_shown_pair(scores, int(i), originals[int(scores["row"][i])]) for i in order]
     # A P(flipped) near 0 that nobody can vouch for would say the opposite of "read this".

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ropo.noise.reading import WIDE_RANGE, calls_some
+from ropo.noise.review_order import WIDE_INTERVAL, has_suspects
 from ropo.pairs import Pair
 from ropo.provenance import Json
 from ropo.report import from_summary, pair_tables, sentences
@@ -65,7 +65,7 @@ class _Seen:
         """Suspects, and pairs that are merely hard."""
         scores, originals, is_open = self.scores, self.originals, self.is_open
         p_flip = scores["p_flip"].astype(np.float64)
-        by_margin = not calls_some(p_flip, is_open, is_informative=self.is_informative)
+        by_margin = not has_suspects(p_flip, is_open, is_informative=self.is_informative)
         suspects = pair_tables.suspects(scores, originals, is_open=is_open, by_margin=by_margin)
         # What is to be read first is not called merely hard as well.
         is_other = is_open & ~np.isin(scores["row"], [pair["row"] for pair in suspects] if by_margin else [])
@@ -183,7 +183,7 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Json:
         "level": number(rate.get("level", 0.9)),
         "may_be_clean": low is not None and low < REACHES_ZERO,
         "is_informative": is_informative,
-        "is_vague": not is_informative or (low is not None and high is not None and high - low > WIDE_RANGE),
+        "is_vague": not is_informative or (low is not None and high is not None and high - low > WIDE_INTERVAL),
         "reason": clean(str(summary.get("reason") or "")),
         "rho": number(summary.get("rho")),
         "rho_why": clean(str(summary.get("rho_why") or "")),

@@ -128,12 +128,8 @@ def _finished(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> 
     ended = [sample for sample in samples if sample.is_finished]
     control = set(control_tokens(tokenizer).values())
     finished = [sample for sample in ended if control.isdisjoint((sample.ids or ())[:-1])]
-    return finished, Counter(
-        {
-            Refusal.UNFINISHED: len(samples) - len(ended),
-            Refusal.CONTROL_TOKEN: len(ended) - len(finished),
-        }
-    )
+    counts = {Refusal.UNFINISHED: len(samples) - len(ended), Refusal.CONTROL_TOKEN: len(ended) - len(finished)}
+    return finished, Counter(counts)
 
 
 def _beside_chosen(

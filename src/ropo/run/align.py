@@ -42,7 +42,7 @@ def run_rounds(
 ) -> RunResult:
     """Align a model on preference pairs whose labels may be wrong (ROPO, arXiv:2404.04102v2).
 
-    The same call with the same output folder goes on after the last finished stage.
+    Rerun the same call to resume after the last finished stage.
 
     Args:
         model: Folder or hub id of the initial model, which is also the reference; a `Model`, which says how it is
@@ -54,7 +54,8 @@ def run_rounds(
         eval_dataset: Pairs to score under the model of every round, given like `dataset`. Nothing depends on them, so a
             finished run takes them, too.
         review: What people have said about labels.
-        judge: Asked about what the rules cannot settle; default what `args.judge` names. The same in every call.
+        judge: Asked about new pairs that the selection rule cannot settle; default what `args.judge` names. The same in
+            every call.
 
     Returns:
         What the output folder holds.
@@ -77,7 +78,7 @@ def run_rounds(
         digest, audit = made.digest, None
         judge = judge or make_judge(args, made.folder / "judge")
         if args.needs_audit:
-            audit = _audit_of(made, args, judge)
+            audit = _audit_of(made, args)
             digest = audit.run(digest)
         rounds = run_all(
             made.data, audit, args, folder=made.folder / "rounds", model=made.model, reference=made.reference,
@@ -98,13 +99,12 @@ def run_audit(
     peft_config: PeftConfig | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     review: ReviewInputs | None = None,
-    judge: Judge | None = None,
 ) -> AuditResult:
     """Find out how many labels are wrong and which, without aligning a model.
 
     Reads every pair once and trains nothing (`scorer` "models" trains `num_folds` models and keeps none of them). The
-    same call with the same output folder goes on where it was stopped; `run_rounds` with the same folder and options
-    goes on from the finished audit.
+    same call resumes where it was stopped; `run_rounds` with the same folder and options continues from the finished
+    audit.
 
     Args:
         model: As for `run_rounds`.
@@ -113,7 +113,6 @@ def run_audit(
         peft_config: As for `run_rounds`.
         processing_class: As for `run_rounds`.
         review: As for `run_rounds`.
-        judge: As for `run_rounds`.
 
     Returns:
         What the output folder holds: `summary.json`, `ledger.parquet`, `report.html`, `cleaned.jsonl` and `review.csv`.
@@ -130,12 +129,11 @@ def run_audit(
     )
     with owning(Path(str(args.output_dir))):
         made = prepare(given, args, is_audit=True)
-        audit = _audit_of(made, args, judge or make_judge(args, made.folder / "judge"))
+        audit = _audit_of(made, args)
         audit.run(made.digest)
         publish_audit(audit, made)
         return AuditResult.load(made.folder)
 
 
-def _audit_of(made: Prepared, args: ROPOConfig, judge: Judge | None) -> Audit:
-    folder = made.folder / "audit"
-    return Audit(made.data, args, folder=folder, model=made.model, reference=made.reference, judge=judge)
+def _audit_of(made: Prepared, args: ROPOConfig) -> Audit:
+    return Audit(made.data, args, folder=made.folder / "audit", model=made.model, reference=made.reference)

@@ -30,9 +30,7 @@ def check_run(args: ROPOConfig) -> None:
                 f"A run that is stopped resumes as if it had not been; got {name}, which {reason}. Leave it out."
             )
     if args.resume_from_checkpoint is not None:
-        raise ValueError(
-            "A run goes on by itself when the same command is given again; got resume_from_checkpoint. Leave it out."
-        )
+        raise ValueError("Rerun the same command to resume a run; got resume_from_checkpoint. Leave it out.")
     if args.eval_strategy != "no":
         raise ValueError(
             "A run evaluates the model of every round on eval_dataset_name (in Python: eval_dataset), and nothing in "

@@ -38,7 +38,7 @@ _MADE_BEFORE = (LOCK_FILE, INITIAL_MODEL, f"{INITIAL_MODEL}.json", "reference_ca
 _IDENTITY_REMEDY = "It says which run this folder holds. Restore it from a copy, or use another output_dir."
 # What stands in a run's identity by a digest, in words.
 _DIGESTS = {
-    "data": "pairs", "tokenizer": "tokenizer", "trusted": "trusted pairs", "verdicts": "verdicts (decisions, trusted)",
+    "data": "pairs", "tokenizer": "tokenizer", "trusted": "trusted pairs", "verdicts": "review decisions",
 }  # fmt: skip
 # Options that say which pairs there are, and what judges which.
 _SCORED_BY = ("scorer", "length_is_evidence", "num_folds", "seed", "max_length")

@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from ropo.audit import Audit
 from ropo.data.review import read_verdicts, with_verdicts, write_review
-from ropo.noise.reading import calls_some, reading_order
+from ropo.noise.review_order import has_suspects, review_order
 from ropo.pairs import Pair
 from ropo.provenance import Json, read_json, saying_if_full, sync, sync_entry, write_aside, write_json
 from ropo.report import write_report
@@ -152,8 +152,8 @@ def _write_tables(folder: Path, audit: Audit) -> None:
     is_data = np.array([pair.origin == "data" for pair, *_ in rows])
     is_open = is_data & [pair.verdict is None for pair, *_ in rows]
     is_informative = judged.estimate.is_informative
-    by_margin = not calls_some(p_flip, is_open, is_informative=is_informative)
-    order = [int(i) for i in reading_order(p_flip, margins, by_margin=by_margin) if is_data[i]]
+    by_margin = not has_suspects(p_flip, is_open, is_informative=is_informative)
+    order = [int(i) for i in review_order(p_flip, margins, by_margin=by_margin) if is_data[i]]
     in_order = [(rows[i][0], p_flip[i] if is_informative else None, margins[i], rows[i][2]) for i in order]
     rows = [row for row in rows if row[0].origin == "data"]
     for name, wanted in (("cleaned.jsonl", ("keep", "flip")), ("dropped.jsonl", ("drop",))):

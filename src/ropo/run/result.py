@@ -23,12 +23,12 @@ from ropo.audit.result import RateEstimate
 from ropo.audit.run import Judgement
 from ropo.audit.scorers import MARGINS_FILE, ScorerRow, Scores
 from ropo.audit.weights import Choice
-from ropo.noise.reading import calls_some, reading_order
+from ropo.noise.review_order import has_suspects, review_order
 from ropo.provenance import Json, read_json
 from ropo.report.notebook import as_html, as_text, summary_rows
 from ropo.run.evaluation import Evaluation
 from ropo.run.ledger import read_ledger
-from ropo.run.rounds import Decided
+from ropo.run.setup import Decided
 
 Floats = NDArray[np.float64]
 
@@ -142,8 +142,8 @@ class AuditResult(_Folder):
             Columns `row`, `pair_id`, `p_flip`, `margin_nats`, `decision`, and, after `run_audit`, the texts `prompt`,
             `chosen`, `rejected` as the data labels them.
         """
-        by_margin = not calls_some(self.p_flip, self.is_open, is_informative=self.estimate.is_informative)
-        order = reading_order(self.p_flip, self.margins_nats, by_margin=by_margin)
+        by_margin = not has_suspects(self.p_flip, self.is_open, is_informative=self.estimate.is_informative)
+        order = review_order(self.p_flip, self.margins_nats, by_margin=by_margin)
         is_shown = self.is_open & (self.margins_nats < 0) if by_margin else self.is_open
         places = [int(i) for i in order if is_shown[i]][:num_pairs]
         names = self._first_round.take(places).select(["row", "pair_id"])

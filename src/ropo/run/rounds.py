@@ -19,7 +19,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +33,12 @@ from transformers import PreTrainedModel
 
 from ropo.audit import Audit
 from ropo.audit.result import IN_SAMPLE, RateEstimate
-from ropo.audit.weights import Choice, decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
+from ropo.audit.weights import decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import SampledIds, TokenizedPairs, encode_prompts, tokenize_pairs
 from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
-from ropo.losses import BoundLoss
 from ropo.models.source import Model, Reference
 from ropo.noise.estimate import estimate_flips
 from ropo.pairs import Pair, PairLogps
@@ -47,6 +46,7 @@ from ropo.provenance import read_json, write_aside, write_json
 from ropo.report.clauses import OBSTACLES
 from ropo.resample.new_pairs import NewPairs, Scored, Scorer, Scoring, resample_pairs
 from ropo.resample.select import SELECTION_RULES, Criteria
+from ropo.run.setup import Decided, Setup
 from ropo.sampling.engine import Sampling
 from ropo.sampling.engines import Reach, open_engine
 from ropo.sampling.generate import sample_responses
@@ -63,54 +63,6 @@ _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
 _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
 _HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What all rounds of a run have in common.
-
-    Attributes:
-        folder: The rounds become `00`, `01`, ... in it.
-        args: Options of the run.
-        loss: The loss of training, with α resolved.
-        alpha: Its α, and why.
-        model: The initial one.
-        reference: The frozen one, which reads only pairs that it has never seen.
-        audit: What is known about the labels, finished; None to go by the margins of the trained model.
-        judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
-    """
-
-    folder: Path
-    args: ROPOConfig
-    loss: BoundLoss
-    alpha: Choice
-    model: Model
-    reference: Reference
-    audit: Audit | None
-    judge: Judge | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
-    """What a round has decided.
-
-    Attributes:
-        rho: The share of pairs to filter out.
-        alpha: Of the loss.
-        decisions: keep, drop, flip or resample for each pair.
-        weights: Weight of each pair in the next training.
-    """
-
-    rho: Choice
-    alpha: Choice
-    decisions: list[str]
-    weights: list[float]
-
-    @classmethod
-    def read(cls, path: Path) -> "Decided":
-        """What a round has written."""
-        found = read_json(path)
-        return cls(**{**found, **{name: Choice.from_json(found[name]) for name in ("rho", "alpha")}})
 
 
 class Round:

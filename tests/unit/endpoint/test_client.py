@@ -400,6 +400,14 @@ def test_advice_says_whether_there_was_a_key(server, key):
         post(server.url, api_key_env=None)
 
 
+def test_certificates_that_are_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    _tls.cache_clear()
+    with pytest.raises(EndpointError, match=r"^HTTPS needs certificates .*SSL_CERT_FILE") as caught:
+        post("https://example.invalid/v1")
+    assert caught.value.is_final
+
+
 def test_a_packed_answer_is_not_unpacked(server):
     """A megabyte of it could be a gigabyte of text."""
     server.answers = [(200, gzip.compress(b'{"answer": "yes"}'), {"Content-Encoding": "gzip"}), OK]

@@ -6,7 +6,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import beta, chi2, t
 
-from ropo.noise.estimate import Link, Obstacle, _bound, _ProfileLikelihood, estimate_flips
+from ropo.noise.estimate import Obstacle, _bound, estimate_flips
+from ropo.noise.likelihood import Link, ProfileLikelihood
 
 
 def flipped_margins(num_pairs, rate, seed=0):
@@ -17,8 +18,7 @@ def flipped_margins(num_pairs, rate, seed=0):
 
 def logistic(margins):
     """The profile of one link, without those that widen the interval."""
-    weights = np.ones(len(margins))
-    return _ProfileLikelihood(margins, margins[:0], Link(), weights, weights[:0])
+    return ProfileLikelihood(Link(), margins, np.ones(len(margins)), np.zeros(len(margins), dtype=bool))
 
 
 def test_rate_scale_and_interval_are_those_of_the_plain_likelihood():

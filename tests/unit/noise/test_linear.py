@@ -148,8 +148,8 @@ def test_on_right_labels_there_is_nothing_to_gain():
         folds = deal(200, seed=seed)
         models = LinearModels(known_truth(200, 100, seed=seed), folds)
         refit = models.without_suspects(models.held_out(strengths=(STRENGTH,)))
-        gains.append(refit.gain)
-        assert refit.gain <= refit.error
+        gains.append(refit.filter.gain)
+        assert refit.filter.gain <= refit.filter.error
     assert np.mean(gains) <= 0
 
 
@@ -158,7 +158,7 @@ def test_without_flipped_pairs_more_is_known():
     models = LinearModels(features, deal(600))
     judged = models.held_out()
     refit = models.without_suspects(judged)
-    assert refit.gain > refit.error > 0
+    assert refit.filter.gain > refit.filter.error > 0
     assert auroc(-refit.margins, is_flipped) >= auroc(-judged.margins, is_flipped) > 0.95
 
 
@@ -169,7 +169,7 @@ def test_a_known_label_is_never_left_out():
     models = LinearModels(features, folds)
     judged = models.held_out(strengths=(STRENGTH,))
     refit = models.without_suspects(judged, is_known=np.ones(200, dtype=bool))
-    assert (refit.gain, refit.error) == (0, 0)
+    assert (refit.filter.gain, refit.filter.error) == (0, 0)
     np.testing.assert_allclose(refit.margins, judged.margins, atol=2e-3)
     worst = int(np.argmin(judged.margins))
     without = held_out(features, folds, weights=(np.arange(200) != worst).astype(float))
