@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -231,17 +231,15 @@ def main() -> None:
     parser.add_argument("--before", metavar="COMMIT", help="commit whose numbers stand in a first column")
     parser.add_argument("--static", action="store_true", help="count only; do not start the command")
     given = parser.parse_args()
-    parts: list[Callable[[Path], dict[str, str]]] = [static_numbers, *([] if given.static else [started_numbers])]
 
-    def numbers(root: Path) -> dict[str, str]:
-        return {name: value for part in parts for name, value in part(root).items()}
-
-    columns = {}
-    if given.before:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        roots = {"now": ROOT}
+        if given.before:
             unpack(given.before, Path(folder))
-            columns[given.before] = numbers(Path(folder))
-    print(table({**columns, "now": numbers(ROOT)}))
+            roots = {given.before: Path(folder), **roots}
+        # Commands first: the peak memory of a child counts from what its parent has.
+        started = {} if given.static else {title: started_numbers(root) for title, root in roots.items()}
+        print(table({title: {**static_numbers(root), **started.get(title, {})} for title, root in roots.items()}))
 
 
 if __name__ == "__main__":

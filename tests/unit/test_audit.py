@@ -49,14 +49,9 @@ def test_no_model_judges_what_it_was_trained_on(model_folder, pairs, tmp_path, m
     seen, train = [], ROPOTrainer.train_or_resume
 
     def watching(self, made_from):
-        seen.append(
-            (
-                self.loss.name,
-                self.loss.beta,
-                {p.id for p in self.train_dataset.pairs},
-                [p.row for p in self.eval_dataset.pairs],
-            )
-        )
+        loss = self.training_objective.loss_of_margin
+        learned = {pair.id for pair in self.train_dataset.pairs}
+        seen.append((loss.name, loss.beta, learned, [pair.row for pair in self.eval_dataset.pairs]))
         train(self, made_from)
         assert len(self.check_margins) == NUM_CHECKS
 

@@ -22,6 +22,7 @@ from ropo.run.align import run_audit, run_rounds
 from ropo.train import trainer as ours
 from ropo.train.dataset import PairDataset
 from ropo.train.metrics import METRICS
+from ropo.train.sharding import keep_outputs_in_float32
 from ropo.train.trainer import ROPOTrainer
 
 BATCHING = Batching(pad_token_id=0)
@@ -112,12 +113,10 @@ def test_deepspeed_does_not_round_what_stands_beside_a_batch(trainer, monkeypatc
     assert torch.equal(found["pieces"][0]["reference_chosen"], reference)
 
 
-def test_sharded_models_hand_out_float32(trainer, monkeypatch):
+def test_sharded_models_hand_out_float32():
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
     plugin = SimpleNamespace(mixed_precision_policy=policy)
-    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
-    trainer._keep_outputs_in_float32()
+    keep_outputs_in_float32(plugin)
     assert plugin.mixed_precision_policy.output_dtype is None
     assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
 
@@ -268,7 +267,7 @@ def test_only_a_refusal_of_the_adapter_refuses_it(model, monkeypatch):
     def miss(*_):
         raise AttributeError("'Parameter' object has no attribute 'compress_statistics'")
 
-    monkeypatch.setattr("ropo.models.source.get_peft_model", miss)
+    monkeypatch.setattr("ropo.models.fit.get_peft_model", miss)
     check_adapter(model, LoraConfig(target_modules=["q_proj"]))
 
 

@@ -11,7 +11,6 @@ in is still found, and refused later by whoever encodes it.
 Add a file type: one function from a byte stream to rows, one line in `READERS`.
 """
 
-import csv
 import gzip
 import io
 import json
@@ -22,7 +21,6 @@ from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -32,7 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
-from ropo.data.problems import BadRow, printable, short
+from ropo.data.csv_rows import read_csv, refuse_repeated, text_lines
+from ropo.data.problems import BadRow, short
 from ropo.provenance import file_kind
 from ropo.spelling import did_you_mean_path, is_beside_others
 
@@ -59,16 +58,12 @@ Source: TypeAlias = str | Path | HubDataset | datasets.Dataset | Sequence[object
 Row = tuple[int | None, Any]  # the line of a text file at which the row begins, counted from 1, and the row
 
 _ROWS_PER_BATCH = 1000
-_MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module refuses more than 131,072 by default
 # Endings that mean a file was meant, beside those that have a reader: a typing mistake must not become a question to
 # the hub. Names on the hub do hold dots ("OpenHermes-2.5-..."), so not every dot begins an ending.
 _OTHER_ENDINGS = (".arrow", ".bz2", ".gz", ".pkl", ".tsv", ".txt", ".xlsx", ".xz", ".yaml", ".zip", ".zst")
 _SHARDS = (".parquet", ".jsonl", ".jsonl.gz", ".csv", ".csv.gz")  # not .json, in which folders keep other things
 _NUMBERED = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})(?:-[0-9a-f]+)?")  # as the hub names shards
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
-_LONE_CR = re.compile(r"\r++(?!\n|\Z)")
-_INSTEAD_OF_CR = "\ud800"
-_FEW_LINES = 3  # that are divided like rows by chance
 
 
 def read_rows(source: Source, split: str = "train") -> Iterator[Row]:
@@ -190,21 +185,6 @@ def _refuse_utf16(path: Path, start: bytes) -> None:
         )
 
 
-def _refuse_repeated(columns: Iterable[str]) -> None:
-    """Of two columns with one name, one would be lost. Cells without a name stand behind the last one."""
-    if repeated := [name for name, count in Counter(columns).items() if count > 1 and name]:
-        raise ValueError(
-            f"load_pairs needs columns of different names; got {', '.join(map(printable, repeated))} more than once. "
-            "Rename or remove one."
-        )
-
-
-def _lines(stream: Iterable[bytes]) -> Iterator[str]:
-    """Lines as a line feed ends them: U+2028 and its kind may stand inside a JSON text."""
-    for number, line in enumerate(stream):
-        yield (line if number else line.removeprefix(BOM_UTF8)).decode("utf-8", "surrogateescape")
-
-
 def _not_json(text: str, reason: str) -> BadRow:
     try:
         text.encode()
@@ -226,7 +206,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 def _read_json_lines(stream: Iterable[bytes]) -> Iterator[Row]:
     """No JSON text holds a CR as it is, so a lone one ends a line, too. Files that were joined hold marks of order."""
-    lines = (part for line in _lines(stream) for part in line.removesuffix("\r\n").split("\r"))
+    lines = (part for line in text_lines(stream) for part in line.removesuffix("\r\n").split("\r"))
     for number, text in enumerate(lines, start=1):
         text = text.removeprefix("\ufeff")
         if text.strip():
@@ -288,83 +268,9 @@ def _after_space(text: str, place: int) -> int:
     return place
 
 
-def delimiter_of(header: str) -> str:
-    """What divides the cells of a table: where a comma divides decimals, a spreadsheet writes semicolons, or tabs."""
-    return max(",;\t", key=header.count)
-
-
-def csv_lines(stream: Iterable[bytes]) -> Iterator[str]:
-    """Lines as the csv module needs them: what ends the first one ends all, so any other CR is content.
-
-    The module takes a CR for the end of a record. Where it is content, a letter that no text can hold stands for it.
-    """
-    lines = _lines(stream)
-    first = next(lines, "")
-    lines = chain([first], lines)
-    if "\r" in first.rstrip("\r\n"):
-        return (part for text in lines for part in re.split(r"(?<=\r)(?!\n)", text) if part)
-    return (
-        text
-        if text.count("\r") == text.endswith("\r\n")
-        else _LONE_CR.sub(lambda found: _INSTEAD_OF_CR * len(found.group()), text)
-        for text in lines
-    )
-
-
-def _read_csv(stream: io.BufferedIOBase) -> Iterator[Row]:
-    csv.field_size_limit(_MAX_CSV_FIELD)
-    lines = csv_lines(stream)
-    first = next(lines, "")
-    reader = csv.reader(chain([first], lines), delimiter=delimiter_of(first), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            record = next(reader, None)
-        except csv.Error as error:
-            num_lines = reader.line_num + sum(1 for _ in lines) - line + 1
-            yield line, _no_csv_from_here(num_lines, f"{error}, as where a quote is not closed or not doubled")
-            return
-        if record is None:
-            return
-        if not record:
-            continue
-        if header is None:
-            header = record
-            _refuse_repeated(header)
-        elif len(record) != len(header) and any(_INSTEAD_OF_CR in field for field in record):
-            num_lines = reader.line_num + sum(1 for _ in lines) - line + 1
-            yield line, _no_csv_from_here(num_lines, "some records end with a CR, those before with a line feed")
-            return
-        elif len(record) != len(header):
-            yield line, BadRow("not_csv", f"a record needs the header's {len(header)} fields; got {len(record)}.")
-        elif record[-1] == header[-1] and [record[0].removeprefix("\ufeff"), *record[1:]] == header:
-            yield (
-                line,
-                BadRow("not_csv", "a record needs values; got the header once more, as in files that were joined."),
-            )
-        else:
-            if num_lines := _lines_like_rows(record, reader.dialect.delimiter):
-                yield line, BadRow("swallowed", f"one quoted field holds {num_lines} lines that look like rows.")
-            fields = (field.replace(_INSTEAD_OF_CR, "\r") for field in record)
-            yield line, dict(zip(header, fields, strict=True))
-
-
-def _lines_like_rows(record: Sequence[str], delimiter: str) -> int:
-    """How many whole lines inside a field are divided like a row, as where a quote too many has swallowed rows."""
-    lines = [line for field in record if "\n" in field for line in field.split("\n")[1:-1]]
-    alike = sum(line.count(delimiter) == len(record) - 1 for line in lines)
-    return alike if len(record) > 1 and alike >= max(_FEW_LINES, 0.8 * len(lines)) else 0
-
-
-def _no_csv_from_here(num_lines: int, reason: str) -> BadRow:
-    """Where the next record begins cannot be known."""
-    return BadRow("unread", f"the table cannot be read from here to its end, {num_lines} lines: {reason}.")
-
-
 def _read_parquet(stream: io.BufferedIOBase) -> Iterator[Row]:
     file = pq.ParquetFile(stream, page_checksum_verification=True)
-    _refuse_repeated(file.schema_arrow.names)
+    refuse_repeated(file.schema_arrow.names)
     for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH):
         yield from ((None, row) for row in batch.to_pylist())
 
@@ -468,5 +374,5 @@ def _open_hub(source: HubDataset, split: str) -> datasets.Dataset:
 
 
 READERS: Mapping[str, Callable[[io.BufferedIOBase], Iterator[Row]]] = MappingProxyType(
-    {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    {".jsonl": _read_json_lines, ".json": _read_json, ".csv": read_csv, ".parquet": _read_parquet}
 )

@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from unicodedata import normalize
 
+from ropo.data.csv_rows import csv_lines, delimiter_of
 from ropo.data.problems import printable, short, visible
-from ropo.data.read import csv_lines, delimiter_of
 from ropo.pairs import Pair, Text
 from ropo.provenance import file_kind
 

@@ -8,11 +8,10 @@ and callbacks; the one exception is `_get_train_sampler`, without which an epoch
 `Trainer` and `accelerate` offer is there: mixed precision, accumulation, checkpoints, loggers, several devices.
 """
 
-import contextlib
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -20,7 +19,6 @@ from typing import Any, TypedDict, Unpack
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import StateDictType
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,6 +56,7 @@ from ropo.train.metrics import RunningMeans, of_margins
 from ropo.train.model import make_ready, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
 from ropo.train.options import TrainOptions, check_kind, instead_of
+from ropo.train.sharding import keep_outputs_in_float32, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +149,7 @@ class ROPOTrainer(Trainer):
             optimizers=others.get("optimizers", (None, None)),
         )
         self.label_names = []
-        self._keep_outputs_in_float32()
+        keep_outputs_in_float32(self._sharding)
         self._shown = ShowProgress(is_line=not args.disable_tqdm)
         for kind in (PrinterCallback, ProgressCallback):  # the second prints every line of the log as well
             self.remove_callback(kind)
@@ -191,12 +190,10 @@ class ROPOTrainer(Trainer):
         """
         self.add_callback(Halfway(partial(self.save_whole, folder)))
 
-    def _keep_outputs_in_float32(self) -> None:
-        """FSDP2 would hand out log-probabilities in half precision, a tenth of a nat from what they are."""
-        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        policy: Any = getattr(plugin, "mixed_precision_policy", None)
-        if getattr(policy, "output_dtype", None) is not None:
-            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+    @property
+    def _sharding(self) -> Any:
+        """The settings of FSDP; None where the model is not sharded by it."""
+        return self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
 
     def _collator(self, dataset: PairDataset) -> PairCollator:
         """Batches of a dataset, in pieces where a piece is what the loss needs."""
@@ -280,7 +277,7 @@ class ROPOTrainer(Trainer):
         aside = folder.with_name(f".{folder.name}.partial")
         try:
             with saying_if_full(folder):
-                with self._in_one_piece():
+                with whole_weights(self._sharding):
                     self.save_model(str(aside))
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
@@ -290,19 +287,6 @@ class ROPOTrainer(Trainer):
             shutil.rmtree(aside, ignore_errors=True)
             raise
         self.accelerator.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def _in_one_piece(self) -> Iterator[None]:
-        """Within it FSDP saves whole weights: `Trainer` writes none at all where shards are asked for."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is None:
-            yield
-            return
-        before, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
-        try:
-            yield
-        finally:
-            plugin.state_dict_type = before
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As in `Trainer`; grouped by length, the order of an epoch can be drawn once more.
