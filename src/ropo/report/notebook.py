@@ -21,7 +21,7 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
     """
     names = ("kept", "dropped", "flipped", *(("resampled",) if summary["num_resampled"] else ()))
     done = ", ".join(f"{count(summary[f'num_{name}'])} {name}" for name in names)
-    rows = [("flipped labels", _rate(summary)), ("pairs", f"{count(summary['num_pairs'])}: {done}")]
+    rows = [("flipped labels", _rate(summary)), ("pairs", f"{count(summary['num_pairs'])} ({done})")]
     if found := summary.get("evaluation"):
         last = found["rounds"][-1]
         interval = percent_range(last["low"], last["high"])
