@@ -224,7 +224,7 @@ def test_a_model_object_is_the_one_that_is_trained(model_folder, pairs, tmp_path
     options = {"num_candidates": 0, "rounds": 1, "num_folds": 0, "rho": "0"}
     first, second = AutoModelForCausalLM.from_pretrained(model_folder), _shifted(model_folder)
     with monkeypatch.context() as patch:
-        patch.setattr(ROPOTrainer, "train_or_resume", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(ROPOTrainer, "train_or_resume", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_rounds(first, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)
     run_rounds(second, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)

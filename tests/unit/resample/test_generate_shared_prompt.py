@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    PreTrainedTokenizerBase,
 )
 
 from ropo.logps.shared_prefix import enable_response_logps
@@ -49,11 +50,14 @@ MODELS = {
 }
 
 
-class Padding:
+class Padding(PreTrainedTokenizerBase):
     """As much of a tokenizer as a decoder needs."""
 
     pad_token_id = PAD
     eos_token_id = EOS
+
+    def __init__(self):
+        """Without a vocabulary."""
 
 
 @pytest.fixture(params=[*MODELS, "adapter", "eager"])
