@@ -23,7 +23,7 @@ RESULTS = Path(__file__).with_suffix(".csv")
 PAGE = Path(__file__).parents[1] / "docs" / "noise.md"
 RATES, SIZES, RUNS = (0.0, 0.1, 0.2, 0.3), (500, 1500, 6000), 16
 COLUMNS = (
-    "family", "flip_rate", "num_pairs", "runs", "told", "covered", "too_high", "width", "bound_holds", "bound",
+    "family", "flip_rate", "num_pairs", "runs", "can_tell", "covered", "too_high", "width", "bound_holds", "bound",
 )  # fmt: skip
 
 Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray | None]]
@@ -92,17 +92,17 @@ def measure(family: str, rate: float, num: int, runs: int) -> dict[str, object]:
     for seed in range(runs):
         margins, covariate = draw_margins(family, rate, num, seed)
         found.append(estimate_flips(margins, covariate=covariate))
-    told = [one for one in found if one.is_informative]
+    informative = [one for one in found if one.is_informative]
     bounds = [one.high for one in found if not one.is_informative]
     return {
         "family": family,
         "flip_rate": rate,
         "num_pairs": num,
         "runs": runs,
-        "told": len(told),
-        "covered": sum(one.low <= rate <= one.high for one in told),
-        "too_high": sum(one.low > rate for one in told),
-        "width": f"{np.mean([one.high - one.low for one in told]):.4f}" if told else "",
+        "can_tell": len(informative),
+        "covered": sum(one.low <= rate <= one.high for one in informative),
+        "too_high": sum(one.low > rate for one in informative),
+        "width": f"{np.mean([one.high - one.low for one in informative]):.4f}" if informative else "",
         "bound_holds": sum(bound >= rate for bound in bounds),
         "bound": f"{np.mean(bounds):.4f}" if bounds else "",
     }
@@ -115,8 +115,8 @@ def rows() -> list[dict[str, str]]:
 
 
 def table() -> str:
-    """One line per family and rate: over all sizes, and the share told at each."""
-    sizes = " | ".join(f"told, {num:,}" for num in SIZES)
+    """One line per family and rate: over all sizes, and the share that can be told at each."""
+    sizes = " | ".join(f"can tell, {num:,}" for num in SIZES)
     lines = [f"| clean margins | flipped | {sizes} | covered | width | bound holds | bound |", "|---" * 9 + "|"]
     for family in (*FAMILIES, *NOT_IDENTIFIABLE):
         for rate in RATES:
@@ -127,9 +127,9 @@ def table() -> str:
 
 def _columns(cells: list[dict[str, str]]) -> Iterator[str]:
     for cell in cells:
-        yield f"{int(cell['told']) / int(cell['runs']):.0%}"
-    for num, holds, mean in (("told", "covered", "width"), ("refused", "bound_holds", "bound")):
-        counts = [int(c["told"]) if num == "told" else int(c["runs"]) - int(c["told"]) for c in cells]
+        yield f"{int(cell['can_tell']) / int(cell['runs']):.0%}"
+    for num, holds, mean in (("can_tell", "covered", "width"), ("refused", "bound_holds", "bound")):
+        counts = [int(c["can_tell"]) if num == "can_tell" else int(c["runs"]) - int(c["can_tell"]) for c in cells]
         if not sum(counts):
             yield from ("-", "-")
             continue

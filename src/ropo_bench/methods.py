@@ -381,7 +381,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 def methods_table() -> str:
     """`METHODS` as a Markdown table, for `docs/benchmark.md`."""
-    rows = ["| method | what it is | source | told | own parameters tried |", "|---|---|---|---|---|"]
+    rows = ["| method | what it is | source | needs oracle | own parameters tried |", "|---|---|---|---|---|"]
     for name, method in METHODS.items():
         tried = ", ".join(f"`{key}` {', '.join(map(str, values))}" for key, values in method.search.items())
         own = f"(setting of {method.like})" if method.like else "(not tuned)" if method.is_shipped else tried

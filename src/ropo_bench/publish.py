@@ -104,10 +104,11 @@ def _conditions(rows: Sequence[Row]) -> str:
 
 
 _LEGEND = (
-    "*told*: what a method is told that nobody knows. *Gap closed*: (score − dpo)/(ceiling − dpo), mean over the noisy "
+    "*Needs oracle*: a truth that a method is given and a user does not have. *Gap closed*: "
+    "(score − dpo)/(ceiling − dpo), mean over the noisy "
     "cells in which the ceiling is above dpo by more than the interval. *Behind the best in*: cells in which the best "
     "mean accuracy of all competitors is better by more than the interval of the difference. In tables of single cells "
-    "bold accuracies are not told from the best; *lines in italics* are no competitors: "
+    "bold accuracies cannot be distinguished from the best; *lines in italics* are no competitors: "
     + ", ".join(f"*{name}* is {method.meaning}" for name, method in METHODS.items() if method.is_reference)
     + "."
 )

@@ -195,7 +195,7 @@ def summary_table(rows: Sequence[Row]) -> str:
     cells, (_, names), shipped = cells_of(rows), methods_of(rows), shipped_of(rows)
     noisy, clean = [cell for cell in cells if cell.flip_rate], [cell for cell in cells if not cell.flip_rate]
     lines = [
-        "| method | told | gap closed, accuracy | gap closed, gold | at 0 % against dpo: accuracy | gold "
+        "| method | needs oracle | gap closed, accuracy | gap closed, gold | at 0 % against dpo: accuracy | gold "
         "| behind the best in | cost / dpo |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -29,6 +29,7 @@ from ropo.models.source import Model
 from ropo.run.align import run_rounds
 from ropo.train.trainer import ROPOTrainer
 from ropo_bench import own
+from ropo_bench.task import TaskOptions
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
@@ -395,7 +396,8 @@ def test_every_door_is_guarded(model_folder, pairs, dataset, tmp_path, tokenizer
     judge = {"judge": "endpoint", "judge_model": "m", "judge_url": "http://127.0.0.1:9/v1"}
     with pytest.raises(ValueError, match=match):
         own.make(
-            tmp_path / "own", num_pairs=2, num_held_out=2, seed=0, source=dataset, model=str(model_folder), judge=judge
+            tmp_path / "own",
+            TaskOptions(num_pairs=2, num_held_out=2, seed=0, source=dataset, model=str(model_folder), judge=judge),
         )
     model = LlamaForCausalLM(AutoConfig.from_pretrained(model_folder))
     model.resize_token_embeddings(200)

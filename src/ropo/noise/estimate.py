@@ -62,7 +62,7 @@ class Obstacle(Enum):
     ONE_SIZE = "All margins have the same size. Score the pairs with a model that has been trained on such pairs."
     REVERSED = "The model contradicts most labels. Check whether chosen and rejected are swapped."
     NO_SIGNAL = "The margins do not follow the labels. Train the scoring model longer, or on more pairs."
-    HEAVY_TAILS = "The largest margins may be errors of the model. Review the pairs that it contradicts most surely."
+    HEAVY_TAILS = "The largest margins may be errors of the model. Review the pairs that it contradicts most strongly."
     MISFIT = "Agreement with the labels does not grow with the margins as assumed. Review the most contradicted pairs."
     WIDE = "Too many rates explain the margins about equally well. Score more pairs, or train the scoring model longer."
 
