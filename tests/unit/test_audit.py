@@ -362,7 +362,9 @@ def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, m
     run_audit(model_folder, rows, config(tmp_path / "O", **options))
     told = {"review": ReviewInputs(decisions=fill(tmp_path / "O", {3: "wrong", 4: "drop"}))}
     trained, train = [], ROPOTrainer.train_or_resume
-    monkeypatch.setattr(ROPOTrainer, "train_or_resume", lambda self, of: trained.append(len(of)) or train(self, of))
+    monkeypatch.setattr(
+        ROPOTrainer, "train_or_resume", lambda self, of, **how: trained.append(len(of)) or train(self, of, **how)
+    )
     there = {**options, "audit_from": str(tmp_path / "O")}
     run_rounds(model_folder, rows, config(tmp_path / "A", beta=0.3, rounds=1, **there), **told)
     assert len(trained) == 1
