@@ -48,11 +48,11 @@ def test_no_model_judges_what_it_was_trained_on(model_folder, pairs, tmp_path, m
     twin = replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen, row=20)
     seen, train = [], ROPOTrainer.train_or_resume
 
-    def watching(self, made_from):
+    def watching(self, made_from, **how):
         loss = self.training_objective.loss_of_margin
         learned = {pair.id for pair in self.train_dataset.pairs}
         seen.append((loss.name, loss.beta, learned, [pair.row for pair in self.eval_dataset.pairs]))
-        train(self, made_from)
+        train(self, made_from, **how)
         assert len(self.check_margins) == NUM_CHECKS
 
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
@@ -116,9 +116,9 @@ def test_an_audit_goes_on_as_a_training(scorer, model_folder, pairs, tmp_path, m
     run_rounds(model_folder, pairs, config(tmp_path / "alone", **options))
     trained, train = [], ROPOTrainer.train_or_resume
 
-    def watching(self, made_from):
+    def watching(self, made_from, **how):
         trained.append(len(self.train_dataset))
-        train(self, made_from)
+        train(self, made_from, **how)
 
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
     monkeypatch.setattr(LinearModels, "held_out", lambda *_, **__: pytest.fail("scored again"))
@@ -180,9 +180,9 @@ def test_verdicts_are_obeyed_where_nobody_judges(model_folder, pairs, tmp_path, 
     table = fill(tmp_path / "O", {3: "wrong", 4: "drop", 5: "right"})
     trained, train = [], ROPOTrainer.train_or_resume
 
-    def watching(self, made_from):
+    def watching(self, made_from, **how):
         trained.append({pair.row: pair for pair in self.train_dataset.pairs})
-        train(self, made_from)
+        train(self, made_from, **how)
 
     monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
     for name, options in (
@@ -362,7 +362,9 @@ def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, m
     run_audit(model_folder, rows, config(tmp_path / "O", **options))
     told = {"review": ReviewInputs(decisions=fill(tmp_path / "O", {3: "wrong", 4: "drop"}))}
     trained, train = [], ROPOTrainer.train_or_resume
-    monkeypatch.setattr(ROPOTrainer, "train_or_resume", lambda self, of: trained.append(len(of)) or train(self, of))
+    monkeypatch.setattr(
+        ROPOTrainer, "train_or_resume", lambda self, of, **how: trained.append(len(of)) or train(self, of, **how)
+    )
     there = {**options, "audit_from": str(tmp_path / "O")}
     run_rounds(model_folder, rows, config(tmp_path / "A", beta=0.3, rounds=1, **there), **told)
     assert len(trained) == 1
