@@ -133,8 +133,8 @@ def table() -> str:
     """The audits as Markdown, means over seeds."""
     found = [row for row in read_rows(ROWS) if row["method"] == "audit"]
     names = (
-        "data", "noise", "flipped", "seeds", "can tell", "covered", "agrees with unseen labels", "length alone", "n-grams",
-        "AUROC", "precision", "recall",
+        "data", "noise", "flipped", "seeds", "can tell", "covered", "agrees with unseen labels", "length alone",
+        "n-grams", "AUROC", "precision", "recall",
     )  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for data, noise, rate in sorted({(row["data"], row["noise"], row["flip_rate"]) for row in found}):
