@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from ropo import stages
 from ropo.audit.features import by_features
-from ropo.audit.run import SCORERS
 from ropo.config import ROPOConfig
 from ropo.models.source import Model
 from ropo.provenance import hash_file, hash_tensors, read_json
