@@ -67,8 +67,8 @@ def test_no_room_for_the_results(model_folder, pairs, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     after = {path.name: hash_file(path) for path in folder.iterdir() if path.is_file()}
-    assert {name: after[name] for name in before if name != "ropo.run.lock"} == {
-        name: before[name] for name in before if name != "ropo.run.lock"
+    assert {name: after[name] for name in before if name != "ropo.lock"} == {
+        name: before[name] for name in before if name != "ropo.lock"
     }
     run_rounds(model_folder, pairs, config(folder))
 

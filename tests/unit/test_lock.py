@@ -50,6 +50,12 @@ def test_a_second_run_is_refused_until_the_first_is_dead(holder, tmp_path):
     assert not any(folder.iterdir())
 
 
+def test_the_file_is_called_as_the_documents_say():
+    """An output folder of another version may hold it, so its name outlives the module's."""
+    assert LOCK_FILE == "ropo.lock"
+    assert f"(`{LOCK_FILE}`)" in (Path(__file__).parents[2] / "docs" / "outputs.md").read_text("utf-8")
+
+
 def test_it_names_this_process(tmp_path):
     with owning(tmp_path):
         assert (tmp_path / LOCK_FILE).read_text().split()[0] == str(os.getpid())

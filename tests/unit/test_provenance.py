@@ -116,11 +116,11 @@ def test_leftovers_of_killed_runs(tmp_path):
     """Ours and those of safetensors, whole folders, too; nothing that a user could have named so or that is in use."""
     left = [".a.json.0123abcd", "deep/.model.partial/weights", "deep/.tmpAb3xYz", ".model.89abcdef/config.json"]
     stay = ["a.json", ".hidden", ".gitignore", "deep/.model.partially", ".a.json.0123abcg", "tmp123456", "x.partial"]
-    stay += ["busy/ropo.run.lock", "busy/deep/.a.json.0123abcd"]
+    stay += ["busy/ropo.lock", "busy/deep/.a.json.0123abcd"]
     for name in [*left, *stay]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path, lock_file="ropo.run.lock")
+    remove_leftovers(tmp_path, lock_file="ropo.lock")
     assert sorted(str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*") if one.is_file()) == sorted(stay)
     with write_aside(tmp_path / "b.json") as aside:
         assert is_leftover(aside)

@@ -171,9 +171,8 @@ def bind_loss(name: str, *, beta: float, options: Mapping[str, Any]) -> BoundLos
         bound[option] = float(value)
     for param in spec.params:
         if param not in bound and spec.default(param) is None:
-            raise ValueError(
-                f"{name} needs {param}; got none. No default suits all data: add --loss_args {param}=NUMBER."
-            )
+            where = "--alpha NUMBER" if param == "alpha" else f"--loss_args {param}=NUMBER"  # alpha may be a text, too
+            raise ValueError(f"{name} needs {param}; got none. No default suits all data: add {where}.")
     given = bound | ({"beta": float(beta)} if "beta" in inspect.signature(spec.fn).parameters else {})
     loss = BoundLoss(name=name, beta=float(beta), options=bound, fn=functools.partial(spec.fn, **given))
     loss(torch.zeros(1))  # each loss knows its own ranges, and one pair is enough to hear of them

@@ -1,11 +1,9 @@
 """Options: how they are read (`read`), and what they may be (`rules`)."""
 
 from ropo.options.read import (
-    check_keys,
     check_mapping,
     is_finite,
     read_numbers,
-    read_object,
     read_yaml,
     short,
 )
@@ -29,7 +27,6 @@ __all__ = [
     "Taker",
     "check_choice",
     "check_folder",
-    "check_keys",
     "check_mapping",
     "check_options",
     "check_taker",
@@ -39,7 +36,6 @@ __all__ = [
     "is_finite",
     "option",
     "read_numbers",
-    "read_object",
     "read_yaml",
     "rules_of",
     "short",

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from filelock import SoftFileLock, Timeout
 
-LOCK_FILE = "ropo.run.lock"
+LOCK_FILE = "ropo.lock"
 
 _PATIENCE_SECONDS = 0.5  # a file system that cannot exchange two files needs a second try to take over a dead lock
 

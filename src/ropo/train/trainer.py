@@ -75,7 +75,7 @@ class ROPOTrainer(Trainer):
     """Train a causal language model on preference pairs with one of `ropo.losses.LOSSES`.
 
     Assumptions: the model given is the reference, unless `train_dataset` is a `PairDataset` that carries reference
-    log-probabilities. It does not filter or resample; `ropo.run.rounds.run_rounds` does, and uses this class.
+    log-probabilities. It does not filter or resample; `ropo.run.align.run_rounds` does, and uses this class.
 
     Args:
         model: A causal language model, or the folder or hub id of one.
