@@ -168,9 +168,9 @@ def test_an_adapter_is_no_model_to_start_from(model_folder, pairs, tmp_path, tok
     """`peft` would put a new adapter in its place, and the reference would keep it."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"whole model .*adapter is an adapter\."):
+    with pytest.raises(ValueError, match=r"whole model .* an adapter\."):
         run_rounds(tmp_path / "adapter", pairs, config(tmp_path / "run"), peft_config=LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match=r"whole model .*got one with an adapter\."):
+    with pytest.raises(ValueError, match=r"model .*with an adapter\."):
         run_rounds(model, pairs, config(tmp_path / "run"), processing_class=tokenizer)
 
 
@@ -179,7 +179,7 @@ def test_learned_positions_end(pairs, tokenizer, tmp_path):
     shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=24, **shape)).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match=r"gpt2 has 24 positions; .* max_length to 24"):
+    with pytest.raises(ValueError, match=r"gpt2 .*24 positions; .*max_length to 24"):
         run_rounds(tmp_path / "gpt2", pairs, config(tmp_path / "run"))
 
 

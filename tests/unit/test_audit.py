@@ -258,7 +258,7 @@ def plant(monkeypatch, margin_of, length_of=lambda question: np.zeros(len(questi
 
 def test_the_scorers_that_can_be_chosen_are_those_there_are(tmp_path):
     assert audit_run.SCORERS.keys() == audit_options.SCORERS.keys()
-    with pytest.raises(ValueError, match=r"scorer .*got 'modles'\. .*models\?"):
+    with pytest.raises(ValueError, match=r"scorer .*'modles'\. .*models\?"):
         config(tmp_path, scorer="modles")
 
 
@@ -294,7 +294,7 @@ def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_fol
 
 
 def test_an_audit_needs_a_label_that_nobody_has_judged(model_folder, pairs, tmp_path):
-    with pytest.raises(ValueError, match="nobody has judged; got"):
+    with pytest.raises(ValueError, match="nobody has judged"):
         run_audit(model_folder, [replace(pair, verdict="right") for pair in pairs], config(tmp_path / "O"))
 
 
@@ -398,7 +398,7 @@ def test_what_margins_are_not_taken_from(model_folder, pairs, tmp_path):
     identity = tmp_path / "O" / "ropo_config.json"
     text = identity.read_text()
     identity.write_text(text.replace('"scorer": "features"', '"scorer": "another"'))
-    with pytest.raises(ValueError, match="scorer: 'another' there, 'features'"):
+    with pytest.raises(ValueError, match=r"scorer: 'another' .*'features'"):
         run_audit(model_folder, pairs, config(tmp_path / "A", **there))
     identity.write_text(text)
     (tmp_path / "O" / "audit" / "margins.safetensors").unlink()

@@ -283,7 +283,7 @@ def test_an_answer_without_choices_is_a_failure(chat, make, caplog):
     judge = make()
     assert judge(PAIRS[:1]) == [None]
     assert judge.costs.num_failures == 1
-    assert 'choices; got \'{"message": "hello"}\'' in caplog.text
+    assert 'got \'{"message": "hello"}\'' in caplog.text
 
 
 def test_nothing_is_asked_twice(chat, make):
@@ -363,7 +363,8 @@ def test_go_on_after_failures(chat, make, caplog):
     assert judge(PAIRS) == [1.0, None, 1.0, 1.0, None, 1.0]
     assert judge.costs.num_failures == 2
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "2 of 6 pairs. POST http://127.0.0.1" in said
+    assert "2 of 6 pairs." in said
+    assert "POST http://127.0.0.1" in said
     chat.answer, asked = honest, len(chat.requests)
     assert make()(PAIRS) == [1.0] * 6
     assert len(chat.requests) - asked == 4
@@ -411,7 +412,7 @@ def test_stop_keeps_what_was_judged(chat, make, failure):
 def test_stop_after_nonsense_in_a_row_only(chat, make):
     chat.answer = lambda _: "nonsense"
     assert make(on_failure="stop")(PAIRS[:4]) == [None] * 4
-    with pytest.raises(EndpointError, match="A, B or tie; got 'nonsense'"):
+    with pytest.raises(EndpointError, match="or tie; got 'nonsense'"):
         make(on_failure="stop", max_failures=2)(PAIRS[4:])
 
 
@@ -478,7 +479,7 @@ def test_texts_are_data(chat, make):
     (mark,) = set(re.findall(r"^=== response [AB] (\w{16})$", content, re.MULTILINE))
     assert mark not in evil
     assert f"=== response A {mark}\n{evil}\n=== response B {mark}\nr\n" in content
-    assert "an instruction to you" in content.split(f"=== prompt {mark}")[0]
+    assert "an instruction" in content.split(f"=== prompt {mark}")[0]
     other = Pair(prompt="p", chosen=evil + ".", rejected="r", row=0)
     judge([other])
     assert mark not in chat.requests[2][2]["messages"][0]["content"]
@@ -671,7 +672,7 @@ def test_rewards_that_are_no_numbers_are_no_verdicts(reward_folder, pairs, tmp_p
     folder, rewards_of = reward_folder(), reward_model.rewards_of
     monkeypatch.setattr(reward_model, "rewards_of", lambda model, tokens: rewards_of(model, tokens) * torch.nan)
     assert RewardModelJudge(str(folder), tmp_path / "kept")(pairs[:3]) == [None] * 3
-    assert "3 of 3 pairs: its rewards" in caplog.text
+    assert "3 of 3 pairs: its" in caplog.text
     monkeypatch.undo()
     assert None not in RewardModelJudge(str(folder), tmp_path / "kept")(pairs[:3])
 
@@ -697,7 +698,7 @@ def test_what_is_no_reward_model_is_refused(reward_folder, model_folder, tmp_pat
     config = json.loads((model_folder / "config.json").read_text())
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (model_folder / "config.json").write_text(json.dumps(config | labels))
-    with pytest.raises(ValueError, match=r"trained weights .* without score\.weight"):
+    with pytest.raises(ValueError, match=r"weights .* without score\.weight"):
         RewardModelJudge(str(model_folder), tmp_path)
     folder = reward_folder()
     torch.save({}, folder / "pytorch_model.bin")

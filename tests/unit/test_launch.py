@@ -106,8 +106,8 @@ def test_another_number_of_processes(model_folder, pairs, tmp_path, monkeypatch,
     with caplog.at_level(logging.WARNING, "ropo.run.prepare"):
         run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
     assert steps == [0, 1, 2, 3, 0, 1, 2, 3, 4]
-    assert "with 1 process on cpu" in caplog.text
-    assert "has 2 processes on cpu" in caplog.text
+    assert "1 process on cpu" in caplog.text
+    assert "2 processes on cpu" in caplog.text
     caplog.clear()
     run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
     assert "was last run" not in caplog.text

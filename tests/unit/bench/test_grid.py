@@ -233,14 +233,14 @@ def test_a_folder_of_another_grid_is_not_gone_on_with(small_task, tmp_path, monk
     run_bench(none, tmp_path, num_processes=1)
     run_bench(none, tmp_path, num_processes=1)
     other = config(methods=("dpo",), tuned=known, noise={}, options={"use_cpu": True, "num_train_epochs": 2})
-    with pytest.raises(ValueError, match=r"options \{'use_cpu': True\}; got"):
+    with pytest.raises(ValueError, match=r"options \{'use_cpu': True\};"):
         run_bench(other, tmp_path, num_processes=1)
     with pytest.raises(ValueError, match=r"num_processes .*; got 0"):
         run_bench(none, tmp_path, num_processes=0)
 
 
 def test_a_task_that_needs_no_data_refuses_some(tmp_path):
-    with pytest.raises(ValueError, match="reviews needs no source"):
+    with pytest.raises(ValueError, match="needs no source"):
         make_task(config(source="reviews.zip"), tmp_path, 1)
 
 

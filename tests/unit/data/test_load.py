@@ -134,7 +134,7 @@ def test_pairs_in_memory_keep_row_and_origin():
 
 def test_names_of_columns_that_cannot_be_printed_are_escaped():
     loaded = load_pairs([{"prompt": "p", "chosen": "c", "x\ud800\x1b": "r"}])
-    assert loaded.problems[0].message.endswith(r"got prompt, chosen, x\ud800\x1b.")
+    assert loaded.problems[0].message.endswith(r" prompt, chosen, x\ud800\x1b.")
 
 
 def test_a_selection_of_a_dataset_is_read_as_selected():
@@ -186,7 +186,7 @@ def test_columns_renames():
     )
     assert loaded.pairs[0].prompt == "p"
     assert loaded.ignored_columns == ("prompt",)
-    with pytest.raises(ValueError, match=r"columns .*prompt, .* got 'better'"):
+    with pytest.raises(ValueError, match=r"columns .*prompt, .*'better'"):
         load_pairs([row()], columns={"better": "chosen"})
 
 
@@ -513,7 +513,7 @@ def test_a_failure_of_the_hub_names_what_was_asked(monkeypatch, failure):
         raise failure("because")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="got 'some/name', split 'test'"):
+    with pytest.raises(ValueError, match="'some/name', split 'test'"):
         load_pairs("some/name", split="test")
 
 
@@ -521,7 +521,7 @@ def test_split_chooses_a_part_of_a_folder(tmp_path):
     folder = write_split_folder(tmp_path / "d", [row(), row(prompt="q")])
     assert load_pairs(folder).num_rows == 2
     assert load_pairs(folder, split="test").num_rows == 1
-    with pytest.raises(ValueError, match=r"split .*train, test; got 'validation'"):
+    with pytest.raises(ValueError, match=r"train, test; got 'validation'"):
         load_pairs(folder, split="validation")
 
 
@@ -547,14 +547,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"to its end; got .*{name}"):
+    with pytest.raises(ValueError, match=f"its end; got .*{name}"):
         load_pairs(tmp_path / name)
 
 
 def test_an_unknown_file_type_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("x")
-    with pytest.raises(ValueError, match=r"\.jsonl, \.json, \.csv, .*got a\.txt"):
+    with pytest.raises(ValueError, match=r"\.jsonl, \.json, .*got a\.txt"):
         load_pairs(path)
 
 

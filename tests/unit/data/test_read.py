@@ -220,7 +220,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
         pa.table([pa.array(["a"])] * 4, names=["prompt", "chosen", "rejected", "chosen"]), tmp_path / "a.parquet"
     )
     for name in ("a.csv", "a.parquet"):
-        with pytest.raises(ValueError, match="got chosen more than"):
+        with pytest.raises(ValueError, match="chosen more than"):
             load_pairs(tmp_path / name)
     loaded = read(tmp_path / "a.csv", b"prompt,chosen,rejected,,\np,good,bad,,\n")  # as spreadsheets save empty columns
     assert texts(loaded) == [("p", "good", "bad")]
@@ -264,7 +264,7 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path, caplog):
     problem = load_pairs(str(tmp_path)).problems[0]
     assert (problem.row, problem.line, problem.message[:23]) == (1, None, "part-1.jsonl, line 2: a")
     (tmp_path / "more.csv").write_bytes(HEADER)
-    with pytest.raises(ValueError, match=r"one kind; .*\.csv and \.jsonl"):
+    with pytest.raises(ValueError, match=r"kind; .*\.csv and \.jsonl"):
         load_pairs(tmp_path)
 
 
@@ -278,20 +278,20 @@ def test_names_of_shards_tell_their_split(tmp_path):
     shards(tmp_path, "train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")
     assert [pair.prompt for pair in load_pairs(tmp_path).pairs] == ["0", "1"]
     assert [pair.prompt for pair in load_pairs(tmp_path, split="test").pairs] == ["2"]
-    with pytest.raises(ValueError, match=r"got 'validation' .*test, train\."):
+    with pytest.raises(ValueError, match=r"'validation' .*test, train\."):
         load_pairs(tmp_path, split="validation")
     (tmp_path / "train-00000-of-00002.parquet").unlink()
-    with pytest.raises(ValueError, match="all of them; got 1 of 2"):
+    with pytest.raises(ValueError, match="them; got 1 of 2"):
         load_pairs(tmp_path)
 
 
 def test_shards_of_two_parts_are_never_mixed(tmp_path):
     shards(tmp_path, "train_prefs-00000-of-00001", "train_sft-00000-of-00001")
-    with pytest.raises(ValueError, match=r"got 'train' .*train_prefs, train_sft"):
+    with pytest.raises(ValueError, match=r"'train' .*train_prefs, train_sft"):
         load_pairs(tmp_path)
     assert load_pairs(tmp_path, split="train_prefs").num_rows == 1
     shards(tmp_path, "more")
-    with pytest.raises(ValueError, match="no split, train_prefs, train_sft"):
+    with pytest.raises(ValueError, match="split, train_prefs, train_sft"):
         load_pairs(tmp_path, split="train_prefs")
 
 

@@ -61,7 +61,7 @@ def test_a_template_that_never_ends(with_template, monkeypatch):
         "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
         "{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"to end; at row 7 "):
+    with pytest.raises(ValueError, match=r"end; at row 7 "):
         rendered(endless, USER)
     before = time.process_time()
     time.sleep(0.3)

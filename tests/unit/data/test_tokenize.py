@@ -244,7 +244,7 @@ def test_texts_without_end_take_no_time(text, tokenizer):
     assert kinds(tokenized) == [
         ("prompt_too_long", 0), ("truncated", 1), ("prompt_too_long", 2), ("truncated", 3)
     ]  # fmt: skip
-    assert "prompt has more than " in tokenized.problems[0].message
+    assert "prompt has more " in tokenized.problems[0].message
     whole = tokenizer(f"Human: hi yes {endless[:10_000]}")["input_ids"]
     assert [*tokenized.tokens[0].prompt, *tokenized.tokens[0].chosen] == whole[:64]
 

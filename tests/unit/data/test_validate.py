@@ -234,7 +234,7 @@ def test_columns_that_nothing_reads_are_told(caplog):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match=r"Problem .*empty_file, .*; got 'odd'"):
+    with pytest.raises(ValueError, match=r"Problem .*empty_file, .*'odd'"):
         Problem(kind="odd", row=0, message="")
 
 

@@ -123,7 +123,7 @@ def test_what_may_pass_is_tried_again(server, status):
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 405])
 def test_a_refusal_ends_at_once(server, status):
     server.answers = [(status, b"you shall not pass"), OK]
-    with pytest.raises(EndpointError, match=f"status {status}: 'you shall not") as caught:
+    with pytest.raises(EndpointError, match=f"status {status}: 'you shall") as caught:
         post(server.url)
     assert len(server.requests) == 1
     assert (caught.value.status, caught.value.is_final) == (status, True)
@@ -378,7 +378,7 @@ def test_a_placeholder_is_a_word_like_others(server, monkeypatch):
 @pytest.mark.parametrize("bad", ["sk-0123456789abc\nX-Evil: 1", "sk-0123456789abc def", "sk-0123456789abcé"])
 def test_a_broken_key_is_refused_unseen(server, monkeypatch, bad):
     monkeypatch.setenv("TEST_KEY", bad)
-    with pytest.raises(ValueError, match="variable TEST_KEY, with spaces") as caught:
+    with pytest.raises(ValueError, match="TEST_KEY, with spaces") as caught:
         post(server.url)
     assert "0123456789" not in "".join(traceback.format_exception(caught.value))
     assert server.requests == []

@@ -226,7 +226,7 @@ def test_to_dict_is_json_without_arrays():
 def test_non_finite_margins_are_refused_with_their_positions():
     margins = flipped_margins(100, 0.2)
     margins[[3, 17]] = [np.nan, np.inf]
-    with pytest.raises(ValueError, match=r"finite margins; got 2 .* positions 3, 17\."):
+    with pytest.raises(ValueError, match=r"finite margins; .* 2 .* positions 3, 17\."):
         estimate_flips(margins)
     margins[:50] = np.nan
     with pytest.raises(ValueError, match=r"got 50 .* positions 0, 1, .*, 9, \.\.\.\."):
@@ -235,7 +235,7 @@ def test_non_finite_margins_are_refused_with_their_positions():
 
 @pytest.mark.parametrize("margins", [np.zeros((2, 3)), np.zeros(0), np.float64(1.0)])
 def test_wrong_shapes_are_refused(margins):
-    with pytest.raises(ValueError, match=r"margins of shape \(pairs,\)"):
+    with pytest.raises(ValueError, match=r"of shape \(pairs,\)"):
         estimate_flips(np.asarray(margins))
 
 
