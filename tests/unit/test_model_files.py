@@ -204,7 +204,7 @@ CASES = {
     "pad beyond": (
         tokens(pad_token="<new pad>"),
         "A model needs an embedding for each token; ",
-        "has 300, and pad_token .*id 300 ('<new pad>'). Take the tokenizer that the model",
+        "has 300, and the pad_token of its tokenizer has the id 300 ('<new pad>'). Take the tokenizer that the model",
     ),
     "eos beyond": (tokens(eos_token="<new end>"), "the eos_token of its tokenizer has the id 300 ('<new end>')"),
     "token beyond": (tokens(more="<tool>"), "has 300, and a token of row 7 has the id 300 ('<tool>')"),
