@@ -51,6 +51,7 @@ def test_rate_is_found_whatever_the_confidence(family, rate):
     assert found.high - found.low < 0.06
 
 
+@pytest.mark.slow
 def test_interval_covers_as_often_as_it_says():
     """45 data sets over all families and rates, at two levels.
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from ropo import stages
 from ropo.audit.features import by_features
-from ropo.audit.run import SCORERS
 from ropo.config import ROPOConfig
 from ropo.models.source import Model
 from ropo.provenance import hash_file, hash_tensors, read_json
@@ -76,7 +75,7 @@ def dying_stages(monkeypatch):
     return made, lambda: monkeypatch.setattr(stages.Stages, "run", run)
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", ["features", pytest.param("models", marks=pytest.mark.slow)])
 def test_killed_after_every_stage(scorer, model_folder, pairs, tmp_path, dying_stages):
     """One run, killed after each of its stages in turn; every start repeats none of those done before."""
     folder, (made, live) = tmp_path / "killed", dying_stages
@@ -106,7 +105,10 @@ def dies_at_its_third_step(monkeypatch, place):
     return steps
 
 
-@pytest.mark.parametrize(("place", "scorer"), [("fold_0_checkpoints", "models"), ("checkpoints", "features")])
+@pytest.mark.parametrize(
+    ("place", "scorer"),
+    [pytest.param("fold_0_checkpoints", "models", marks=pytest.mark.slow), ("checkpoints", "features")],
+)
 def test_killed_inside_training(place, scorer, model_folder, pairs, tmp_path, monkeypatch):
     """Training goes on from its last checkpoint, that of a fold model with the margins of its earlier checks."""
     folder = tmp_path / "killed"
@@ -118,6 +120,7 @@ def test_killed_inside_training(place, scorer, model_folder, pairs, tmp_path, mo
     assert outputs(folder) == whole(model_folder, pairs, tmp_path, scorer=scorer)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_pairs_are_not_gone_on_with(model_folder, pairs, tmp_path, monkeypatch):
     """Margins that come out otherwise change what is trained on, and are no other run: training then begins anew."""
     folder = tmp_path / "killed"
