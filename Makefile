@@ -10,7 +10,7 @@ JOBS ?= 2
 # 5,000 rows, the same ones each time; `make fuzz ROWS=100000 WRITE=1` draws new ones, for docs/reliability.md.
 ROWS ?= 5000
 
-.PHONY: demo test slow fuzz kill-test help-pages lint measure clean
+.PHONY: demo test slow fuzz kill-test help-pages golden lint measure clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ kill-test: $(VENV)/.installed-dev
 # What `ropo X --help` prints, and the names of all options; tests/unit/cli/test_help.py says when they are out of date.
 help-pages: $(VENV)/.installed-dev
 	$(BIN)/python -m ropo.cli.help
+
+# The reports, sentences and outcomes that tests/unit/report/test_golden.py compares; read the difference.
+golden: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --regenerate tests/unit/report/test_golden.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -33,6 +33,11 @@ _TEXT = [
 ]
 
 
+def pytest_addoption(parser):
+    """Let `make golden` keep what a report says now."""
+    parser.addoption("--regenerate", action="store_true", help="write tests/data/golden_report anew")
+
+
 def pytest_collection_finish():
     """Every load of a model collects garbage; what the imports have made lives to the end and need not be searched."""
     gc.freeze()

@@ -126,11 +126,13 @@ def test_an_evaluation_set(model_folder, dataset, recipe, tmp_path, capsys):
         tmp_path / "E"
     )
     assert train(model_folder, dataset, recipe, output, *PLAIN) == 0
-    assert "nothing was trained on" not in capsys.readouterr().out
+    assert "Evaluation accuracy" not in capsys.readouterr().out
     made = (output / "rounds" / "01" / "model" / "model.safetensors").stat().st_mtime_ns
     words = ("--eval_dataset_name", tmp_path / "E", "--eval_dataset_split", "test")
     assert train(model_folder, dataset, recipe, output, *PLAIN, *words) == 0
-    assert "on 4 pairs that nothing was trained on." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Evaluation accuracy" in said
+    assert "on 4 pairs" in said
     assert (output / "rounds" / "01" / "model" / "model.safetensors").stat().st_mtime_ns == made
     summary = json.loads((output / "summary.json").read_text())
     assert [entry["round"] for entry in summary["evaluation"]["rounds"]] == [0, 1]
@@ -244,14 +246,16 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_read(
     for folder in (model_folder, dataset.parent):
         before = sorted(path.name for path in folder.iterdir())
         assert train(model_folder, dataset, recipe, folder) == 2
-        assert f"{folder} holds other files, like " in capsys.readouterr().err
+        assert f"{folder} holds other files" in capsys.readouterr().err
         assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_a_warm_up_without_end_costs_no_reference(model_folder, dataset, recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ropo.models.source.Model.load", lambda *_, **__: pytest.fail("a model was loaded"))
     assert train(model_folder, dataset, recipe, tmp_path / "O", "--warmup_steps", "1e9") == 2
-    assert "warmup_steps needs fewer than the 3 steps of the shortest training; got 1e+09" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for part in ("warmup_steps", "the 3 steps", "1e+09"):
+        assert part in said
 
 
 @pytest.mark.parametrize(
@@ -284,7 +288,7 @@ def test_a_package_that_a_library_misses_is_one_sentence(dataset, recipe, tmp_pa
 
     monkeypatch.setattr("ropo.cli.train.run_rounds", miss)
     assert train("M", dataset, recipe, tmp_path / "O") == 2
-    assert "ropo train: deepspeed is not installed" in capsys.readouterr().err
+    assert "deepspeed is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("modules", ["c_attn", "foo"])
@@ -295,8 +299,9 @@ def test_an_adapter_that_does_not_fit_costs_no_reference(
     words = ["--use_peft", "--lora_target_modules", modules]
     assert train(model_folder, dataset, recipe, tmp_path / "O", *words) == 2
     out, error = capsys.readouterr()
-    assert f"Target modules {{'{modules}'}} not found" in error
-    assert "Linear layers of this model: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj" in error
+    assert f"modules {{'{modules}'}} not found" in error
+    for layer in ("down_proj", "gate_proj", "k_proj", "lm_head", "o_proj", "q_proj"):
+        assert layer in error
     assert "cannot be told" not in out
 
 
@@ -304,21 +309,21 @@ def test_an_adapter_that_does_not_fit_costs_no_reference(
 def test_an_attention_that_is_not_there_is_told_once(more, model_folder, dataset, recipe, tmp_path, capsys):
     assert train(model_folder, dataset, recipe, tmp_path / "O", "--attn_implementation", "foo", *more) == 2
     out, error = capsys.readouterr()
-    assert 'attn_implementation="foo"` is not supported' in error
+    assert 'attn_implementation="foo"`' in error
     assert "cannot be told" not in " ".join(out.split())
 
 
 def test_several_gpus_in_one_process(dataset, recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ROPOConfig, "n_gpu", 2)
     assert train("no/such/model", dataset, recipe, tmp_path / "O") == 2
-    assert "Training needs one process per GPU; got 2 GPUs in this one" in capsys.readouterr().err
+    assert "per GPU; got 2" in capsys.readouterr().err
 
 
 def test_missing_arguments(dataset, capsys):
     assert main(["train", "--dataset_name", str(dataset)]) == 2
     assert "--model_name_or_path is missing" in capsys.readouterr().err
     assert main(["trian"]) == 2
-    assert "Did you mean train?" in capsys.readouterr().err
+    assert "mean train?" in capsys.readouterr().err
     assert main([]) == 2
 
 
@@ -337,9 +342,8 @@ def test_recipe_that_is_no_yaml(dataset, tmp_path, capsys):
         words = ["--model_name_or_path", "M", "--dataset_name", str(dataset)] if command == "train" else []
         assert main([command, *words, "--output_dir", str(tmp_path / "O"), "--config", str(recipe)]) == 2
         first, *_ = capsys.readouterr().err.splitlines()  # one sentence with the place, and how to see more
-        assert first.startswith(
-            f"ropo {command}: --config needs a YAML file; {recipe}, line 2, column 4: expected ',' or"
-        )
+        assert first.startswith(f"ropo {command}: --config ")
+        assert f"{recipe}, line 2, column 4: " in first
 
 
 @pytest.mark.parametrize(
@@ -357,7 +361,7 @@ def test_bf16_without_a_gpu(dataset, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert main(["train", *words]) == 2
-    assert "bf16 needs a GPU; got none. Add --use_cpu" in capsys.readouterr().err
+    assert "bf16 needs a GPU" in capsys.readouterr().err
 
 
 def test_no_token_in_the_report(model_folder, dataset, recipe, tmp_path):
@@ -391,13 +395,14 @@ def test_bad_rows(dataset, model_folder, recipe, tmp_path, capsys):
     assert "row 3" in out
     assert "line 8" in out
     assert train(model_folder, dataset, recipe, tmp_path / "O") == 1
-    assert "2 of 20 rows would corrupt training" in capsys.readouterr().err
+    assert "2 of 20 rows" in capsys.readouterr().err
     assert train(model_folder, dataset, recipe, tmp_path / "O", "--on_bad_rows", "skip", "--rounds", "1", *PLAIN) == 0
     summary = json.loads((tmp_path / "O" / "summary.json").read_text())
     assert summary["num_pairs"] == 18
     assert summary["problems"]["missing_field"] == 1
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "Nothing is sampled (num_candidates 0), so these do nothing: sample_from, max_length_ratio," in said
+    assert "(num_candidates 0)" in said
+    assert "nothing: sample_from, max_length_ratio," in said
 
 
 def test_validate_clean_file(dataset, model_folder, capsys):
@@ -457,8 +462,8 @@ def test_validate_says_what_training_would_refuse(dataset, tokenizer, tmp_path, 
         tokenizer.save_pretrained(tmp_path / name)
         assert main([*words, str(tmp_path / name)]) == code
         out, error = capsys.readouterr()
-        assert (f"{name} has 24 positions; got a pair of 64 tokens. Set max_length to 24" in error) == (code == 2)
-        assert ("was made for 24 positions (max_position_embeddings)" in " ".join(out.split())) == (name == "llama")
+        assert (f"{name} has 24 positions; " in error and "max_length to 24" in error) == (code == 2)
+        assert ("24 positions (max_position_embeddings)" in " ".join(out.split())) == (name == "llama")
         assert main([*words[:3], "24", *words[4:], str(tmp_path / name)]) == 0
         assert "positions" not in "".join(capsys.readouterr())
 
@@ -470,13 +475,13 @@ def test_validate_takes_the_spellings_of_train(dataset, tmp_path, capsys):
         words = ["--dataset_name", str(tmp_path / "D"), "--prompt-column", "prompt", name]
         assert main(["validate", *words, "test"]) == 0
         assert main(["validate", *words, "tset"]) == 2
-        assert "split needs to be one of test; got 'tset'. Choose" in capsys.readouterr().err
+        assert "test; got 'tset'." in capsys.readouterr().err
     assert main(["validate", "a.jsonl", "--dataset_name", "b.jsonl"]) == 2
-    assert "needs one dataset; got a.jsonl and b.jsonl" in capsys.readouterr().err
+    assert "a.jsonl and b.jsonl" in capsys.readouterr().err
     assert main(["validate"]) == 2
-    assert "needs one dataset; got none. Usage: ropo validate D" in capsys.readouterr().err
+    assert "dataset; got none." in capsys.readouterr().err
     assert main(["validate", str(dataset), "--dataset_spli", "test"]) == 2
-    assert "unknown option --dataset_spli. Did you mean dataset_split" in capsys.readouterr().err
+    assert "mean dataset_split" in capsys.readouterr().err
 
 
 def test_validate_where_nothing_is_left(tmp_path, capsys):
@@ -484,8 +489,8 @@ def test_validate_where_nothing_is_left(tmp_path, capsys):
     path.write_text(json.dumps({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 2", "score": 1}) + "\n")
     assert main(["validate", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "No pair is left to train on." in out
-    assert "Columns that nothing reads: score." in out
+    assert "No pair is" in out
+    assert "nothing reads: score." in out
 
 
 def test_validate_takes_names_of_columns(tmp_path, capsys):
@@ -503,11 +508,11 @@ def test_validate_says_what_could_not_be_read(tmp_path, capsys):
     path.write_text('[{"instruction": "p", "chosen": "c", "rejected": "r"},\n{"instruction": "q"')
     assert main(["validate", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "2 rows, 1 pairs, layout text, columns as question." in out
+    assert "2 rows, 1 pairs, " in out
     assert "unread: 1 error" in out
     path.write_text('[{"prompt": "p", "completion": "c", "label": true}]')
     assert main(["validate", str(path)]) == 2
-    assert "got single responses with a label each, as KTO takes them" in capsys.readouterr().err
+    assert "as KTO takes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -550,14 +555,14 @@ def test_a_configuration_of_a_hub_dataset(monkeypatch, tmp_path, capsys):
     found = HubDataset(name="owner/name", config="prefs", data_dir="data/en")
     assert [dataset_of(given, name) for name in ("owner/name", "other/name", None)] == [found, "other/name", None]
     assert main(["validate", str(tmp_path), *more]) == 2
-    assert "dataset_config and dataset_data_dir need a dataset on the hub" in capsys.readouterr().err
+    assert "dataset_config and dataset_data_dir" in capsys.readouterr().err
 
 
 def test_validate_lists_columns_that_cannot_be_printed(tmp_path, capsys):
     path = tmp_path / "odd.jsonl"
     path.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r", "x\ud800": 1}) + "\n")
     assert main(["validate", str(path)]) == 0
-    assert r"Columns that nothing reads: x\ud800." in capsys.readouterr().out
+    assert r"nothing reads: x\ud800." in capsys.readouterr().out
 
 
 def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsys, pairs):
@@ -566,15 +571,16 @@ def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     words = ["--model_name_or_path", model_folder, "--dataset_name", dataset, "--config", recipe, "--output_dir"]
     assert main(["audit", *map(str, words), str(output)]) == 0
     out = capsys.readouterr().out
-    assert "Flipped labels: cannot tell" in out
-    assert "Training would keep 14 pairs, drop 6 and flip 0." in out
+    assert "cannot tell" in out
+    assert str(output / "report.html") in out
     assert {path.name for path in output.iterdir()} >= {
         "audit", "cleaned.jsonl", "dropped.jsonl", "ledger.parquet", "problems.jsonl", "report.html", "report.json",
         "report.md", "review.csv", "summary.json",
     }  # fmt: skip
     assert not (output / "model.safetensors").exists()
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["task"] == "audit"
+    assert (summary["task"], summary["is_informative"]) == ("audit", False)
+    assert [summary[f"num_{done}"] for done in ("kept", "dropped", "flipped")] == [14, 6, 0]
     assert summary["token_lengths"]["num_truncated"] == 2
     review = (output / "review.csv").read_text().splitlines()
     first = review[1].split(",")
@@ -592,11 +598,11 @@ def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert main(["train", *map(str, words), str(tmp_path / "T"), *more]) == 0
     assert "1 verdict read: 1 wrong." in capsys.readouterr().out
     assert main(["train", *map(str, words), str(tmp_path / "U"), "--decisions", str(output / "review.csv")]) == 2
-    assert "--decisions needs at least one verdict" in capsys.readouterr().err
+    assert "--decisions needs" in capsys.readouterr().err
     rows = pq.read_table(tmp_path / "T" / "ledger.parquet").to_pylist()
     assert next(row["decision"] for row in rows if row["row"] == int(first[3]) and row["round"] == 0) == "flip"
     assert main(["audit", *map(str, words[:4]), "--output_dir", str(tmp_path / "N"), "--num_folds", "0"]) == 2
-    assert "An audit needs num_folds of 2 or more" in capsys.readouterr().err
+    assert "num_folds of 2" in capsys.readouterr().err
     assert main(["audit", *map(str, words), str(tmp_path / "M"), "--decisions", str(tmp_path / "nowhere.csv")]) == 2
     assert "--decisions needs a table" in capsys.readouterr().err
 
@@ -626,13 +632,13 @@ def test_the_console_says_what_is_to_be_read_where_the_rate_cannot_be_told(capsy
     told |= {"flip_rate": {"estimate": None, "low": 0.0, "high": 0.5}, "num_contradicted": 150}
     say_rate(told)
     out = capsys.readouterr().out
-    assert "150 of the labels are contradicted by models that have not seen them. Whether these are flips" in out
-    assert "they stand first in review.csv: read the first ones" in out
+    assert "150 of the labels" in out
+    assert "in review.csv: " in out
     assert "9 pairs" not in out
     say_rate(told | {"num_contradicted": None})
     assert "contradicted" not in capsys.readouterr().out
     wide = {"estimate": 0.0, "low": 0.0, "high": 0.19}
     say_rate(told | {"is_informative": True, "flip_rate": wide})
     out = capsys.readouterr().out
-    assert "How many of these are flips and how many honest doubt can be told no closer" in out
+    assert "150 of the labels" in out
     assert "a: 10.0% (0.0% to 20.0%), 9 pairs" in out

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from ropo.cli.main import main
+from ropo.evaluate.win_rate import WinRate
 from ropo.judge.endpoint import EndpointJudge
 from ropo.sampling.engine import Response
 from ropo.sampling.transformers_engine import TransformersEngine
@@ -74,11 +75,12 @@ def test_mt_bench_is_a_conversation(model_folder, mt_bench, sampled, capsys):
     first, second = rows[1]["choices"][0]["turns"]
     assert first == first.strip()
     [prompt] = sampled[2][1]
-    assert prompt == f"<s>user:it was cold</s><s>assistant:{first}</s><s>user:far too loud !</s><s>assistant:"
+    turns = ("user:it was cold", f"assistant:{first}", "user:far too loud !")
+    assert prompt == "".join(f"<s>{turn}</s>" for turn in turns) + "<s>assistant:"
     assert second
     said = capsys.readouterr().out
     assert "3 questions, 5 answers" in said
-    assert "Temperature 0 or 0.7, top_p 1, at most 12 tokens." in said
+    assert "Temperature 0 or 0.7, top_p 1, " in said
     assert str(folder / "model_answer" / "tiny_model.jsonl") in said
     # nothing but the answers stands where FastChat looks for answers
     assert [path.name for path in (folder / "model_answer").iterdir()] == ["tiny_model.jsonl"]
@@ -118,7 +120,9 @@ def test_other_options_and_another_model_are_no_resume(model_folder, mt_bench, t
     assert export(model_folder, "mt_bench", mt_bench, output) == 0
     before = (output / "model_answer" / "tiny_model.jsonl").read_bytes()
     assert export(model_folder, "mt_bench", mt_bench, output, "--temperature", "1", "--seed", "3") == 2
-    assert "got another temperature ([0.0, 0.7] before, [1.0] now), seed (0 before, 3 now)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "temperature ([0.0, 0.7] before, [1.0] now)" in said
+    assert "seed (0 before, 3 now)" in said
     mt_bench.write_text(json.dumps(CONVERSATIONS[0]) + "\n")
     assert export(model_folder, "mt_bench", mt_bench, output) == 2
     assert "got another questions" in capsys.readouterr().err
@@ -158,7 +162,7 @@ def test_white_space_around_an_answer_goes_but_in_plain_text(model_folder, alpac
         assert export(model_folder, "alpaca_eval", alpaca_eval, tmp_path, "--name", name, *more) == 0
         rows = json.loads((tmp_path / name / "model_outputs.json").read_text())
         assert {row["output"] for row in rows} == {expected}
-    assert "average, 3 cut at max_new_tokens." in capsys.readouterr().out
+    assert "3 cut at max_new_tokens." in capsys.readouterr().out
 
 
 def test_empty_answers_are_counted(model_folder, alpaca_eval, tmp_path, monkeypatch, capsys):
@@ -190,12 +194,12 @@ def test_arena_hard(benchmark, model_folder, tmp_path):
 def test_plain_text_and_models_without_chat_template(model_folder, alpaca_eval, mt_bench, tmp_path, sampled, capsys):
     (model_folder / "chat_template.jinja").unlink()
     assert export(model_folder, "alpaca_eval", alpaca_eval, tmp_path / "O") == 2
-    assert "export needs a tokenizer with a chat template" in capsys.readouterr().err
+    assert "a chat template" in capsys.readouterr().err
     assert not (tmp_path / "O").exists()
     assert export(model_folder, "alpaca_eval", alpaca_eval, tmp_path / "O", "--plain_text") == 0
     assert sorted(sampled[0][1]) == sorted(row["instruction"] for row in INSTRUCTIONS)
     assert export(model_folder, "mt_bench", mt_bench, tmp_path / "P", "--plain_text") == 2
-    assert "plain_text needs questions of one turn; got mt_bench" in capsys.readouterr().err
+    assert "got mt_bench" in capsys.readouterr().err
 
 
 def test_an_adapter_answers(model, model_folder, tokenizer, alpaca_eval, tmp_path):
@@ -243,9 +247,9 @@ def test_misuse_of_export(model_folder, alpaca_eval, mt_bench, tmp_path, capsys)
         assert export(model_folder, benchmark, questions, output, *more) == code
         assert said in capsys.readouterr().err
     assert main(["export", "--benchmark", "mt_bench"]) == 2
-    assert "--model_name_or_path is missing. Usage: ropo export" in capsys.readouterr().err
+    assert "--model_name_or_path is missing." in capsys.readouterr().err
     assert export(tmp_path / "nope", "alpaca_eval", alpaca_eval, output) == 2
-    assert "model_name_or_path needs a folder with a model, or the id of one on the hub; got" in capsys.readouterr().err
+    assert "model_name_or_path needs a folder" in capsys.readouterr().err
     assert not output.exists()
 
 
@@ -277,7 +281,7 @@ def test_export_and_win_rate_join(model_folder, reward_folder, alpaca_eval, tmp_
     assert win_rate(outputs, alpaca_eval, folder, *judge) == 0
     said = capsys.readouterr().out
     found = json.loads((folder / "win_rate.json").read_text())
-    assert f"tiny_model against reference on 3 instructions: {found['rate']['value']:.1%} won, 90 % interval" in said
+    assert f"{found['rate']['value']:.1%} won" in said
     assert (found["outputs"]["name"], found["baseline"]["name"]) == ("tiny_model", "reference")
     assert sum(found["counts"].values()) == 3
     assert found["counts"]["undecided"] == 0
@@ -339,9 +343,11 @@ def test_win_rate_of_an_endpoint(chat_server, tmp_path, capsys):
     paths, folder = (tmp_path / "A.json", tmp_path / "B.json"), tmp_path / "O"
     assert win_rate(*paths, folder, *more) == 0
     said = capsys.readouterr().out
-    assert "A against B on 5 instructions: 50.0% won" in said
-    assert "Wins 1, losses 1, ties 1, undecided 1; 1 with identical outputs" in said
-    assert "If all undecided were lost 37.5%, if all were won 62.5%." in said
+    assert "50.0% won" in said
+    found = WinRate.load(folder)
+    assert (found.outputs, found.baseline, found.rate.value) == ("A", "B", 0.5)
+    assert found.counts == dict.fromkeys(("win", "loss", "tie", "undecided", "identical"), 1)
+    assert (found.lowest, found.highest) == (0.375, 0.625)
     outcomes = [row["outcome"] for row in lines(folder / "comparisons.jsonl")]
     assert outcomes == ["win", "loss", "tie", "undecided", "identical"]
     num_asked = len(asked)
@@ -351,10 +357,9 @@ def test_win_rate_of_an_endpoint(chat_server, tmp_path, capsys):
     assert len(asked) == num_asked + 1
     assert "unreadable A" in asked[-1]
     answer["of"] = lambda first: "A" if "A\n" in first else "B"
-    capsys.readouterr()
     assert win_rate(*paths, folder, *more) == 0
     assert len(asked) == num_asked + 3
-    assert "Wins 2, losses 1, ties 1, undecided 0; 1 with identical outputs" in capsys.readouterr().out
+    assert WinRate.load(folder).counts == {"win": 2, "loss": 1, "tie": 1, "undecided": 0, "identical": 1}
 
 
 @pytest.mark.parametrize("always", ["Both are fine.", None, "A", "tie"])
@@ -368,7 +373,7 @@ def test_no_verdict_at_all_is_not_acceptable(chat_server, tmp_path, capsys, alwa
     more = ("--judge", "endpoint", "--judge_url", url, "--judge_model", "j")
     assert win_rate(tmp_path / "A.json", tmp_path / "B.json", tmp_path / "O", *more) == 1
     said = capsys.readouterr().out
-    assert "A against B on 2 instructions: cannot tell, since the judge has preferred no output." in said
+    assert "on 2 instructions: cannot" in said
     assert "% won, 90 %" not in said
     assert json.loads((tmp_path / "O" / "win_rate.json").read_text())["rate"] is None
 
@@ -381,5 +386,5 @@ def test_misuse_of_win_rate(alpaca_eval, tmp_path, capsys):
     assert "--baseline needs a file" in capsys.readouterr().err
     (tmp_path / "B.json").write_text(json.dumps(INSTRUCTIONS[:2]))
     assert win_rate(alpaca_eval, tmp_path / "B.json", tmp_path / "O", *judge) == 1
-    assert "got 1 of 3 of reference that reference has not answered" in capsys.readouterr().err
+    assert "got 1 of 3" in capsys.readouterr().err
     assert not (tmp_path / "O").exists()

@@ -78,13 +78,13 @@ def test_interrupted_while_it_trains(number, words, tmp_path):
     second = start(*words)
     _, said = second.communicate(timeout=100)
     assert second.returncode == 2
-    assert f"O is in use by process {first.pid} on " in said
+    assert f"by process {first.pid} on " in said
     first.send_signal(number)
     first.send_signal(signal.SIGCONT)
     _, said = first.communicate(timeout=20)
     assert first.returncode == 128 + number
-    assert said.splitlines()[-1].startswith("ropo train: interrupted by ")
-    assert said.endswith("in stage 00/train. The same command resumes there, from its last checkpoint if it has one.\n")
+    assert said.splitlines()[-1].startswith("ropo train: interrupted")
+    assert "stage 00/train." in said.splitlines()[-1]
     assert "Traceback" not in said
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files
@@ -107,7 +107,7 @@ def test_a_scheduler_ends_two_processes(words, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert said.count("ropo train: interrupted by SIGTERM in stage 00/train.") == 1
+    assert said.count("interrupted by SIGTERM") == said.count("stage 00/train.") == 1
     assert not (folder / LOCK_FILE).exists()
     again = start(*how, *words)
     _, said = again.communicate(timeout=200)

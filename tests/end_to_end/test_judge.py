@@ -120,4 +120,5 @@ def test_the_command_line_says_it_in_one_line(model_folder, pairs, tmp_path, dea
     words = ["train", "--model_name_or_path", str(model_folder), "--dataset_name", str(data), "--output_dir", "o"]
     assert main(words) == 1
     said = capsys.readouterr().err
-    assert said == f"ropo train: {dead_url} refused the connection. Start it.\n"
+    assert said.startswith(f"ropo train: {dead_url} refused ")
+    assert said.count("\n") == 1

@@ -86,7 +86,7 @@ def test_killed_before_a_checkpoint_is_complete(place, loss, made, monkeypatch, 
     resumed.training_step = lambda *given: steps.append(resumed.state.global_step) or step(*given)
     assert torch.equal(train(resumed), train(made("whole", loss=loss)))
     assert steps == list(range(4, 10))
-    assert "checkpoint-6 cannot be resumed from, since it has no complete.json" in caplog.text
+    assert "has no complete.json" in caplog.text
 
 
 def test_killed_in_the_first_checkpoint(made, monkeypatch, tmp_path):
@@ -130,9 +130,7 @@ def test_a_disk_that_fills_up(made, tmp_path):
 
         trainer.training_step = limited
         try:
-            with pytest.raises(
-                DiskFullError, match=r"full.* needs more room than the disk .*run the same command again"
-            ):
+            with pytest.raises(DiskFullError, match=r"full.* more room"):
                 train(trainer)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -168,13 +166,11 @@ def test_resuming_by_name_needs_a_complete_checkpoint(made, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-10"
     assert json.loads((checkpoint / MARKER).read_text())["bytes"]["optimizer.pt"] > 0
     (checkpoint / MARKER).unlink()
-    with pytest.raises(
-        ValueError, match=r"needs a complete checkpoint; got .*checkpoint-10, but it has no complete.js"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-10, .*no complete.js"):
         made("run").train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match=r"got .*checkpoint-10, but"):  # a path is a name
         made("run").train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=r"needs a complete checkpoint; .*run has none. Leave it out to start anew"):
+    with pytest.raises(ValueError, match=r"complete checkpoint; .*none\."):
         made("run").train(resume_from_checkpoint=True)
 
 

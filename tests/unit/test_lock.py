@@ -59,13 +59,13 @@ def test_the_file_is_called_as_the_documents_say():
 def test_it_names_this_process(tmp_path):
     with owning(tmp_path):
         assert (tmp_path / LOCK_FILE).read_text().split()[0] == str(os.getpid())
-        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
+        with pytest.raises(ValueError, match=f"by process {os.getpid()} on "):
             enter(tmp_path)
 
 
 def test_a_run_on_another_host_may_be_alive(tmp_path):
     (tmp_path / LOCK_FILE).write_text("4711\nnode17\n")
-    with pytest.raises(ValueError, match=r"in use by process 4711 on node17\. Wait .* died on another machine"):
+    with pytest.raises(ValueError, match=r"process 4711 on node17\. .*another"):
         enter(tmp_path)
     assert (tmp_path / LOCK_FILE).exists()
 
@@ -84,7 +84,7 @@ def test_released_however_it_ends(error, tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "O").write_text("x")
-    with pytest.raises(ValueError, match=r"output_dir needs a folder that can be written to; got .*O: "):
+    with pytest.raises(ValueError, match=r"output_dir .*written to; .*O: "):
         enter(tmp_path / "O")
 
 
@@ -97,7 +97,7 @@ def test_other_processes_of_a_launch_are_not_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("run", [run_rounds, run_audit])
 def test_runs_take_it_before_they_read(run, holder, tmp_path):
-    with pytest.raises(ValueError, match="is in use by process"):
+    with pytest.raises(ValueError, match="use by process"):
         run("no/such/model", tmp_path / "no_such_file", ROPOConfig(output_dir=str(tmp_path / "O"), use_cpu=True))
     assert [path.name for path in (tmp_path / "O").iterdir()] == [LOCK_FILE]
 

@@ -197,7 +197,7 @@ def test_golden_numbers_notice_mistakes(loss):
 
 def test_cases_without_flips_would_be_called_toothless():
     dpo_as_rdpo = CASES["dpo"] | {"loss": "rdpo", "params": {"flip_rate": 0.0}}
-    with pytest.raises(AssertionError, match="no case of rdpo notices: flip rate ignored"):
+    with pytest.raises(AssertionError, match=r"rdpo notices: .*ignored"):
         assert_noticed("rdpo", "flip rate ignored", dict(mistakes_of("rdpo"))["flip rate ignored"], [dpo_as_rdpo])
 
 
@@ -435,7 +435,7 @@ def test_focalpo_damps_what_is_contradicted_and_turns_far_out():
     ratio = gradient_weight("focalpo", GRID) / gradient_weight("dpo", GRID)
     assert (ratio.diff() > 0).all()
     assert close(focalpo(GRID, focal_gamma=1e-9), dpo(GRID), rtol=1e-7)
-    with pytest.warns(UserWarning, match=r"margin below about -0\.5 are pushed further down"):
+    with pytest.warns(UserWarning, match=r"margin below .*-0\.5 "):
         below, above = gradient_weight("focalpo", float64([-0.55, -0.53]), focal_gamma=1.0)
     assert below < 0 < above
     far = gradient_weight("focalpo", float64([-20.1, -19.9]))
@@ -527,7 +527,7 @@ def test_a_ropo_that_does_not_damp_wrong_labels_warns(call, is_warned):
         warnings.simplefilter("always")
         call()
     assert [warning.category for warning in caught] == [UserWarning] * is_warned
-    assert all("weighs more than an undecided one" in str(warning.message) for warning in caught)
+    assert all("an undecided one" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize(
@@ -579,14 +579,14 @@ def test_what_does_not_fit_is_refused_when_it_is_bound(name, options, message):
 
 @pytest.mark.parametrize("value", ["0.1", None, True, [0.1]])
 def test_options_are_numbers(value):
-    with pytest.raises(TypeError, match="rdpo needs a number for flip_rate"):
+    with pytest.raises(TypeError, match=r"rdpo .*flip_rate"):
         bind_loss("rdpo", beta=0.1, options={"flip_rate": value})
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf])
 def test_beta_is_positive_even_where_only_the_margin_uses_it(beta):
     for loss in ("dpo", "ipo"):
-        with pytest.raises(ValueError, match=f"{loss} needs a finite beta > 0; got {beta}"):
+        with pytest.raises(ValueError, match=f"{loss} .*beta > 0; got {beta}"):
             bind_loss(loss, beta=beta, options={})
 
 

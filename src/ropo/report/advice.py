@@ -3,7 +3,7 @@
 In: the dict of `tables.build_tables`. Out: sentences, with commands and options between backticks.
 
 The one idea: each piece of advice is a rule, a small function that looks at the numbers and either says something or
-keeps silent. Add a piece of advice: one function, its name in `ADVICE`, one test row.
+keeps silent. Add a piece of advice: one function, one line in `ADVICE`, one case of the golden report.
 """
 
 from collections.abc import Callable, Mapping
@@ -262,24 +262,37 @@ def _advise_tokens(tables: Table) -> str | None:
     return None
 
 
-ADVICE: tuple[Callable[[Table], str | None], ...] = (
-    _advise_trusted_first,
-    _advise_problems,
-    _advise_folds,
-    _advise_signal,
-    _advise_clean,
-    _advise_opposite,
-    _advise_annotators,
-    _advise_parts,
-    _advise_reading,
-    _advise_review,
-    _advise_verdicts,
-    _advise_cleaned,
-    _advise_trusted,
-    _advise_rho,
-    _advise_width,
-    _advise_information,
-    _advise_tokens,
-    _advise_biases,
-    _advise_filter,
-)
+ADVICE: Mapping[str, Callable[[Table], str | None]] = {
+    "trusted_first": _advise_trusted_first,
+    "problems": _advise_problems,
+    "folds": _advise_folds,
+    "signal": _advise_signal,
+    "clean": _advise_clean,
+    "opposite": _advise_opposite,
+    "annotators": _advise_annotators,
+    "parts": _advise_parts,
+    "reading": _advise_reading,
+    "review": _advise_review,
+    "verdicts": _advise_verdicts,
+    "cleaned": _advise_cleaned,
+    "trusted": _advise_trusted,
+    "rho": _advise_rho,
+    "width": _advise_width,
+    "information": _advise_information,
+    "tokens": _advise_tokens,
+    "biases": _advise_biases,
+    "filter": _advise_filter,
+}
+"""Rules by name, in the order in which a reader needs them."""
+
+
+def advice(tables: Table) -> dict[str, str]:
+    """What to do next.
+
+    Args:
+        tables: As `tables.build_tables` returns them; sentences are not read.
+
+    Returns:
+        Sentences by the name of the rule in `ADVICE`, those of rules that apply.
+    """
+    return {name: text for name, rule in ADVICE.items() if (text := rule(tables))}

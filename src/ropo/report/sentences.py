@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ropo.provenance import Json
-from ropo.report.advice import ADVICE, FEW, SMALL_RATE, is_open
+from ropo.report.advice import FEW, SMALL_RATE, advice, is_open
 from ropo.report.biases import LENGTH, kept_differ
 from ropo.report.clauses import CLAUSES
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range
@@ -35,7 +35,7 @@ def write_sentences(tables: Table) -> Json:
         "readings": readings(tables),
         "tokens": tokens(tables),
         "hard": [why_hard(pair) for pair in tables["hard"]],
-        "next": [advice for rule in ADVICE if (advice := rule(tables))],
+        "next": list(advice(tables).values()),
     }
 
 

@@ -169,7 +169,7 @@ def test_broken_lines_and_missing_files(tmp_path):
     path.write_text(json.dumps(QUESTIONS["mt_bench"][0]) + "\n{half a row")
     with pytest.raises(DataError, match=re.escape(f"{path}, row 1 (line 2): a line needs JSON")):
         read_questions(path, "mt_bench")
-    with pytest.raises(FileNotFoundError, match=r"is not there. Get fastchat/llm_judge/data/mt_bench/question.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"not there\..*fastchat/llm_judge/data/mt_bench/question.jsonl"):
         read_questions(tmp_path / "nowhere.jsonl", "mt_bench")
     with pytest.raises(ValueError, match=re.escape("--questions needs a .json or .jsonl file")):
         read_questions(written(tmp_path / "q.txt", []), "mt_bench")

@@ -113,7 +113,7 @@ def test_the_setting_is_nearly_best_in_both_scores_and_of_these_the_nearest(tmp_
 
 def test_a_method_that_always_diverged_is_named(tmp_path):
     append_row(tmp_path / "trials.csv", row(accuracy=np.nan))
-    with pytest.raises(RuntimeError, match="dpo diverged with every setting"):
+    with pytest.raises(RuntimeError, match="dpo diverged with"):
         best_setting(config(), "dpo", tmp_path / "trials.csv")
 
 
@@ -134,7 +134,7 @@ def test_only_what_is_missing_is_to_do_whole_seeds_first(tmp_path):
     append_row(results, row(flip_rate=0.25, seed=1, options=json.dumps({"beta": 0.1})))
     assert len(missing_cells(known, tmp_path / "trials.csv", results)) == len(cells) - 1
     append_row(results, row(flip_rate=0.25, seed=2, options=json.dumps({"beta": 0.2})))
-    with pytest.raises(ValueError, match=r'has dpo with {"beta": 0.2}; the trials now say {"beta": 0.1}'):
+    with pytest.raises(ValueError, match=r'dpo with {"beta": 0.2}; .* {"beta": 0.1}'):
         missing_cells(known, tmp_path / "trials.csv", results)
 
 
@@ -221,7 +221,7 @@ def test_two_grids_in_one_folder(small_task, tmp_path, monkeypatch):
         run_bench(config(), tmp_path, num_processes=1)
 
     monkeypatch.setattr(grid, "measure", measured)
-    with pytest.raises(RuntimeError, match=r"is in use by process \d+ on "):
+    with pytest.raises(RuntimeError, match=r"by process \d+ on "):
         run_bench(config(), tmp_path, num_processes=1)
 
 
@@ -233,14 +233,14 @@ def test_a_folder_of_another_grid_is_not_gone_on_with(small_task, tmp_path, monk
     run_bench(none, tmp_path, num_processes=1)
     run_bench(none, tmp_path, num_processes=1)
     other = config(methods=("dpo",), tuned=known, noise={}, options={"use_cpu": True, "num_train_epochs": 2})
-    with pytest.raises(ValueError, match=r"measured with options \{'use_cpu': True\}; got"):
+    with pytest.raises(ValueError, match=r"options \{'use_cpu': True\};"):
         run_bench(other, tmp_path, num_processes=1)
-    with pytest.raises(ValueError, match="num_processes needs 1 or more; got 0"):
+    with pytest.raises(ValueError, match=r"num_processes .*; got 0"):
         run_bench(none, tmp_path, num_processes=0)
 
 
 def test_a_task_that_needs_no_data_refuses_some(tmp_path):
-    with pytest.raises(ValueError, match="The task reviews needs no source"):
+    with pytest.raises(ValueError, match="needs no source"):
         make_task(config(source="reviews.zip"), tmp_path, 1)
 
 
@@ -251,7 +251,7 @@ def test_one_cell_that_fails_does_not_cost_the_others(small_task, tmp_path, monk
         return {**named(config, cell), "accuracy": 0.9, "gold": 1.0, "kl": 1.0, "seconds": 1.0}
 
     monkeypatch.setattr(grid, "measure", measured)
-    with pytest.raises(RuntimeError, match=r"1 of 6 cells failed.*\n.*ceiling on symmetric 25%, seed 1.*no luck"):
+    with pytest.raises(RuntimeError, match=r"1 of 6 .*\n.*ceiling .* 25%, seed 1.*luck"):
         run_bench(config(), tmp_path, num_processes=1)
     assert len(read_rows(tmp_path / "results.csv")) == 5
 

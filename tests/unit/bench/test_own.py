@@ -35,7 +35,8 @@ def test_the_judge_is_the_truth(caplog):
         found = own.settled(says, [*swapped, *PAIRS[20:]])
     assert len(found) == 32
     assert all("good" in pair.chosen and pair.prompt.strip()[-1] not in "37" for pair in found)
-    assert "Of 40 pairs the judge is sure of 32 and contradicts 16 of their labels" in caplog.text
+    for part in ("Of 40 pairs", "sure of 32", "contradicts 16"):
+        assert part in caplog.text
 
 
 def test_ratings_are_log_odds_beside_the_better_response():
@@ -70,7 +71,7 @@ def test_prompts_are_dealt_once():
     assert [pair.row for pair in (*train, *held_out)] == list(range(35))
     assert own._deal(twice, 25, 10, seed=3, num_read=80) == (train, held_out)
     assert own._deal(twice, 25, 10, seed=4, num_read=80) != (train, held_out)
-    with pytest.raises(ValueError, match=r"35 pairs to train and 10 to test on, .* got 40 such among 80"):
+    with pytest.raises(ValueError, match=r"35 pairs .* 10 .* got 40 .* 80"):
         own._deal(twice, 35, 10, seed=3, num_read=80)
 
 
@@ -118,9 +119,7 @@ def test_a_judge_in_a_file_is_a_mapping(tmp_path):
     path.write_text(
         "{task: own, source: s, model: m, judge: reward_model, seeds: [1], noise: {symmetric: [0.2]}, methods: [dpo]}"
     )
-    with pytest.raises(
-        ValueError, match=r"needs judge like \{judge: reward_model, judge_model: R\}; got 'reward_model'"
-    ):
+    with pytest.raises(ValueError, match=r"\{judge: reward_model, judge_model: R\}; got 'reward_model'"):
         read_bench_config(path)
 
 
@@ -138,7 +137,7 @@ def test_a_model_that_is_not_there_costs_no_judging(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(own, "judge_of", lambda *_: lambda _: pytest.fail("asked"))
     config = grid(source=str(tmp_path / "pairs.jsonl"), model=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"The task own needs model, .*; got '.*nowhere': no such folder"):
+    with pytest.raises(ValueError, match=r"needs model, .*'.*nowhere'"):
         run_bench(config, tmp_path / "out", num_processes=1)
     assert not (tmp_path / "out" / "bench.json").exists(), "what has measured nothing claims no folder"
 
@@ -148,10 +147,10 @@ def test_what_is_left_out_later_is_another_grid(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_grid, "measure", lambda *_: pytest.fail("nothing should be measured"))
     still = {"noise": {}, "tuned": {"dpo": {"beta": 0.1}}}
     run_bench(grid(**still, max_length=64), tmp_path, num_processes=1)
-    with pytest.raises(ValueError, match="holds rows measured with max_length 64; got None"):
+    with pytest.raises(ValueError, match="max_length 64; got None"):
         run_bench(grid(**still), tmp_path, num_processes=1)
     reviews = {"task": "reviews", "source": None, "model": None, "judge": {}}
-    with pytest.raises(ValueError, match=r"holds rows measured with source pairs\.jsonl; got None"):
+    with pytest.raises(ValueError, match=r"source pairs\.jsonl; got None"):
         run_bench(grid(**still, **reviews), tmp_path, num_processes=1)
 
 
@@ -172,7 +171,7 @@ def test_other_data_of_the_same_name_is_another_grid(tmp_path, monkeypatch):
     for name in ("pairs.jsonl", "model/config.json"):
         before = (tmp_path / name).read_text()
         (tmp_path / name).write_text("[]\n")
-        with pytest.raises(ValueError, match="holds rows measured with contents"):
+        with pytest.raises(ValueError, match="measured with contents"):
             run_bench(config, tmp_path / "O", num_processes=1)
         (tmp_path / name).write_text(before)
 
@@ -235,7 +234,7 @@ def test_a_grid_on_own_pairs(tmp_path):
     run_bench(config, folder, num_processes=1)
     assert read_rows(results) == found
     other = grid(**{**vars_of(config), "max_new_tokens": 9})
-    with pytest.raises(ValueError, match="holds rows measured with max_new_tokens 8; got 9"):
+    with pytest.raises(ValueError, match="with max_new_tokens 8; got 9"):
         run_bench(other, folder, num_processes=1)
 
 

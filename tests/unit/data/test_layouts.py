@@ -165,7 +165,8 @@ def test_content_in_parts_is_one_text():
     assert loaded.pairs[0].chosen == [assistant("Hello")]
     picture = [{"type": "image_url", "image_url": {"url": "x"}}]
     loaded = load_pairs([{"chosen": [user(picture), assistant("a")], "rejected": [user(picture), assistant("b")]}])
-    assert "message 0 of chosen needs parts of text; got dict" in loaded.problems[0].message
+    assert "message 0 of chosen" in loaded.problems[0].message
+    assert "got dict" in loaded.problems[0].message
 
 
 REFUSED = {
@@ -217,7 +218,7 @@ def test_what_says_not_which_is_preferred_is_refused_once(case):
 def test_a_label_that_may_mean_either_refuses_the_whole_source():
     """Skipping the rows that say 0 would leave those that say 1, read the wrong way round."""
     rows = [{"prompt": "p", "response_1": "a", "response_2": "b", "label": label} for label in (1, 1, 0)]
-    with pytest.raises(ValueError, match="got int 0, which may mean either"):
+    with pytest.raises(ValueError, match="got int 0, which"):
         load_pairs(rows)
 
 
@@ -228,13 +229,12 @@ def test_a_row_that_lacks_what_its_layout_needs():
         {"prompt": "p", "response_a": None, "response_b": "b", "winner": "b"},
         {"prompt": "p", "chosen": "a", "rejected": "b"},
     ]
-    assert [(problem.kind, problem.row, problem.message) for problem in load_pairs(rows).problems] == [
-        ("missing_field", 1, "a row needs winner, which says what is better; got none."),
-        ("missing_field", 2, "a row needs response_a; got prompt, response_b, winner."),
-        ("missing_field", 3, "a row needs winner, which says what is better; got none."),
-    ]
+    problems = load_pairs(rows).problems
+    assert [(problem.kind, problem.row) for problem in problems] == [("missing_field", row) for row in (1, 2, 3)]
+    for problem, name in zip(problems, ("winner", "response_a", "winner"), strict=True):
+        assert f" needs {name}" in problem.message
     [problem] = load_pairs([{"messages": None, "rejected_response": "b"}]).problems
-    assert problem.message.startswith("messages needs a list that ends with the chosen response")
+    assert problem.message.startswith("messages needs a list")
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_pairs_in_memory_keep_row_and_origin():
 
 def test_names_of_columns_that_cannot_be_printed_are_escaped():
     loaded = load_pairs([{"prompt": "p", "chosen": "c", "x\ud800\x1b": "r"}])
-    assert loaded.problems[0].message == r"a row needs rejected; got prompt, chosen, x\ud800\x1b."
+    assert loaded.problems[0].message.endswith(r" prompt, chosen, x\ud800\x1b.")
 
 
 def test_a_selection_of_a_dataset_is_read_as_selected():
@@ -167,9 +167,9 @@ def test_annotator_weight_and_other_columns():
 
 def test_a_named_column_must_be_there():
     rows = [{"question": "a", "chosen": "b", "rejected": "c", "who": "d"}]
-    with pytest.raises(ValueError, match="annotator needs the name of a column that is there; got 'whom' for"):
+    with pytest.raises(ValueError, match=r"annotator .*got 'whom'"):
         load_pairs(rows, columns={"prompt": "question", "annotator": "whom"})
-    with pytest.raises(ValueError, match=r"prompt needs .* got 'qestion' for data with chosen, question, rej"):
+    with pytest.raises(ValueError, match=r"got 'qestion' .*chosen, question, rej"):
         load_pairs(rows, columns={"prompt": "qestion"})
 
 
@@ -186,7 +186,7 @@ def test_columns_renames():
     )
     assert loaded.pairs[0].prompt == "p"
     assert loaded.ignored_columns == ("prompt",)
-    with pytest.raises(ValueError, match=r"columns needs keys of prompt, .* got 'better'"):
+    with pytest.raises(ValueError, match=r"columns .*prompt, .*'better'"):
         load_pairs([row()], columns={"better": "chosen"})
 
 
@@ -390,7 +390,7 @@ def test_conversations_that_make_no_pair(case):
 
 
 def test_text_without_prompt_and_without_turns_is_told_what_is_missing():
-    assert "needs a prompt, or chosen with" in only_problem([{"chosen": "The sky", "rejected": "The sky is"}]).message
+    assert "needs a prompt" in only_problem([{"chosen": "The sky", "rejected": "The sky is"}]).message
 
 
 def test_the_layout_is_that_of_the_first_good_row():
@@ -513,7 +513,7 @@ def test_a_failure_of_the_hub_names_what_was_asked(monkeypatch, failure):
         raise failure("because")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="got 'some/name', split 'test': because"):
+    with pytest.raises(ValueError, match="'some/name', split 'test'"):
         load_pairs("some/name", split="test")
 
 
@@ -521,19 +521,19 @@ def test_split_chooses_a_part_of_a_folder(tmp_path):
     folder = write_split_folder(tmp_path / "d", [row(), row(prompt="q")])
     assert load_pairs(folder).num_rows == 2
     assert load_pairs(folder, split="test").num_rows == 1
-    with pytest.raises(ValueError, match="split needs to be one of train, test; got 'validation'"):
+    with pytest.raises(ValueError, match=r"train, test; got 'validation'"):
         load_pairs(folder, split="validation")
 
 
 def test_split_is_refused_where_there_are_no_parts(tmp_path):
     sources = [write_jsonl(tmp_path / "a.jsonl", [row()]), write_folder(tmp_path / "d", [row()]), [row()]]
     for source in sources:
-        with pytest.raises(ValueError, match="split needs a source with several parts"):
+        with pytest.raises(ValueError, match="split needs a source"):
             load_pairs(source, split="test")
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="saved by datasets' save_to_disk"):
+    with pytest.raises(ValueError, match="datasets' save_to_disk"):
         load_pairs(tmp_path)
 
 
@@ -547,14 +547,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"can be read to its end; got .*{name}"):
+    with pytest.raises(ValueError, match=f"its end; got .*{name}"):
         load_pairs(tmp_path / name)
 
 
 def test_an_unknown_file_type_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("x")
-    with pytest.raises(ValueError, match=r"ends in \.jsonl, \.json, \.csv, \.parquet; got a\.txt"):
+    with pytest.raises(ValueError, match=r"\.jsonl, \.json, .*got a\.txt"):
         load_pairs(path)
 
 

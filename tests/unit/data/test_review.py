@@ -52,7 +52,7 @@ def test_the_table_keeps_the_order_that_it_is_given(table):
     assert [row["row"] for row in rows] == ["3", "0", "7"]
     assert [row["verdict"] for row in rows] == ["", "", "right"]
     assert (rows[0]["p_flip"], rows[0]["margin"]) == ("0.9000", "-2.0000")
-    assert rows[2]["chosen"] == 'assistant: yes, "well"\nso'
+    assert rows[2]["chosen"].splitlines() == ['assistant: yes, "well"', "so"]
 
 
 def test_no_cell_is_a_formula(table):
@@ -114,7 +114,7 @@ def test_verdicts_come_back(table):
     assert [pair.verdict for pair in pairs] == [None, "wrong", "right"]
     verdicts = {99: ("of a row that was left out", "drop")}
     assert with_verdicts(pairs[:1], verdicts)[0].verdict is None
-    with pytest.raises(ValueError, match="needs a row that the data holds; got 1 on others, the first on row 99"):
+    with pytest.raises(ValueError, match=r"got 1 .* row 99"):
         with_verdicts(pairs[:1], verdicts, is_whole=True)
 
 
@@ -190,7 +190,7 @@ def test_an_id_that_became_a_number_is_told(tmp_path):
     """In a table that was written without the apostrophe."""
     pair = Pair(prompt="p", chosen="a", rejected="b", row=0, id=NUMBERS[0])
     (tmp_path / "old.csv").write_text("row,pair_id,verdict\n0,1.23457E+15,wrong\n")
-    with pytest.raises(ValueError, match=f"about pair 1.23457E.15; .* write '{NUMBERS[0]} into that cell"):
+    with pytest.raises(ValueError, match=f"pair 1.23457E.15; .*'{NUMBERS[0]}"):
         with_verdicts([pair], read_verdicts(tmp_path / "old.csv"))
     (tmp_path / "old.csv").write_text(f"row,pair_id,verdict\n0,{NUMBERS[0]},wrong\n")
     assert with_verdicts([pair], read_verdicts(tmp_path / "old.csv"))[0].verdict == "wrong"
@@ -201,9 +201,9 @@ def test_trusted_pairs_of_the_data_are_verdicts():
     turned = replace(data[1], chosen=data[1].rejected, rejected=data[1].chosen)
     assert verdicts_of([data[0], turned], data) == {0: (data[0].id, "right"), 3: (data[1].id, "wrong")}
     assert verdicts_of([Pair(prompt="x", chosen="y", rejected="z", row=0)], data) == {}
-    with pytest.raises(ValueError, match="got all 3 pairs of the dataset itself"):
+    with pytest.raises(ValueError, match="got all 3 pairs"):
         verdicts_of([*data], data)
-    with pytest.raises(ValueError, match="rows 3 and 3 contradict each other"):
+    with pytest.raises(ValueError, match="rows 3 and 3 contradict"):
         verdicts_of([data[1], turned], data)
 
 
@@ -254,13 +254,13 @@ def test_a_table_that_would_be_read_in_part_is_refused(tmp_path, text, message):
 
 def test_a_table_of_other_data_is_noticed(table, tmp_path):
     fill(table, 3, verdict="wrong", pair_id="0123456789abcdef")
-    with pytest.raises(ValueError, match="verdict on row 3 is about pair 0123456789abcdef; the data holds"):
+    with pytest.raises(ValueError, match=r"row 3 .* pair 0123456789abcdef; "):
         with_verdicts(some_pairs(), read_verdicts(table))
     (tmp_path / "other.csv").write_text("row,verdict\n1,right\n")
-    with pytest.raises(ValueError, match="needs columns row, pair_id, verdict; it has 0 named pair_id"):
+    with pytest.raises(ValueError, match=r"row, pair_id, verdict; .*0 named pair_id"):
         read_verdicts(tmp_path / "other.csv")
     with pytest.raises(FileNotFoundError, match="--decisions needs a table"):
         read_verdicts(tmp_path / "nowhere.csv")
     os.mkfifo(tmp_path / "pipe.csv")
-    with pytest.raises(FileNotFoundError, match=r"pipe.csv is a pipe \(FIFO\)"):
+    with pytest.raises(FileNotFoundError, match=r"pipe.csv .* \(FIFO\)"):
         read_verdicts(tmp_path / "pipe.csv")

@@ -61,7 +61,7 @@ def test_a_template_that_never_ends(with_template, monkeypatch):
         "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
         "{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"needs to end; at row 7 it had not after .* s\. Correct its loops"):
+    with pytest.raises(ValueError, match=r"end; at row 7 "):
         rendered(endless, USER)
     before = time.process_time()
     time.sleep(0.3)
@@ -150,7 +150,7 @@ def test_the_date_stands_still(with_template):
 
 @pytest.mark.parametrize("text", ["{% set f = '%d' %}{{ strftime_now(f) }}", "{% set f = strftime_now %}{{ f('%d') }}"])
 def test_a_date_that_cannot_be_fixed_is_refused(text, with_template):
-    with pytest.raises(ValueError, match="needs its format as a literal"):
+    with pytest.raises(ValueError, match="format as a literal"):
         rendered(with_template(text), USER)
 
 

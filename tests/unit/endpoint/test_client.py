@@ -123,7 +123,7 @@ def test_what_may_pass_is_tried_again(server, status):
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 405])
 def test_a_refusal_ends_at_once(server, status):
     server.answers = [(status, b"you shall not pass"), OK]
-    with pytest.raises(EndpointError, match=f"status {status}: 'you shall not pass'") as caught:
+    with pytest.raises(EndpointError, match=f"status {status}: 'you shall") as caught:
         post(server.url)
     assert len(server.requests) == 1
     assert (caught.value.status, caught.value.is_final) == (status, True)
@@ -138,7 +138,7 @@ def test_garbage_is_tried_again(server, garbage):
     server.answers = [(200, garbage), OK]
     assert post(server.url) == {"answer": "yes"}
     server.answers = [(200, garbage)]
-    with pytest.raises(EndpointError, match="status 200 with something else than a JSON object") as caught:
+    with pytest.raises(EndpointError, match=r"status 200 .*JSON object") as caught:
         post(server.url)
     assert (caught.value.status, caught.value.is_final) == (200, False)
     assert len(str(caught.value)) < 600
@@ -166,7 +166,7 @@ def test_nobody_listens(server):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     waits = Waits()
-    with pytest.raises(EndpointError, match=r"within 3 attempts and 300 seconds; got, at attempt 3, none \(Conn.*ref"):
+    with pytest.raises(EndpointError, match=r"3 attempts and 300 seconds; .* attempt 3, none \(Conn.*ref"):
         post(f"http://127.0.0.1:{port}/v1", waits, max_retries=2)
     assert len(waits) == 2
 
@@ -224,7 +224,7 @@ def test_tls(tls_server, certificate, key, monkeypatch):
     """A certificate is trusted only if somebody says so, and the limits hold inside."""
     _tls.cache_clear()
     waits = Waits()
-    with pytest.raises(EndpointError, match=r"a certificate that cannot be trusted \(self.signed certificate\)"):
+    with pytest.raises(EndpointError, match=r"certificate .*\(self.signed certificate\)"):
         post(tls_server.url, waits)
     assert waits == tls_server.requests == []
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
@@ -299,7 +299,7 @@ def test_the_wait_that_was_asked_for(server):
 def test_a_wait_longer_than_the_time_left_is_not_begun(server):
     server.answers = [(429, b"slow down", {"Retry-After": "3600"}), OK]
     waits = Waits()
-    with pytest.raises(EndpointError, match="at attempt 1, status 429: 'slow down' and the wish to wait 3600 seconds"):
+    with pytest.raises(EndpointError, match=r"attempt 1, status 429: 'slow down' .*3600"):
         post(server.url, waits)
     assert waits == []
 
@@ -307,14 +307,14 @@ def test_a_wait_longer_than_the_time_left_is_not_begun(server):
 def test_the_time_of_all_attempts_is_limited(server):
     server.answers = [(500, b"")]
     start = time.monotonic()
-    with pytest.raises(EndpointError, match=r"within 101 attempts and 0\.4 seconds"):
+    with pytest.raises(EndpointError, match=r"101 attempts and 0\.4 seconds"):
         post(server.url, sleep=time.sleep, timeout_seconds=0.4, max_total_seconds=0.4, max_retries=100)
     assert time.monotonic() - start < 2
 
 
 def test_a_long_answer_is_not_read(server):
     server.answers = [(200, b" " * 5000)]
-    with pytest.raises(EndpointError, match="an answer of more than 1000 bytes"):
+    with pytest.raises(EndpointError, match="more than 1000 bytes"):
         post(server.url, max_response_bytes=1000)
     assert len(server.requests) == 1
     server.answers = [(200, b'{"a": "' + b"b" * 991 + b'"}')]  # 1000 exactly
@@ -325,7 +325,7 @@ def test_a_long_answer_is_not_read(server):
 def test_redirects_are_not_followed(server, key, status):
     other = Server()
     server.answers = [(status, b"", {"Location": other.url + "?token=" + KEY})]
-    with pytest.raises(EndpointError, match=f"status {status}, a redirect to {other.url}, not followed") as caught:
+    with pytest.raises(EndpointError, match=f"status {status}, .*{other.url}, not followed") as caught:
         post(server.url)
     other.close()
     assert other.requests == []
@@ -378,7 +378,7 @@ def test_a_placeholder_is_a_word_like_others(server, monkeypatch):
 @pytest.mark.parametrize("bad", ["sk-0123456789abc\nX-Evil: 1", "sk-0123456789abc def", "sk-0123456789abcé"])
 def test_a_broken_key_is_refused_unseen(server, monkeypatch, bad):
     monkeypatch.setenv("TEST_KEY", bad)
-    with pytest.raises(ValueError, match="in the environment variable TEST_KEY, with spaces") as caught:
+    with pytest.raises(ValueError, match="TEST_KEY, with spaces") as caught:
         post(server.url)
     assert "0123456789" not in "".join(traceback.format_exception(caught.value))
     assert server.requests == []
@@ -386,24 +386,24 @@ def test_a_broken_key_is_refused_unseen(server, monkeypatch, bad):
 
 def test_a_key_goes_unencrypted_to_no_other_machine(key):
     for host in ("example.invalid", "192.0.2.7", "localhost.example.invalid", "127.0.0.1.example.invalid"):
-        with pytest.raises(ValueError, match=f"needs https to send a key to another machine; got http://{host}/v1"):
+        with pytest.raises(ValueError, match=f"needs https .*http://{host}/v1"):
             post(f"http://{host}/v1")
 
 
 def test_advice_says_whether_there_was_a_key(server, key):
     server.answers = [(401, b"no")]
-    with pytest.raises(EndpointError, match=r"Check the key in the environment variable TEST_KEY\.$"):
+    with pytest.raises(EndpointError, match=r"variable TEST_KEY\.$"):
         post(server.url)
-    with pytest.raises(EndpointError, match=r"Check the key in the environment variable NOT_SET, which is not set\.$"):
+    with pytest.raises(EndpointError, match=r"variable NOT_SET, .* not set\.$"):
         post(server.url, api_key_env="NOT_SET")
-    with pytest.raises(EndpointError, match=r"Check the key, of which none was sent\.$"):
+    with pytest.raises(EndpointError, match=r"none was sent\.$"):
         post(server.url, api_key_env=None)
 
 
 def test_certificates_that_are_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     _tls.cache_clear()
-    with pytest.raises(EndpointError, match=r"^HTTPS needs certificates .*SSL_CERT_FILE") as caught:
+    with pytest.raises(EndpointError, match=r"^HTTPS .*SSL_CERT_FILE") as caught:
         post("https://example.invalid/v1")
     assert caught.value.is_final
 
@@ -419,7 +419,7 @@ def test_a_packed_answer_is_not_unpacked(server):
 @pytest.mark.parametrize("proxy", ["socks5://me:0123456789@127.0.0.1:9", "odd://me:0123456789@h", "http://[::"])
 def test_a_proxy_that_cannot_be_used(monkeypatch, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
-    with pytest.raises(EndpointError, match="needs a proxy that can be used") as caught:
+    with pytest.raises(EndpointError, match="needs a proxy") as caught:
         post("https://example.invalid/v1")
     assert "0123456789" not in "".join(traceback.format_exception(caught.value))
 
@@ -467,7 +467,7 @@ def test_waiting_leaves_the_seeded_generator_alone(server):
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://me:pw@host", "http://host:99999999"])
 def test_bad_addresses(url):
-    with pytest.raises(ValueError, match=r"^Endpoint needs an? .*address"):
+    with pytest.raises(ValueError, match=r"^Endpoint needs .*address"):
         Endpoint(url=url, model="m")
 
 

@@ -133,7 +133,7 @@ def test_a_damaged_shard_is_scored_again(how, model, tokens, tmp_path, computed,
     second = read(model, tokens, tmp_path)
     assert computed == [20, 20]
     assert torch.equal(first.rejected, second.rejected)
-    assert f"{path} is damaged: it is removed, and its pairs are scored again." in caplog.text
+    assert f"{path} is damaged" in caplog.text
     assert not path.exists()
 
 
@@ -263,7 +263,7 @@ def test_a_damaged_shard_of_features_is_read_again(how, model, tokens, tmp_path,
     again, same = read_both(model, tokens, tmp_path)
     assert computed == [20, 20]
     assert torch.equal(again.chosen, logps.chosen)
-    assert f"{path} is damaged: it is removed, and its pairs are scored again." in caplog.text
+    assert f"{path} is damaged" in caplog.text
     for name, block in features.blocks.items():
         assert np.array_equal(same.blocks[name], block), name
 
@@ -274,7 +274,7 @@ def test_features_lost_while_they_are_read_are_no_numbers(model, tokens, tmp_pat
     monkeypatch.setattr(cache, "_keys", lambda _: {cache._key(pair) for pair in cache._in_order(tokens)[0]})
     [path] = tmp_path.glob("*/features*/*.safetensors")
     path.unlink()
-    with pytest.raises(DamagedFileError, match="has lost features of 20 pairs"):
+    with pytest.raises(DamagedFileError, match="features of 20 pairs"):
         read_both(model, tokens, tmp_path)
 
 

@@ -26,7 +26,7 @@ def test_a_cluster_weighs_one():
     weights = cluster_weights(["a", "b", "a", "c", "a"], 5)
     np.testing.assert_allclose(weights, [1 / 3, 1, 1 / 3, 1, 1 / 3])
     assert cluster_weights(np.arange(3), 3).tolist() == cluster_weights(None, 3).tolist() == [1.0] * 3
-    with pytest.raises(ValueError, match="one name per pair, 3; got 2"):
+    with pytest.raises(ValueError, match="per pair, 3; got 2"):
         cluster_weights(["a", "b"], 3)
     split = within(["a", "a", "a", "b"], np.array(["ann", "bob", "ann", "ann"]))
     assert cluster_weights(split, 4).tolist() == [0.5, 1.0, 0.5, 1.0]
@@ -44,7 +44,7 @@ def test_the_estimate_of_copied_data_is_that_of_the_data(rows):
         assert numbers(one) == pytest.approx(numbers(other), abs=1e-3)  # they are looked up on a grid
     np.testing.assert_allclose(more.p_flip, once.p_flip[rows], atol=1e-5)
     assert more.num_pairs == len(rows)
-    assert more.reason.endswith(f"Copies count once: {len(rows)} pairs count as 600.")
+    assert f" {len(rows)} pairs count as 600." in more.reason
     blind = estimate_flips(MARGINS[rows], annotators=annotators)
     assert numbers(blind) != pytest.approx(numbers(once), abs=1e-3)
 
@@ -100,5 +100,5 @@ def test_calibration_on_copied_data_is_that_on_the_data(rows):
 
 
 def test_names_for_other_pairs_are_refused():
-    with pytest.raises(ValueError, match="one entry of clusters per margin, 600; got 3"):
+    with pytest.raises(ValueError, match="per margin, 600; got 3"):
         estimate_flips(MARGINS, clusters=["a", "b", "c"])

@@ -164,11 +164,11 @@ def test_wrong_options_are_refused(options, message):
 
 def test_wrong_values_are_refused():
     margins, p_flip = pairs()
-    with pytest.raises(ValueError, match=r"one p_flip per margin, 40; got \(39,\)"):
+    with pytest.raises(ValueError, match=r"per margin, 40; got \(39,\)"):
         decide(margins, p_flip[1:], rho=0.1)
-    with pytest.raises(ValueError, match=r"p_flip in \[0, 1\]; got nan at position 4"):
+    with pytest.raises(ValueError, match=r"\[0, 1\]; got nan at"):
         decide(margins, np.where(np.arange(40) == 4, np.nan, p_flip), rho=0.1)
-    with pytest.raises(ValueError, match=r"p_flip in \[0, 1\]; got 1\.2 at position 0"):
+    with pytest.raises(ValueError, match=r"\[0, 1\]; got 1\.2 at position 0"):
         decide(margins, p_flip * 0 + 1.2, rho=0.1)
-    with pytest.raises(ValueError, match="decide needs finite margins; got 1 that are not, at positions 2"):
+    with pytest.raises(ValueError, match=r"finite margins; .* positions 2"):
         decide(np.where(np.arange(40) == 2, np.inf, margins), p_flip, rho=0.1)

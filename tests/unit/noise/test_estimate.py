@@ -146,7 +146,8 @@ def test_says_when_it_cannot_tell(case):
     found = estimate_flips(margins)
     assert found.obstacle is obstacle
     assert not found.is_informative
-    assert found.reason == f"At most {100 * found.high:.1f} % of the labels are flipped. {obstacle.value}"
+    assert f" {100 * found.high:.1f} % " in found.reason
+    assert found.reason.endswith(obstacle.value)
     assert 0.0 == found.low <= found.rate <= found.high <= 0.5
     assert np.isfinite(found.p_flip).all()
 
@@ -225,20 +226,20 @@ def test_to_dict_is_json_without_arrays():
 def test_non_finite_margins_are_refused_with_their_positions():
     margins = flipped_margins(100, 0.2)
     margins[[3, 17]] = [np.nan, np.inf]
-    with pytest.raises(ValueError, match=r"needs finite margins; got 2 that are not, at positions 3, 17\. Look"):
+    with pytest.raises(ValueError, match=r"finite margins; .* 2 .* positions 3, 17\."):
         estimate_flips(margins)
     margins[:50] = np.nan
-    with pytest.raises(ValueError, match=r"got 50 that are not, at positions 0, 1, .*, 9, \.\.\.\. Look"):
+    with pytest.raises(ValueError, match=r"got 50 .* positions 0, 1, .*, 9, \.\.\.\."):
         estimate_flips(margins)
 
 
 @pytest.mark.parametrize("margins", [np.zeros((2, 3)), np.zeros(0), np.float64(1.0)])
 def test_wrong_shapes_are_refused(margins):
-    with pytest.raises(ValueError, match=r"needs margins of shape \(pairs,\)"):
+    with pytest.raises(ValueError, match=r"of shape \(pairs,\)"):
         estimate_flips(np.asarray(margins))
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 90.0])
 def test_level_is_a_probability(level):
-    with pytest.raises(ValueError, match=r"needs level in \(0, 1\); got"):
+    with pytest.raises(ValueError, match=r"level in \(0, 1\); got"):
         estimate_flips(np.ones(5), level=level)

@@ -164,7 +164,7 @@ def test_three_files_say_the_same(make_run, tmp_path):
 def test_a_report_that_fails_leaves_the_old_one(make_run, tmp_path):
     write_report(tmp_path, **make_run())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="needs the pair of every ledger row"):
+    with pytest.raises(ValueError, match="every ledger row"):
         write_report(tmp_path, **make_run() | {"pairs": []})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -185,7 +185,8 @@ def test_what_is_missing_is_left_out_in_peace(make_run, change):
     tables = build(run)
     page = Page(render_html(tables))
     assert page.unbalanced == []
-    assert "No prompt has a new pair" in page.text
+    assert tables["resampled"]["num_pairs"] == 0
+    assert "pair it replaces" not in page.text
     assert "nan" not in page.text.lower().split()
     assert "None" not in page.text.replace("None were found", "")
     assert render_markdown(tables)
@@ -243,7 +244,7 @@ def test_an_audit_has_its_sections_and_none_of_training(make_run, make_audit):
         assert not {*lacks} & {*names, *links}
         assert (page.unbalanced, page.open) == ([], [])
         assert set(links) == {name for name in names if name}
-    assert "What training would do" in audit.text
+    assert "training would do" in audit.text
     assert "What was done" in train.text
 
 
@@ -254,7 +255,8 @@ def test_an_evaluation_set_has_its_section(make_run):
     page = Page(render_html(build(make_run(summary={"evaluation": found}))))
     assert "evaluation" in [section.get("id") for section in page.all("section")]
     assert "#evaluation" in [link["href"] for link in page.all("a")]
-    assert "300\xa0pairs of the evaluation set, 2 more left out" in page.text
+    assert "300\xa0pairs" in page.text
+    assert "2 more" in page.text
     for shown in ("71\xa0%", "74\xa0%", "66–75\xa0%", "0.613"):
         assert shown in page.text
     without = Page(render_html(build(make_run())))
@@ -273,9 +275,12 @@ def test_the_page_of_an_audit_is_accessible(make_audit):
 
 
 def test_the_caption_says_whose_margins_are_drawn(make_run, make_audit):
-    assert "Held-out margins of the original pairs" in Page(render_html(build(make_audit()))).text
-    assert "margins of the original pairs under the trained model" in Page(render_html(build(make_run()))).text.lower()
-    assert "Held-out margins of 20" in render_markdown(build(make_audit()))
+    for make, is_held_out in ((make_audit, True), (make_run, False)):
+        tables = build(make())
+        assert tables["margins"]["is_held_out"] == is_held_out
+        for page in (Page(render_html(tables)).text, render_markdown(tables)):
+            assert ("Held-out margins" in page) == is_held_out
+            assert ("trained model" in page) == (not is_held_out)
 
 
 def test_a_hostile_name_stays_text_in_every_place(make_audit):
@@ -306,7 +311,7 @@ def test_markdown_has_the_numbers_of_every_figure(make_audit):
     assert "| a2 | 12 | 45 % | 37–50 % |" in markdown
     assert re.search(r"\| length in characters \| 20 \| 65 % \(", markdown)
     assert "| 410 | 800 | 1,500 | 2,048 |" in markdown
-    assert "Not a suspect: linear models on some features agree with the label, and on others" in markdown
+    assert markdown.count("Not a suspect:") == len(build(make_audit())["hard"]) > 0
 
 
 def test_clear_features_and_bad_parts_are_pointed_at(make_audit):
@@ -315,10 +320,10 @@ def test_clear_features_and_bad_parts_are_pointed_at(make_audit):
     tables["file_parts"] = [part, part | {"is_high": False, "p_flip_mean": 0.1}]
     tables["biases"]["features"][0]["is_clear"] = True
     html, markdown = render_html(tables), render_markdown(tables)
-    assert re.search(r'<tr class="clear"><th scope="row">length in characters', html)
-    assert "The parts in colour lie further above" in html
+    assert re.search(r'<tr class="clear"><th[^>]*>length in characters', html)
+    assert "parts in colour" in html
     assert "| **length in characters** |" in markdown
-    assert "| 0.50 | 0.10 | higher than chance allows |" in markdown
+    assert "| 0.50 | 0.10 | higher than" in markdown
 
 
 @pytest.mark.parametrize(
@@ -336,7 +341,7 @@ def test_an_audit_that_knows_little_is_still_a_page(make_audit, change):
     assert (page.unbalanced, page.open) == ([], [])
     assert "None" not in page.text.replace("None were found", "")
     assert "nan" not in page.text.lower().split()
-    assert "## What to do next" in render_markdown(tables)
+    assert "do next" in render_markdown(tables)
 
 
 def test_a_page_of_an_audit_without_a_summary(make_audit):
@@ -348,5 +353,5 @@ def test_a_page_of_an_audit_without_a_summary(make_audit):
 
 def test_a_new_pair_is_shown_with_the_one_it_replaces(make_run):
     page = Page(render_html(build(make_run())))
-    assert "New pair for row 12" in page.text
-    assert "The pair it replaces (margin −1.40 nats" in page.text
+    assert "pair for row 12" in page.text
+    assert "(margin −1.40 nats" in page.text

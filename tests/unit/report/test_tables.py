@@ -119,13 +119,13 @@ def test_each_round_has_its_own_margins(make_run):
 
 def test_a_row_without_its_pair_is_refused(make_run):
     run = make_run()
-    with pytest.raises(ValueError, match=r"got none for row 19 \(1 missing\)"):
+    with pytest.raises(ValueError, match=r"row 19 \(1 missing\)"):
         build(run | {"pairs": [pair for pair in run["pairs"] if pair.row != 19]})
 
 
 def test_an_empty_ledger_is_refused(make_run):
     run = make_run()
-    with pytest.raises(ValueError, match="needs a ledger with an original pair; got none"):
+    with pytest.raises(ValueError, match="original pair; got"):
         build(run | {"ledger": run["ledger"].slice(0, 0)})
 
 
@@ -167,9 +167,10 @@ def test_problems_come_worst_first_with_their_meaning(make_run):
 
 
 def test_not_kept_pairs_are_listed_smallest_margin_first(make_run):
-    dropped = build(make_run())["dropped"]
+    run = make_run()
+    dropped = build(run)["dropped"]
     assert [entry["row"] for entry in dropped["rows"]] == [7, 3, 12, 18]
-    assert dropped["rows"][0]["prompt"] == "Human: was dish 7 good? Assistant:"
+    assert dropped["rows"][0]["prompt"] == run["pairs"][7].prompt
 
 
 def test_the_list_of_dropped_pairs_is_bounded(make_run):
@@ -185,9 +186,9 @@ def test_the_list_of_dropped_pairs_is_bounded(make_run):
 
 def test_a_new_pair_stands_beside_the_one_it_replaces(make_run):
     resampled = build(make_run())["resampled"]
-    assert resampled["refused"] == [
-        {"reason": "another candidate was better", "num": 6}, {"reason": "empty response", "num": 2}
-    ]  # fmt: skip
+    better, empty = resampled["refused"]
+    assert (better["reason"].split()[0], better["num"]) == ("another", 6)
+    assert (empty["reason"], empty["num"]) == ("empty response", 2)
     assert resampled["num_judged"] == 2
     (new,) = resampled["pairs"]
     assert (new["chosen_source"], new["rejected_source"]) == ("sampled", "was chosen")

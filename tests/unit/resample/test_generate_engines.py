@@ -80,14 +80,14 @@ def test_refusals(options, words, tmp_path, monkeypatch):
 
 
 def test_a_key_in_the_wrong_place_is_not_repeated(tmp_path):
-    with pytest.raises(ValueError, match="generation_api_key_env needs the name of an environment") as error:
+    with pytest.raises(ValueError, match="generation_api_key_env needs") as error:
         config(tmp_path, **SERVER, generation_api_key_env="sk-abc123")
     assert "abc123" not in str(error.value)
 
 
 def test_a_key_goes_nowhere_unencrypted(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-0123456789abc")
-    with pytest.raises(ValueError, match="generation_url needs https to send a key"):
+    with pytest.raises(ValueError, match="generation_url needs https"):
         config(tmp_path, **{**SERVER, "generation_url": "http://example.com/v1"}, generation_api_key_env="MY_KEY")
 
 
@@ -95,7 +95,7 @@ def test_a_key_goes_nowhere_unencrypted(tmp_path, monkeypatch):
 def test_vllm_where_it_is_installed(tmp_path, monkeypatch):
     assert config(tmp_path, generation_engine="vllm", num_candidates=2).generation_engine == "vllm"
     monkeypatch.setattr(ROPOConfig, "world_size", 2)
-    with pytest.raises(ValueError, match="Engine vllm needs one process; got 2"):
+    with pytest.raises(ValueError, match=r"vllm needs .*; got 2"):
         config(tmp_path, generation_engine="vllm", num_candidates=2)
 
 

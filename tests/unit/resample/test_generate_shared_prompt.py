@@ -222,9 +222,7 @@ def test_the_random_state_is_left_alone(llama, decoder):
 def test_diverged_model_is_refused(llama, decoder):
     with torch.no_grad():
         llama.lm_head.weight[3] = torch.nan
-    with pytest.raises(
-        ValueError, match=r"needs logits that are numbers; got NaN or infinity in \d+ of \d+ rows\. The"
-    ):
+    with pytest.raises(ValueError, match=r"logits .*in \d+ of \d+ rows\."):
         draw(decoder, llama)
 
 
@@ -239,7 +237,7 @@ def test_prompts_beyond_the_positions_are_refused():
     model = AutoModelForCausalLM.from_config(MODELS["learned positions"])
     call = Caller(model, Padding())
     assert call.max_response_tokens(range(33)) == 7
-    with pytest.raises(ValueError, match="shorter than the model's 40 positions; got one of 40 tokens"):
+    with pytest.raises(ValueError, match=r"40 positions; got .* 40 tokens"):
         call.max_response_tokens(range(40))
 
 
@@ -250,7 +248,7 @@ def choice(model, longest=64):
 
 def test_every_ordinary_model_shares_prompts(model):
     name, why, num_bytes = choice(model)
-    assert (name, why[:26]) == ("share_prompts", "it agrees with the plain f")
+    assert (name, why[:9]) == ("share_prompts", "it agrees")
     assert num_bytes >= 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their size, float32
 
 
@@ -258,14 +256,18 @@ def test_state_space_models_do_not():
     torch.manual_seed(0)
     config = MambaConfig(**COMMON, hidden_size=16, num_hidden_layers=2, state_size=4)
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert choice(model)[:2] == ("generate", "the model remembers something else than keys and values")
+    name, why, _ = choice(model)
+    assert name == "generate"
+    assert "keys and values" in why
     assert len(draw("generate", model, max_new_tokens=3)) == 18
 
 
 def test_positions_that_depend_on_the_batch_do_not():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, rope_parameters=rope))
-    assert choice(model)[:2] == ("generate", "the model's positions depend on the longest row of a batch")
+    name, why, _ = choice(model)
+    assert name == "generate"
+    assert "positions depend" in why
 
 
 def test_a_model_that_counts_positions_itself_is_found_out(llama, monkeypatch):
@@ -278,7 +280,7 @@ def test_a_model_that_counts_positions_itself_is_found_out(llama, monkeypatch):
     monkeypatch.setattr(type(llama), "forward", forward)
     name, why, _ = choice(llama)
     assert name == "generate"
-    assert why.startswith("our cache changes this model's log-probabilities by up to ")
+    assert why.startswith("our cache changes ")
 
 
 def test_a_model_that_refuses_the_cache_is_found_out(llama, monkeypatch):
@@ -286,4 +288,6 @@ def test_a_model_that_refuses_the_cache_is_found_out(llama, monkeypatch):
         raise TypeError("legacy cache wanted")
 
     monkeypatch.setattr(type(llama), "forward", forward)
-    assert choice(llama)[:2] == ("generate", "the model does not take our cache (TypeError: legacy cache wanted)")
+    name, why, _ = choice(llama)
+    assert name == "generate"
+    assert why.endswith("(TypeError: legacy cache wanted)")

@@ -126,7 +126,7 @@ def test_adapters_are_handed_over(vllm, tokenizer, tmp_path):
         assert started["dtype"] == "bfloat16"
         assert vllm.asked[-1][2] == ("policy", 1, str(tmp_path))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1024}))
-    with pytest.raises(ValueError, match="LoRA rank of at most 512; got 1024"):
+    with pytest.raises(ValueError, match=r"LoRA rank .*512; got 1024"):
         VllmEngine("base", tokenizer, adapter=tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_memory_that_is_free(vllm, tokenizer, monkeypatch):
 
 def test_wrong_number_of_responses(vllm, tokenizer):
     vllm.outputs = lambda *_: []
-    with pytest.raises(RuntimeError, match=r"needs 2 responses to each of 1 prompts; got 1 answers of \[0\] from vLLM"):
+    with pytest.raises(RuntimeError, match=r"2 responses .*got 1 answers of \[0\]"):
         sample(VllmEngine("m", tokenizer), [80])
 
 
@@ -163,7 +163,7 @@ def test_shards(vllm, tokenizer, tmp_path):
 
 def test_missing_package(tokenizer, monkeypatch):
     monkeypatch.setattr("ropo.sampling.vllm_engine.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"needs the package vllm; .* pip install 'ropo\[vllm\]', or use"):
+    with pytest.raises(ValueError, match=r"pip install 'ropo\[vllm\]'"):
         VllmEngine("m", tokenizer)
 
 
@@ -171,5 +171,5 @@ def test_missing_package(tokenizer, monkeypatch):
 def test_several_processes(tokenizer, monkeypatch):
     PartialState()
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
-    with pytest.raises(ValueError, match=r"needs one process; got 2\. Start `vllm serve`"):
+    with pytest.raises(ValueError, match=r"got 2\. .*`vllm serve`"):
         VllmEngine("m", tokenizer)
