@@ -18,7 +18,7 @@ from ropo.cli.words import name_of_option, refuse_unknown
 from ropo.config import ROPOConfig
 from ropo.data.read import HubDataset, is_here
 from ropo.models.source import Model, find_model
-from ropo.options import check_choice, check_options, read_yaml, short
+from ropo.options import check_choice, check_options, option, read_yaml, short
 from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.spelling import did_you_mean
 from ropo.train.options import instead_of
@@ -28,55 +28,51 @@ COLUMNS = ("prompt", "chosen", "rejected", "annotator")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class TrainArguments:
     """Which model and data `ropo train` and `ropo audit` take; everything else is in `ROPOConfig`."""
 
-    model_name_or_path: str | None = _option(None, "Folder or hub id of the model to align; it is also the reference.")
-    dataset_name: str | None = _option(
+    model_name_or_path: str | None = option(None, "Folder or hub id of the model to align; it is also the reference.")
+    dataset_name: str | None = option(
         None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), folder of shards or saved folder, or hub id."
     )
-    dataset_config: str | None = _option(
+    dataset_config: str | None = option(
         None,
         "Configuration (subset) of a hub dataset, where it has several. Of the evaluation set, too, if it is the same.",
     )
-    dataset_data_dir: str | None = _option(None, "Folder inside a hub dataset, likewise.")
-    dataset_split: str = _option("train", "Part of the dataset to read, where it has several.")
-    eval_dataset_name: str | None = _option(
+    dataset_data_dir: str | None = option(None, "Folder inside a hub dataset, likewise.")
+    dataset_split: str = option("train", "Part of the dataset to read, where it has several.")
+    eval_dataset_name: str | None = option(
         None, "Pairs that nothing is trained on, to score the model of every round. A finished run takes them, too."
     )
-    eval_dataset_split: str = _option("train", "Part of the evaluation set to read, where it has several.")
-    prompt_column: str = _option("prompt", "Name of the column with prompts.")
-    chosen_column: str = _option("chosen", "Name of the column with preferred responses.")
-    rejected_column: str = _option("rejected", "Name of the column with the other responses.")
-    annotator_column: str = _option("annotator", "Name of the column that says who labelled the pair.")
-    trusted: str | None = _option(
+    eval_dataset_split: str = option("train", "Part of the evaluation set to read, where it has several.")
+    prompt_column: str = option("prompt", "Name of the column with prompts.")
+    chosen_column: str = option("chosen", "Name of the column with preferred responses.")
+    rejected_column: str = option("rejected", "Name of the column with the other responses.")
+    annotator_column: str = option("annotator", "Name of the column that says who labelled the pair.")
+    trusted: str | None = option(
         None,
         "File of pairs whose labels are known to be right; 50 to 200 help. Those of the data may be among them.",
     )
-    decisions: str | None = _option(
+    decisions: str | None = option(
         None, "A review.csv whose column verdict holds review decisions (right, wrong, drop)."
     )
-    dtype: str = _option(
+    dtype: str = option(
         "float32",
         "Of the weights: float32 trains best (--bf16 computes fast); auto, bfloat16, float16. With --use_peft and "
         "--bf16, bfloat16 halves what the frozen weights take.",
     )
-    attn_implementation: str | None = _option(
+    attn_implementation: str | None = option(
         None,
         "Attention. Default: what transformers takes for the model, mostly sdpa, which can encode each prompt once per "
         "pair, as eager can.",
     )
-    model_revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
-    trust_remote_code: bool = _option(False, "Run code that a hub model brings. Read it first.")  # noqa: FBT003
-    use_peft: bool = _option(False, "Train a LoRA adapter instead of the whole model.")  # noqa: FBT003
-    lora_r: int = _option(16, "Rank of the adapter.")
-    lora_alpha: int = _option(32, "Scale of the adapter.")
-    lora_dropout: float = _option(0.0, "Dropout of the adapter.")
+    model_revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = option(False, "Run code that a hub model brings. Read it first.")  # noqa: FBT003
+    use_peft: bool = option(False, "Train a LoRA adapter instead of the whole model.")  # noqa: FBT003
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_alpha: int = option(32, "Scale of the adapter.")
+    lora_dropout: float = option(0.0, "Dropout of the adapter.")
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
     )
@@ -142,9 +138,9 @@ def _check(given: TrainArguments) -> None:
         raise ValueError(f"lora_r needs 1 or more; got {given.lora_r}.")
     if given.use_peft and not 0 <= given.lora_dropout < 1:
         raise ValueError(f"lora_dropout needs a number in [0, 1); got {given.lora_dropout}.")
-    for option in dataclasses.fields(TrainArguments):
-        name = option.name
-        if name.startswith("lora_") and not given.use_peft and getattr(given, name) != option.default:
+    for one in dataclasses.fields(TrainArguments):
+        name = one.name
+        if name.startswith("lora_") and not given.use_peft and getattr(given, name) != one.default:
             raise ValueError(f"{name} needs use_peft, without which the whole model is trained. Add --use_peft.")
 
 
@@ -237,7 +233,7 @@ def _read_recipe(path: Path, parser: DataclassParser) -> dict[str, Any]:
     """Options of a YAML file, each as the command line would have read it."""
     recipe = read_yaml(path, as_text=True)
     kinds: dict[str, Any] = {name: kind for one in _KINDS for name, kind in typing.get_type_hints(one).items()}
-    defaults = {option.name: option.default for kind in _KINDS for option in dataclasses.fields(kind)}
+    defaults = {one.name: one.default for kind in _KINDS for one in dataclasses.fields(kind)}
     for name, value in recipe.items():
         if name not in defaults:
             instead = instead_of(str(name)) or did_you_mean(name, defaults)

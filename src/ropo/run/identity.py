@@ -131,6 +131,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
                 for key in sorted({*before, *after})
                 if before.get(key) != after.get(key)
             ]
+            # Another version, of ours or of peft, may know an option less, which then was not set.
+            unset = sorted(key for key in before.keys() ^ after.keys() if before.get(key) is after.get(key) is None)
+            lines += [f"  options of another version: {', '.join(unset)}"] if unset else []
         elif before != after:
             is_digest = part in _DIGESTS
             shown = [f"content {one[:8]}" if is_digest and one else f"{one!r}" for one in (before, after)]
