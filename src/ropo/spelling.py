@@ -30,14 +30,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def is_beside_others(name: str) -> bool:
-    """Whether a name of the form "folder/name", which may be a hub id, names a local folder that exists.
+def is_misspelt_path(name: str) -> bool:
+    """Whether a name of the form "folder/name", which may be a hub id, is close to what a local folder holds.
+
+    A folder alone does not make it a path: people keep downloads in folders that are called like the owner on the hub.
 
     Args:
         name: What was written.
     """
     parent = Path(name).expanduser().parent
-    return parent != Path() and parent.is_dir()
+    return parent != Path() and parent.is_dir() and bool(did_you_mean_path(Path(name)))
 
 
 def did_you_mean_path(path: Path) -> str:

@@ -8,7 +8,7 @@ import pytest
 from ropo.cli.main import main
 from ropo.data.load import load_pairs
 from ropo.models.source import find_model
-from ropo.spelling import did_you_mean_path, is_beside_others
+from ropo.spelling import did_you_mean_path, is_misspelt_path
 
 
 @pytest.fixture
@@ -63,8 +63,9 @@ def test_nothing_is_asked_of_the_hub_before_every_path_is_looked_at(folder, caps
 
 def test_names_of_the_hub_stay_names(folder):
     for name in ("owner/name", "imdb", "OpenHermes-2.5"):
-        assert not is_beside_others(name)
-    assert is_beside_others("data/x")
+        assert not is_misspelt_path(name)
+    assert is_misspelt_path("data/pairs")
+    assert not is_misspelt_path("data/x")  # a folder of downloads that is called like the owner on the hub
 
 
 def test_a_folder_that_may_not_be_read(folder, monkeypatch):

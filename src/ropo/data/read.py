@@ -33,7 +33,7 @@ from datasets.exceptions import DatasetsError
 from ropo.data.csv_rows import read_csv, refuse_repeated, text_lines
 from ropo.data.problems import BadRow, short
 from ropo.provenance import file_kind
-from ropo.spelling import did_you_mean_path, is_beside_others
+from ropo.spelling import did_you_mean_path, is_misspelt_path
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _refuse_split(split: str, what: str) -> None:
 
 def looks_like_path(source: str) -> bool:
     """Whether a name is meant as a path, so that a typing mistake must not become a question to the hub."""
-    return _is_written_as_path(source) or is_beside_others(source)
+    return _is_written_as_path(source) or is_misspelt_path(source)
 
 
 def _is_written_as_path(source: str) -> bool:
@@ -129,7 +129,7 @@ def instead_of_missing(source: str) -> str:
     """What may have been meant by a path at which nothing is, as a sentence to append.
 
     Args:
-        source: The path, which may have been meant as a hub id if it names a folder that exists here.
+        source: The path, which may have been meant as a hub id if its folder exists here and holds a name like it.
     """
     on_hub = f" If it is on the hub, start where there is no folder {Path(source).parent}."
     return (did_you_mean_path(Path(source)) or " Check the path.") + ("" if _is_written_as_path(source) else on_hub)
