@@ -196,6 +196,26 @@ def test_an_annotator_with_few_pairs_is_near_the_others():
     assert rare.high - rare.low > 0.15
 
 
+@pytest.mark.parametrize("num_reviewed", [30, 100, 200, 400])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_review_of_the_most_contradicted_labels_does_no_harm(seed, num_reviewed):
+    """The labels that are left are chosen by their margins; taken for a sample they said "at most 3 %" of 30 %."""
+    rng = np.random.default_rng(seed)
+    is_flipped = rng.random(1000) < 0.3
+    margins = np.where(is_flipped, -1.0, 1.0) * rng.normal(2.0, 1.0, size=1000)
+    reviews = np.zeros(1000)
+    first = np.argsort(margins)[:num_reviewed]
+    reviews[first] = np.where(is_flipped[first], -1.0, 1.0)
+    blind, reviewed = estimate_flips(margins), estimate_flips(margins, reviews=reviews)
+    assert reviewed.is_informative
+    assert reviewed.low <= is_flipped.mean() + 0.02
+    assert reviewed.high >= is_flipped.mean() - 0.02
+    assert abs(reviewed.rate - is_flipped.mean()) <= abs(blind.rate - is_flipped.mean()) + 0.01
+    assert reviewed.high - reviewed.low <= blind.high - blind.low + 0.002
+    assert reviewed.p_flip[reviews == 0].sum() == pytest.approx(is_flipped[reviews == 0].sum(), abs=25)
+    assert (reviewed.p_flip[first] == 0).all()
+
+
 def test_trusted_pairs_show_sure_errors():
     """The model is surely wrong on 10 % of right labels; 300 trusted pairs say so, and the rate falls to the truth."""
     rng = np.random.default_rng(15)

@@ -162,7 +162,7 @@ def test_loss_args_mean_the_same_however_they_are_written(written, meant, tmp_pa
         ({"loss_args": {"flip_rat": 0.1}}, "got flip_rat. Did you mean flip_rate"),
         ({"loss_args": None}, "rdpo needs flip_rate; got none"),
         ({"loss": "dpo", "loss_args": {"evenness": 1}}, "choose a loss that takes it: gamma_po"),
-        ({"loss": "ropo", "loss_args": {"alpha": 6}}, "alpha is an option of its own; got it in loss_args"),
+        ({"loss": "ropo", "loss_args": {"alpha": 6}}, "alpha is an option of its own"),
     ],
 )
 def test_loss_args_that_mean_nothing(option, said, tmp_path):

@@ -115,13 +115,17 @@ def test_without_an_audit_there_is_none(model_folder, pairs, tmp_path):
     found = run_rounds(model_folder, pairs, config(tmp_path / "O", num_folds=0, decision_rule="auto", rounds=2))
     assert found.audit is None
     assert (found.rounds[0].estimate.obstacle, found.rounds[0].estimate.is_informative) == (IN_SAMPLE, False)
-    assert f"({IN_SAMPLE})" in repr(found)
+    assert f"({OBSTACLE_NAMES[IN_SAMPLE]})" in repr(found)
 
 
 @pytest.mark.parametrize("kind", [AuditResult, RunResult])
 def test_a_folder_without_a_result_is_refused(kind, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{kind.__name__}.load .*no summary.json"):
         kind.load(tmp_path)
+
+
+def test_every_obstacle_has_words():
+    assert set(OBSTACLE_NAMES) == {*Obstacle.__members__, IN_SAMPLE}
 
 
 def test_results_are_short_to_look_at(audited):

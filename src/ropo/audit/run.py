@@ -26,7 +26,16 @@ from ropo.audit.models import by_models
 from ropo.audit.options import AuditOptions
 from ropo.audit.result import RateEstimate
 from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Floats, Question, Scorer, Scores
-from ropo.audit.weights import Choice, decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
+from ropo.audit.weights import (
+    Choice,
+    decide_all,
+    known_labels,
+    resolve_alpha,
+    resolve_rho,
+    resolve_rule,
+    share_of_open,
+    training_set,
+)
 from ropo.data.validate import text_id
 from ropo.models.source import Model, Reference, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
@@ -97,6 +106,7 @@ class Audit:
         self.model, self.reference = model, reference
         self._sign, self._is_known = known_labels(data.pairs)
         self._is_doubtful = (self._sign != 0) & ~self._is_known
+        self._is_trusted = np.array([pair.origin == "trusted" for pair in data.pairs])
         self._texts = np.array([text_id(pair) for pair in data.pairs])  # copies of a pair are one piece of evidence
 
     def run(self, digest: str) -> str:
@@ -147,7 +157,12 @@ class Audit:
         with_length = RateEstimate.of(self._estimate(scores.margins + scores.length)) if scores.length.any() else None
         contradicted = float((scores.margins[self._is_doubtful] < 0).mean())
         filter_helps = scores.filter is not None and scores.filter.helps
-        rho = resolve_rho(self.args.fixed_rho, estimate, contradicted=contradicted if filter_helps else 0.0)
+        rho = resolve_rho(
+            self.args.fixed_rho,
+            estimate,
+            contradicted=contradicted if filter_helps else 0.0,
+            of_open=self._of_open,
+        )
         rule = resolve_rule(self.args.decision_rule, rho)
         decisions, weights = decide_all(self.data, scores.margins, p_flip, rho=rho.value, rule=rule)
         p_wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)  # of the labels that are trained on
@@ -169,17 +184,20 @@ class Audit:
             write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
 
     def _estimate(self, margins: Floats) -> FlipEstimate:
-        """The estimate from margins of the pairs that are not to be left out, of known labels as they should be."""
+        """The estimate from margins of the pairs that are not to be left out."""
         stays = np.flatnonzero(self._sign != 0)
         tokens = [self.data.tokens[i] for i in stays]
         return estimate_flips(
-            (self._sign * margins)[stays],
+            margins[stays],
             annotators=[self.data.pairs[i].annotator for i in stays],
-            is_trusted=self._is_known[stays],
-            is_wrong=self._sign[stays] < 0,
+            is_trusted=self._is_trusted[stays],
+            reviews=(self._sign * (self._is_known & ~self._is_trusted))[stays],
             clusters=self._texts[stays],
             covariate=np.log([len(one.chosen) + len(one.rejected) for one in tokens]),
         )
+
+    def _of_open(self, share: float) -> float:
+        return share_of_open(share, self._sign, self._is_known, self._is_trusted)
 
     def _p_flip(self, flips: FlipEstimate, margins: Floats) -> Floats:
         """P(flipped) of every pair; of what is to be left out nobody has said that the label is wrong."""
@@ -212,7 +230,12 @@ class Audit:
         return int((self.margins()[self._is_doubtful] < 0).sum())
 
     def calibration(self) -> Calibration | None:
-        """What the decisions would do to labels that are flipped on purpose; None if all pairs are kept."""
+        """What the decisions would do to labels that are flipped on purpose; None if all pairs are kept.
+
+        None after a review, too: what is left of the labels is chosen by its margins, and holds fewer flips.
+        """
+        if (self._is_known & ~self._is_trusted).any():
+            return None
         doubtful = np.flatnonzero(self._is_doubtful)
         return calibrate(
             self.margins()[doubtful],

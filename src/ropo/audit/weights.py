@@ -5,7 +5,7 @@ In: pairs with verdicts, an estimate of the flip rate, margins. Out: weights, an
 The one idea: evidence and consequence are kept apart. What an estimate says is evidence; here stands what follows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -36,6 +36,27 @@ def known_labels(pairs: Sequence[Pair]) -> tuple[Floats, NDArray[np.bool_]]:
     sign = np.array([_SIGNS.get(pair.verdict, 1.0) for pair in pairs])
     is_known = [pair.origin == "trusted" or pair.verdict in ("right", "wrong") for pair in pairs]
     return sign, np.array(is_known, dtype=bool)
+
+
+def share_of_open(share: float, sign: Floats, is_known: NDArray[np.bool_], is_trusted: NDArray[np.bool_]) -> float:
+    """The share of flipped labels among those that are open to doubt, from the share in the whole data.
+
+    Args:
+        share: Of all labels of the data, reviewed ones counted as well.
+        sign: See `known_labels`.
+        is_known: See `known_labels`.
+        is_trusted: Which pairs are no part of the data.
+
+    Examples:
+        >>> nobody = np.zeros(4, dtype=bool)
+        >>> share_of_open(0.5, np.array([-1.0, 1.0, 1.0, 1.0]), np.array([True, False, False, True]), nobody)
+        0.5
+    """
+    counts = (sign != 0) & ~is_trusted
+    if not (counts & is_known).any():
+        return share
+    num_left = share * counts.sum() - (counts & is_known & (sign < 0)).sum()
+    return float(np.clip(num_left / max((counts & ~is_known).sum(), 1), 0.0, 0.5))
 
 
 def decide_all(
@@ -95,13 +116,20 @@ class Choice:
         return cls(value=found["value"], why=Why(found["why"]), facts=found.get("facts", {}))
 
 
-def resolve_rho(fixed: float | None, estimate: RateEstimate, *, contradicted: float = 0.0) -> Choice:
+def resolve_rho(
+    fixed: float | None,
+    estimate: RateEstimate,
+    *,
+    contradicted: float = 0.0,
+    of_open: Callable[[float], float] = float,
+) -> Choice:
     """The share of pairs to filter out.
 
     Args:
         fixed: What the user gave, or None to follow the estimate.
         estimate: Of the flip rate.
         contradicted: Share of labels that held-out margins contradict, if models are better without them.
+        of_open: What a share of all labels is of those without a review decision, see `share_of_open`.
 
     Returns:
         ρ in [0, 0.5]: the estimated rate if it can be told and its interval excludes 0, else 0; but no less than
@@ -110,8 +138,8 @@ def resolve_rho(fixed: float | None, estimate: RateEstimate, *, contradicted: fl
     """
     if fixed is not None:
         return Choice(value=fixed, why=Why.GIVEN)
-    is_told = estimate.is_informative and estimate.low > 0.0
-    rate = estimate.rate if is_told else 0.0
+    is_told = estimate.is_informative and of_open(estimate.low) > 0.0
+    rate = of_open(estimate.rate) if is_told else 0.0
     facts = {"low": estimate.low, "high": estimate.high, "contradicted": contradicted}
     if contradicted > rate:
         return Choice(value=min(contradicted, 0.5), why=Why.FILTER_HELPS, facts=facts)

@@ -380,7 +380,8 @@ def _transcripts(prompt: None, chosen: str, rejected: str) -> Texts:  # noqa: AR
     turns = _turns(chosen)
     if len(turns) == 1:
         message = (
-            r'a row needs a prompt, or chosen with "\n\nHuman:" turns; got neither. Is its column named otherwise?'
+            r'a row needs a prompt, or chosen with "\n\nHuman:" turns; got neither. Name the columns with '
+            "--prompt_column, --chosen_column and --rejected_column."
         )
         raise BadRow("no_shared_prompt", message)
     begin = turns[_first_response_turn(turns, _turns(rejected), lambda turn: turn[0] == "Assistant")][1]

@@ -37,7 +37,8 @@ class LossOptions:
         """The loss exists, reads every option that is given, and has all that it needs, within its ranges."""
         self.loss_args = read_numbers("loss_args", self.loss_args) or None
         if self.loss_args is not None and "alpha" in self.loss_args:
-            raise ValueError("alpha is an option of its own; got it in loss_args. Write --alpha, or alpha: in a file.")
+            takers = " and ".join(name for name, spec in LOSSES.items() if "alpha" in spec.params)
+            raise ValueError(f"alpha is an option of its own, of {takers}; got it in loss_args. Write --alpha NUMBER.")
         self.alpha = "auto" if self.alpha is None and self.loss == "ropo" else self.alpha
         self.alpha = None if self.alpha is None else str(self.alpha)
         if self.alpha == "auto" and self.loss != "ropo":

@@ -192,9 +192,10 @@ def _find(name: str) -> LossSpec:
 def _explain_unknown_option(name: str, option: str) -> str:
     params = LOSSES[name].params
     rule = f"options among {', '.join(params)}" if params else "no options"
-    takers = ", ".join(other for other, spec in LOSSES.items() if option in spec.params) or "none"
+    takers = ", ".join(other for other, spec in LOSSES.items() if option in spec.params)
     close = did_you_mean(option, params)
-    return f"{name} needs {rule}; got {option}.{close} Leave it out, or choose a loss that takes it: {takers}."
+    other = f", or choose a loss that takes it: {takers}" if takers else ""
+    return f"{name} needs {rule}; got {option}.{close} Leave it out{other}."
 
 
 def gradient_weight(

@@ -1,7 +1,7 @@
 """How many labels are flipped, and which: a small likelihood over the margins, given only where it fits.
 
-In: one margin per pair, numpy float64; who labelled it, whether it is trusted, which pairs are copies and what the
-errors may depend on, where that is known. Out: `FlipEstimate`: a rate with an interval, or an upper bound.
+In: one margin per pair, numpy float64; who labelled it, what a review said, which pairs are copies and what the errors
+may depend on, where that is known. Out: `FlipEstimate`: a rate with an interval, or an upper bound.
 
 The one idea: the likelihood of `likelihood` assumes how fast a model's honest doubts vanish as margins grow. That is
 tested, and where it fails the largest margins still give an upper bound, which needs no model.
@@ -27,7 +27,7 @@ from scipy.special import xlog1py, xlogy
 from scipy.stats import beta, chi2
 
 from ropo.noise.clusters import Clusters, PerPair, cluster_weights, within
-from ropo.noise.likelihood import STEEP, Fit, Link, ProfileLikelihood, allowed_links, log_label
+from ropo.noise.likelihood import STEEP, Fit, Known, Link, ProfileLikelihood, allowed_links, log_label
 
 MIN_PAIRS = 50
 """Below this the chi-square approximation behind the interval is not worth trusting."""
@@ -59,12 +59,12 @@ class Obstacle(Enum):
     """Why no rate is given, and what to do about it."""
 
     TOO_FEW = "There are too few pairs to estimate a rate. Score some hundreds."
-    ONE_SIZE = "All margins have the same size. Score the pairs with a model that has been trained on such pairs."
+    ONE_SIZE = "All margins have the same size. Use another model, or more pairs."
     REVERSED = "The model contradicts most labels. Check whether chosen and rejected are swapped."
-    NO_SIGNAL = "The margins do not follow the labels. Train the scoring model longer, or on more pairs."
+    NO_SIGNAL = "The margins do not follow the labels. Use more pairs, a larger model or trusted pairs."
     HEAVY_TAILS = "The largest margins may be errors of the model. Review the pairs that it contradicts most strongly."
     MISFIT = "Agreement with the labels does not grow with the margins as assumed. Review the most contradicted pairs."
-    WIDE = "Too many rates explain the margins about equally well. Score more pairs, or train the scoring model longer."
+    WIDE = "Too many rates explain the margins about equally well. Use more pairs, a larger model or trusted pairs."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +92,8 @@ class FlipEstimate:
     """How many labels are flipped, how sure that is, and how suspicious each pair is.
 
     Attributes:
-        rate: ε, the share of flipped labels with the highest likelihood, in [0, 0.5], trusted pairs not counted. Do not
-            act on it unless `is_informative`.
+        rate: ε, the share of flipped labels with the highest likelihood, in [0, 0.5]: of the labels as the data has
+            them, reviewed ones counted as well, trusted pairs not. Do not act on it unless `is_informative`.
         low: Lower end of the interval; 0 where the estimate is not informative.
         high: Upper end of the interval; where the estimate is not informative an upper bound of the rate, which holds
             with probability (1 + level)/2 if flips do not depend on the margin's size.
@@ -102,12 +102,13 @@ class FlipEstimate:
             0 when nothing fits better than coin flips; never above 300 / (median size of a margin), which is reached
             when only the signs of the margins matter.
         link: How log-odds grow with the margin, the form that fits best.
-        p_flip: P(the label of this pair is flipped), shape (pairs,). 0 for trusted pairs, and for all when `rate` is 0:
-            rank suspects by margin then.
+        p_flip: P(the label of this pair is flipped), shape (pairs,). 0 where the label is known, and for all when
+            `rate` is 0: rank suspects by margin then.
         obstacle: Why the rate cannot be told; None if it can.
         num_pairs: Number of margins.
         num_different: The same with copies counted once, trusted pairs left out.
-        num_trusted: How many of the margins are of trusted pairs.
+        num_trusted: How many of the margins are of trusted pairs or of reviewed labels.
+        num_reviewed: How many of these are labels of the data.
         annotators: The rate of each annotator, the worst first; empty where the data names fewer than two.
     """
 
@@ -122,6 +123,7 @@ class FlipEstimate:
     num_pairs: int
     num_different: int
     num_trusted: int = 0
+    num_reviewed: int = 0
     annotators: tuple[AnnotatorRate, ...] = ()
 
     @property
@@ -136,9 +138,9 @@ class FlipEstimate:
             reason = f"The margins place the flip rate between {100 * self.low:.1f} % and {100 * self.high:.1f} %."
         else:
             reason = f"At most {100 * self.high:.1f} % of the labels are flipped. {self.obstacle.value}"
-        num_doubtful = self.num_pairs - self.num_trusted
-        if self.num_different < num_doubtful:
-            reason += f" Copies count once: {num_doubtful} pairs count as {self.num_different}."
+        num_labels = self.num_pairs - self.num_trusted + self.num_reviewed
+        if self.num_different < num_labels:
+            reason += f" Copies count once: {num_labels} pairs count as {self.num_different}."
         return reason
 
     def p_flip_at(self, margins: PerPair, *, rate: float | None = None) -> PerPair:
@@ -179,7 +181,7 @@ def estimate_flips(
     level: float = 0.90,
     annotators: Sequence[str | None] | None = None,
     is_trusted: np.ndarray | None = None,
-    is_wrong: np.ndarray | None = None,
+    reviews: np.ndarray | None = None,
     clusters: Clusters | None = None,
     covariate: np.ndarray | None = None,
 ) -> FlipEstimate:
@@ -189,12 +191,14 @@ def estimate_flips(
     which is right for calibrated margins only; the scale makes it right for over- and underconfident ones as well.
 
     Args:
-        margins: Held-out margin h of each pair, in any unit: multiplying all by a constant changes only `scale`.
+        margins: Held-out margin h of each pair as it is labelled, in any unit: multiplying all by a constant changes
+            only `scale`.
         level: Nominal coverage of the interval, in (0, 1).
         annotators: Who labelled each pair; None where unknown. They get rates of their own, which `p_flip` uses.
-        is_trusted: Whose margins are those of a label that is known to be right, shape (pairs,), bool. They show how
-            often the model contradicts right labels.
-        is_wrong: Which of these pairs the data labels the other way round, so that their annotators were wrong.
+        is_trusted: Which pairs are no part of the data, with labels that are known to be right, shape (pairs,), bool.
+            They show how often the model contradicts right labels.
+        reviews: Of each label of the data, +1 if it was reviewed and is right, −1 if wrong, else 0. Which ones are
+            reviewed may depend on the margins, as when the most contradicted come first.
         clusters: A name for each pair, the same for copies of one pair, which weigh 1 in all.
         covariate: What the model's errors may depend on, shape (pairs,), such as the log of the number of response
             tokens. Only its order matters.
@@ -216,18 +220,19 @@ def estimate_flips(
     margins = check_margins(margins, what="estimate_flips")
     nobody = np.zeros(len(margins), dtype=bool)
     trusted = nobody if is_trusted is None else np.asarray(is_trusted, dtype=bool)
-    wrong = nobody if is_wrong is None else np.asarray(is_wrong, dtype=bool)
-    per_pair = {"is_trusted": trusted, "is_wrong": wrong, "annotators": annotators, "clusters": clusters}
+    signs = np.zeros(len(margins)) if reviews is None else np.asarray(reviews)
+    per_pair = {"is_trusted": trusted, "reviews": signs, "annotators": annotators, "clusters": clusters}
     _check(len(margins), level, trusted, {**per_pair, "covariate": covariate})
-    estimate, fits = _estimate_all(margins, cluster_weights(clusters, len(margins)), trusted, covariate, level)
+    known = Known(is_trusted=trusted, is_reviewed=(signs != 0) & ~trusted, is_wrong=(signs < 0) & ~trusted)
+    estimate, fits = _estimate_all(margins, cluster_weights(clusters, len(margins)), known, covariate, level)
     if annotators is None:
         return estimate
     names = np.array(["" if name is None else str(name) for name in annotators])
     weights = cluster_weights(within(clusters, names), len(names))
-    rates = _annotator_rates(names, margins, weights, trusted, wrong, fits, level)
+    rates = _annotator_rates(names, margins, weights, known, fits, level)
     by_name = {one.name: one.rate for one in rates}
     rate = np.array([by_name.get(name, fits[0].rate) for name in names])
-    p_flip = np.where(trusted, 0.0, estimate.link.p_flip(rate, estimate.scale, margins))
+    p_flip = np.where(known.is_known, 0.0, estimate.link.p_flip(rate, estimate.scale, margins))
     return replace(estimate, p_flip=p_flip, annotators=tuple(rates))
 
 
@@ -246,29 +251,32 @@ def _check(num_pairs: int, level: float, is_trusted: IsPair, per_pair: Mapping[s
 
 
 def _estimate_all(
-    margins: PerPair, weights: PerPair, is_trusted: IsPair, covariate: np.ndarray | None, level: float
+    margins: PerPair, weights: PerPair, known: Known, covariate: np.ndarray | None, level: float
 ) -> tuple[FlipEstimate, list[Fit]]:
     """The estimate with one rate for all annotators, and the likeliest fits at this rate and at the interval's ends.
 
     The interval is the profile likelihood's, all ε whose best T comes within χ²₁(level)/2 of the maximum, cut off at 0
     and ½: of the best link, together with those of all links whose maximum comes as near to that of the best. `STEEP`
-    widens the interval only.
+    widens the interval only. Tests and bound look at all labels of the data as it has them, reviewed or not: what is
+    left of them after a review is chosen by the margins.
     """
-    doubtful, own = margins[~is_trusted], weights[~is_trusted]
-    links = allowed_links(doubtful, own, level)
-    *profiles, steep = (ProfileLikelihood(link, margins, weights, is_trusted) for link in (*(links or [Link()]), STEEP))
+    in_data = ~known.is_trusted
+    labelled, own = margins[in_data], weights[in_data]
+    right = np.where(known.is_wrong, -margins, margins)  # of reviewed labels as they should be
+    links = allowed_links(labelled, own, level)
+    *profiles, steep = (ProfileLikelihood(link, right, weights, known) for link in (*(links or [Link()]), STEEP))
     best = _likeliest(one.best for one in profiles)
     drop = float(chi2.ppf(level, df=1)) / 2
     near = [one for one in (*profiles, steep) if one.best.log_likelihood >= best.log_likelihood - drop]
     ends = [(best.rate, best.rate), *(one.interval(drop) for one in near)]
     low, high = min(end[0] for end in ends), max(end[1] for end in ends)
-    signal = 2.0 * (best.log_likelihood - profiles[0].of_coin_flips)
-    obstacle = _obstacle(doubtful, own, signal=signal, width=high - low, has_link=bool(links))
-    levels = None if covariate is None else np.asarray(covariate, dtype=np.float64)[~is_trusted]
-    if obstacle is None and _p_fit(doubtful, own, levels, best) < MISFIT_LEVEL:
+    signal = 2.0 * (best.log_likelihood - profiles[0].of_reviews(best.rate) - profiles[0].of_coin_flips)
+    obstacle = _obstacle(labelled, own, signal=signal, width=high - low, has_link=bool(links))
+    levels = None if covariate is None else np.asarray(covariate, dtype=np.float64)[in_data]
+    if obstacle is None and _p_fit(labelled, own, levels, best) < MISFIT_LEVEL:
         obstacle = Obstacle.MISFIT
     if obstacle is not None:
-        low, high = 0.0, _bound(doubtful, own, level)
+        low, high = 0.0, _bound(labelled, own, level)
     estimate = FlipEstimate(
         rate=min(best.rate, high),
         low=low,
@@ -276,11 +284,12 @@ def _estimate_all(
         level=level,
         scale=best.scale,
         link=best.link,
-        p_flip=np.where(is_trusted, 0.0, best.link.p_flip(best.rate, best.scale, margins)),
+        p_flip=np.where(known.is_known, 0.0, best.link.p_flip(best.rate, best.scale, margins)),
         obstacle=obstacle,
         num_pairs=len(margins),
         num_different=round(own.sum()),
-        num_trusted=int(is_trusted.sum()),
+        num_trusted=int(known.is_known.sum()),
+        num_reviewed=int(known.is_reviewed.sum()),
     )
     return estimate, [best, *(_likeliest(one.at(end) for one in profiles) for end in (low, high) if end != best.rate)]
 
@@ -364,8 +373,7 @@ def _annotator_rates(
     names: Shaped[np.ndarray, " pairs"],
     margins: PerPair,
     weights: PerPair,
-    is_trusted: IsPair,
-    is_wrong: IsPair,
+    known: Known,
     fits: Sequence[Fit],
     level: float,
 ) -> list[AnnotatorRate]:
@@ -374,21 +382,22 @@ def _annotator_rates(
     `fits` are the best one, then those at the ends of the interval of all: the scale is not known better than the rate
     of all, and an annotator's interval reaches over those of all three. Labels that are known count as what they are.
     """
-    known = sorted({str(name) for name in names[~is_trusted]} - {""})
-    if len(known) < 2 or not fits[0].scale:
+    is_known = known.is_known
+    named = sorted({str(name) for name in names[~is_known]} - {""})
+    if len(named) < 2 or not fits[0].scale:
         return []
     grid, drop = _ANNOTATOR_RATES, chi2.ppf(level, df=1) / 2
     rates = []
-    for name in known:
-        own, is_open = names == name, (names == name) & ~is_trusted
+    for name in named:
+        own, is_open = names == name, (names == name) & ~is_known
         ends = []
         for fit in (fits[0], *(one for one in fits[1:] if one.scale)):
             # The prior is a Beta law with its mode at the overall rate, worth PRIOR_PAIRS pairs.
             profile = PRIOR_PAIRS * (xlogy(fit.rate, grid) + xlog1py(1 - fit.rate, -grid))
             labels = log_label(grid[:, None], fit.p_right(margins[None, is_open]))
             profile = profile + (weights[is_open] * labels).sum(axis=1)
-            profile += xlogy(weights[own & is_trusted & is_wrong].sum(), grid)
-            profile += xlog1py(weights[own & is_trusted & ~is_wrong].sum(), -grid)
+            profile += xlogy(weights[own & known.is_wrong].sum(), grid)
+            profile += xlog1py(weights[own & is_known & ~known.is_wrong].sum(), -grid)
             inside = grid[profile >= profile.max() - drop]
             ends.append((float(grid[profile.argmax()]), float(inside[0]), float(inside[-1])))
         best, low, high = ends[0][0], min(end[1] for end in ends), max(end[2] for end in ends)

@@ -15,7 +15,7 @@ from operator import attrgetter
 import numpy as np
 from jaxtyping import Bool
 from scipy.optimize import brentq, minimize, minimize_scalar
-from scipy.special import betaln, expit
+from scipy.special import betaln, expit, xlog1py, xlogy
 from scipy.stats import chi2
 
 from ropo.noise.clusters import PerPair
@@ -72,6 +72,27 @@ class Link:
 
 
 STEEP = Link(power=2.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Known:
+    """Which labels are known; each of shape (pairs,), bool.
+
+    Attributes:
+        is_trusted: Right labels from elsewhere, which are no part of the data.
+        is_reviewed: Labels of the data that were reviewed.
+        is_wrong: Of these, the wrong ones.
+    """
+
+    is_trusted: Bool[np.ndarray, " pairs"]
+    is_reviewed: Bool[np.ndarray, " pairs"]
+    is_wrong: Bool[np.ndarray, " pairs"]
+
+    @property
+    def is_known(self) -> Bool[np.ndarray, " pairs"]:
+        """Whose label is known."""
+        is_known: np.ndarray = self.is_trusted | self.is_reviewed
+        return is_known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,22 +154,32 @@ class ProfileLikelihood:
 
     ::
 
-        Σ w·log[(1−ε)·F(T·h) + ε·F(−T·h)]        over pairs open to doubt; trusted pairs enter with ε = 0
+        Σ w·log[(1−ε)·F(T·h) + ε·F(−T·h)]        over labels that nobody has reviewed
+      + Σ w·log[(1−ε)·F(T·h)]  or  w·log[ε·F(T·h)]      over reviewed labels, right or wrong; h as it should be
+      + Σ w·log F(T·h)                           over trusted pairs, which are no part of the data
 
+    Which labels are reviewed may depend on the margins: given those, the choice says nothing of ε or T.
     Margins within a percent of each other are counted together, at their mean: this moves the rate by less than 1e-5
     and makes the cost almost independent of the number of pairs.
     """
 
-    def __init__(self, link: Link, margins: PerPair, weights: PerPair, is_trusted: Bool[np.ndarray, " pairs"]) -> None:
-        self.link, self._unit = link, _unit(margins[~is_trusted])
+    def __init__(self, link: Link, margins: PerPair, weights: PerPair, known: Known) -> None:
+        is_known = known.is_known
+        self.link, self._unit = link, _unit(margins[~known.is_trusted])
         self._relative_link = replace(link, peak=link.peak / self._unit)
-        self._points, self._counts = _binned(margins[~is_trusted] / self._unit, weights[~is_trusted])
-        self._trusted, self._trusted_counts = _binned(margins[is_trusted] / self._unit, weights[is_trusted])
+        self._points, self._counts = _binned(margins[~is_known] / self._unit, weights[~is_known])
+        self._trusted, self._trusted_counts = _binned(margins[is_known] / self._unit, weights[is_known])
+        self._num_wrong = weights[known.is_reviewed & known.is_wrong].sum()
+        self._num_right = weights[known.is_reviewed & ~known.is_wrong].sum()
         self.of_coin_flips = -(self._counts.sum() + self._trusted_counts.sum()) * np.log(2.0)
         grid = _RELATIVE_SCALES[:, None]
         self._p_right_grid = self._relative_link.p_right(grid, self._points)
         self._trusted_grid = np.log(self._relative_link.p_right(grid, self._trusted)) @ self._trusted_counts
         self._on_rates = np.array([self._profile(rate)[0] for rate in _RATES])
+
+    def of_reviews(self, rate: float) -> float:
+        """What the reviewed labels say of a rate, whatever the margins; 0 without any. Finite at the ends, too."""
+        return float(xlogy(self._num_wrong, max(rate, 1e-12)) + xlog1py(self._num_right, -rate))
 
     def at(self, rate: float) -> Fit:
         """The best scale at a rate, in the margins' own unit."""
@@ -194,7 +225,8 @@ class ProfileLikelihood:
         on_grid = float(_RELATIVE_SCALES[top])
         value, scale = max((self._value(rate, on_grid), on_grid), (-float(inner.fun), float(np.exp(inner.x))))
         is_better = value > (1 - 1e-12) * self.of_coin_flips  # by more than rounding
-        return (value, scale) if is_better else (self.of_coin_flips, 0.0)
+        value, scale = (value, scale) if is_better else (self.of_coin_flips, 0.0)
+        return value + self.of_reviews(rate), scale
 
     def _value(self, rate: float, scale: float) -> float:
         link = self._relative_link

@@ -19,6 +19,18 @@ CLAUSES: Mapping[str, str] = {
 }
 """Why ρ or α is what it is, as clauses that complete "since ..."."""
 
+OBSTACLE_NAMES: Mapping[str, str] = {
+    "TOO_FEW": "too few pairs",
+    "ONE_SIZE": "margins of one size",
+    "REVERSED": "most labels are contradicted",
+    "NO_SIGNAL": "margins do not follow the labels",
+    "HEAVY_TAILS": "the largest margins may be errors",
+    "MISFIT": "agreement does not grow with the margins as assumed",
+    "WIDE": "the interval is too wide",
+    IN_SAMPLE: "no held-out margins",
+}
+"""Why no rate is given, in a few words."""
+
 OBSTACLES: Mapping[str, str] = {
     IN_SAMPLE: (
         "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ropo.report.clauses import OBSTACLE_NAMES
 from ropo.report.wording import NB_SPACE, count, percent, percent_range
 
 Rows = Sequence[tuple[str, str]]
@@ -34,7 +35,8 @@ def _rate(summary: Mapping[str, Any]) -> str:
     if summary["is_informative"]:
         return f"{percent(rate['estimate'])} (90 % interval {percent_range(rate['low'], rate['high'])})"
     bound = "" if rate["high"] is None else f", at most {percent(rate['high'])}"
-    return f"cannot tell ({summary['obstacle']}){bound}"
+    obstacle = summary["obstacle"]
+    return f"cannot tell ({OBSTACLE_NAMES.get(obstacle, obstacle)}){bound}"
 
 
 def as_text(title: str, rows: Rows) -> str:

@@ -103,11 +103,7 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
     if not path.exists() or not (folder / "audit").exists():
         raise ValueError(f"audit_from needs the output folder of an audit; {folder} holds none.")
     there, here = (
-        {
-            **{name: one[name] for name in ("tokenizer", "data", "trusted")},
-            "model": one["model"][0],
-            **{name: one["options"].get(name) for name in _SCORED_BY},
-        }
+        _scored_by(one)
         for one in (read_json(path, remedy="Restore it from a copy, or leave out audit_from."), identity)
     )
     if there != here:
@@ -119,6 +115,15 @@ def _margins_of(folder: Path, identity: Mapping[str, Any]) -> str:
     if not all(file.exists() for file in files):
         raise ValueError(f"audit_from needs a finished audit; that in {folder} was broken off. Finish it first.")
     return hash_value([hash_file(file) for file in files])[:16]
+
+
+def _scored_by(identity: Mapping[str, Any]) -> Json:
+    """What an audit's margins depend on."""
+    return {
+        **{name: identity[name] for name in ("tokenizer", "data", "trusted")},
+        "model": identity["model"][0],
+        **{name: identity["options"].get(name) for name in _SCORED_BY},
+    }
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -178,7 +183,7 @@ def claim(folder: Path, identity: Json) -> None:
         old = read_json(path, remedy=_IDENTITY_REMEDY)
         if old != identity:
             # The user may have filled in review.csv there.
-            has_audit = (folder / "review.csv").exists()
+            has_audit = (folder / "review.csv").exists() and _scored_by(old) == _scored_by(identity)
             remedy = f" and --audit_from {folder}" if has_audit else ", or remove this one to start anew"
             raise ValueError(
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"

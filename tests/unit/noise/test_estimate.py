@@ -7,7 +7,7 @@ from scipy.special import expit
 from scipy.stats import beta, chi2, t
 
 from ropo.noise.estimate import Obstacle, _bound, estimate_flips
-from ropo.noise.likelihood import Link, ProfileLikelihood
+from ropo.noise.likelihood import Known, Link, ProfileLikelihood
 
 
 def flipped_margins(num_pairs, rate, seed=0):
@@ -18,7 +18,9 @@ def flipped_margins(num_pairs, rate, seed=0):
 
 def logistic(margins):
     """The profile of one link, without those that widen the interval."""
-    return ProfileLikelihood(Link(), margins, np.ones(len(margins)), np.zeros(len(margins), dtype=bool))
+    nobody = np.zeros(len(margins), dtype=bool)
+    known = Known(is_trusted=nobody, is_reviewed=nobody, is_wrong=nobody)
+    return ProfileLikelihood(Link(), margins, np.ones(len(margins)), known)
 
 
 def test_rate_scale_and_interval_are_those_of_the_plain_likelihood():
