@@ -12,6 +12,8 @@ from ropo.audit.result import IN_SAMPLE
 from ropo.audit.weights import Why
 from ropo.config import ROPOConfig
 from ropo.evaluate.win_rate import Comparison, WinRate, win_rate
+from ropo.noise.estimate import Obstacle
+from ropo.report.clauses import OBSTACLE_NAMES
 from ropo.report.notebook import as_html, summary_rows
 
 EVIL = "<script>alert(1)</script>"
