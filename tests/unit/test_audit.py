@@ -423,6 +423,8 @@ def test_no_rate_is_written_where_none_can_be_told(model_folder, pairs, tmp_path
         rows = list(csv.DictReader(file))
     assert [float(row["margin"]) for row in rows] == pytest.approx(sorted(margins), abs=1e-4)
     assert {row["p_flip"] for row in rows} == {""}
+    cleaned = (tmp_path / "O" / "cleaned.jsonl").read_text().splitlines()
+    assert {json.loads(line)["p_flip"] for line in cleaned} == {None}
     report = (tmp_path / "O" / "report.md").read_text()
     assert f"| its fingerprint | {summary['model_fingerprint']} |" in report
     in_sample = run_rounds(model_folder, pairs, config(tmp_path / "I", num_folds=0)).summary

@@ -148,13 +148,14 @@ def _by_row(audit: Audit) -> dict[int, list[float]]:
 def _write_tables(folder: Path, audit: Audit) -> None:
     """`cleaned.jsonl` for any trainer, `dropped.jsonl` for the rest, `review.csv` for a person."""
     judged, p_flip, margins = audit.judgement, audit.p_flip(), audit.margins()
-    rows = list(zip(audit.data.pairs, p_flip, judged.decisions, judged.weights, strict=True))
+    is_informative = judged.estimate.is_informative
+    shown = p_flip.tolist() if is_informative else [None] * len(p_flip)  # what cannot be told is left empty
+    rows = list(zip(audit.data.pairs, shown, judged.decisions, judged.weights, strict=True))
     is_data = np.array([pair.origin == "data" for pair, *_ in rows])
     is_open = is_data & [pair.verdict is None for pair, *_ in rows]
-    is_informative = judged.estimate.is_informative
     by_margin = not has_suspects(p_flip, is_open, is_informative=is_informative)
     order = [int(i) for i in review_order(p_flip, margins, by_margin=by_margin) if is_data[i]]
-    in_order = [(rows[i][0], p_flip[i] if is_informative else None, margins[i], rows[i][2]) for i in order]
+    in_order = [(rows[i][0], rows[i][1], margins[i], rows[i][2]) for i in order]
     rows = [row for row in rows if row[0].origin == "data"]
     for name, wanted in (("cleaned.jsonl", ("keep", "flip")), ("dropped.jsonl", ("drop",))):
         with write_aside(folder / name) as aside:
@@ -182,7 +183,7 @@ def _write_review(path: Path, rows: Sequence[tuple[Pair, float | None, float, st
         )
 
 
-def _cleaned(pair: Pair, p_flip: float, decision: str, weight: float) -> Json:
+def _cleaned(pair: Pair, p_flip: float | None, decision: str, weight: float) -> Json:
     """A row as any trainer reads it: a flipped pair is swapped already."""
     chosen, rejected = (pair.rejected, pair.chosen) if decision == "flip" else (pair.chosen, pair.rejected)
     return {
@@ -192,7 +193,7 @@ def _cleaned(pair: Pair, p_flip: float, decision: str, weight: float) -> Json:
         **({} if pair.annotator is None else {"annotator": pair.annotator}),
         "weight": weight,
         "decision": decision,
-        "p_flip": round(float(p_flip), 6),
+        "p_flip": None if p_flip is None else round(float(p_flip), 6),
         "row": pair.row,
         "pair_id": pair.id,
     }
