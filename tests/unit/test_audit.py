@@ -273,6 +273,19 @@ def test_what_is_to_be_left_out_is_not_called_wrong(model_folder, many, tmp_path
     assert ledger.loc[[70, 71], "p_flip"].max() < 0.5
 
 
+@pytest.mark.parametrize("num_reviewed", [1, 6])
+def test_a_review_leaves_the_rate_of_all_labels(num_reviewed, model_folder, many, tmp_path, monkeypatch):
+    """The most contradicted labels are reviewed first; the budget is the share of those that are left, if there is."""
+    plant(monkeypatch, lambda pair: (1 + pair.row % 7 / 7) * (-1 if pair.row < 10 else 1))
+    pairs = [replace(pair, verdict="wrong") if pair.row < num_reviewed else pair for pair in many]
+    found = run_audit(model_folder, pairs, config(tmp_path / "O", rho="auto", decision_rule="auto"))
+    assert found.estimate.is_informative
+    assert found.estimate.rate == pytest.approx(10 / 80, abs=0.005)
+    num_open, low = 80 - num_reviewed, 80 * found.estimate.low - num_reviewed
+    assert found.rho.value == pytest.approx((80 * found.estimate.rate - num_reviewed) / num_open if low > 0 else 0)
+    assert found.summary["calibration"] is None
+
+
 def test_a_scorer_says_how_often_it_agrees_with_labels_it_has_not_seen(model_folder, many, tmp_path, monkeypatch):
     """Copies count once, margins of 0 half, and known labels are not asked about."""
     pairs = [*many[:60], *(replace(pair, row=80 + pair.row) for pair in many[:15])]
