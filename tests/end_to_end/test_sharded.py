@@ -47,7 +47,10 @@ OPTIONS = {
 
 @pytest.fixture
 def command(pairs, model_folder, tmp_path):
-    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "weight": 0.25 + pair.row % 3}
+        for pair in pairs
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "launcher.py").write_text(LAUNCHER)
 

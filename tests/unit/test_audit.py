@@ -22,7 +22,7 @@ from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair
 from ropo.provenance import hash_file
 from ropo.run.align import run_audit, run_rounds
-from ropo.run.inputs import ReviewInputs
+from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.run.ledger import read_ledger
 from ropo.train.trainer import ROPOTrainer
 
@@ -137,6 +137,27 @@ def test_cleaned_data_is_ready_to_train_with(model_folder, pairs, tmp_path):
     assert len(cleaned.pairs) == summary["num_kept"] + summary["num_flipped"]
     assert [row["row"] for row in dropped] == ledger.loc[ledger["decision"] == "drop", "row"].tolist()
     assert summary["num_dropped"] == len(dropped) > 0
+
+
+def test_weights_go_in_and_out(model_folder, pairs, tmp_path, caplog):
+    """Ledger and cleaned data hold the weight of the data times that of the decision; the estimate reads none."""
+    weights = [float(i % 4) for i in range(20)]
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "share": weight}
+        for pair, weight in zip(pairs, weights, strict=True)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = DataSource(tmp_path / "pairs.jsonl", columns={"weight": "share"})
+    caplog.set_level("INFO", "ropo")
+    found = run_audit(model_folder, source, config(tmp_path / "O", rho="0.3")).summary
+    plain = run_audit(model_folder, pairs, config(tmp_path / "plain", rho="0.3")).summary
+    assert "5 of 20 pairs have weight 0" in caplog.text
+    assert found["flip_rate"] == plain["flip_rate"]
+    ledger, cleaned = ledger_of(tmp_path / "O"), load_pairs(tmp_path / "O" / "cleaned.jsonl")
+    is_kept = ledger["decision"] == "keep"
+    assert is_kept.sum() == 14
+    assert ledger["weight"].tolist() == [w if kept else 0.0 for w, kept in zip(weights, is_kept, strict=True)]
+    assert [pair.weight for pair in cleaned.pairs] == ledger.loc[is_kept, "weight"].tolist()
 
 
 def fill(folder, verdicts):

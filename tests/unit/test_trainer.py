@@ -66,6 +66,23 @@ def test_every_loss_trains(loss, model, tokenizer, pairs, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_weighted(loss, model, tokenizer, pairs, tmp_path):
+    """A weight multiplies the loss of its pair: the mean over all pairs, whatever their weights, is what is logged."""
+    args = config(
+        tmp_path, loss=loss, max_steps=1, learning_rate=1e-9, per_device_train_batch_size=20, **OPTIONS.get(loss, {})
+    )
+    weights = torch.rand(20).tolist()
+    weighted = [replace(pair, weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
+    trainer = ROPOTrainer(model, args, train_dataset=weighted, processing_class=tokenizer)
+    trainer.train()
+    given = {}
+    if "reference_ratio" in LOSSES[loss].inputs:
+        given["reference_ratio"] = trainer.train_dataset.reference.chosen - trainer.train_dataset.reference.rejected
+    of_pairs = trainer.training_objective.loss_of_margin(trainer.gather_first_margins(), **given)
+    assert losses_of(trainer)[0] == pytest.approx((of_pairs * torch.tensor(weights)).mean().item(), rel=1e-4)
+
+
 def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
     """With given weights and a reference that is not the start, the logged loss is the weighted mean of the formula."""
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)

@@ -24,7 +24,7 @@ from ropo.spelling import did_you_mean
 from ropo.train.options import instead_of
 
 Options = TypeVar("Options")
-COLUMNS = ("prompt", "chosen", "rejected", "annotator")
+COLUMNS = ("prompt", "chosen", "rejected", "annotator", "weight")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -50,6 +50,7 @@ class TrainArguments:
     chosen_column: str = option("chosen", "Name of the column with preferred responses.")
     rejected_column: str = option("rejected", "Name of the column with the other responses.")
     annotator_column: str = option("annotator", "Name of the column that says who labelled the pair.")
+    weight_column: str = option("weight", "Name of the column that says how much the pair counts, 0 or more.")
     trusted: str | None = option(
         None,
         "File of pairs whose labels are known to be right; 50 to 200 help. Those of the data may be among them.",

@@ -97,8 +97,8 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
         ),
         "bad_weight": ProblemSpec(
             severity="error",
-            meaning="The weight is not a finite number of 0 or more.",
-            remedy="Correct the weight; leave it empty for 1.",
+            meaning="The weight is not a finite number of 0 or more, or only some of the rows have one.",
+            remedy="Correct the weight; give one to every row or to none.",
         ),
         "empty_prompt": ProblemSpec(
             severity="left_out",
@@ -331,8 +331,8 @@ def render(problems: Iterable[Problem], *, limit: int = 20) -> str:
     Examples:
         >>> print(render([Problem(kind="bad_weight", row=4, line=5, message="weight needs a number; got 'x'.")]))
         bad_weight: 1 error
-          The weight is not a finite number of 0 or more.
-          What to do: Correct the weight; leave it empty for 1.
+          The weight is not a finite number of 0 or more, or only some of the rows have one.
+          What to do: Correct the weight; give one to every row or to none.
           - row 4 (line 5): weight needs a number; got 'x'.
     """
     by_kind: dict[str, list[Problem]] = {}

@@ -10,7 +10,7 @@ reader.
 
 import logging
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ropo.data.load import Loaded, load_pairs
@@ -210,4 +210,16 @@ def read_checked(
     pairs = [pair for pair in loaded.pairs if pair.row not in out]
     if not pairs:
         raise DataError(f"No pair is left to train on.\n{render(problems)}")
+    _tell_weights(pairs, (columns or {}).get("weight", "weight"))
     return loaded, pairs, problems
+
+
+def _tell_weights(pairs: Sequence[Pair], name: str) -> None:
+    """Say that weights are read: a column of that name may have been meant for something else."""
+    weights = [pair.weight for pair in pairs]
+    if set(weights) != {1.0}:
+        logger.info(
+            "Weights (column %s): a pair counts by its weight in the loss, %g to %g, mean %g; %d of %d pairs have "
+            "weight 0, and nothing is trained on them.",
+            name, min(weights), max(weights), sum(weights) / len(weights), weights.count(0.0), len(weights),
+        )  # fmt: skip

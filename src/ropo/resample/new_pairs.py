@@ -97,7 +97,7 @@ def resample_pairs(
         tokenizer: The model's.
         max_length: As in training.
         judge: Settles what the rule cannot; None for no judge.
-        weight: Weight of the new pairs in training.
+        weight: Weight of the new pairs in training, as a share of their parents'.
 
     Returns:
         The new pairs.

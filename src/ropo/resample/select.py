@@ -342,7 +342,7 @@ def new_pair(candidate: Candidate, *, is_sampled_better: bool, weight: float = 1
     Args:
         candidate: The candidate.
         is_sampled_better: Whether the sampled response is the chosen one.
-        weight: Weight of the pair in training.
+        weight: Weight of the pair in training, as a share of its parent's.
 
     Returns:
         A pair with origin "resampled", the row of its parent and the parent's id.
@@ -352,5 +352,5 @@ def new_pair(candidate: Candidate, *, is_sampled_better: bool, weight: float = 1
     parent = candidate.parent
     return Pair(
         prompt=parent.prompt, chosen=chosen, rejected=rejected,
-        row=parent.row, origin="resampled", parent_id=parent.id, weight=weight,
+        row=parent.row, origin="resampled", parent_id=parent.id, weight=weight * parent.weight,
     )  # fmt: skip

@@ -215,8 +215,9 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
         check_adapter(skeleton, model.adapter)
     evaluation = None
     if given.eval_dataset is not None:
+        columns = DataSource.of(given.dataset).columns or {}
         evaluation = read_evaluation(
-            DataSource.of(given.eval_dataset, columns=DataSource.of(given.dataset).columns),
+            DataSource.of(given.eval_dataset, columns={name: columns[name] for name in columns if name != "weight"}),
             trained_on=[*read.pairs, *read.trusted],
             tokenizer=tokenizer,
             max_length=args.max_length,

@@ -267,7 +267,11 @@ class Round:
     def _resample(self, digest: str) -> None:
         found = Decided.read(self.folder / "decisions.json").decisions
         has_new = {self.data.pairs[i].row for i in range(self.num_read, len(found)) if found[i] == "keep"}
-        lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
+        lost = [
+            i
+            for i, pair in enumerate(self.data.pairs[: self.num_data])
+            if found[i] == "drop" and pair.row not in has_new and pair.weight > 0
+        ]
         made = self._resampled_pairs(lost, digest) if lost and self.args.num_candidates else NewPairs()
         reference: dict[str, torch.Tensor] = {}
         new = list(zip(made.pairs, made.sampled, strict=True))

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -118,6 +119,23 @@ def test_where_the_model_is(is_adapter, run, model_folder, tmp_path, monkeypatch
     assert found.adapter == (trained if is_adapter else None)
     assert (trained / ("adapter_config.json" if is_adapter else "model.safetensors")).exists()
     assert found.load().training is False
+
+
+def test_new_pairs_take_the_weight_of_their_parents(model_folder, pairs, tmp_path, tokenizer, monkeypatch):
+    """The prompt of a pair of weight 0 gets no response: nobody trains on it."""
+    asked = []
+
+    def spelling(self, prompts, sampling, advance):
+        asked.extend(tokenizer.decode(prompt.ids) for prompt in prompts)
+        one = Response(text=" verykind", num_tokens=9, is_finished=True)
+        return [[one] * sampling.num_candidates for _ in prompts]
+
+    monkeypatch.setattr(in_transformers.TransformersEngine, "sample", spelling)
+    weighted = [replace(pair, weight=0.5 if pair.row > 2 else 0.0) for pair in pairs]
+    run_rounds(model_folder, weighted, config(tmp_path / "O", resampled_weight=0.5))
+    made = (tmp_path / "O" / "rounds" / "00" / "resampled.jsonl").read_text().splitlines()
+    assert {json.loads(line)["weight"] for line in made} == {0.25}
+    assert not any(pair.prompt in prompt for prompt in asked for pair in weighted if pair.weight == 0)
 
 
 def test_the_tokens_that_were_drawn_are_trained_on(run, model_folder, pairs, tmp_path, tokenizer, monkeypatch):
