@@ -18,6 +18,7 @@ from ropo.audit.scorers import Scores
 from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_rho, resolve_rule
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
+from ropo.data.mixture import Mixture
 from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair
 from ropo.provenance import hash_file
@@ -158,6 +159,22 @@ def test_weights_go_in_and_out(model_folder, pairs, tmp_path, caplog):
     assert is_kept.sum() == 14
     assert ledger["weight"].tolist() == [w if kept else 0.0 for w, kept in zip(weights, is_kept, strict=True)]
     assert [pair.weight for pair in cleaned.pairs] == ledger.loc[is_kept, "weight"].tolist()
+
+
+def test_a_sample_of_two_datasets(model_folder, pairs, tmp_path):
+    """What a person reviews and what the ledger holds say which dataset a pair comes from."""
+    mixture = Mixture(parts=(pairs[:9], pairs[9:]), shares=(0.5, 0.5))
+    summary = run_audit(model_folder, mixture, config(tmp_path / "O", max_samples=16, rho="0.2")).summary
+    ledger = ledger_of(tmp_path / "O")
+    assert summary["num_pairs"] == summary["num_rows"] == len(ledger) == 16
+    assert ledger["source"].str.startswith("dataset 1:").sum() == 8
+    assert [(f"dataset {1 + (row > 8)}:{row - 9 * (row > 8)}") for row in ledger["row"]] == ledger["source"].tolist()
+    with (tmp_path / "O" / "review.csv").open(newline="") as file:
+        assert {int(row["row"]): row["source"] for row in csv.DictReader(file)} == dict(
+            zip(ledger["row"], ledger["source"], strict=True)
+        )
+    cleaned = [json.loads(line) for line in (tmp_path / "O" / "cleaned.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in cleaned} < set(ledger["source"])
 
 
 def fill(folder, verdicts):

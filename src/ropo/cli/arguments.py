@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from ropo.cli.parser import SentenceParser
 from ropo.cli.words import name_of_option, refuse_unknown
 from ropo.config import ROPOConfig
+from ropo.data.mixture import Mixture, named_mixture
 from ropo.data.read import HubDataset, is_here
 from ropo.models.source import Model, find_model
 from ropo.options import check_choice, check_options, option, read_yaml, short
@@ -34,7 +35,9 @@ class TrainArguments:
 
     model_name_or_path: str | None = option(None, "Folder or hub id of the model to align; it is also the reference.")
     dataset_name: str | None = option(
-        None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), folder of shards or saved folder, or hub id."
+        None,
+        "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), folder of shards or saved folder, or hub id; several with "
+        "commas between them, with shares where wanted: a.jsonl:0.7,b.jsonl:0.3.",
     )
     dataset_config: str | None = option(
         None,
@@ -199,16 +202,33 @@ def check_sources(given: TrainArguments) -> None:
         FileNotFoundError: If something looks like a path and nothing is there.
         ValueError: If the model's folder holds no model.
     """
-    data = [name for name in (given.dataset_name, given.eval_dataset_name, given.trusted) if name is not None]
-    are_here = [is_here(name) for name in data]
+    data = [name for name in (given.dataset_name, given.eval_dataset_name) if name is not None]
+    are_here = [are_all_here(name) for name in data] + [is_here(name) for name in [given.trusted] if name is not None]
     if not all(are_here):
         find_model(str(given.model_name_or_path))
 
 
-def dataset_of(given: Any, name: str | None) -> str | HubDataset | None:
-    """A dataset by its name; the configuration is that of the dataset to train on, whatever part of it is meant."""
+def are_all_here(name: str) -> bool:
+    """Whether a dataset, or each of several, is read from this machine; see `is_here`."""
+    found = named_mixture(name)
+    are_here = [is_here(part) for part in (found.parts if isinstance(found, Mixture) else [found])]  # each may raise
+    return all(are_here)
+
+
+def dataset_of(given: Any, name: str | None) -> str | HubDataset | Mixture | None:
+    """A dataset by its name; the configuration is that of the dataset to train on, whatever part of it is meant.
+
+    Raises:
+        ValueError: If a configuration is given and there are several datasets.
+    """
+    found = None if name is None else named_mixture(name)
     if name is None or name != given.dataset_name or (given.dataset_config, given.dataset_data_dir) == (None, None):
-        return name
+        return found
+    if isinstance(found, Mixture):
+        raise ValueError(
+            f"dataset_config and dataset_data_dir need one dataset; got {len(found.parts)}. Save the part that is "
+            "meant, and name its folder."
+        )
     return HubDataset(name=name, config=given.dataset_config, data_dir=given.dataset_data_dir)
 
 

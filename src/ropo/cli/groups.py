@@ -36,7 +36,7 @@ EVERY: Groups = MappingProxyType(
     {
         "Data": (
             "dataset_config", "dataset_data_dir", "eval_dataset_split", "prompt_column", "chosen_column",
-            "rejected_column", "annotator_column", "weight_column", "on_bad_rows",
+            "rejected_column", "annotator_column", "weight_column", "on_bad_rows", "max_samples",
         ),
         "Model and adapter": (
             "dtype", "attn_implementation", "model_revision", "trust_remote_code", "lora_r", "lora_alpha",

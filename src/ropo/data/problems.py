@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from ropo.pairs import Pair
+
 # Controls, soft hyphens, marks and overrides of direction, fillers and spaces without width, invisible operators, tags;
 # and joiners beside ASCII. Each branch begins with a set, which long texts are searched for at once.
 _HIDDEN = re.compile(
@@ -221,6 +223,7 @@ class Problem:
         row: Place of the row in the input, counted from 0; None if the finding is about the whole source.
         line: Line of a text file at which the row begins, counted from 1; None for other sources.
         message: What was needed and what was found.
+        source: Dataset and row in it, where several are mixed; see `Pair`.
 
     Raises:
         ValueError: If `kind` is not in `PROBLEMS`.
@@ -230,6 +233,12 @@ class Problem:
     row: int | None
     line: int | None = None
     message: str
+    source: str | None = None
+
+    @classmethod
+    def of(cls, pair: Pair, kind: str, message: str) -> "Problem":
+        """A finding about a pair that was read."""
+        return cls(kind=kind, row=pair.row, message=message, source=pair.source)
 
     def __post_init__(self) -> None:
         if self.kind not in PROBLEMS:
@@ -361,7 +370,9 @@ def _render_kind(kind: str, problems: list[Problem], limit: int) -> str:
     lines += textwrap.wrap(f"What to do: {spec.remedy}", width=110, initial_indent="  ", subsequent_indent="  ")
     for problem in problems[:limit]:
         place = "the source" if problem.row is None else f"row {problem.row}"
-        place += f" (line {problem.line})" if problem.line is not None else ""
+        beside = [problem.source] if problem.source else []
+        beside += [f"line {problem.line}"] if problem.line is not None else []
+        place += f" ({', '.join(beside)})" if beside else ""
         lines.append(f"  - {place}: {problem.message}")
     if len(problems) > limit:
         lines.append(f"  - and {len(problems) - limit} more")

@@ -195,5 +195,6 @@ def _cleaned(pair: Pair, p_flip: float | None, decision: str, weight: float) -> 
         "decision": decision,
         "p_flip": None if p_flip is None else round(float(p_flip), 6),
         "row": pair.row,
+        **({} if pair.source is None else {"source": pair.source}),
         "pair_id": pair.id,
     }

@@ -180,8 +180,9 @@ def _read(given: Given, args: ROPOConfig) -> _Labelled:
     """
     source = DataSource.of(given.dataset)
     loaded, pairs, problems = read_checked(
-        source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows
-    )
+        source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows,
+        max_samples=args.max_samples, seed=args.seed,
+    )  # fmt: skip
     verdicts, trusted, sha256 = known_labels(pairs, given.review or ReviewInputs(), columns=source.columns)
     read = _Labelled(
         loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, is_whole=True)),

@@ -116,8 +116,10 @@ class ROPOTrainer(Trainer):
         model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         bound_loss = loss or args.bound_loss()
         train_dataset, eval_dataset = (
-            prepare_dataset(source, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference)
-            for source in (train_dataset, eval_dataset)
+            prepare_dataset(
+                source, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference, is_trained=trains
+            )
+            for source, trains in ((train_dataset, True), (eval_dataset, False))
         )
         if train_dataset is not None and eval_dataset is not None:
             eval_dataset = eval_dataset.with_annotators(train_dataset.annotators)
