@@ -7,7 +7,7 @@ Out: `Pair`, `PairLogps`, `PairFeatures`, and `margin`, the implicit-reward marg
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,10 @@ class PairLogps:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def detach(self) -> "PairLogps":
+        """The same numbers without gradients."""
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
 
     def __getitem__(self, index: Any) -> "PairLogps":
         """Select pairs with a slice, a list of positions or a tensor."""

@@ -42,6 +42,7 @@ FSDP = {
 OPTIONS = {
     "learning_rate": 1e-3, "max_length": 64, "rho": "0.2", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True,
     "train_sampling_strategy": "sequential", "rounds": 2, "num_folds": 0, "num_train_epochs": 2, "save_steps": 2,
+    "sft_weight": 0.1,
 }  # fmt: skip
 
 

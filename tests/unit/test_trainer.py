@@ -15,6 +15,7 @@ from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
+from ropo.logps.score import score_pairs
 from ropo.losses import LOSSES
 from ropo.models.fit import check_adapter
 from ropo.pairs import Pair, PairLogps
@@ -164,6 +165,28 @@ def test_no_dropout_is_left(tokenizer, pairs, tmp_path):
     assert trainer.gather_first_margins()[:4].abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_with_sft(loss, model, tokenizer, pairs, tmp_path):
+    """Every loss takes the term, weighted as its pair is; before the first step its value is that of the model."""
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=128).tokens
+    before = score_pairs(model, tokens, BATCHING)
+    weights = torch.arange(20.0) / 20
+    weighted = [replace(pair, weight=weight) for pair, weight in zip(pairs, weights.tolist(), strict=True)]
+    found = []
+    for sft_weight in (0.0, 0.5):
+        args = config(
+            tmp_path, loss=loss, max_steps=1, learning_rate=0, per_device_train_batch_size=20, sft_weight=sft_weight,
+            **OPTIONS.get(loss, {}),
+        )  # fmt: skip
+        trainer = ROPOTrainer(model, args, train_dataset=weighted, processing_class=tokenizer)
+        trainer.train()
+        found.append(trainer.state.log_history[0])
+    term = -before.chosen / before.chosen_tokens
+    assert found[1]["loss"] - found[0]["loss"] == pytest.approx(0.5 * (weights * term).mean().item(), rel=1e-4)
+    assert found[1]["loss/sft"] == pytest.approx(term.mean().item(), rel=1e-4)
+    assert "loss/sft" not in found[0]
+
+
 @pytest.mark.parametrize("loss", ["ropo", "simpo", "plc_dpo"])
 def test_accumulation_changes_nothing(loss, model_folder, tokenizer, pairs, tmp_path):
     """Batch 8, and 2 times 4, take the same steps, even where the last step is smaller."""
@@ -173,6 +196,7 @@ def test_accumulation_changes_nothing(loss, model_folder, tokenizer, pairs, tmp_
         args = config(
             tmp_path / str(batch),
             loss=loss,
+            sft_weight=0.3,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )

@@ -7,6 +7,8 @@ a model trained on all folds but one scores that one, at a third, two thirds and
 on (K−1)·N pairs in all.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -93,5 +95,5 @@ def _loss(args: AuditOptions) -> BoundLoss:
     Robust losses sharpen margins, which reads as more flips than there are. Losses without a reference keep their own.
     """
     if not args.reads_reference:
-        return args.bound_loss()
+        return replace(args.bound_loss(), sft_weight=0.0)
     return bind_loss("dpo", beta=min(args.beta, MAX_BETA), options={})

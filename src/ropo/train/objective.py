@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ropo.logps.batch import Batch
-from ropo.losses import LOSSES, BoundLoss, gradient_weight, re_po_posterior
+from ropo.losses import LOSSES, BoundLoss, gradient_weight, re_po_posterior, sft
 from ropo.pairs import PairLogps, margin, margin_per_token
 from ropo.train.options import TrainOptions
 
@@ -94,6 +94,15 @@ class Objective:
         if torch.is_grad_enabled():
             self._learn(h.detach(), inputs)
         return loss
+
+    def sft(self, logps: PairLogps) -> dict[str, Tensor]:
+        """The SFT term of each pair by the name that is logged, (B,), without its weight; none if that is 0."""
+        return {"loss/sft": sft(logps)} if self.loss_of_margin.sft_weight else {}
+
+    def with_sft(self, loss: Tensor, logps: PairLogps) -> Tensor:
+        """The loss of each pair with the SFT term, (B,)."""
+        weight = self.loss_of_margin.sft_weight
+        return loss + weight * sft(logps) if weight else loss
 
     def rewards(self, logps: PairLogps, inputs: Batch) -> dict[str, Tensor]:
         """β·(log π − log π_ref) of both responses, by the name that is logged, each (B,); none without a reference."""

@@ -93,6 +93,8 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
 _IN_TRL = MappingProxyType(
     {
         "loss_type": "It is loss here.",
+        "rpo_alpha": "It is sft_weight here.",
+        "loss_weights": "It is sft_weight here, for an SFT term beside the loss; other losses are not added up.",
         "label_smoothing": "It is flip_rate here: --loss cdpo or rdpo with --loss_args flip_rate=NUMBER.",
         "max_prompt_length": "A prompt is never cut; max_length bounds prompt and response together.",
         "max_completion_length": "max_length bounds prompt and response together.",

@@ -357,6 +357,7 @@ class ROPOTrainer(Trainer):
         h = self.training_objective.margin(logps, inputs)
         step = self.state.global_step
         loss = self.training_objective.loss(h, inputs, progress=step / max(self.state.max_steps, 1))
+        loss = self.training_objective.with_sft(loss, logps)
         pairs = self.pairs["train" if torch.is_grad_enabled() else "eval"]
         check_finite(model, loss, pairs, inputs["position"], step=step)
         self._remember(h, logps, inputs)
@@ -423,13 +424,14 @@ class ROPOTrainer(Trainer):
 
     def _remember(self, h: Tensor, logps: PairLogps, inputs: Batch) -> None:
         """Add the batch to the running metrics, and keep the margins of pairs that are seen for the first time."""
-        h, detached = h.detach().float(), PairLogps(chosen=logps.chosen.detach(), rejected=logps.rejected.detach())
+        h, detached = h.detach().float(), logps.detach()
         is_training = torch.is_grad_enabled()
         values = {"logps/chosen": detached.chosen, "logps/rejected": detached.rejected}
         values |= (
             self.training_objective.rewards(detached, inputs)
             | of_margins(h)
             | self.training_objective.gradient_weight(h)
+            | self.training_objective.sft(detached)
         )
         self._means["train" if is_training else "eval"].add(values)
         # Nothing here asks the device for a value, which would make it wait.
