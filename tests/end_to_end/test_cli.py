@@ -198,7 +198,7 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         ),
         (
             ["--eval_strategy", "epoch"],
-            "on eval_dataset_name (in Python: eval_dataset), and nothing in between; got eval_strategy 'epoch'",
+            "eval_strategy epoch needs an evaluation set; got none",
         ),
         (["--lora_r", "8"], "lora_r needs use_peft, without which the whole model is trained"),
         (

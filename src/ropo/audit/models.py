@@ -68,7 +68,9 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, scored: 
         eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
         trainer = ROPOTrainer(
             question.model.load(),
-            args.of_stage(folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size),
+            args.of_stage(
+                folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size, eval_strategy="no"
+            ),
             train_dataset=training,
             eval_dataset=scored,
             processing_class=question.model.tokenizer,

@@ -52,7 +52,7 @@ EVERY: Groups = MappingProxyType(
         "Judge": ("judge", "judge_model", "judge_url", "judge_api_key_env", "judge_on_failure"),
         "Optimizer, checkpoints and log": (
             "lr_scheduler_type", "warmup_steps", "train_sampling_strategy", "liger_kernel_config", "save_strategy",
-            "save_total_limit", "logging_steps", "logging_first_step", "disable_tqdm",
+            "save_total_limit", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "disable_tqdm",
         ),
     }
 )  # fmt: skip
@@ -61,13 +61,13 @@ EVERY: Groups = MappingProxyType(
 REFUSED = (
     "label_smoothing_factor", "torch_compile", "torch_compile_backend", "torch_compile_mode", "remove_unused_columns",
     "save_only_model", "ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint", "resume_from_checkpoint",
-    "eval_strategy", "eval_on_start", "load_best_model_at_end", "push_to_hub",
+    "load_best_model_at_end", "push_to_hub",
 )  # fmt: skip
 """Options of `TrainingArguments` that a run refuses; the refusal says what there is instead."""
 
 IDLE = (  # that do nothing in a run: they belong to what is refused, to labels of tokens, or to other programs
     "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
-    "metric_for_best_model", "greater_is_better", "eval_steps", "eval_delay", "eval_do_concat_batches",
+    "metric_for_best_model", "greater_is_better", "eval_do_concat_batches",
     "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
     "prediction_loss_only", "label_names", "length_column_name", "average_tokens_across_devices",
     "include_num_input_tokens_seen", "do_train", "do_eval", "do_predict", "local_rank", "parallelism_config",

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
+from ropo.audit.weights import resolve_alpha
 from ropo.config import ROPOConfig
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
@@ -24,6 +25,7 @@ from ropo.run.outputs import publish, publish_audit
 from ropo.run.prepare import Given, Prepared, prepare
 from ropo.run.result import AuditResult, RunResult
 from ropo.run.rounds import run_all
+from ropo.run.setup import Setup
 from ropo.train.options import check_kind
 
 logger = logging.getLogger(__name__)
@@ -80,10 +82,13 @@ def run_rounds(
         if args.needs_audit:
             audit = _audit_of(made, args)
             digest = audit.run(digest)
-        rounds = run_all(
-            made.data, audit, args, folder=made.folder / "rounds", model=made.model, reference=made.reference,
-            judge=judge, digest=digest,
+        alpha = resolve_alpha(args.fixed_alpha, is_audited=False) if audit is None else audit.judgement.alpha
+        setup = Setup(
+            folder=made.folder / "rounds", args=args, loss=args.bound_loss(alpha.value), alpha=alpha, model=made.model,
+            reference=made.reference, audit=audit, judge=judge,
+            evaluation=None if made.evaluation is None else made.evaluation.tokenized,
         )  # fmt: skip
+        rounds = run_all(made.data, setup, digest=digest)
         found = None
         if made.evaluation is not None:
             found = evaluate(made.evaluation, rounds, folder=made.folder / "evaluation")

@@ -135,7 +135,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
         DataError: If rows cannot be read, or no pair is left.
         ValueError: If options, model, data or output folder do not fit.
     """
-    check_run(args)
+    check_run(args, has_evaluation=is_audit or given.eval_dataset is not None)
     folder = Path(str(args.output_dir))
     refuse_what_is_not_ours(folder)
     _tell_launch(args, given.model)

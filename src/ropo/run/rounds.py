@@ -17,6 +17,7 @@ folds (`num_folds` 0) w is decided by the losses of the model just trained, as i
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -31,15 +32,11 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
-from ropo.audit import Audit
 from ropo.audit.result import IN_SAMPLE, RateEstimate
-from ropo.audit.weights import decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
-from ropo.config import ROPOConfig
+from ropo.audit.weights import decide_all, known_labels, resolve_rho, resolve_rule, training_set
 from ropo.data.tokenize import SampledIds, TokenizedPairs, encode_prompts, tokenize_pairs
 from ropo.data.validate import text_id
-from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
-from ropo.models.source import Model, Reference
 from ropo.noise.estimate import estimate_flips
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import read_json, write_aside, write_json
@@ -62,6 +59,7 @@ _CHECKPOINTS = "checkpoints"
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
 _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
 _HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
+_TIMES = re.compile("eval_(runtime|.*_per_second)")  # of the log: the same training leaves the same files
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
 
@@ -185,6 +183,7 @@ class Round:
             self.model.load(start, is_trainable=True),
             args,
             train_dataset=dataset,
+            eval_dataset=self._evaluation(),
             processing_class=self.model.tokenizer,
             peft_config=self.model.adapter if start is None else None,
             loss=self.loss,
@@ -199,7 +198,16 @@ class Round:
                 save_file({"margins": first_margins}, path)
             # Without its last line, which holds times: the same training leaves the same files.
             log = [line for line in trainer.state.log_history if "train_runtime" not in line]
+            log = [{name: value for name, value in line.items() if not _TIMES.fullmatch(name)} for line in log]
             write_json(self.folder / "training_log.json", log)
+
+    def _evaluation(self) -> PairDataset | None:
+        """Pairs that are scored while the model trains; nothing depends on them."""
+        found = self.setup.evaluation
+        if found is None or self.args.eval_strategy == "no":
+            return None
+        reference = self.setup.reference.logps(found.tokens) if self.loss.spec.needs_reference else None
+        return PairDataset(found.pairs, found.tokens, reference=reference)
 
     def _clear_up(self) -> None:
         """Remove what only resampling reads; it is finished, so nobody will ask for it again."""
@@ -373,46 +381,31 @@ def _tensors(logps: PairLogps) -> dict[str, torch.Tensor]:
 
 def run_all(
     data: PairDataset,
-    audit: Audit | None,
-    args: ROPOConfig,
+    setup: Setup,
     *,
-    folder: Path,
-    model: Model,
-    reference: Reference,
-    judge: Judge | None = None,
     digest: str,
 ) -> list[Round]:
-    """Run `args.rounds` rounds, each in a folder of its own.
+    """Run `setup.args.rounds` rounds, each in a folder of its own.
 
     Args:
         data: All pairs of the data that fit, then the trusted ones, with reference log-probabilities.
-        audit: What is known about the labels, finished; None to go by the margins of the trained model.
-        args: Options.
-        folder: The rounds become `00`, `01`, ... in it.
-        model: The initial one.
-        reference: The frozen one.
-        judge: Asked about what the selection rule cannot settle; None for nobody.
-        digest: Of everything that made `data` and `audit`, and of the options.
+        setup: What they have in common.
+        digest: Of everything that made `data` and the audit, and of the options.
 
     Returns:
         The rounds, in order; the last one's model is the result.
     """
     rounds: list[Round] = []
-    if audit is None:
-        alpha = resolve_alpha(args.fixed_alpha, is_audited=False)
+    if setup.audit is None:
         sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
-        alpha, scored, trained_on = audit.judgement.alpha, data, audit.training()
-    setup = Setup(
-        folder=folder, args=args, loss=args.bound_loss(alpha.value), alpha=alpha, model=model, reference=reference,
-        audit=audit, judge=judge,
-    )  # fmt: skip
-    for number in range(args.rounds):
+        scored, trained_on = data, setup.audit.training()
+    for number in range(setup.args.rounds):
         if rounds:
             scored, trained_on = rounds[-1].next_datasets()
         this = Round(number, setup, scored)
-        start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
-        digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)
+        start = rounds[-1].model_folder if rounds and setup.args.round_start == "carry_on" else None
+        digest = this.run(trained_on, start=start, digest=digest, is_last=number == setup.args.rounds - 1)
         rounds.append(this)
     return rounds

@@ -47,6 +47,49 @@ def of_margins(h: Tensor) -> dict[str, Tensor]:
     }
 
 
+def gathered(values: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """One value per pair from the processes that have seen it, shape (pairs,), on the CPU; NaN where none has.
+
+    A pair is seen by one process, or by two where the last batch is filled up; it counts once.
+
+    Args:
+        values: Of this process, shape (pairs,), on its device.
+        gather: Joins the tensors of all processes, each of shape (1, pairs), along the first dimension.
+    """
+    return gather(values[None]).nanmean(dim=0).cpu()
+
+
+class ByPair:
+    """The newest values of every pair of a dataset, in each process those of the pairs that it has seen.
+
+    Args:
+        num_pairs: Of the dataset.
+    """
+
+    def __init__(self, num_pairs: int) -> None:
+        self._num_pairs = num_pairs
+        self._values: dict[str, Tensor] = {}
+
+    def put(self, where: Tensor, found: Mapping[str, Tensor]) -> None:
+        """Keep the values of a batch.
+
+        Args:
+            where: Places of its pairs, shape (pairs,).
+            found: Values by name, each of shape (pairs,).
+        """
+        for name, value in found.items():
+            unseen = torch.full((self._num_pairs,), float("nan"), device=value.device)
+            self._values.setdefault(name, unseen)[where] = value.float()
+
+    def take(self, name: str, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """Values from all processes, see `gathered`."""
+        return gathered(self._values[name], gather)
+
+    def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The mean over all pairs that were seen, by name."""
+        return {name: self.take(name, gather).nanmean().item() for name in self._values}
+
+
 class RunningMeans:
     """Means over pairs, batch after batch; nothing is asked of the device before the means are taken."""
 

@@ -40,7 +40,6 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "lr_scheduler_type": Rule(choices=choices_of(SchedulerType)),
         "lr_scheduler_kwargs": Rule(keys=()),
         "optim": Rule(choices=choices_of(OptimizerNames)),
-        "eval_strategy": Rule(choices=choices_of(IntervalStrategy)),
         "hub_strategy": Rule(choices=choices_of(HubStrategy)),
         "activation_checkpointing_kwargs": Rule(keys=_FOR_CHECKPOINTS),
         "gradient_checkpointing_kwargs": Rule(keys=_FOR_CHECKPOINTS),
@@ -54,8 +53,6 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "per_device_eval_batch_size": Rule(low=1),
         "gradient_accumulation_steps": Rule(low=1),
         "eval_accumulation_steps": Rule(low=1),
-        "eval_steps": Rule(above=0),
-        "eval_delay": Rule(low=0),
         "num_train_epochs": Rule(low=0, high=10_000),
         "max_steps": Rule(low=-1, high=2**31 - 1),
         "warmup_steps": Rule(low=0),
@@ -74,6 +71,10 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "logging_steps": Rule(above=0, identifies=False),
         "logging_strategy": Rule(choices=choices_of(IntervalStrategy), identifies=False),
         "save_steps": Rule(above=0, identifies=False),
+        "eval_strategy": Rule(choices=choices_of(IntervalStrategy), identifies=False),
+        "eval_steps": Rule(above=0, identifies=False),
+        "eval_delay": Rule(low=0, identifies=False),
+        "eval_on_start": _FREE,
         "save_strategy": Rule(choices=choices_of(SaveStrategy), identifies=False),
         "save_total_limit": Rule(low=1, identifies=False),
         "dataloader_num_workers": Rule(low=0, identifies=False),
@@ -230,6 +231,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
         seed: int | None = None,
         num_train_epochs: float | None = None,
         per_device_eval_batch_size: int | None = None,
+        eval_strategy: str | None = None,
     ) -> Self:
         """The options of one training of a run.
 
@@ -241,6 +243,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             seed: Random seed; by default the run's, and so on.
             num_train_epochs: Passes over the pairs.
             per_device_eval_batch_size: Pairs in a batch of evaluation.
+            eval_strategy: When an evaluation set is scored on the way.
 
         Returns:
             The options; these stay as they are.
@@ -250,6 +253,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             "seed": seed,
             "num_train_epochs": num_train_epochs,
             "per_device_eval_batch_size": per_device_eval_batch_size,
+            "eval_strategy": eval_strategy,
         }
         made = copy.copy(self)  # `replace` would look for devices again
         made.__dict__.update({name: value for name, value in changed.items() if value is not None})

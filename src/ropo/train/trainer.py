@@ -52,7 +52,7 @@ from ropo.train.checks import check_training
 from ropo.train.dataset import PairCollator, PairDataset, prepare_dataset
 from ropo.train.failures import check_finite, how_to_save_memory
 from ropo.train.launch import Launch
-from ropo.train.metrics import RunningMeans, of_margins
+from ropo.train.metrics import ByPair, RunningMeans, gathered, of_margins
 from ropo.train.model import make_ready, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
 from ropo.train.options import TrainOptions, check_kind, instead_of
@@ -134,11 +134,11 @@ class ROPOTrainer(Trainer):
         self.training_objective = Objective(bound_loss, num_annotators=len(sample.annotators), device=args.device)
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
-        self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"), device=args.device)
+        self._evaluated = ByPair(len(self.pairs["eval"]))
         self._checks = Checks(self.gather_eval_margins)
         self._order: Replayable | None = None
         self._order_to_replay: Tensor | None = None
-        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._means = RunningMeans()
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         super().__init__(
             model=model,
@@ -360,7 +360,7 @@ class ROPOTrainer(Trainer):
         loss = self.training_objective.with_sft(loss, logps)
         pairs = self.pairs["train" if torch.is_grad_enabled() else "eval"]
         check_finite(model, loss, pairs, inputs["position"], step=step)
-        self._remember(h, logps, inputs)
+        self._remember(h, loss, logps, inputs)
         total = (loss * inputs["weight"]).sum()
         if num_items_in_batch is None:
             mean = total / len(loss)
@@ -385,6 +385,14 @@ class ROPOTrainer(Trainer):
             ]
         return torch.stack(losses).sum(), None, None
 
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """As in `Trainer`; in a run, random numbers are what they would be without, and so is the model."""
+        before = torch.get_rng_state()
+        found: dict[str, float] = super().evaluate(*args, **options)
+        if self.options.eval_strategy != "no":
+            torch.set_rng_state(before)  # a data loader draws a seed, and the order of an epoch comes after it
+        return found
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `Trainer`; an evaluation set that is not the training set brings its own collator."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -398,9 +406,10 @@ class ROPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of every metric in METRICS over the pairs since the last time."""
-        mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
-        means = self._means[mode].take(partial(self.accelerator.reduce, reduction="sum"))
-        logs |= {prefix + name: value for name, value in means.items()}
+        if any(name.startswith("eval_") for name in logs):
+            logs |= {f"eval_{name}": mean for name, mean in self._evaluated.means(self.accelerator.gather).items()}
+        else:
+            logs |= self._means.take(partial(self.accelerator.reduce, reduction="sum"))
         super().log(logs, start_time)
 
     def gather_first_margins(self) -> Tensor:
@@ -408,21 +417,13 @@ class ROPOTrainer(Trainer):
 
         In the first epoch these come from a model that has not been trained on the pair.
         """
-        return self._gather_by_pair(self.first_margins)
+        return gathered(self.first_margins, self.accelerator.gather)
 
     def gather_eval_margins(self) -> Tensor:
         """Margin of each pair of the evaluation set at the last evaluation, shape (pairs,)."""
-        return self._gather_by_pair(self.eval_margins)
+        return self._evaluated.take("rewards/margins", self.accelerator.gather)
 
-    def _gather_by_pair(self, values: Tensor) -> Tensor:
-        """One value per pair from the processes that have seen it; NaN where none has."""
-        mine = values.to(self.args.device)
-        if self.accelerator.num_processes == 1:
-            return mine.to("cpu", copy=True)  # the buffer changes further
-        seen: Tensor = self.accelerator.gather(mine[None])
-        return seen.nanmean(dim=0).cpu()  # a pair is seen by one process, or by two where the last batch is filled up
-
-    def _remember(self, h: Tensor, logps: PairLogps, inputs: Batch) -> None:
+    def _remember(self, h: Tensor, loss: Tensor, logps: PairLogps, inputs: Batch) -> None:
         """Add the batch to the running metrics, and keep the margins of pairs that are seen for the first time."""
         h, detached = h.detach().float(), logps.detach()
         is_training = torch.is_grad_enabled()
@@ -433,14 +434,14 @@ class ROPOTrainer(Trainer):
             | self.training_objective.gradient_weight(h)
             | self.training_objective.sft(detached)
         )
-        self._means["train" if is_training else "eval"].add(values)
         # Nothing here asks the device for a value, which would make it wait.
         where = inputs["position"]
         if is_training:
+            self._means.add(values)
             before = self.first_margins[where]
             self.first_margins[where] = torch.where(before.isnan(), h, before)
-        else:
-            self.eval_margins[where] = h
+            return
+        self._evaluated.put(where, {"loss": loss * inputs["weight"], **values})
 
 
 @cache
