@@ -216,7 +216,7 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--load-in-4bit"], "Quantized weights are not offered"),
         (["--split", "test"], "unknown option --split. It is dataset_split here."),
         (["--dataset_split", "test"], "Leave split (--dataset_split) at 'train'"),
-        (["--push_to_hub"], "A run uploads nothing; got push_to_hub"),
+        (["--push_to_hub"], "push_to_hub needs the hub; got HF_HUB_OFFLINE=1"),
         (["--resume_from_checkpoint", "C"], "Rerun the same command to resume a run; got resume"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size needs 1 or more; got 0"),
         (["--seed", "-1"], "seed needs 0 or more; got -1"),

@@ -54,6 +54,7 @@ EVERY: Groups = MappingProxyType(
             "lr_scheduler_type", "warmup_steps", "train_sampling_strategy", "liger_kernel_config", "save_strategy",
             "save_total_limit", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "disable_tqdm",
         ),
+        "Upload, when asked for": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token"),
     }
 )  # fmt: skip
 """The options that `--help_all` adds, before those of `TrainingArguments`."""
@@ -61,12 +62,12 @@ EVERY: Groups = MappingProxyType(
 REFUSED = (
     "label_smoothing_factor", "torch_compile", "torch_compile_backend", "torch_compile_mode", "remove_unused_columns",
     "save_only_model", "ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint", "resume_from_checkpoint",
-    "load_best_model_at_end", "push_to_hub",
+    "load_best_model_at_end",
 )  # fmt: skip
 """Options of `TrainingArguments` that a run refuses; the refusal says what there is instead."""
 
 IDLE = (  # that do nothing in a run: they belong to what is refused, to labels of tokens, or to other programs
-    "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+    "hub_strategy", "hub_always_push",
     "metric_for_best_model", "greater_is_better", "eval_do_concat_batches",
     "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
     "prediction_loss_only", "label_names", "length_column_name", "average_tokens_across_devices",

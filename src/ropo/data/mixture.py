@@ -90,6 +90,17 @@ def _share_of(text: str) -> tuple[str, float | None]:
         return text, None
 
 
+def names_on_hub(source: Any) -> list[str]:
+    """The names of the datasets that are read from the hub.
+
+    Args:
+        source: As for `load_mixture`.
+    """
+    parts = source.parts if isinstance(source, Mixture) else (source,)
+    names = [part.name if isinstance(part, HubDataset) else part for part in parts]
+    return [name for name in names if isinstance(name, str) and not Path(name).expanduser().exists()]
+
+
 def load_mixture(
     source: Any,
     *,

@@ -19,6 +19,7 @@ from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.models.source import Model
 from ropo.run.evaluation import evaluate
+from ropo.run.hub import open_repository, upload
 from ropo.run.inputs import ReviewInputs
 from ropo.run.lock import owning
 from ropo.run.outputs import publish, publish_audit
@@ -65,6 +66,7 @@ def run_rounds(
     Raises:
         DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
         ValueError: If the output folder holds something else than this run, or a review decision is about another pair.
+        UploadError: If `push_to_hub` is asked for and the hub does not take the model.
     """
     check_kind(args, ROPOConfig, taker="run_rounds")
     if args.audit_from is not None and not args.needs_audit:
@@ -78,6 +80,7 @@ def run_rounds(
         if idle := args.without_effect:
             logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
         digest, audit = made.digest, None
+        repository = open_repository(args)
         judge = judge or make_judge(args, made.folder / "judge")
         if args.needs_audit:
             audit = _audit_of(made, args)
@@ -93,6 +96,7 @@ def run_rounds(
         if made.evaluation is not None:
             found = evaluate(made.evaluation, rounds, folder=made.folder / "evaluation")
         publish(rounds, made, found)
+        upload(repository, args, model=rounds[-1].model_folder)
         return RunResult.load(made.folder)
 
 
@@ -132,6 +136,8 @@ def run_audit(
     given = Given(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review
     )
+    if args.push_to_hub:
+        raise ValueError("push_to_hub needs a model; got an audit, which makes none. Leave it out.")
     with owning(Path(str(args.output_dir))):
         made = prepare(given, args, is_audit=True)
         audit = _audit_of(made, args)

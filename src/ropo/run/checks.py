@@ -6,6 +6,7 @@ In: a `ROPOConfig`. Out: nothing, or a refusal before anything is read.
 from transformers import IntervalStrategy
 
 from ropo.config import ROPOConfig
+from ropo.run.hub import check_upload
 from ropo.train.checks import check_training
 
 # Options of `Trainer` with which a training that is stopped would end in other weights, or be taken for finished.
@@ -50,8 +51,4 @@ def check_run(args: ROPOConfig, *, has_evaluation: bool) -> None:
             raise ValueError(
                 f"A run takes the model that a training ends with; got {name}. Leave it out, or use ROPOTrainer."
             )
-    if args.push_to_hub:
-        raise ValueError(
-            "A run uploads nothing; got push_to_hub. Leave it out, look at the report, then upload the model's files "
-            "(`hf upload`)."
-        )
+    check_upload(args)

@@ -51,7 +51,7 @@ def publish(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | No
         pairs = [*made.loaded.pairs, *new]
         with _published(folder) as aside:
             _copy_model(rounds[-1].model_folder, aside, published=folder)
-            (aside / "README.md").write_text(model_card(summary), encoding="utf-8")
+            (aside / "README.md").write_text(_card(summary, rounds[-1].model_folder), encoding="utf-8")
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=log, checks=checks)
             write_json(aside / "summary.json", summary)
@@ -84,6 +84,10 @@ def publish_audit(audit: Audit, made: Prepared) -> None:
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=[], checks=_by_row(audit))
             write_json(aside / "summary.json", summary)
     PartialState().wait_for_everyone()
+
+
+def _card(summary: Json, model: Path) -> str:
+    return model_card(summary, is_adapter=(model / "adapter_config.json").exists())
 
 
 @contextmanager

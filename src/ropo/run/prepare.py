@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropo.audit.folds import folds_of
 from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
+from ropo.data.mixture import names_on_hub
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import with_verdicts
 from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
@@ -67,6 +68,7 @@ class Prepared:
         reference: The frozen one.
         digest: Of the run's identity.
         evaluation: Pairs for evaluation only; None without.
+        datasets: Names of what was read from the hub.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class Prepared:
     reference: Reference
     digest: str
     evaluation: EvaluationSet | None
+    datasets: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +172,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
         reference=reference,
         digest=digest,
         evaluation=tokenized.evaluation,
+        datasets=names_on_hub(DataSource.of(given.dataset).data),
     )
 
 

@@ -50,6 +50,7 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
         **_about_run(rounds[0].args, made, seconds, rounds[0].loss),
         "rounds": per_round,
         "model": made.model.name_or_path,
+        "datasets": made.datasets,
         "model_fingerprint": _fingerprint(made.folder),
         "weight_curve": _weight_curve(rounds[0].loss),
         "evaluation": None if evaluation is None else asdict(evaluation),

@@ -81,7 +81,8 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(
             (
                 "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm", "log_level",
-                "log_level_replica", "logging_first_step", "hub_token", "push_to_hub", "local_rank", "do_train",
+                "log_level_replica", "logging_first_step", "hub_token", "push_to_hub",
+                "hub_model_id", "hub_private_repo", "hub_revision", "local_rank", "do_train",
                 "do_eval", "do_predict",
             ),
             _FREE,
@@ -256,6 +257,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             "eval_strategy": eval_strategy,
         }
         made = copy.copy(self)  # `replace` would look for devices again
+        made.push_to_hub = False  # checkpoints stay here
         made.__dict__.update({name: value for name, value in changed.items() if value is not None})
         return made
 
