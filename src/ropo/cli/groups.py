@@ -42,7 +42,7 @@ EVERY: Groups = MappingProxyType(
             "dtype", "attn_implementation", "model_revision", "trust_remote_code", "lora_r", "lora_alpha",
             "lora_dropout", "lora_target_modules",
         ),
-        "Loss": ("loss", "beta", "alpha", "loss_args", "sft_weight"),
+        "Loss": ("loss", "beta", "alpha", "loss_args", "sft_weight", "router_aux_loss_coef"),
         "Scoring": ("length_is_evidence", "max_tokens_per_batch", "reference_cache_dir"),
         "Rounds and resampling": (
             "round_start", "sample_from", "max_new_tokens", "temperature", "top_p", "selection_rule", "max_abs_margin",

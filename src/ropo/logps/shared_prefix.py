@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ropo.logps.batch import Batch
 from ropo.logps.forward import plain_logps, sum_by_response
 from ropo.logps.last_layer import last_mlp_at
+from ropo.logps.load_balance import LoadBalance
 from ropo.logps.reach import Reach, answered_masks
 from ropo.logps.response_head import LogitMap, response_logps, round_length
 from ropo.logps.tree_mask import row_mask, tree_mask
@@ -145,7 +146,24 @@ def enable_response_logps(model: nn.Module, logit_map: LogitMap | None = None) -
         return
     is_wrapped = "forward" in vars(causal_lm)  # by device placement hooks
     causal_lm._ropo_wrapped_forward = causal_lm.forward if is_wrapped else None
+    causal_lm._ropo_balance = None
     causal_lm.forward = MethodType(_forward, causal_lm)
+
+
+def balance_load(model: nn.Module, coefficient: float) -> LoadBalance:
+    """Compute the auxiliary loss of a model's routers in every forward pass with gradients.
+
+    Args:
+        model: As for `enable_response_logps`, which was called on it.
+        coefficient: See `LoadBalance`.
+
+    Raises:
+        ValueError: If the model has no such loss.
+    """
+    causal_lm = causal_lm_of(model)
+    causal_lm._ropo_balance = LoadBalance(causal_lm, coefficient=coefficient)
+    found: LoadBalance = causal_lm._ropo_balance
+    return found
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,6 +174,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if source_N is None:
         wrapped = self._ropo_wrapped_forward
         return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
+    balance = self._ropo_balance if torch.is_grad_enabled() else None
+    num_tokens = kwargs["input_ids"].shape[1]
     if lengths_P3 is not None:
         kwargs, read_R = _filled_up(kwargs, read_R, self.dtype)
     if sequences_S is not None:
@@ -169,9 +189,16 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     elif branch_BT is not None:
         answer = partial(tree_mask, branch_BT, kwargs["position_ids"])
         masks = answered_masks(decoder.config._attn_implementation, answer)
-    with masks, last_mlp_at(decoder, read_R):
-        hidden_BTH = decoder(**kwargs, use_cache=False).last_hidden_state
-    hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
+    routed = {} if balance is None else {"output_router_logits": True}
+    last = last_mlp_at(decoder, read_R) if balance is None else contextlib.nullcontext()  # routers read all positions
+    with masks, last:
+        outputs = decoder(**kwargs, **routed, use_cache=False)
+    if balance is not None:
+        is_token_BT = kwargs["attention_mask"] if branch_BT is None else branch_BT >= 0
+        if is_token_BT is None or lengths_P3 is not None:  # one row without padding, but for what fills it up
+            is_token_BT = torch.arange(kwargs["input_ids"].shape[1], device=self.device)[None] < num_tokens
+        balance.read(outputs.router_logits, is_token_BT)
+    hidden_NH = outputs.last_hidden_state.flatten(0, 1)[source_N]
     head, logit_map = self.get_output_embeddings(), self._ropo_logit_map
     # Set while features are read from the same hidden states and logits (`features.FeatureReader`).
     read_head = getattr(self, "_ropo_read_head", response_logps)

@@ -23,6 +23,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "loss/dpo": "DPO loss of the same margins, whatever loss is trained, so comparable; 0.693 at the start.",
         "loss/sft": "−log π of the chosen response per token, nats, before `sft_weight`; only where that is given.",
         "loss/na": "Noise-tolerant part σ(−h): the policy's probability that the label is wrong; 0.5 at the start.",
+        "loss/router": "Load-balancing loss of experts, before `router_aux_loss_coef`; at best the experts to a token.",
         "gradient_weight": "−dℓ/dh: how hard the loss pushes a pair. A robust loss pushes contradicted pairs less.",
     }
 )

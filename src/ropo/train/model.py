@@ -9,6 +9,8 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ropo.logps.load_balance import LoadBalance, coefficient_of
+from ropo.logps.shared_prefix import balance_load
 from ropo.models.fit import check_adapter
 from ropo.models.source import Model, find_model, load_tokenizer
 
@@ -59,3 +61,25 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None, *, seed
         return model
     set_seed(seed)
     return get_peft_model(model, copy.deepcopy(peft_config))  # type: ignore[return-value] # it writes into the settings
+
+
+def load_balance_of(model: nn.Module, coefficient: float | None, *, layout: str) -> LoadBalance | None:
+    """The auxiliary loss of a model's routers, computed from now on; None where nobody asks for it.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        coefficient: As the user gave it, see `coefficient_of`.
+        layout: How the model is read.
+
+    Raises:
+        ValueError: If the model has no such loss, or is read by the plain forward.
+    """
+    asked = coefficient_of(model, coefficient)
+    if not asked:
+        return None
+    if layout == "plain":
+        raise ValueError(
+            f"router_aux_loss_coef {asked:g} needs another forward than the plain one, which this model takes. Set it "
+            "to 0."
+        )
+    return balance_load(model, asked)

@@ -149,6 +149,11 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
         "pairs of a step and their loss stay the same. Default in training: 2048 on a CPU, no limit on a GPU; in "
         "scoring, which never takes more: 4096 and 32768.",
     )
+    router_aux_loss_coef: Annotated[float | None, Rule(low=0)] = option(
+        None,
+        "Weight of the load-balancing loss of a mixture-of-experts model. Default: that of its config.json where "
+        "output_router_logits is true, else 0.",
+    )
     reference_cache_dir: Annotated[str | None, Rule(identifies=False)] = option(
         None, "Where reference log-probs are kept. Default: in the output folder."
     )

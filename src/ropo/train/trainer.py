@@ -53,7 +53,7 @@ from ropo.train.dataset import PairCollator, PairDataset, prepare_dataset
 from ropo.train.failures import check_finite, how_to_save_memory
 from ropo.train.launch import Launch
 from ropo.train.metrics import ByPair, RunningMeans, gathered, of_margins
-from ropo.train.model import make_ready, with_adapter
+from ropo.train.model import load_balance_of, make_ready, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
 from ropo.train.options import TrainOptions, check_kind, instead_of
 from ropo.train.sharding import keep_outputs_in_float32, whole_weights
@@ -93,8 +93,7 @@ class ROPOTrainer(Trainer):
         FloatingPointError: If a loss is not finite; the message names the pairs.
     """
 
-    # Read by `Trainer.training_step`: the loss is already the mean over the pairs of all accumulated batches.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # read by `Trainer.training_step`: it is the mean over all accumulated batches
 
     def __init__(
         self,
@@ -131,7 +130,10 @@ class ROPOTrainer(Trainer):
         self.layout = self._choose_layout(model, sample, is_trained=train_dataset is not None)
         if train_dataset is not None and loss is None:
             warn_about_alpha(args)
-        self.training_objective = Objective(bound_loss, num_annotators=len(sample.annotators), device=args.device)
+        self.training_objective = Objective(
+            bound_loss, num_annotators=len(sample.annotators), device=args.device,
+            balance=load_balance_of(model, args.router_aux_loss_coef, layout=self.layout),
+        )  # fmt: skip
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
         self._evaluated = ByPair(len(self.pairs["eval"]))
@@ -361,7 +363,7 @@ class ROPOTrainer(Trainer):
         pairs = self.pairs["train" if torch.is_grad_enabled() else "eval"]
         check_finite(model, loss, pairs, inputs["position"], step=step)
         self._remember(h, loss, logps, inputs)
-        total = (loss * inputs["weight"]).sum()
+        total = self.training_objective.total(loss, inputs["weight"])
         if num_items_in_batch is None:
             mean = total / len(loss)
         else:
@@ -426,17 +428,15 @@ class ROPOTrainer(Trainer):
     def _remember(self, h: Tensor, loss: Tensor, logps: PairLogps, inputs: Batch) -> None:
         """Add the batch to the running metrics, and keep the margins of pairs that are seen for the first time."""
         h, detached = h.detach().float(), logps.detach()
-        is_training = torch.is_grad_enabled()
-        values = {"logps/chosen": detached.chosen, "logps/rejected": detached.rejected}
-        values |= (
-            self.training_objective.rewards(detached, inputs)
+        values = (
+            {"logps/chosen": detached.chosen, "logps/rejected": detached.rejected}
+            | self.training_objective.rewards(detached, inputs)
             | of_margins(h)
             | self.training_objective.gradient_weight(h)
-            | self.training_objective.sft(detached)
+            | self.training_objective.terms(detached)
         )
-        # Nothing here asks the device for a value, which would make it wait.
-        where = inputs["position"]
-        if is_training:
+        where = inputs["position"]  # nothing here asks the device for a value, which would make it wait
+        if torch.is_grad_enabled():
             self._means.add(values)
             before = self.first_margins[where]
             self.first_margins[where] = torch.where(before.isnan(), h, before)
