@@ -39,7 +39,7 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AuditedDPOTrainer"]
+__all__ = ["AuditedDPOTrainer", "DPOConfig"]
 
 _WEIGHT = "ropo_weight"  # a column of its own: TRL ignores `weight`, and the evaluation set may have one
 _WHOLE_TEXTS = 131_072  # tokens; TRL's `max_length` None cuts nothing

@@ -1,8 +1,10 @@
 """TRL on audited labels: what TRL gives where nothing is filtered, and weights, flips and loss where it is."""
 
+import re
 import sys
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,9 @@ COMMON = {
     "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "beta": 0.1, "max_length": 64, "seed": 7,
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "report_to": "none",
 }  # fmt: skip
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "trl.md"
 
 
 @pytest.fixture
@@ -74,6 +79,21 @@ def test_where_nothing_is_filtered_it_is_trl(accumulation, adapter, model_folder
     assert trainer.audit.folder == tmp_path / "AuditedDPOTrainer" / "audit"
     assert trainer.audit.report.exists()
     assert len(trainer.audit.suspects(5)) <= 5
+
+
+def test_the_script_of_the_page_needs_two_changed_lines(model_folder, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [diff] = re.findall(r"^```diff\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    lines = diff.splitlines()
+    assert [sum(line.startswith(sign) for line in lines) for sign in "-+"] == [2, 2]
+    here = "DPOConfig(max_steps=2, logging_steps=1, use_cpu=True, bf16=False, report_to='none', "
+    for sign in "-+":
+        script = "\n".join(line[1:] for line in lines if line[:1] in (" ", sign) and "load_dataset" not in line)
+        script = script.replace("Qwen/Qwen2.5-0.5B-Instruct", str(model_folder)).replace("DPOConfig(", here)
+        names = {"dataset": rows}
+        exec(compile(script, "page", "exec"), names)
+        assert names["trainer"].state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert names["trainer"].audit.report == Path("model/audit/report.html")
 
 
 def test_what_the_audit_drops_is_absent(model_folder, rows, tmp_path):
