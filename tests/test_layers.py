@@ -21,7 +21,7 @@ ABOVE_THE_BORDER = [
 ]  # fmt: skip
 ORDER = [
     *ABOVE_THE_BORDER, "endpoint", "models", "judge", "sampling", "resample", "train", "audit", "config", "report",
-    "run", "evaluate", "cli", "__main__",
+    "run", "evaluate", "integrations", "cli", "__main__",
 ]  # fmt: skip
 SOURCE, BENCH = (Path(module.__file__).parent for module in (ropo, ropo_bench))
 
