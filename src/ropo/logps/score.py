@@ -19,6 +19,7 @@ from ropo.logps.choose import choose_layout
 from ropo.logps.features import FeatureReader, Features
 from ropo.logps.shared_prefix import FORWARDS, vocabulary_size
 from ropo.pairs import PairLogps
+from ropo.processes import meet
 from ropo.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def score_pairs(
             rows += scored
             progress.advance(len(where))
     model.train(was_training)
+    meet()  # one may have had the longer pairs
     return logps_of_rows(gather_object(rows) if state.num_processes > 1 else rows)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from ropo.audit.scorers import SCORED_FILES
 from ropo.config import ROPOConfig
 from ropo.data.template import date_of, writes_date
 from ropo.models.source import Model
+from ropo.processes import meet, on_main
 from ropo.provenance import (
     DamagedFileError,
     Json,
@@ -189,11 +189,11 @@ def claim(folder: Path, identity: Json) -> None:
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."
             )
-    PartialState().wait_for_everyone()
+    meet()
     if PartialState().is_main_process:
         write_json(path, identity)
         remove_leftovers(folder, lock_file=LOCK_FILE)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 def dated(tokenizer: PreTrainedTokenizerBase, folders: Sequence[Path]) -> str | None:
@@ -207,8 +207,7 @@ def dated(tokenizer: PreTrainedTokenizerBase, folders: Sequence[Path]) -> str | 
     if not writes_date(tokenizer):
         return None
     kept = next(filter(None, map(_kept_date, folders)), None)
-    [date] = broadcast_object_list([date_of(tokenizer, kept)])
-    return date_of(tokenizer, date)
+    return date_of(tokenizer, on_main(lambda: date_of(tokenizer, kept)))
 
 
 def _kept_date(folder: Path) -> str | None:

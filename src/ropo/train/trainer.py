@@ -36,6 +36,7 @@ from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import BoundLoss
 from ropo.pairs import PairLogps
+from ropo.processes import meet
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
 from ropo.train.callbacks import (
     AfterStep,
@@ -279,14 +280,14 @@ class ROPOTrainer(Trainer):
             with saying_if_full(folder):
                 with whole_weights(self._sharding):
                     self.save_model(str(aside))
-                self.accelerator.wait_for_everyone()
+                meet()
                 if self.is_world_process_zero():
                     (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to open
                     put_in_place(aside, folder)
         except DiskFullError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        self.accelerator.wait_for_everyone()
+        meet()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As in `Trainer`; grouped by length, the order of an epoch can be drawn once more.
