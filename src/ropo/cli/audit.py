@@ -11,7 +11,6 @@ from accelerate import PartialState
 
 from ropo.cli.arguments import check_sources, model_of, pairs_of, parse_train, review_of
 from ropo.cli.faults import DONE
-from ropo.cli.launcher import launch
 from ropo.cli.outcome import say_audit
 from ropo.cli.words import typed_as
 from ropo.provenance import typed
@@ -29,8 +28,6 @@ def run(words: Sequence[str]) -> int:
     Returns:
         Exit code.
     """
-    if (code := launch("audit", words)) is not None:
-        return code
     given, args = parse_train(words, command="audit")
     if given.eval_dataset_name is not None:
         logger.warning("An audit keeps no model, so eval_dataset_name does nothing here.")

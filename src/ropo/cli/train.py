@@ -10,7 +10,6 @@ from accelerate import PartialState
 
 from ropo.cli.arguments import check_sources, evaluation_of, model_of, pairs_of, parse_train, review_of
 from ropo.cli.faults import DONE
-from ropo.cli.launcher import launch
 from ropo.cli.outcome import say_training
 from ropo.cli.words import typed_as
 from ropo.provenance import typed
@@ -26,8 +25,6 @@ def run(words: Sequence[str]) -> int:
     Returns:
         Exit code.
     """
-    if (code := launch("train", words)) is not None:
-        return code
     given, args = parse_train(words)
     check_sources(given)
     with typed(typed_as("train", words)):
