@@ -50,7 +50,8 @@ EVERY: Groups = MappingProxyType(
             "resampled_decay", "generation_engine", "generation_url", "generation_model", "generation_api_key_env",
         ),
         "Processes": (
-            "accelerate_config", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
+            "accelerate_config", "num_processes", "num_machines", "machine_rank", "main_process_ip",
+            "main_process_port",
         ),
         "Judge": ("judge", "judge_model", "judge_url", "judge_api_key_env", "judge_on_failure"),
         "Optimizer, checkpoints and log": (
