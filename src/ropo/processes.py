@@ -71,10 +71,11 @@ def on_main(act: Callable[[], Result]) -> Result:
 
 
 @contextmanager
-def ending_together(last: Callable[[], None] = lambda: None) -> Iterator[None]:
+def ending_together(last: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Within it, all processes of the launch end when one of them fails or dies, and say which and why.
 
-    A process that is waiting for it in a collective, where no exception reaches it, is ended from a thread.
+    A process that is waiting for it in a collective, where no exception reaches it, is ended from a thread. May be
+    entered within itself.
 
     Args:
         last: What such a process does before it is ended.
@@ -85,9 +86,12 @@ def ending_together(last: Callable[[], None] = lambda: None) -> Iterator[None]:
     global _watch
     is_alone = not distributed.is_initialized() or distributed.get_world_size() == 1
     if is_alone or _watch is not None or "MASTER_ADDR" not in os.environ:
+        if _watch is not None:
+            _watch.last.append(last)
         yield
         return
-    watch = _watch = _Watch(last)
+    watch = _watch = _Watch()
+    watch.last.append(last)
     try:
         yield
         watch.meet()
@@ -105,15 +109,16 @@ def ending_together(last: Callable[[], None] = lambda: None) -> Iterator[None]:
 class _Watch:
     """The heartbeat of this process, and its eye on the others.
 
-    Args:
+    Attributes:
         last: See `ending_together`.
     """
 
     _number = 0  # of watches in this process: each has keys of its own
 
-    def __init__(self, last: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         state = PartialState()
-        self._rank, self._size, self._last = state.process_index, state.num_processes, last
+        self._rank, self._size = state.process_index, state.num_processes
+        self.last: list[Callable[[], object]] = []
         _Watch._number += 1
         # A launcher may start all processes anew, with the same store.
         self._prefix = f"ropo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_Watch._number}"
@@ -208,7 +213,8 @@ class _Watch:
                 failure = _failure_of("the main process", "its connection is lost")
         if failure and not self._is_over.wait(_GRACE_SECONDS):
             logger.error(failure)
-            self._last()
+            for act in self.last:
+                act()
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             os._exit(1)  # the main thread waits in a collective, for a process that is gone

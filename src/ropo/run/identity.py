@@ -5,11 +5,13 @@ what differs.
 """
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from ropo.audit.scorers import SCORED_FILES
@@ -176,8 +178,9 @@ def claim(folder: Path, identity: Json) -> None:
     """Make the output folder this run's, or make sure that it already is.
 
     Raises:
-        ValueError: If another run is there.
+        ValueError: If another run is there, or processes have read different things.
     """
+    _check_same(identity)
     path = folder / "ropo_config.json"
     if path.exists() and has_trained(folder):
         old = read_json(path, remedy=_IDENTITY_REMEDY)
@@ -194,6 +197,22 @@ def claim(folder: Path, identity: Json) -> None:
         write_json(path, identity)
         remove_leftovers(folder, lock_file=LOCK_FILE)
     meet()
+
+
+def _check_same(identity: Json) -> None:
+    """Refuse processes that read another model or other data than the main one, from a folder of their own.
+
+    Raises:
+        ValueError: In all of them.
+    """
+    main = on_main(lambda: identity)
+    own = [f"process {PartialState().process_index} on {platform.node()}", _differences(main, identity)]
+    if others := [one for one in gather_object([own]) if one[1]]:
+        name, differences = others[0]
+        raise ValueError(
+            f"Every process needs the same model and data; {name} differs from the main one (there):\n{differences}\n"
+            "Name files that all machines share, or give each the same copy."
+        )
 
 
 def dated(tokenizer: PreTrainedTokenizerBase, folders: Sequence[Path]) -> str | None:

@@ -50,7 +50,8 @@ def owning(folder: Path, *, cache: str | None = None) -> Iterator[None]:
     try:
         with ending_together(last=lock.release):
             if rank == 0:
-                made = [path for path in (folder, *folder.parents) if not path.exists()]
+                folders = [folder] if cache is None else [folder, Path(cache)]
+                made = [path for one in folders for path in (one, *one.parents) if not path.exists()]
             refusal = _take(lock, folder) if rank == 0 else None
             if is_distributed:
                 refusal = on_main(lambda: refusal)
