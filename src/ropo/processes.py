@@ -98,8 +98,8 @@ def ending_together(last: Callable[[], object] = lambda: None) -> Iterator[None]
         watch.leave()
     except BaseException as error:
         failure = watch.tell(error)
-        if failure is not None and (isinstance(error, DistError) or type(error) is RuntimeError):
-            raise RunError(failure) from error  # of a collective, which says only that somebody is gone
+        if _is_of_collective(error):
+            raise RunError(failure) from error
         raise
     finally:
         watch.end()
@@ -165,21 +165,22 @@ class _Watch:
             error: Why.
 
         Returns:
-            What the other has said; None if this one is the first.
+            What was said first.
         """
         self.end()
         name = f"process {self._rank} on {platform.node()}"
         why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         own = _failure_of(name, why)
         try:
-            if type(error) is RuntimeError or isinstance(error, DistError):  # most likely since another one is gone
-                self._await(lambda: _failure_in(self._store) is not None)
+            if _is_of_collective(error):
+                own = _failure_of("another process", f"{name} has lost it ({why.splitlines()[0]})")
+                self._await(lambda: bool(_failure_in(self._store)))
             said = self._store.compare_set(_FAILED, "", own).decode()
             self._store.add(_NOTICED, 1)
             self._await(lambda: self._store.add(_NOTICED, 0) >= self._size)  # the store may be gone with this process
         except DistError:
             said = own if self._rank == 0 else _failure_of("the main process", "its connection is lost")
-        return None if said == own else said
+        return said
 
     def end(self) -> None:
         """Look no more."""
@@ -231,6 +232,11 @@ class _Watch:
             host = beat.decode().partition(" ")[2] or "a machine that has never been heard of"
             silence = f"nothing was heard of it for {_SILENT_SECONDS:.0f} seconds, so it was killed or cut off"
             store.compare_set(_FAILED, "", _failure_of(f"process {rank} on {host}", silence))
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    """Whether it says no more than that another process is gone."""
+    return isinstance(error, DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
 def _beat_of(rank: int) -> str:
