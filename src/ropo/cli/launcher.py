@@ -75,12 +75,9 @@ def launch(command: str, words: Sequence[str]) -> int | None:
             "accelerate_config needs a command that starts its own processes; this one was started by `accelerate "
             "launch` or torchrun. Leave it out, or start `ropo` directly."
         )
-    file = _file_of(given.accelerate_config)
-    config = _read(file)
-    if config.distributed_type == "NO":
-        _stay(given, config)
+    arguments = arguments_of(given, command, words)
+    if arguments is None:
         return None
-    arguments = _arguments(given, config, [f"--config_file={file}"], [command, *words])
     os.environ[_LAUNCHED] = "1"
     try:
         return _run(arguments, command)
@@ -121,23 +118,27 @@ def _read(file: Path) -> Any:
         raise ValueError(f"accelerate_config needs a file of `accelerate config`; {file} is none: {sentence}") from None
 
 
-def _stay(given: LaunchArguments, config: Any) -> None:
-    """Take over what a file for one process says: this process is the one."""
-    if (given.num_processes or 1) > 1 or (given.num_machines or 1) > 1:
-        raise ValueError(f"accelerate_config {given.accelerate_config} starts one process; got more. Use ddp or fsdp2.")
-    os.environ["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision or "no"
-    if config.gpu_ids not in (None, "all"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(config.gpu_ids)
-
-
-def _arguments(given: LaunchArguments, config: Any, head: Sequence[str], command: Sequence[str]) -> Namespace:
+def arguments_of(given: LaunchArguments, command: str, words: Sequence[str]) -> Namespace | None:
     """What `accelerate launch` is told.
 
+    Args:
+        given: How the processes are started.
+        command: train or audit.
+        words: What follows it.
+
+    Returns:
+        Its arguments; None for one process, which is this one.
+
     Raises:
-        ValueError: If machines or processes are not numbered.
+        ValueError: If there is no such file, or machines or processes are not numbered.
     """
     from accelerate.commands.launch import launch_command_parser  # noqa: PLC0415 - imports torch
 
+    file = _file_of(str(given.accelerate_config))
+    config = _read(file)
+    if config.distributed_type == "NO":
+        _stay(given, config)
+        return None
     num_machines = given.num_machines or config.num_machines
     lacking = [name for name in ("machine_rank", "main_process_ip") if getattr(given, name) is None]
     if given.num_machines is not None and num_machines > 1 and lacking:
@@ -159,8 +160,20 @@ def _arguments(given: LaunchArguments, config: Any, head: Sequence[str], command
         or max(1, (os.cpu_count() or 1) * num_machines // num_processes),
     }
     chosen = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    arguments: Namespace = launch_command_parser().parse_args([*head, *chosen, "--module", "ropo", *command])
+    arguments: Namespace = launch_command_parser().parse_args(
+        [f"--config_file={file}", *chosen, "--module", "ropo", command, *words]
+    )
     return arguments
+
+
+def _stay(given: LaunchArguments, config: Any) -> None:
+    """Take over what a file for one process says."""
+    if (given.num_processes or 1) > 1 or (given.num_machines or 1) > 1:
+        raise ValueError(f"accelerate_config {given.accelerate_config} starts one process; got more. Use ddp or fsdp2.")
+    if config.mixed_precision not in (None, "no"):
+        os.environ["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
+    if config.gpu_ids not in (None, "all"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(config.gpu_ids)
 
 
 def _num_gpus() -> int:
