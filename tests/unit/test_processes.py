@@ -6,6 +6,7 @@ import platform
 import re
 import signal
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -15,7 +16,11 @@ from accelerate import PartialState
 
 from ropo import processes
 from ropo.processes import ending_together, meet, on_main
-from ropo.provenance import RunError
+from ropo.provenance import RunError, read_json
+from ropo.run import lock
+from ropo.run.identity import claim
+from ropo.run.lock import owning
+from ropo.stages import Stages
 
 HOST = platform.node()
 
@@ -144,3 +149,70 @@ def test_one_is_killed(who, said, monkeypatch):
     kind, sentence = found[1 - who]
     assert kind == "RunError"
     assert re.search(said, sentence)
+
+
+def test_a_stage_may_take_long_in_the_main_process(tmp_path):
+    """And where it fails there, the others know at once."""
+
+    def work(rank):
+        stages = Stages(tmp_path)
+        stages.run("first", 1, ["file"], lambda: (time.sleep(1.5), (tmp_path / "file").touch()) if rank == 0 else None)
+        stages.run("second", 1, ["none"], lambda: _fail("no room") if rank == 0 else None)
+
+    found, _ = in_two(work, limit=1)
+    assert found[0] == ("OSError", "no room")
+    assert found[1] == ("RunError", f"Process 0 on {HOST} has failed, so all processes of this launch end: no room.")
+    assert read_json(tmp_path / "manifest.json").keys() == {"first"}
+
+
+def _fail(why):
+    raise OSError(why)
+
+
+@pytest.mark.parametrize("option", ["output_dir", "reference_cache_dir"])
+def test_a_folder_that_another_process_does_not_see(option, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_VISIBLE_SECONDS", 0.2)
+
+    def work(rank):
+        own = tmp_path / str(rank)
+        folder, cache = (own, None) if option == "output_dir" else (tmp_path / "O", str(own))
+        with owning(folder, cache=cache):
+            pass
+
+    found, _ = in_two(work)
+    for rank in (0, 1):
+        kind, sentence = found[rank]
+        assert kind == "ValueError"
+        assert sentence.startswith(
+            f"{option} needs a folder that every process sees; process 1 on {HOST} does not find in"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_appears_late(tmp_path, monkeypatch):
+    """As on a network file system."""
+    monkeypatch.setattr(lock, "_leave_token", lambda folder: late(folder / ".token.12345678").name)
+
+    def late(path):
+        threading.Timer(0.3, lambda: (path.parent.mkdir(exist_ok=True), path.touch())).start()
+        return path
+
+    def work(rank):
+        with owning(tmp_path / "O"):
+            found = sorted(path.name for path in (tmp_path / "O").iterdir() if path.name != ".token.12345678")
+            meet()
+            return found
+
+    assert in_two(work)[0] == dict.fromkeys((0, 1), ("done", [lock.LOCK_FILE]))
+
+
+def test_processes_that_read_different_data(tmp_path):
+    def work(rank):
+        claim(tmp_path / "O", {"data": "abcdef0123" if rank == 0 else "0123456789"})
+
+    found, _ = in_two(work)
+    for rank in (0, 1):
+        kind, sentence = found[rank]
+        assert kind == "ValueError"
+        assert f"process 1 on {HOST} differs from the main one (there):\n  pairs: content abcdef01 there" in sentence
+    assert not (tmp_path / "O").exists()

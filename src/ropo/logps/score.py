@@ -15,7 +15,7 @@ from torch import nn
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch, Batching, batches_by_length
-from ropo.logps.choose import choose_layout
+from ropo.logps.choose import choose_layout, log_layout
 from ropo.logps.features import FeatureReader, Features
 from ropo.logps.shared_prefix import FORWARDS, vocabulary_size
 from ropo.pairs import PairLogps
@@ -64,7 +64,8 @@ def score_pairs(
     if not tokens:
         return logps_of_rows([])
     state, device = PartialState(), next(model.parameters()).device
-    layout, _ = choose_layout(model, tokens, pad_token_id=batching.pad_token_id, use_bf16=batching.use_bf16)
+    layout, reason = choose_layout(model, tokens, pad_token_id=batching.pad_token_id, use_bf16=batching.use_bf16)
+    log_layout(layout, reason)
     limit = _max_tokens(model, layout, device, batching.max_tokens)
     batches = list(batches_by_length([len(pair) for pair in tokens], max_tokens=limit))
     mine = batches[state.process_index :: state.num_processes]

@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -32,7 +32,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import ropo
 from ropo.logps.batch import Batch, pad_token_id_of
-from ropo.logps.choose import choose_layout
+from ropo.logps.choose import choose_layout, log_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import BoundLoss
 from ropo.pairs import PairLogps
@@ -165,7 +165,7 @@ class ROPOTrainer(Trainer):
             use_bf16=self.options.bf16,
             is_trained=is_trained,
         )
-        _log_once(f"Forward: {layout}, since {reason}.")
+        log_layout(layout, reason)
         return layout
 
     def _own_callbacks(self) -> list[TrainerCallback]:
@@ -438,9 +438,3 @@ class ROPOTrainer(Trainer):
             self.first_margins[where] = torch.where(before.isnan(), h, before)
         else:
             self.eval_margins[where] = h
-
-
-@cache
-def _log_once(sentence: str) -> None:
-    """An audit makes a trainer for each fold."""
-    logger.info(sentence)
