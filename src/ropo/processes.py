@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -153,10 +153,11 @@ class _Watch:
     def leave(self) -> None:
         """End after a success: the main process, which may hold the store, goes last."""
         self.end()
-        if self._rank:
-            self._store.add(_LEFT, 1)
-        else:
-            self._await(lambda: self._store.add(_LEFT, 0) >= self._size - 1)
+        with suppress(DistError):  # all is done
+            if self._rank:
+                self._store.add(_LEFT, 1)
+            else:
+                self._await(lambda: self._store.add(_LEFT, 0) >= self._size - 1, seconds=10 * _GRACE_SECONDS)
 
     def tell(self, error: BaseException) -> str | None:
         """Say that this process has failed, unless another has said so before.
@@ -174,10 +175,11 @@ class _Watch:
         try:
             if _is_of_collective(error):
                 own = _failure_of("another process", f"{name} has lost it ({why.splitlines()[0]})")
-                self._await(lambda: bool(_failure_in(self._store)))
+                self._await(lambda: bool(_failure_in(self._store)), seconds=_GRACE_SECONDS / 2)
             said = self._store.compare_set(_FAILED, "", own).decode()
             self._store.add(_NOTICED, 1)
-            self._await(lambda: self._store.add(_NOTICED, 0) >= self._size)  # the store may be gone with this process
+            # The store may be gone with this process.
+            self._await(lambda: self._store.add(_NOTICED, 0) >= self._size, seconds=_GRACE_SECONDS / 2)
         except DistError:
             said = own if self._rank == 0 else _failure_of("the main process", "its connection is lost")
         return said
@@ -189,9 +191,9 @@ class _Watch:
             self._thread.join(_GRACE_SECONDS)
 
     @staticmethod
-    def _await(is_so: Callable[[], bool]) -> None:
-        """Wait for something, for half of the grace at most."""
-        end = time.monotonic() + _GRACE_SECONDS / 2
+    def _await(is_so: Callable[[], bool], *, seconds: float) -> None:
+        """Wait for something, for so long at most."""
+        end = time.monotonic() + seconds
         while not is_so() and time.monotonic() < end:
             time.sleep(_SHORTEST_WAIT_SECONDS)
 
