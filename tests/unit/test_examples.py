@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from ropo.cli.arguments import parse_train
 from ropo.cli.launcher import CONFIGS, LaunchArguments, arguments_of
@@ -64,6 +65,8 @@ def read(words):
 def test_accelerate_understands_the_configs(name):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert config.mixed_precision == "no"  # the options of the run say which
+    known = vars(launch_command_parser().parse_args(["script"]))
+    assert not [key for key in {**config.fsdp_config, **config.deepspeed_config} if key not in known]
     launched = arguments_of(LaunchArguments(accelerate_config=name, num_processes=1), "train", ["--beta", "0.1"])
     if name == "one_gpu":
         assert launched is None

@@ -65,12 +65,12 @@ def _quick(monkeypatch):
 
 
 def test_whoever_waits_has_the_result_however_long_it_takes():
-    """A collective of this launch would give up after a second."""
+    """A collective of this launch would give up after two seconds."""
 
     def work(rank):
-        return on_main(lambda: time.sleep(2.0) or [rank, "made"])
+        return on_main(lambda: time.sleep(3.0) or [rank, "made"])
 
-    assert in_two(work, limit=1)[0] == dict.fromkeys((0, 1), ("done", [0, "made"]))
+    assert in_two(work, limit=2)[0] == dict.fromkeys((0, 1), ("done", [0, "made"]))
 
 
 def test_one_process_needs_no_other():
@@ -156,10 +156,10 @@ def test_a_stage_may_take_long_in_the_main_process(tmp_path):
 
     def work(rank):
         stages = Stages(tmp_path)
-        stages.run("first", 1, ["file"], lambda: (time.sleep(1.5), (tmp_path / "file").touch()) if rank == 0 else None)
+        stages.run("first", 1, ["file"], lambda: (time.sleep(2.5), (tmp_path / "file").touch()) if rank == 0 else None)
         stages.run("second", 1, ["none"], lambda: _fail("no room") if rank == 0 else None)
 
-    found, _ = in_two(work, limit=1)
+    found, _ = in_two(work, limit=2)
     assert found[0] == ("OSError", "no room")
     assert found[1] == ("RunError", f"Process 0 on {HOST} has failed, so all processes of this launch end: no room.")
     assert read_json(tmp_path / "manifest.json").keys() == {"first"}
