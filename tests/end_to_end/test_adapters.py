@@ -1,8 +1,10 @@
 """Quantized bases, adapters of every kind, runs that start from an adapter: each ends in a folder that PEFT loads."""
 
+import copy
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from ropo.cli.main import main
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
+from ropo.logps import response_head
 from ropo.logps.batch import Batching, pad_token_id_of
 from ropo.logps.score import score_pairs
 from ropo.models.adapters import add_adapter, load_adapter, read_peft_config
@@ -109,6 +112,7 @@ def test_references_of_other_precisions_are_kept_apart(model_folder, pairs, tmp_
     assert len([*(tmp_path / "R").iterdir()]) == 3
 
 
+@pytest.mark.slow
 def test_killed_in_4_bits(model_folder, pairs, tmp_path, monkeypatch):
     steps, step = [], ROPOTrainer.training_step
 
@@ -155,13 +159,12 @@ def test_kinds_of_lora(options, model_folder, pairs, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("begin", [False, "pissa_niter_4", "corda"])
 def test_adapters_that_begin_elsewhere(begin, model_folder, model, tokenizer, pairs, tmp_path):
+    adapter = lora()
+    adapter.init_lora_weights = begin
     with pytest.raises(ValueError, match=f"init_lora_weights .*; got {begin!r}, with which training begins elsewhere"):
-        Model(model_folder, adapter=lora(init_lora_weights=begin))
+        Model(model_folder, adapter=adapter)
     with pytest.raises(ValueError, match="init_lora_weights"):
-        ROPOTrainer(
-            model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer,
-            peft_config=lora(init_lora_weights=begin),
-        )  # fmt: skip
+        ROPOTrainer(model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer, peft_config=adapter)
 
 
 def test_pissa_of_quantized_weights(model_folder):
@@ -308,13 +311,43 @@ def test_settings_that_peft_does_not_take(text, said, tmp_path):
         read_peft_config(path)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_with_tokens_of_its_own(model_folder, tokenizer, pairs, tmp_path):
+    """As a training with a new chat template leaves it: its tokenizer has more tokens than its base."""
+    base, longer = AutoModelForCausalLM.from_pretrained(model_folder), copy.deepcopy(tokenizer)
+    longer.add_tokens(["<|im_start|>"])
+    base.resize_token_embeddings(len(longer), mean_resizing=False)
+    adapted = add_adapter(base, lora(modules_to_save=["embed_tokens", "lm_head"]))
+    for one in (adapted, longer):
+        one.save_pretrained(tmp_path / "sft")
+    asked = [replace(pair, prompt=f"<|im_start|>{pair.prompt}") for pair in pairs]
+    folder = tmp_path / "O"
+    assert_trained(run_rounds(tmp_path / "sft", asked, config(folder)), folder)
+    assert_scores(AutoPeftModelForCausalLM.from_pretrained(folder), folder, asked, longer)
+
+
+def test_files_that_are_quantized(model_folder, tokenizer, pairs, tmp_path):
+    """They are taken where that is asked for, in as many bits."""
+    AutoModelForCausalLM.from_pretrained(model_folder, **loaded_in(4)).save_pretrained(tmp_path / "M")
+    tokenizer.save_pretrained(tmp_path / "M")
+    for options in ({}, loaded_in(8)):
+        with pytest.raises(ValueError, match=r"not quantized; got .*\(bitsandbytes\).*, or add load_in_4bit"):
+            Model(tmp_path / "M", load_options=options).skeleton()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+        found = [Model(folder, load_options=loaded_in(4)) for folder in (tmp_path / "M", model_folder)]
+        first, second = (scored_by(source.load(), pairs, tokenizer) for source in found)
+    assert found[0].skeleton() is not None
+    torch.testing.assert_close(first.chosen, second.chosen)
+
+
 def test_bitsandbytes_is_missing(monkeypatch):
     monkeypatch.setattr("ropo.models.quantized.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"load_in_4bit needs bitsandbytes; got none. pip install 'ropo\[quantized\]'"):
         quantization(num_bits=4)
 
 
-def test_a_quantized_head(model_folder, pairs, tokenizer):
+def test_a_quantized_head(model_folder, pairs, tokenizer, monkeypatch):
     """Its packed weights have another shape than the head; every layout agrees with the plain one all the same."""
     settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["nothing"])
     model = Model(model_folder, load_options={"quantization_config": settings}).load()
@@ -328,6 +361,11 @@ def test_a_quantized_head(model_folder, pairs, tokenizer):
     first = len(tokens[0].prompt)
     wanted = sum(logps[first + i - 1, token] for i, token in enumerate(tokens[0].chosen))
     assert found.chosen[0] == pytest.approx(float(wanted), abs=1e-2)
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(response_head, "LOGITS_BUDGET_BYTES", {"cpu": 4 * 40 * len(tokenizer)})
+    response_head.response_logps(torch.randn(40, 32), torch.zeros(40).long(), model.lm_head)
+    assert len(calls) == 1
 
 
 def test_quantized_layers_stay_as_in_training(model_folder, tokenizer):
@@ -356,7 +394,8 @@ def test_gradient_checkpoints_of_a_quantized_base(num_bits, model_folder, pairs,
     for is_on in (False, True):
         source = Model(model_folder, adapter=lora(), load_options=loaded_in(num_bits))
         folder = tmp_path / str(is_on)
-        run_rounds(source, pairs, config(folder, activation_checkpointing=is_on, max_steps=2))
+        options = {"activation_checkpointing": is_on, "max_steps": 2, "num_folds": 0, "rho": "0"}
+        run_rounds(source, pairs, config(folder, **options))
         found.append(load_file(folder / "adapter_model.safetensors"))
     for name, weight in found[0].items():
         torch.testing.assert_close(found[1][name], weight, rtol=1e-3, atol=1e-5)

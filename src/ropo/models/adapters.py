@@ -23,7 +23,7 @@ from ropo.models.files import check_json, explained, header, some
 from ropo.options import check_choice, read_yaml, short
 from ropo.spelling import did_you_mean
 
-ADAPTER_SETTINGS = "adapter_config.json"
+ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _FILES = ("adapter_*", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*_tokens*.json")
 # What PEFT says of an adapter that it has saved, and a training decides anew.
@@ -73,7 +73,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool, ad
         ValueError: If one is damaged, or tensors are missing or do not fit.
     """
     check_json(str(folder))
-    names = header(folder / "adapter_model.safetensors")
+    names = header(folder / ADAPTER_WEIGHTS)
     with explained("An adapter needs its own model", str(folder), advice), _without_old_name():
         adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(names))
@@ -173,6 +173,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     given = {"task_type": "CAUSAL_LM", **{name: value for name, value in found.items() if name not in _OF_SAVED}}
     name = str(given.pop("peft_type", "LORA"))
     kinds = {str(getattr(one, "value", one)): kind for one, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds.pop("ADALORA", None)  # which wants to be called after each step
     check_choice("peft_type", name, kinds)
     known = [one.name for one in dataclasses.fields(kinds[name])]
     for key in given:

@@ -229,15 +229,30 @@ def read_config(kind: ModelKind, name_or_path: str, load_options: Mapping[str, A
     with explained(kind.place, name_or_path, _CHECK):
         config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, **for_config(load_options))
     kind.check(config, name_or_path)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized and not (load_options or {}).get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        how = getattr(method, "value", method)
+    in_files = _settings(getattr(config, "quantization_config", None))
+    if in_files and not _is_asked(in_files, (load_options or {}).get("quantization_config")):
+        how = getattr(in_files["quant_method"], "value", in_files["quant_method"])
+        bits = "load_in_4bit" if in_files.get("load_in_4bit") else "load_in_8bit"
         raise ValueError(
             f"{kind.noun} needs weights that are not quantized; got {name_or_path!r} ({how}). Name the model that it "
-            "was made from."
+            f"was made from{f', or add {bits}' if how == 'bitsandbytes' else ''}."
         )
     return config
+
+
+def _settings(quantization: Any) -> Json:
+    if quantization is None or isinstance(quantization, dict):
+        return quantization or {}
+    found: Json = quantization.to_dict()
+    return found
+
+
+def _is_asked(in_files: Json, quantization: Any) -> bool:
+    """Whether files that are quantized are what is asked for; `transformers` would take them whatever it is."""
+    asked = _settings(quantization)
+    return bool(asked) and all(
+        in_files.get(name) == asked.get(name, in_files.get(name)) for name in ("quant_method", "load_in_4bit")
+    )
 
 
 def make_skeleton(kind: ModelKind, name_or_path: str, load_options: Mapping[str, Any] | None = None) -> PreTrainedModel:

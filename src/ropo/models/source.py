@@ -29,7 +29,14 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_features, reference_logps
 from ropo.logps.features import Sketch
-from ropo.models.adapters import ADAPTER_SETTINGS, adapter_folder, base_of, check_beginning, load_adapter
+from ropo.models.adapters import (
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
+    adapter_folder,
+    base_of,
+    check_beginning,
+    load_adapter,
+)
 from ropo.models.files import (
     SETTINGS,
     TOKENIZER_SETTINGS,
@@ -37,6 +44,7 @@ from ropo.models.files import (
     check_json,
     explained,
     for_config,
+    header,
     load_whole,
     make_skeleton,
     not_finite,
@@ -260,7 +268,17 @@ class Model:
         name, options = self.base
         if self.is_quantized:  # which cannot be moved
             options = {"device_map": {"": str(PartialState().device)}, **options}
-        return load_whole(POLICY, name, options)
+        return self._with_room(load_whole(POLICY, name, options))
+
+    def _with_room(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The base with rows for tokens that were added when its adapter was trained, as `AutoPeftModel` makes them."""
+        if self.start is not None and _holds_tokenizer(self.start):
+            num_tokens = len(load_tokenizer(str(self.start), self.base[1]))
+            has_rows = any(shape[:1] == [num_tokens] for shape in header(self.start / ADAPTER_WEIGHTS).values())
+            table: Any = model.get_input_embeddings()
+            if has_rows and num_tokens > table.weight.shape[0]:
+                model.resize_token_embeddings(num_tokens, mean_resizing=False)
+        return model
 
     def config(self) -> PretrainedConfig:
         """The configuration of the initial model, as it will be loaded; that of its base if it is an adapter."""
@@ -273,7 +291,7 @@ class Model:
             ValueError: If its files do not hold a whole causal language model, or there is no such attention.
             ImportError: If the attention needs a package that is not installed.
         """
-        return make_skeleton(POLICY, *self.base)
+        return self._with_room(make_skeleton(POLICY, *self.base))
 
     def fingerprint(self) -> str:
         """Name of the initial model's content; see `model_digest`."""
