@@ -67,7 +67,7 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, scored: 
     def make() -> None:
         eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
         trainer = ROPOTrainer(
-            question.model.load(),
+            question.model.load(is_trainable=True),
             args.of_stage(
                 folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size, eval_strategy="no"
             ),

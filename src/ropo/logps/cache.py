@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from torch import nn
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import Batching
 from ropo.logps.features import FeatureReader, Features, Sketch
 from ropo.logps.score import Rows, logps_of_rows, score_pairs
+from ropo.logps.shared_prefix import causal_lm_of
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.processes import meet
 from ropo.provenance import DamagedFileError, hash_tensors, hash_value, write_aside
@@ -40,26 +41,38 @@ _SECONDS_PER_SHARD = 30.0  # at most this much work is lost when a pass is kille
 _KEY_BYTES = 16
 _SCALE = ".scale"  # behind the name of a block
 # Where it was loaded from, by which version, and whether it keeps keys (which a trainer turns off) change no number.
-_NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache")
+_NOT_COMPUTED = (
+    "_name_or_path", "transformers_version", "use_cache", "base_model_name_or_path", "inference_mode", "peft_version",
+    "revision",
+)  # fmt: skip
 
 
-def reference_hash(model: PreTrainedModel, *, use_bf16: bool) -> str:
+def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
     """Name a reference by its weights, its configuration and the precision it is run in.
 
     Args:
-        model: The reference.
+        model: The reference, with or without PEFT.
         use_bf16: Whether it is run under bfloat16 autocast.
 
     Returns:
         16 hexadecimal digits.
     """
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = json.loads(causal_lm_of(model).config.to_json_string(use_diff=False))
     config = {name: value for name, value in config.items() if name not in _NOT_COMPUTED}
-    return hash_value([hash_tensors(model.state_dict()), config, use_bf16])[:16]
+    # How an adapter's weights are scaled stands in its settings alone.
+    adapters = [
+        {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in one.to_dict().items()
+            if key not in _NOT_COMPUTED
+        }
+        for one in getattr(model, "peft_config", {}).values()
+    ]
+    return hash_value([hash_tensors(model.state_dict()), config, use_bf16, *adapters])[:16]
 
 
 def reference_logps(
-    model: PreTrainedModel, tokens: Sequence[TokenizedPair], batching: Batching, *, cache_dir: Path
+    model: nn.Module, tokens: Sequence[TokenizedPair], batching: Batching, *, cache_dir: Path
 ) -> PairLogps:
     """Log-probabilities under the reference, from the cache where it has them.
 
@@ -79,7 +92,7 @@ def reference_logps(
 
 
 def reference_features(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokens: Sequence[TokenizedPair],
     batching: Batching,
     *,
@@ -112,7 +125,7 @@ def reference_features(
 def _fill(
     folder: Path,
     keys: Sequence[bytes],
-    model: PreTrainedModel,
+    model: nn.Module,
     tokens: Sequence[TokenizedPair],
     batching: Batching,
     reader: FeatureReader | None = None,

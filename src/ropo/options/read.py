@@ -176,18 +176,19 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
-def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
+def read_yaml(path: Path, *, as_text: bool = False, option: str = "config") -> dict[str, Any]:
     """Options from a file; an empty one holds none.
 
     Args:
         path: The file.
         as_text: Whether single values stay as they are written, for a conversion that knows the option's type.
+        option: That names the file.
 
     Raises:
         ValueError: If it is not there, or is no YAML file of options.
     """
     if not path.is_file():
-        raise ValueError(f"--config needs a YAML file; {path} is {file_kind(path)}.")
+        raise ValueError(f"--{option} needs a YAML file; {path} is {file_kind(path)}.")
     loader = None
     try:
         loader = _Loader(path.read_text("utf-8-sig"))
@@ -199,13 +200,14 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"--config needs a YAML file; {path}{where}: {error.problem or error.context}.") from None
+        raise ValueError(f"--{option} needs a YAML file; {path}{where}: {error.problem or error.context}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ValueError(f"--config needs a YAML file; {path} is none: {' '.join(str(error).split())}") from None
+        raise ValueError(f"--{option} needs a YAML file; {path} is none: {' '.join(str(error).split())}") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise ValueError(f"--config needs a YAML file of `option: value` lines; {path} holds a {type(found).__name__}.")
+        kind = type(found).__name__
+        raise ValueError(f"--{option} needs a YAML file of `option: value` lines; {path} holds a {kind}.")
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ropo.audit.scorers import SCORED_FILES
 from ropo.config import ROPOConfig
@@ -91,6 +92,8 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _as_json(value: Any) -> Any:
     """What JSON does not know; a set has no order of its own, and another one in every process."""
+    if isinstance(value, QuantizationConfigMixin):
+        return value.to_dict()
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 

@@ -357,13 +357,14 @@ class Round:
 
     def _reach(self, policy: Callable[[], PreTrainedModel] | None) -> Reach:
         """Where an engine finds the model that this round has trained, or the initial one if `policy` is None."""
-        is_adapter, is_initial = self.model.adapter is not None, policy is None
+        is_initial = policy is None
+        adapter = self.model.start if is_initial else self.model_folder if self.model.peft_config is not None else None
         return Reach(
             tokenizer=self.model.tokenizer,
             load=policy or self.model.load,
-            folder=self.model.name_or_path if is_adapter or is_initial else self.model_folder,
-            adapter=self.model_folder if is_adapter and not is_initial else None,
-            load_options=self.model.load_options,
+            folder=self.model.base[0] if is_initial or adapter is not None else self.model_folder,
+            adapter=adapter,
+            load_options=self.model.base[1],
             use_bf16=self.args.bf16,
             url=self.args.generation_url,
             name=self.args.generation_model,

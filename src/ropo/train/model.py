@@ -3,14 +3,13 @@
 In: a model or its name, a tokenizer or none, the settings of an adapter or none. Out: a model and its tokenizer.
 """
 
-import copy
-
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ropo.logps.load_balance import LoadBalance, coefficient_of
 from ropo.logps.shared_prefix import balance_load
+from ropo.models.adapters import add_adapter, check_beginning
 from ropo.models.fit import check_adapter
 from ropo.models.source import Model, find_model, load_tokenizer
 
@@ -28,14 +27,19 @@ def make_ready(
     Raises:
         ValueError: If there is no tokenizer and no place to load it from, or the adapter does not fit.
     """
-    place: str = find_model(model) if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
-        model = Model(place).load()
-    if tokenizer is None and not place:
-        raise ValueError("ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer.")
-    tokenizer = tokenizer or load_tokenizer(place)
+        source = Model(find_model(model), tokenizer=tokenizer, adapter=peft_config)
+        model, tokenizer = source.load(is_trainable=True), source.tokenizer
+    elif tokenizer is None:
+        place = model.config.name_or_path
+        if not place:
+            raise ValueError(
+                "ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer."
+            )
+        tokenizer = load_tokenizer(place)
     turn_dropout_off(model)
     if peft_config is not None:
+        check_beginning(peft_config, is_quantized=getattr(model, "is_quantized", False))
         check_adapter(model, peft_config)
     return model, tokenizer
 
@@ -60,7 +64,7 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None, *, seed
     if peft_config is None:
         return model
     set_seed(seed)
-    return get_peft_model(model, copy.deepcopy(peft_config))  # type: ignore[return-value] # it writes into the settings
+    return add_adapter(model, peft_config)  # type: ignore[return-value] # which hands on what the model has
 
 
 def load_balance_of(model: nn.Module, coefficient: float | None, *, layout: str) -> LoadBalance | None:

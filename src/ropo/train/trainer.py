@@ -113,7 +113,8 @@ class ROPOTrainer(Trainer):
         check_kind(args, TrainOptions, taker="ROPOTrainer")
         check_training(args)
         model, self.tokenizer = make_ready(model, processing_class, peft_config)
-        model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
+        if not getattr(model, "is_quantized", False):  # such a model is where it was loaded
+            model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         bound_loss = loss or args.bound_loss()
         train_dataset, eval_dataset = (
             prepare_dataset(
