@@ -10,12 +10,11 @@ on (K−1)·N pairs in all.
 import numpy as np
 import torch
 from accelerate import PartialState
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from ropo.audit.options import AuditOptions
-from ropo.audit.scorers import Floats, Question, Scores
-from ropo.audit.weights import training_set
+from ropo.audit.scorers import Question, Scores
+from ropo.audit.weights import Floats, training_set
 from ropo.losses import BoundLoss, bind_loss
 from ropo.provenance import write_aside
 from ropo.stages import Stages
@@ -39,10 +38,10 @@ def by_models(question: Question) -> Scores:
     Returns:
         Margins in nats up to the common scale, at the end of training and at each check.
     """
-    data, folds = question.data, question.folds[0]
+    data, folds, sign = question.data, question.folds[0], question.labels.sign
     # What the data says, swapped where a person has said that it is wrong.
-    weights = np.abs(question.sign) * data.weights
-    training, fold_of_training = training_set(data, weights, question.sign < 0), folds[weights > 0]
+    weights = np.abs(sign) * data.weights
+    training, fold_of_training = training_set(data, weights, sign < 0), folds[weights > 0]
     lengths = np.array([len(tokens) for tokens in data.tokens])
     views = np.empty((NUM_CHECKS, len(data)))
     sizes = []
@@ -58,7 +57,7 @@ def by_models(question: Question) -> Scores:
     return Scores(margins=views[-1], length=np.zeros(len(data)), views=views, rows=(row,))
 
 
-def _fold_margins(question: Question, fold: int, training: PairDataset, scored: PairDataset) -> NDArray[np.float64]:
+def _fold_margins(question: Question, fold: int, training: PairDataset, scored: PairDataset) -> Floats:
     """Margins of the pairs of one fold at each check of a model trained on the others, shape (checks, scored)."""
     folder, name, args = question.folder, f"fold_{fold}.safetensors", question.args
 

@@ -8,14 +8,14 @@ truth and no further training.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
-from ropo.noise.clusters import Clusters, PerPair, cluster_weights, mean_of
 from ropo.noise.estimate import MIN_PAIRS, FlipEstimate
+from ropo.noise.shares import Clusters, PerPair, cluster_weights, mean_of
 
 INJECTED_SHARE = 0.1
 """Labels that are flipped at a time for the bins."""
@@ -63,10 +63,6 @@ class Calibration:
     recall_range: tuple[float, float]
     precision_range: tuple[float, float]
     bins: tuple[CalibrationBin, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def calibrate(
@@ -127,8 +123,7 @@ def calibrate(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(NamedTuple):
     """Pairs with one flip rate: their share of all, and the shares called of flipped and of other labels."""
 
     share: float

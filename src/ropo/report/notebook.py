@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ropo.report.clauses import OBSTACLE_NAMES
+from ropo.report.clauses import OBSTACLES
 from ropo.report.wording import NB_SPACE, count, percent, percent_range
 
 Rows = Sequence[tuple[str, str]]
@@ -36,7 +36,7 @@ def _rate(summary: Mapping[str, Any]) -> str:
         return f"{percent(rate['estimate'])} (90 % interval {percent_range(rate['low'], rate['high'])})"
     bound = "" if rate["high"] is None else f", at most {percent(rate['high'])}"
     obstacle = summary["obstacle"]
-    return f"cannot tell ({OBSTACLE_NAMES.get(obstacle, obstacle)}){bound}"
+    return f"cannot tell ({OBSTACLES.get(obstacle, (obstacle,))[0]}){bound}"
 
 
 def as_text(title: str, rows: Rows) -> str:

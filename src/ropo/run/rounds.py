@@ -32,18 +32,15 @@ from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
 from ropo.audit import Audit
-from ropo.audit.result import IN_SAMPLE, RateEstimate
-from ropo.audit.weights import decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
+from ropo.audit.weights import Labels, decide_all, resolve_alpha, resolve_rho, training_set
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import SampledIds, TokenizedPairs, encode_prompts, tokenize_pairs
-from ropo.data.validate import text_id
 from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
 from ropo.models.source import Model, Reference
-from ropo.noise.estimate import estimate_flips
+from ropo.noise.estimate import FlipEstimate, Obstacle, estimate_flips
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import read_json, write_aside, write_json
-from ropo.report.clauses import OBSTACLES
 from ropo.resample.new_pairs import NewPairs, Scored, Scorer, Scoring, resample_pairs
 from ropo.resample.select import SELECTION_RULES, Criteria
 from ropo.run.setup import Decided, Setup
@@ -130,9 +127,9 @@ class Round:
         ]
         return replace(found, decisions=decisions)
 
-    def estimate(self) -> RateEstimate:
+    def estimate(self) -> FlipEstimate:
         """The flip rate that this round has decided by."""
-        return RateEstimate.from_json(read_json(self.folder / "flip_estimate.json"))
+        return FlipEstimate.from_json(read_json(self.folder / "flip_estimate.json"))
 
     def new_pairs(self) -> list[Pair]:
         """Pairs that this round made; none before its resampling or in the last round."""
@@ -229,19 +226,12 @@ class Round:
     def _decide(self) -> None:
         margins, read = self.margins(), self.num_read
         if self.audit is None:
-            found = estimate_flips(margins[:read], clusters=[text_id(pair) for pair in self.data.pairs[:read]])
+            clusters = Labels.of(self.data.pairs[:read]).clusters
             # A model agrees with labels that it has learned, so these margins only rank.
-            estimate = replace(
-                RateEstimate.of(found), is_informative=False, obstacle=IN_SAMPLE, reason=OBSTACLES[IN_SAMPLE]
-            )
-            p_flip = found.p_flip
-            rho = resolve_rho(self.args.fixed_rho, estimate)
+            estimate = replace(estimate_flips(margins[:read], clusters=clusters), obstacle=Obstacle.IN_SAMPLE)
+            p_flip, rho = estimate.p_flip, resolve_rho(self.args.fixed_rho, estimate)
             found_all = decide_all(
-                self.data.select(range(read)),
-                margins[:read],
-                p_flip,
-                rho=rho.value,
-                rule=resolve_rule(self.args.decision_rule, rho),
+                self.data.select(range(read)), margins[:read], p_flip, rho=rho, rule=self.args.decision_rule
             )
             decisions, weights = (values.tolist() for values in found_all)
         else:
@@ -260,7 +250,7 @@ class Round:
             weights=[*weights, *faded.tolist()],
         )
         if PartialState().is_main_process:
-            margins_are = "held-out" if estimate.is_held_out else "in-sample"
+            margins_are = "in-sample" if estimate.obstacle is Obstacle.IN_SAMPLE else "held-out"
             write_json(self.folder / "flip_estimate.json", {**estimate.to_json(), "margins": margins_are})
             write_json(self.folder / "decisions.json", asdict(decided))
 
@@ -396,7 +386,7 @@ def run_all(
     rounds: list[Round] = []
     if audit is None:
         alpha = resolve_alpha(args.fixed_alpha, is_audited=False)
-        sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
+        sign = Labels.of(data.pairs).sign  # verdicts are obeyed whoever judges the rest
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
         alpha, scored, trained_on = audit.judgement.alpha, data, audit.training()
