@@ -1,7 +1,5 @@
 """Held-out margins by linear models on what the reference pass reads of each pair: the scorer of every audit.
 
-In: features of the pairs, folds. Out: margins of every pair, and how much each kind of feature knows.
-
 Nothing is trained and nothing is to be set: held-out likelihood on the data at hand chooses the features and the
 penalty. The lengths of the responses are taken out of the margins unless the user says that length is evidence:
 annotators who like long answers would otherwise be taken for right.
@@ -36,11 +34,8 @@ _STAGE = "linear"
 def by_features(question: Question) -> Scores:
     """Fit linear models on each entry of `BLOCKS`, and take the one that predicts unseen labels best.
 
-    That one is fitted again without the pairs that the first fit contradicts, if it agrees with more unseen
-    labels then, by more than the standard error.
-
-    Returns:
-        Margins in nats up to a scale. The views are those of the entries of `BLOCKS`, on the same scale.
+    That one is fitted again without the pairs that the first fit contradicts, if that helps. Margins are in nats up to
+    a scale, which the views of all entries share.
     """
     inputs = [question.digest, [_STAGE, question.args.length_is_evidence]]
 

@@ -1,10 +1,7 @@
 """Held-out margins by fold models, which were not trained on the pairs that they score: the thorough scorer.
 
-In: pairs, folds, options of training. Out: margins of every pair at several checks, one file per fold.
-
 A model that was trained on a flipped label has learned part of it, so its margins make the flip rate look too low. Here
-a model trained on all folds but one scores that one, at a third, two thirds and the end of its training. K folds train
-on (K−1)·N pairs in all.
+a model trained on all folds but one scores that one, at a third, two thirds and the end of its training.
 """
 
 import numpy as np
@@ -34,9 +31,6 @@ def by_models(question: Question) -> Scores:
     """Train a model for each of `num_folds` folds on the others, from the initial one; the views are its checks.
 
     Folds are brought to one scale (the median size of their margins), since each model has a confidence of its own.
-
-    Returns:
-        Margins in nats up to the common scale, at the end of training and at each check.
     """
     data, folds, sign = question.data, question.folds[0], question.labels.sign
     # What the data says, swapped where a person has said that it is wrong.
@@ -87,10 +81,7 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, scored: 
 
 
 def _loss(args: AuditOptions) -> BoundLoss:
-    """The loss of models whose margins are log-odds of the label, up to one scale: that is what DPO fits.
-
-    Robust losses sharpen margins, which reads as more flips than there are. Losses without a reference keep their own.
-    """
+    """DPO, whose margins are log-odds of the label up to a scale; robust losses sharpen them."""
     if not args.reads_reference:
         return args.bound_loss()
     return bind_loss("dpo", beta=min(args.beta, MAX_BETA), options={})

@@ -1,8 +1,4 @@
-"""The options of an audit.
-
-In: what the user wrote. Out: `AuditOptions`, known to be valid. An audit may train models, so those of a training are
-among them.
-"""
+"""The options of an audit; it may train models, so those of a training are among them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +20,7 @@ SCORERS: Mapping[str, str] = MappingProxyType(
 
 @dataclass
 class AuditOptions(TrainOptions):
-    """How labels are judged, and what follows for pairs whose label is doubtful.
-
-    Raises:
-        ValueError: If an option is unknown, out of range or ignored.
-    """
+    """How labels are judged, and what follows for pairs whose label is doubtful."""
 
     rho: Annotated[str, Rule(may_be_number=True)] = option(
         "auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says."

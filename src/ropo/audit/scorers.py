@@ -1,6 +1,4 @@
-"""What a scorer gets, and what it gives: held-out margins of every pair.
-
-In: pairs, what is known of their labels, folds, and a model to learn with (`Question`). Out: `Scores`.
+"""What a scorer gets (`Question`), and what it gives (`Scores`): held-out margins of every pair.
 
 The one idea: how margins come about is nobody else's business, as long as no label has had a say in its own.
 
@@ -72,7 +70,6 @@ class ScorerRow:
     """How much a scorer knows: one line of the table in the report.
 
     Attributes:
-        name: Of a kind of features, of `models`, or of a baseline.
         agreement: Share of the labels it has not seen that it agrees with; ties count half, copies of a pair once.
         low: Lower end of the 90 % interval.
         high: Upper end.

@@ -1,7 +1,5 @@
 """From what is known about labels to what is trained on: ρ, α, a decision and a weight for every pair.
 
-In: pairs with verdicts, an estimate of the flip rate, margins. Out: weights, and the training set that they make.
-
 The one idea: evidence and consequence are kept apart. What an estimate says is evidence; here stands what follows.
 """
 

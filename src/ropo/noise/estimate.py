@@ -3,16 +3,12 @@
 In: one margin per pair, numpy float64; who labelled it, what a review said, which pairs are copies and what the errors
 may depend on, where that is known. Out: `FlipEstimate`: a rate with an interval, or an upper bound.
 
-The one idea: the likelihood of `likelihood` assumes how fast a model's honest doubts vanish as margins grow. That is
-tested, and where it fails the largest margins still give an upper bound, which needs no model.
+The one idea: `likelihood` assumes how fast a model's honest doubts vanish as margins grow. That is tested, and where it
+fails the largest margins still give an upper bound, which needs no model.
 
-What surprises:
-
-- **The margins must come from a model that was not trained on the pair.** One that has memorised its pairs agrees with
-  flipped labels too; the estimate is then near 0, and nothing in the margins can reveal it.
-- A share of right labels that the model contradicts however sure it is, among margins that are not larger than the
-  others, counts as flips. Trusted pairs can show it: the estimate is then refused.
-- Close to zero the likelihood knows only the product (1−2ε)·T: weak margins are not informative.
+What surprises: margins of a model that was trained on the pair agree with flipped labels too; the estimate is then near
+0, and nothing in the margins can reveal it. A share of right labels that the model contradicts however sure it is
+counts as flips; only trusted pairs can show it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,15 +66,9 @@ class Obstacle(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnotatorRate:
-    """How often one annotator is wrong.
+    """How often one annotator is wrong, with an interval.
 
-    Attributes:
-        name: As the data names them.
-        num_pairs: Labels they gave.
-        rate: Share of their labels that is flipped, in [0, 1], drawn towards the rate of all by `PRIOR_PAIRS` pairs.
-            Above one half their labels mean the opposite.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
+    `rate` is in [0, 1], drawn towards the rate of all by `PRIOR_PAIRS` pairs; above one half labels mean the opposite.
     """
 
     name: str
@@ -93,15 +83,14 @@ class FlipEstimate:
     """How many labels are flipped, how sure that is, and how suspicious each pair is.
 
     Attributes:
-        rate: ε, the share of flipped labels with the highest likelihood, in [0, 0.5]: of the labels as the data has
-            them, reviewed ones counted as well, trusted pairs not. Do not act on it unless `is_informative`.
+        rate: ε, the share of flipped labels with the highest likelihood, in [0, 0.5]: of the labels of the data,
+            reviewed ones counted as well, trusted pairs not. Do not act on it unless `is_informative`.
         low: Lower end of the interval; 0 where the estimate is not informative.
-        high: Upper end of the interval; where the estimate is not informative an upper bound of the rate, which holds
-            with probability (1 + level)/2 if flips do not depend on the margin's size.
+        high: Upper end; where the estimate is not informative an upper bound of the rate, which holds with probability
+            (1 + level)/2 if flips do not depend on the margin's size.
         level: Nominal coverage of the interval.
-        scale: T, by which margins are multiplied to become log-odds, near 0; below 1 for an overconfident model.
-            0 when nothing fits better than coin flips; never above 300 / (median size of a margin), which is reached
-            when only the signs of the margins matter.
+        scale: T, by which margins are multiplied to become log-odds, near 0; below 1 for an overconfident model, 0 when
+            nothing fits better than coin flips; at most 300 / (median size of a margin): only signs matter.
         link: How log-odds grow with the margin, the form that fits best.
         obstacle: Why the rate cannot be told; None if it can.
         num_pairs: Number of margins.
@@ -187,20 +176,15 @@ def estimate_flips(
     which is right for calibrated margins only; the scale makes it right for over- and underconfident ones as well.
 
     Args:
-        margins: Held-out margin h of each pair as it is labelled, in any unit: multiplying all by a constant changes
-            only `scale`.
+        margins: Held-out margin h of each pair as it is labelled, in any unit, shape (pairs,).
         level: Nominal coverage of the interval, in (0, 1).
         annotators: Who labelled each pair; None where unknown. They get rates of their own, which `p_flip` uses.
         is_trusted: Which pairs are no part of the data, with labels that are known to be right, shape (pairs,), bool.
-            They show how often the model contradicts right labels.
         reviews: Of each label of the data, +1 if it was reviewed and is right, −1 if wrong, else 0. Which ones are
             reviewed may depend on the margins, as when the most contradicted come first.
         clusters: A name for each pair, the same for copies of one pair, which weigh 1 in all.
         covariate: What the model's errors may depend on, shape (pairs,), such as the log of the number of response
             tokens. Only its order matters.
-
-    Returns:
-        The estimate. It may say "at most": ask `is_informative` first.
 
     Raises:
         ValueError: If a margin (the positions are named) or the covariate is not finite, `level` is outside (0, 1), the
@@ -318,8 +302,6 @@ def _p_fit(margins: PerPair, weights: PerPair, covariate: PerPair | None, fit: F
     ::
 
         χ² = Σ over bins (observed − expected)² / variance,   bins − 2 degrees of freedom: rate and scale are fitted
-
-    Errors that depend on the covariate at the same |h| are seen.
     """
     p_right = fit.p_right(np.abs(margins))
     p_against = 1.0 - p_right - fit.rate * (1.0 - 2.0 * p_right)
@@ -354,8 +336,6 @@ def _bound(margins: PerPair, weights: PerPair, level: float) -> float:
     so ε is at most the least of the upper confidence limits (Clopper-Pearson) over nested sets of the largest margins,
     each at (1−level)/2 / `NUM_SETS`. It holds for any q if flips depend neither on |h| nor on whether the model is
     right. Where q comes to 1 these pairs are the anchor points of Liu & Tao (2016), see also Scott (2015).
-
-    A margin of 0 contradicts half, equal sizes share a set.
     """
     order = np.argsort(-np.abs(margins))
     sizes, counts = -np.abs(margins)[order], weights[order].cumsum()

@@ -114,9 +114,7 @@ def allowed_links(margins: PerPair, weights: PerPair, level: float) -> list[Link
     """The links that the sizes of the margins allow; none if they allow tails that are too heavy.
 
     If right labels have margins μ + s·(error), the sizes follow the folded law f(x−μ) + f(x+μ) whatever the flip rate.
-    Log-odds are linear in h for normal errors; for Student errors they rise to a peak and fall again, so large margins
-    are errors as well. A ν is allowed if its best μ and s come within χ²₁(level)/2 of the best of all ν; so is every
-    lighter tail.
+    A ν is allowed if its best μ and s come within χ²₁(level)/2 of the best of all ν; so is every lighter tail.
     """
     unit = _unit(margins)
     sizes, counts = _binned(np.abs(margins[margins != 0]) / unit, weights[margins != 0])

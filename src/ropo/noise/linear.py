@@ -3,10 +3,9 @@
 In: features of the pairs, each chosen minus rejected, and folds. Out: `HeldOut`.
 
 The one idea: to first order around the reference, the margin of a fine-tuned model is linear in its parameters, so DPO
-is logistic regression on the gradient of each pair. What takes one training per fold then takes one matrix product per
-step: in the eigenbasis of the features every penalty is diagonal, and a fold is a column of weights in which its own
-pairs weigh nothing. So even the nested comparison of two trainings, in which the suspects of a fold are found without
-that fold, takes seconds.
+is logistic regression on the gradient of each pair. In the eigenbasis of the features every penalty is diagonal, and a
+fold is a column of weights in which its own pairs weigh nothing: what takes one training per fold takes one matrix
+product per step, and even the nested comparison of two trainings takes seconds.
 
 Shapes: a problem is one fit, a column. Pairs are dealt into folds several times; columns go deal by deal.
 """
@@ -58,12 +57,7 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Whether models are better without the pairs that other models contradict, by labels that neither has seen.
-
-    Attributes:
-        gain: By how much more of these labels they agree with, in [−1, 1].
-        error: Its standard error.
-    """
+    """By how much more unseen labels models agree with that were fitted without suspects, and its standard error."""
 
     gain: float
     error: float
@@ -81,12 +75,10 @@ class LinearModels:
 
         minimise over v    −Σ w·log σ(v·f) + λ/2·|v|²
 
-    Every label says "chosen is better" and features change their sign with the order of the responses, so there is no
-    intercept.
-
-    Covariates compete with the features for what they share, and win: features are regressed on them, and what is left
-    is fitted beside them (Frisch & Waugh 1933). So `margins` holds nothing that follows the covariates, as in
-    length-controlled win rates (arXiv:2404.04475).
+    Features change their sign with the order of the responses, so there is no intercept. Covariates compete with the
+    features for what they share, and win: features are regressed on them, and what is left is fitted beside them
+    (Frisch & Waugh 1933). So `margins` holds nothing that follows them, as in length-controlled win rates
+    (arXiv:2404.04475).
 
     Args:
         features: Chosen minus rejected, of each pair, in any unit.
@@ -133,8 +125,8 @@ class LinearModels:
         """Leave out what held-out margins contradict, fit again, and compare by labels that neither fit has seen.
 
         This is ROPO's alternation of filtering and training (arXiv:2404.04102, section 3) on linear models, nested:
-        which pairs are left out of the fit that scores a fold is found without that fold. So no label has a say in its
-        own margin, and where all labels are right there is nothing to gain.
+        which pairs are left out of the fit that scores a fold is found without that fold, so where all labels are right
+        nothing is gained.
 
         Args:
             before: The fits with all pairs; of three folds or more.

@@ -147,7 +147,7 @@ def test_on_right_labels_there_is_nothing_to_gain():
     for seed in range(10):
         folds = deal(200, seed=seed)
         models = LinearModels(known_truth(200, 100, seed=seed), folds)
-        refit, tried = models.without_suspects(models.held_out(strengths=(STRENGTH,)))
+        _, tried = models.without_suspects(models.held_out(strengths=(STRENGTH,)))
         gains.append(tried.gain)
         assert tried.gain <= tried.error
     assert np.mean(gains) <= 0
