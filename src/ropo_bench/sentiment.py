@@ -196,9 +196,6 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     It adds no special tokens by itself. A prompt that ends with a space and a response may be tokenised apart and
     joined, and decoding gives back the words of any response that the model can write.
 
-    Args:
-        texts: What the model is to learn.
-
     Returns:
         A tokenizer with `<pad>`, `<eos>` and `<unk>` as tokens 0 to 2.
     """
@@ -214,15 +211,7 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
-    """Make a small Llama with random weights: 0.7 million parameters with 3,000 words.
-
-    Args:
-        tokenizer: Gives the size of the vocabulary and the special tokens.
-        seed: Same seed, same weights; the global random state is left as it was.
-
-    Returns:
-        The model in float32 on the CPU, with a generation config that samples at temperature 1.
-    """
+    """Make a small Llama with random weights: 0.7 million parameters with 3,000 words."""
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),

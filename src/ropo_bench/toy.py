@@ -186,9 +186,6 @@ def make_tokenizer(*, grammar: Grammar = REVIEWS) -> PreTrainedTokenizerFast:
     It adds no special tokens by itself, so a prompt and a response may be tokenised apart and joined; decoding gives
     the text back.
 
-    Args:
-        grammar: Whose words it knows.
-
     Returns:
         A tokenizer with `<pad>`, `<bos>`, `<eos>` and `<unk>` as tokens 0 to 3.
     """
@@ -207,10 +204,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaFor
 
     Two layers and tied embeddings with a wide initialisation: copying the topic from the prompt, the one thing that a
     response must not get wrong, is then learned from few texts.
-
-    Args:
-        tokenizer: Gives the size of the vocabulary, the special tokens and the longest input.
-        seed: Same seed, same weights; the global random state is left as it was.
 
     Returns:
         The model in float32 on the CPU, with a generation config that samples at temperature 1.
@@ -314,13 +307,6 @@ def save_toy(
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> float:
     """Make, pre-train and save the tiny language model as a Hugging Face folder, with tokenizer and generation config.
-
-    Args:
-        path: Folder to write.
-        num_texts: Texts to pre-train on.
-        seed: Of the weights and of the texts.
-        grammar: The grammar to learn.
-        on_step: Called after each step, as in `pretrain`.
 
     Returns:
         Held-out loss in nats per response token.

@@ -41,11 +41,7 @@ class Batching:
 
 
 def pad_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows: the end of a text where the tokenizer has no padding token of its own.
-
-    Args:
-        tokenizer: With at least one of the two; 0 where it has neither.
-    """
+    """The token that fills rows: the end of a text where the tokenizer has no padding token of its own."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(number) for number in ids if number is not None), 0)
 

@@ -15,11 +15,7 @@ Rows = Sequence[tuple[str, str]]
 
 
 def summary_rows(summary: Mapping[str, Any]) -> Rows:
-    """What a reader wants to know first of a run or an audit.
-
-    Args:
-        summary: What `summary.json` holds.
-    """
+    """What a reader wants to know first of a run or an audit."""
     names = ("kept", "dropped", "flipped", *(("resampled",) if summary["num_resampled"] else ()))
     done = ", ".join(f"{count(summary[f'num_{name}'])} {name}" for name in names)
     rows = [("flipped labels", _rate(summary)), ("pairs", f"{count(summary['num_pairs'])} ({done})")]
@@ -42,10 +38,6 @@ def _rate(summary: Mapping[str, Any]) -> str:
 def as_text(title: str, rows: Rows) -> str:
     """Title and rows as lines.
 
-    Args:
-        title: The first line.
-        rows: Names and values.
-
     Examples:
         >>> print(as_text("Result", [("pairs", "20")]))
         Result
@@ -56,10 +48,6 @@ def as_text(title: str, rows: Rows) -> str:
 
 def as_html(title: str, rows: Rows) -> str:
     """The same as a table, escaped.
-
-    Args:
-        title: Its caption.
-        rows: Names and values.
 
     Examples:
         >>> as_html("<b>", [("pairs", "20")])
