@@ -27,14 +27,7 @@ def parser() -> SentenceParser:
 
 
 def run(words: Sequence[str]) -> int:
-    """Measure every cell of the grid that has no row.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Measure every cell of the grid that has no row."""
     given = parser().read(words)
     for name in ("config", "output_dir"):
         if getattr(given, name) is None:

@@ -29,14 +29,7 @@ def parser() -> SentenceParser:
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the demo.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Run the demo."""
     given = parser().read(words)
     if not 0 <= given.flip_rate < 0.5:
         raise ValueError(f"flip_rate needs a number in [0, 0.5); got {given.flip_rate}.")

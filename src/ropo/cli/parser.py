@@ -12,24 +12,14 @@ from ropo.cli.words import name_of_option, refuse_unknown
 
 
 class SentenceParser(argparse.ArgumentParser):
-    """`argparse` without abbreviations and without a help page; those are files.
-
-    Args:
-        command: The command whose options it reads.
-    """
+    """`argparse` without abbreviations and without a help page; those are files."""
 
     def __init__(self, command: str, **options: Any) -> None:
         self.command = command
         super().__init__(prog=f"ropo {command}", allow_abbrev=False, add_help=False, **options)
 
     def add(self, name: str, *others: str, **how: Any) -> None:
-        """Add an option, which may be spelled with hyphens, too.
-
-        Args:
-            name: The option, with underscores.
-            *others: Other names of it.
-            **how: As for `add_argument`.
-        """
+        """Add an option, which may be spelled with hyphens, too."""
         spellings = dict.fromkeys((name, name.replace("_", "-"), *others))
         self.add_argument(*(f"--{spelling}" for spelling in spellings), **how)
 
@@ -52,11 +42,7 @@ class SentenceParser(argparse.ArgumentParser):
         return [*{action.dest: action for action in reversed(self._actions)}.values()][::-1]
 
     def error(self, message: str) -> NoReturn:
-        """Raise a sentence about the option.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise a sentence about the option."""
         found = re.fullmatch(
             r"argument --(\w+)\S*: (?:invalid (\w+) value|Truthy value expected): (.*)", message, re.DOTALL
         )

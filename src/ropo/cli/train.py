@@ -17,14 +17,7 @@ from ropo.run.align import run_rounds
 
 
 def run(words: Sequence[str]) -> int:
-    """Align a model.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Align a model."""
     given, args = parse_train(words)
     check_sources(given)
     with typed(typed_as("train", words)):
