@@ -1,7 +1,11 @@
 """What every test shares: shapes checked as they run, fixed seeds, and a tiny model built in code."""
 
 import gc
+import http.server
+import json
 import os
+import ssl
+import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is marked so and turns this off
 # Sums in one order, since some tests compare exactly; also in fixtures of a module and in commands that a test starts.
@@ -17,6 +21,7 @@ install_import_hook(
 )
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -97,6 +102,74 @@ def model_folder(model, tokenizer, tmp_path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Request(NamedTuple):
+    """What a server was sent."""
+
+    path: str
+    headers: dict[str, str]
+    body: Any
+
+
+class Server:
+    """A server on this machine that notes what it is posted and answers by `answer(request)`.
+
+    An answer is (status, content) or (status, content, headers), with content of bytes or text or a value that becomes
+    JSON, or a function that writes to the open connection.
+    """
+
+    def __init__(self, answer, certificate):
+        self.answer, self.requests = answer, []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(Request(self.path, dict(self.headers), body))
+                answer = outer.answer(outer.requests[-1])
+                if callable(answer):
+                    answer(self)
+                    return
+                status, content, headers = (*answer, {})[:3]
+                if not isinstance(content, bytes):
+                    content = (content if isinstance(content, str) else json.dumps(content)).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self.url = self.url.replace("http://127.0.0.1", "https://localhost")
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def serve():
+    """Starts servers that end with the test."""
+    servers = []
+
+    def start(answer, certificate=None):
+        servers.append(Server(answer, certificate))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(scope="session")
