@@ -199,7 +199,9 @@ def make_tokenizer(*, grammar: Grammar = REVIEWS) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, initializer_range: float = 0.08, max_new_tokens: int = 64
+) -> LlamaForCausalLM:
     """Make a small Llama with random weights.
 
     Two layers and tied embeddings with a wide initialisation: copying the topic from the prompt, the one thing that a
@@ -216,14 +218,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaFor
         num_hidden_layers=2,
         num_attention_heads=4,
         tie_word_embeddings=True,
-        initializer_range=0.08,
+        initializer_range=initializer_range,
         max_position_embeddings=tokenizer.model_max_length,
         **special,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=64, **special)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=max_new_tokens, **special
+    )
     return model
 
 

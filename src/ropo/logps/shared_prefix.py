@@ -43,30 +43,26 @@ def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
     Returns:
         Log-probabilities in float32 with token counts; carries gradients when they are enabled.
     """
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["input_ids"]),
         position_ids=batch["position_ids"],
         attention_mask=torch.ones_like(batch["input_ids"]),
         response_branch=batch["branch"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]))
 
 
 def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
     """The same with all pairs in one row (`packed_batch`), for models with `tree_attention.NAME`: nothing is padded."""
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["lengths"]),
         position_ids=batch["position_ids"],
         attention_mask=torch.ones_like(batch["input_ids"]),
         response_lengths=batch["lengths"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]))
 
 
 def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
@@ -74,16 +70,14 @@ def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
 
     For flash-attention, which takes no mask but where each sequence begins; of `padding_free_batch`.
     """
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["lengths"]) // 2,
         position_ids=batch["position_ids"],
         attention_mask=None,
         response_sequences=batch["lengths"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]) // 2)
 
 
 def plain_rows_logps(model: nn.Module, batch: Batch) -> PairLogps:
@@ -91,14 +85,17 @@ def plain_rows_logps(model: nn.Module, batch: Batch) -> PairLogps:
 
     For models whose layers carry a state along the row, or whose attention takes no tree; of `plain_batch`.
     """
+    num_pairs = len(batch["input_ids"]) // 2
+    return _by_response(model, batch, num_pairs=num_pairs, attention_mask=batch["attention_mask"])
+
+
+def _by_response(model: nn.Module, batch: Batch, *, num_pairs: int, **layout: Tensor | None) -> PairLogps:
     logps_N = model(
         input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
+        **{f"response_{name}": batch[name] for name in ("source", "read", "target")},
+        **layout,
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]) // 2)
+    return sum_by_response(logps_N, batch["response"], num_pairs=num_pairs)
 
 
 def enable_response_logps(model: nn.Module, logit_map: LogitMap | None = None) -> None:

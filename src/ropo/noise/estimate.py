@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int, Shaped
 from scipy.special import xlog1py, xlogy
 from scipy.stats import beta, chi2
 
-from ropo.noise.likelihood import STEEP, Fit, Link, ProfileLikelihood, Sample, allowed_links, log_label
+from ropo.noise.likelihood import STEEP, Fit, Labelled, Link, ProfileLikelihood, allowed_links, log_label
 from ropo.noise.shares import Clusters, PerPair, cluster_weights
 
 MIN_PAIRS = 50
@@ -203,7 +203,7 @@ def estimate_flips(
     signs = np.zeros(num_pairs) if reviews is None else np.asarray(reviews)
     per_pair = {"is_trusted": trusted, "reviews": signs, "annotators": annotators, "clusters": clusters}
     _check(num_pairs, level, trusted, {**per_pair, "covariate": covariate})
-    sample = Sample(
+    sample = Labelled(
         margins=margins,
         weights=cluster_weights(clusters, num_pairs),
         is_trusted=trusted,
@@ -237,7 +237,7 @@ def _check(num_pairs: int, level: float, is_trusted: IsPair, per_pair: Mapping[s
         )
 
 
-def _estimate_all(sample: Sample, covariate: np.ndarray | None, level: float) -> tuple[FlipEstimate, list[Fit]]:
+def _estimate_all(sample: Labelled, covariate: np.ndarray | None, level: float) -> tuple[FlipEstimate, list[Fit]]:
     """The estimate with one rate for all annotators, and the likeliest fits at this rate and at the interval's ends."""
     # The profile likelihood's interval, all ε whose best T comes within χ²₁(level)/2 of the maximum: of the best link,
     # together with those of all links whose maximum comes as near to that of the best. `STEEP` widens it only.
@@ -348,7 +348,7 @@ def _bound(margins: PerPair, weights: PerPair, level: float) -> float:
 
 
 def _annotator_rates(
-    names: Shaped[np.ndarray, " pairs"], sample: Sample, fits: Sequence[Fit], level: float
+    names: Shaped[np.ndarray, " pairs"], sample: Labelled, fits: Sequence[Fit], level: float
 ) -> list[AnnotatorRate]:
     """The rate of each annotator, the worst first; none if fewer than two are named."""
     # The fits are the best one, then those at the ends of the interval of all: the scale is not known better than the

@@ -75,7 +75,7 @@ STEEP = Link(power=2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sample:
+class Labelled:
     """Margins, and what is known of their labels; each of shape (pairs,).
 
     Attributes:
@@ -162,7 +162,7 @@ class ProfileLikelihood:
     and makes the cost almost independent of the number of pairs.
     """
 
-    def __init__(self, link: Link, sample: Sample) -> None:
+    def __init__(self, link: Link, sample: Labelled) -> None:
         margins = np.where(sample.reviews < 0, -sample.margins, sample.margins)
         weights, is_known = sample.weights, sample.is_known
         self.link, self._unit = link, _unit(margins[~sample.is_trusted])

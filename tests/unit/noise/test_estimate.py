@@ -7,7 +7,7 @@ from scipy.special import expit
 from scipy.stats import beta, chi2, t
 
 from ropo.noise.estimate import FlipEstimate, Obstacle, _bound, estimate_flips
-from ropo.noise.likelihood import Link, ProfileLikelihood, Sample
+from ropo.noise.likelihood import Labelled, Link, ProfileLikelihood
 
 
 def flipped_margins(num_pairs, rate, seed=0):
@@ -19,7 +19,7 @@ def flipped_margins(num_pairs, rate, seed=0):
 def logistic(margins):
     """The profile of one link, without those that widen the interval."""
     ones = np.ones(len(margins))
-    sample = Sample(margins=margins, weights=ones, is_trusted=ones == 0, reviews=0 * ones)
+    sample = Labelled(margins=margins, weights=ones, is_trusted=ones == 0, reviews=0 * ones)
     return ProfileLikelihood(Link(), sample)
 
 
