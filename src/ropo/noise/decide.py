@@ -37,7 +37,7 @@ class Decisions:
     weight: PerPair
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RuleSpec:
     """A decision rule.
 
@@ -170,26 +170,20 @@ def _kept(weight: PerPair) -> Decisions:
 RULES: Mapping[str, RuleSpec] = MappingProxyType(
     {
         "lowest_loss": RuleSpec(
-            fn=lowest_loss,
-            meaning="Drop the ⌊ρN⌋ pairs with the largest loss.",
-            total_weight="N_ρ",
-            source="ROPO, arXiv:2404.04102",
+            lowest_loss, "Drop the ⌊ρN⌋ pairs with the largest loss.", "N_ρ", "ROPO, arXiv:2404.04102"
         ),
         "posterior": RuleSpec(
-            fn=posterior,
-            meaning="Drop nothing, but weigh each pair by the probability that its label is right.",
-            total_weight="N_ρ",
+            posterior, "Drop nothing, but weigh each pair by the probability that its label is right.", "N_ρ"
         ),
         "threshold": RuleSpec(
-            fn=threshold,
-            meaning=f"Drop pairs with a P(flipped) above {DROP_ABOVE}, at most ⌊ρN⌋ of them.",
-            total_weight="N_ρ or more: what the threshold spares stays",
+            threshold,
+            f"Drop pairs with P(flipped) above {DROP_ABOVE}, at most ⌊ρN⌋ of them.",
+            "N_ρ or more: what the threshold spares stays",
         ),
         "relabel": RuleSpec(
-            fn=relabel,
-            meaning=f"Of the ⌊ρN⌋ pairs with the largest loss, flip those with a P(flipped) above {FLIP_ABOVE} and "
-            "drop the others.",
-            total_weight="N_ρ plus the number of flipped pairs",
+            relabel,
+            f"Of the ⌊ρN⌋ pairs with the largest loss, flip those with P(flipped) above {FLIP_ABOVE}, drop the rest.",
+            "N_ρ plus the number of flipped pairs",
         ),
     }
 )

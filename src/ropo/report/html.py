@@ -69,7 +69,8 @@ def render_html(tables: Table) -> str:
     """The report as one self-contained page."""
     script = _source("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _environment(is_html=True).get_template("report.html.jinja").render(
+    template = _environment(is_html=True).get_template("report.html.jinja")
+    return template.render(
         tables,
         figures={name: Markup(svg) for name, svg in figures(tables).items()},
         style=Markup(_source("report.css")),
