@@ -46,11 +46,7 @@ class _Made:
 
 
 class Stages:
-    """The stages of one folder.
-
-    Args:
-        folder: Where the stages write; made when it is missing.
-    """
+    """The stages of one folder."""
 
     _made_here: ClassVar[set[tuple[Path, str, str]]] = set()  # by this process, which does not log them again
 

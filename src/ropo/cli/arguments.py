@@ -76,23 +76,12 @@ class DataclassParser(SentenceParser, HfArgumentParser):
 
 
 def training_parser(command: str) -> DataclassParser:
-    """The options of `ropo train` and `ropo audit`; the names of recipes are not among them.
-
-    Args:
-        command: Which of the two.
-    """
+    """The options of `ropo train` and `ropo audit`; the names of recipes are not among them."""
     return DataclassParser(command, dataclass_types=_KINDS)
 
 
 def parse_train(words: Sequence[str], *, command: str = "train") -> tuple[TrainArguments, ROPOConfig]:
     """Read the options of `ropo train` or `ropo audit`: a YAML file gives defaults, the command line wins.
-
-    Args:
-        words: What follows `ropo train`.
-        command: Which of the two, for messages.
-
-    Returns:
-        Model and data, and the configuration.
 
     Raises:
         ValueError: If an option is unknown, missing or out of range.
@@ -127,14 +116,6 @@ def _check(given: TrainArguments) -> None:
 
 def parse_options(kind: type[Options], words: Sequence[str], *, command: str) -> Options:
     """Read the options of a command that one dataclass describes.
-
-    Args:
-        kind: The dataclass; it checks itself.
-        words: What follows the command.
-        command: The command, for messages.
-
-    Returns:
-        The options.
 
     Raises:
         ValueError: If an option is unknown, missing or out of range.
@@ -180,9 +161,6 @@ def review_of(given: TrainArguments) -> ReviewInputs:
 
 def check_sources(given: TrainArguments) -> None:
     """Refuse a misspelt path before anything is read or asked of the hub.
-
-    Args:
-        given: Model and data.
 
     Raises:
         FileNotFoundError: If something looks like a path and nothing is there.

@@ -21,14 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(words: Sequence[str]) -> int:
-    """Audit a dataset.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Audit a dataset."""
     given, args = parse_train(words, command="audit")
     if given.eval_dataset_name is not None:
         logger.warning("An audit keeps no model, so eval_dataset_name does nothing here.")

@@ -19,14 +19,7 @@ from ropo.run.outputs import publish_merged
 
 
 def run(words: Sequence[str]) -> int:
-    """Align a model.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Align a model."""
     given, args = parse_train(words)
     with ending_together(), typed(typed_as("train", words)):
         check_sources(given)

@@ -39,9 +39,6 @@ def parser() -> SentenceParser:
 def run(words: Sequence[str]) -> int:
     """List the problems.
 
-    Args:
-        words: What follows the command.
-
     Returns:
         Exit code; that of data that is not acceptable if a problem must be fixed.
     """

@@ -63,12 +63,6 @@ class Exported:
 def export_answers(args: ExportArguments) -> Exported:
     """Answer all questions; rerun the same call to resume it.
 
-    Args:
-        args: Options.
-
-    Returns:
-        The file that was written, and counts.
-
     Raises:
         FileNotFoundError: If the questions are not there.
         DataError: If a row is no question of this benchmark.

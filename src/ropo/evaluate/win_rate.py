@@ -113,9 +113,6 @@ class WinRate:
     def load(cls, folder: str | Path) -> "WinRate":
         """What `run_win_rate` has written.
 
-        Args:
-            folder: Its output folder.
-
         Raises:
             FileNotFoundError: If there is no result.
             DamagedFileError: If it is damaged.
@@ -250,11 +247,6 @@ def _pair(instruction: str, output: str, baseline: str, row: int, *, plain_text:
 def win_rate(comparisons: Sequence[Comparison], *, outputs: str = "outputs", baseline: str = "baseline") -> WinRate:
     """The win rate, and what it may hide.
 
-    Args:
-        comparisons: At least one.
-        outputs: Name of the model.
-        baseline: Name of the other one.
-
     Returns:
         Rates with 90 % intervals (Wilson's; ties make it a little wider than need be).
 
@@ -295,9 +287,6 @@ def run_win_rate(args: WinRateArguments) -> WinRate:
     """Compare two files of outputs, and write `win_rate.json` and `comparisons.jsonl`.
 
     What the judge answers is kept in the same folder, so the same call asks only for what it has not said.
-
-    Args:
-        args: Options.
 
     Returns:
         The win rate; `win_rate.json` holds it with the judge and the hashes of both files.

@@ -242,14 +242,7 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 class _ShardWriter:
-    """Collects finished rows and writes them as new shards every now and then.
-
-    Args:
-        folder: Of the reference.
-        keys: Of the pairs that are scored.
-        known: Keys of pairs whose log-probabilities are in the folder: they stay as they are.
-        reader: Of features, which stand in a folder of their own, or None.
-    """
+    """Collects finished rows and writes them as new shards every now and then."""
 
     def __init__(self, folder: Path, keys: list[bytes], known: Collection[bytes], reader: FeatureReader | None) -> None:
         self._folder, self._keys, self._known, self._reader = folder, keys, known, reader

@@ -138,14 +138,7 @@ def _rows(where: list[int], logps: PairLogps) -> Rows:
 
 
 def logps_of_rows(rows: Rows) -> PairLogps:
-    """Put rows back into the order of their positions.
-
-    Args:
-        rows: Every position from 0 on, once, in any order.
-
-    Returns:
-        Log-probabilities by position.
-    """
+    """Put rows back into the order of their positions."""
     _, chosen, rejected, chosen_tokens, rejected_tokens = zip(*sorted(rows), strict=True) if rows else [()] * 5
     return PairLogps(
         chosen=torch.tensor(chosen, dtype=torch.float32),

@@ -30,22 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One sampled response.
-
-    Attributes:
-        prompt: Place of its prompt in the input.
-        text: The response without special tokens.
-        num_tokens: Its tokens, the end-of-sequence token not counted.
-        is_finished: Whether the model ended it by itself.
-        ids: See `Response`.
-    """
+class Sample(Response):
+    """One sampled response, and the place of its prompt in the input."""
 
     prompt: int
-    text: str
-    num_tokens: int
-    is_finished: bool
-    ids: tuple[int, ...] | None = None
 
 
 def sample_responses(
