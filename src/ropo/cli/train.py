@@ -12,6 +12,7 @@ from ropo.cli.arguments import check_sources, evaluation_of, model_of, pairs_of,
 from ropo.cli.faults import DONE
 from ropo.cli.outcome import say_training
 from ropo.cli.words import typed_as
+from ropo.processes import ending_together
 from ropo.provenance import typed
 from ropo.run.align import run_rounds
 
@@ -26,8 +27,8 @@ def run(words: Sequence[str]) -> int:
         Exit code.
     """
     given, args = parse_train(words)
-    check_sources(given)
-    with typed(typed_as("train", words)):
+    with ending_together(), typed(typed_as("train", words)):
+        check_sources(given)
         result = run_rounds(
             model_of(given), pairs_of(given), args, eval_dataset=evaluation_of(given), review=review_of(given)
         )

@@ -25,6 +25,7 @@ from ropo.evaluate.options import WinRateArguments
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge, ask
 from ropo.pairs import Pair
+from ropo.processes import meet
 from ropo.provenance import Json, file_kind, hash_file, read_json, versions, write_aside, write_json
 from ropo.report.notebook import as_html, as_text
 from ropo.report.wording import percent, percent_range
@@ -328,5 +329,5 @@ def run_win_rate(args: WinRateArguments) -> WinRate:
         with write_aside(folder / "comparisons.jsonl") as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         write_json(folder / "win_rate.json", summary)
-    PartialState().wait_for_everyone()
+    meet()
     return found

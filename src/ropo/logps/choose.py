@@ -11,6 +11,7 @@ precision, adapters) is asked of the model itself, on the shortest pairs of use 
 import json
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,17 @@ def choose_layout(
     finally:
         model.train(was_training)
     return "plain", reasons[-1]
+
+
+@lru_cache
+def log_layout(layout: str, reason: str) -> None:
+    """Log which forward a model takes, once in a process.
+
+    Args:
+        layout: As `choose_layout` gives it.
+        reason: Likewise.
+    """
+    logger.info("Forward: %s, since %s.", layout, reason)
 
 
 def _candidates(causal_lm: Any) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def run_rounds(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review,
         eval_dataset=eval_dataset,
     )  # fmt: skip
-    with owning(Path(str(args.output_dir))):
+    with owning(Path(str(args.output_dir)), cache=args.reference_cache_dir):
         made = prepare(given, args, is_audit=False)
         if idle := args.without_effect:
             logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
@@ -127,7 +127,7 @@ def run_audit(
     given = Given(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review
     )
-    with owning(Path(str(args.output_dir))):
+    with owning(Path(str(args.output_dir)), cache=args.reference_cache_dir):
         made = prepare(given, args, is_audit=True)
         audit = _audit_of(made, args)
         audit.run(made.digest)

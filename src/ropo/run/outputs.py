@@ -20,6 +20,7 @@ from ropo.audit import Audit
 from ropo.data.review import read_verdicts, with_verdicts, write_review
 from ropo.noise.review_order import has_suspects, review_order
 from ropo.pairs import Pair
+from ropo.processes import meet
 from ropo.provenance import Json, read_json, saying_if_full, sync, sync_entry, write_aside, write_json
 from ropo.report import write_report
 from ropo.report.model_card import model_card
@@ -55,7 +56,7 @@ def publish(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | No
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=log, checks=checks)
             write_json(aside / "summary.json", summary)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 def publish_audit(audit: Audit, made: Prepared) -> None:
@@ -83,7 +84,7 @@ def publish_audit(audit: Audit, made: Prepared) -> None:
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=[], checks=_by_row(audit))
             write_json(aside / "summary.json", summary)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from ropo.data.validate import DataError, read_checked
 from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
 from ropo.models.source import Model, Reference, find_model
 from ropo.pairs import Pair, PairLogps
+from ropo.processes import meet
 from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.run.checks import check_run
 from ropo.run.evaluation import EvaluationSet, read_evaluation
@@ -262,13 +263,13 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
     is_there = path.exists() and owner.exists() and read_json(owner) == {"weights": weights}
     if path.exists() and not is_there and has_trained(folder):
         raise ValueError(f"{folder} holds a run that began with another model. Use another output_dir.")
-    PartialState().wait_for_everyone()
+    meet()
     if PartialState().is_main_process and not is_there:
         with write_aside(path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
         write_json(owner, {"weights": weights})
-    PartialState().wait_for_everyone()
+    meet()
     return str(path)
 
 

@@ -42,6 +42,7 @@ from ropo.logps.score import score_pairs
 from ropo.models.source import Model, Reference
 from ropo.noise.estimate import estimate_flips
 from ropo.pairs import Pair, PairLogps
+from ropo.processes import meet
 from ropo.provenance import read_json, write_aside, write_json
 from ropo.report.clauses import OBSTACLES
 from ropo.resample.new_pairs import NewPairs, Scored, Scorer, Scoring, resample_pairs
@@ -205,7 +206,7 @@ class Round:
         """Remove what only resampling reads; it is finished, so nobody will ask for it again."""
         if PartialState().is_main_process:
             shutil.rmtree(self.folder / _HALFWAY, ignore_errors=True)
-        PartialState().wait_for_everyone()
+        meet()
 
     @property
     def _train_files(self) -> list[str]:
