@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from peft import LoraConfig
 from transformers import HfArgumentParser
 
+from ropo.cli.launcher import LaunchArguments
 from ropo.cli.parser import SentenceParser
 from ropo.cli.words import name_of_option, refuse_unknown
 from ropo.config import ROPOConfig
@@ -29,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(LaunchArguments):
     """Which model and data `ropo train` and `ropo audit` take; everything else is in `ROPOConfig`."""
 
     model_name_or_path: str | None = option(None, "Folder or hub id of the model to align; it is also the reference.")

@@ -49,6 +49,10 @@ EVERY: Groups = MappingProxyType(
             "max_length_ratio", "max_repetition", "max_copies", "max_resampled_share", "resampled_weight",
             "resampled_decay", "generation_engine", "generation_url", "generation_model", "generation_api_key_env",
         ),
+        "Processes": (
+            "accelerate_config", "num_processes", "num_machines", "machine_rank", "main_process_ip",
+            "main_process_port",
+        ),
         "Judge": ("judge", "judge_model", "judge_url", "judge_api_key_env", "judge_on_failure"),
         "Optimizer, checkpoints and log": (
             "lr_scheduler_type", "warmup_steps", "train_sampling_strategy", "liger_kernel_config", "save_strategy",
