@@ -107,7 +107,7 @@ def publish_merged(model: Model, folder: Path) -> None:
             model.merged(folder).save_pretrained(aside)
             model.tokenizer.save_pretrained(aside)
         logger.info("Adapter and model, merged: %s", folder / MERGED)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 @contextmanager
