@@ -81,7 +81,7 @@ def upload(repository: str | None, args: ROPOConfig, *, model: Path) -> None:
                 commit_message=f"Model aligned by ropo ({args.loss})",
             )
         logger.info("Uploaded %d files to %s.", len(names), url)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 @contextmanager
