@@ -151,6 +151,17 @@ gives it some.
 | family | layout | why not packed |
 |---|---|---|
 {rows}
+
+## Mixtures of experts
+
+The load-balancing loss of the routers is added where the model's configuration or `--router_aux_loss_coef` asks for it
+([methods](methods.md#mixture-of-experts-models)).
+
+## Vision-language models
+
+Pairs of text train the language model of a vision-language model: `model_name_or_path` may be one (Qwen2-VL and
+Gemma 3 are trained in tests, LLaVA with an adapter). It is loaded and saved whole. What reads images is not called, gets no
+adapter and stays as it is. Rows with images are refused, by the name of their column or the part of the message.
 """
 
 
