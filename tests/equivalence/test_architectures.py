@@ -160,8 +160,8 @@ The load-balancing loss of the routers is added where the model's configuration 
 ## Vision-language models
 
 Pairs of text train the language model of a vision-language model: `model_name_or_path` may be one (Qwen2-VL and
-Gemma 3 are trained in tests, LLaVA with an adapter). It is loaded and saved whole. What reads images is not called, gets no
-adapter and stays as it is. Rows with images are refused, by the name of their column or the part of the message.
+Gemma 3 are trained in tests, LLaVA with an adapter). It is loaded and saved whole. What reads images is not called,
+gets no adapter and stays as it is. Rows with images are refused: the column or the part of the message is named.
 """
 
 

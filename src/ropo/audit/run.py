@@ -37,6 +37,7 @@ from ropo.audit.weights import (
     training_set,
 )
 from ropo.data.validate import text_id
+from ropo.losses import LOSSES
 from ropo.models.source import Model, Reference, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
@@ -176,7 +177,8 @@ class Audit:
             decisions=decisions.tolist(),
             weights=weights.tolist(),
         )
-        for name, choice in (("rho", rho), ("alpha", judgement.alpha)):
+        has_alpha = "alpha" in LOSSES[self.args.loss].params
+        for name, choice in (("rho", rho), *([("alpha", judgement.alpha)] if has_alpha else [])):
             logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))
         if PartialState().is_main_process:
             is_open = torch.tensor([pair.verdict is None and pair.origin == "data" for pair in self.data.pairs])
