@@ -6,20 +6,24 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
+    Blip2Config,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Kosmos2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    T5Gemma2Config,
 )
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
 from ropo.logps.batch import plain_batch
 from ropo.logps.forward import plain_logps
+from ropo.models.source import Model
 from ropo.pairs import margin
 from ropo.run.align import run_rounds
 from ropo.run.ledger import read_ledger
@@ -83,6 +87,14 @@ def test_the_language_model_is_trained(name, tokenizer, pairs, tmp_path):
         h = margin(plain_logps(trained, batch), plain_logps(model, batch), beta=0.1)
     ledger = read_ledger(tmp_path / "O" / "ledger.parquet")
     assert ledger["margin"].to_pylist() == pytest.approx(h.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Blip2Config, Kosmos2Config, T5Gemma2Config])
+def test_no_language_model_by_itself(kind, tmp_path):
+    """Refused by its configuration: it is called with an image only, or encodes the prompt both ways."""
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="needs a causal language model"):
+        Model(tmp_path).config()
 
 
 def test_what_no_loss_depends_on_is_not_trained(tokenizer):

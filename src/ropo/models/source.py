@@ -75,6 +75,8 @@ _IS_ADAPTER = (
     "A run needs a whole model to start from; {} is an adapter. Merge it into its model first: "
     "AutoPeftModelForCausalLM.from_pretrained(A).merge_and_unload().save_pretrained(M), and the tokenizer to M, too."
 )
+# Their language model is only called with an image.
+_NEEDS_IMAGE = {"blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5", "pix2struct"}
 
 
 def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
@@ -104,7 +106,7 @@ def _reads_images(config: PretrainedConfig) -> bool:
     """Whether a causal language model is one part of the model, beside one that reads images and is not called."""
     text = config.get_text_config(decoder=True)
     is_one = text is not config and not (config.is_encoder_decoder or text.is_encoder_decoder)
-    return is_one and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return is_one and config.model_type not in _NEEDS_IMAGE and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
