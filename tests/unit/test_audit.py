@@ -151,9 +151,11 @@ def test_weights_go_in_and_out(model_folder, pairs, tmp_path, caplog):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = DataSource(tmp_path / "pairs.jsonl", columns={"weight": "share"})
     caplog.set_level("INFO", "ropo")
-    found = run_audit(model_folder, source, config(tmp_path / "O", rho="0.3")).summary
-    plain = run_audit(model_folder, pairs, config(tmp_path / "plain", rho="0.3")).summary
+    found = run_audit(model_folder, source, config(tmp_path / "O", rho="0.3", loss="dpo")).summary
+    plain = run_audit(model_folder, pairs, config(tmp_path / "plain", rho="0.3", loss="dpo")).summary
     assert "5 of 20 pairs have weight 0" in caplog.text
+    assert "rho = 0.3 (given)" in caplog.text
+    assert "alpha =" not in caplog.text  # the loss has none
     assert found["flip_rate"] == plain["flip_rate"]
     ledger, cleaned = ledger_of(tmp_path / "O"), load_pairs(tmp_path / "O" / "cleaned.jsonl")
     is_kept = ledger["decision"] == "keep"

@@ -26,6 +26,7 @@ from ropo.audit.models import by_models
 from ropo.audit.options import AuditOptions
 from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Question, Scorer, Scores
 from ropo.audit.weights import Choice, Floats, Labels, decide_all, resolve_alpha, resolve_rho, training_set
+from ropo.losses import LOSSES
 from ropo.models.source import Model, Reference, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
@@ -164,7 +165,8 @@ class Audit:
             decisions=decisions.tolist(),
             weights=weights.tolist(),
         )
-        for name, choice in (("rho", rho), ("alpha", judgement.alpha)):
+        has_alpha = "alpha" in LOSSES[self.args.loss].params
+        for name, choice in (("rho", rho), *([("alpha", judgement.alpha)] if has_alpha else [])):
             logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))
         if PartialState().is_main_process:
             is_open = torch.tensor([pair.verdict is None and pair.origin == "data" for pair in self.data.pairs])

@@ -150,7 +150,7 @@ def _useless(pair: Pair) -> list[Problem]:
         if length > _MAX_CHARACTERS:
             message = f"{name} needs at most {_MAX_CHARACTERS:,} characters; got {length:,}."
             problems.append(Problem.of(pair, "text_too_long", message))
-    if chosen == rejected:
+    if chosen == rejected and not problems:  # one reason is enough to leave a pair out
         message = f"chosen and rejected need to differ; got {short(pair.chosen)} twice."
         problems.append(Problem.of(pair, "identical", message))
     return problems

@@ -56,7 +56,7 @@ def _check_config(config: PretrainedConfig, name_or_path: str) -> None:
 
 
 _REWARD_MODEL = ModelKind(
-    auto_class=AutoModelForSequenceClassification,
+    auto_class=lambda _: AutoModelForSequenceClassification,
     noun="A reward model",
     place=_PLACE,
     check=_check_config,

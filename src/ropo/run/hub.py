@@ -13,6 +13,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi, constants
 
 from ropo.config import ROPOConfig
+from ropo.processes import meet
 from ropo.provenance import RunError
 
 logger = logging.getLogger(__name__)
