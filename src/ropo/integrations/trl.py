@@ -58,8 +58,8 @@ class AuditedDPOTrainer(DPOTrainer):
     Args:
         *given: What `DPOTrainer` takes, by place.
         audit: Options of the audit that differ from the defaults, such as `{"alpha": 14}` (see `ROPOConfig`), or a
-            finished audit of the same dataset. It is written to `audit` in the output folder, from which the same
-            script resumes. A model object is saved there first; a name is not.
+            finished audit of the same dataset. It is written beside the output folder (`model-audit` for `model`),
+            from where the same script resumes. A model object is saved there first; a name is not.
         **options: What `DPOTrainer` takes, by name.
 
     Attributes:
@@ -212,7 +212,7 @@ def _audit_config(args: Any, audit: Mapping[str, Any]) -> ROPOConfig:
     """
     config = ROPOConfig(
         **{
-            "output_dir": str(Path(args.output_dir) / "audit"),
+            "output_dir": f"{Path(args.output_dir)}-audit",  # beside it: push_to_hub uploads what lies in it
             "max_length": args.max_length or _WHOLE_TEXTS,
             **{name: getattr(args, name) for name in ("seed", "bf16", "fp16", "use_cpu", "disable_tqdm")},
             **audit,

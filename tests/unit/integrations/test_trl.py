@@ -1,6 +1,8 @@
 """TRL on audited labels: what TRL gives where nothing is filtered, and weights, flips and loss where it is."""
 
+import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -76,7 +78,7 @@ def test_where_nothing_is_filtered_it_is_trl(accumulation, adapter, model_folder
     assert found[0] == found[1]
     assert len(found[0]) == {1: 10, 2: 6}[accumulation]
     assert max(found[0]) - min(found[0]) > 0.05  # something was learned, so equality means something
-    assert trainer.audit.folder == tmp_path / "AuditedDPOTrainer" / "audit"
+    assert trainer.audit.folder == tmp_path / "AuditedDPOTrainer-audit"
     assert trainer.audit.report.exists()
     assert len(trainer.audit.suspects(5)) <= 5
 
@@ -93,7 +95,7 @@ def test_the_script_of_the_page_needs_two_changed_lines(model_folder, rows, tmp_
         names = {"dataset": rows}
         exec(compile(script, "page", "exec"), names)
         assert names["trainer"].state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert names["trainer"].audit.report == Path("model/audit/report.html")
+    assert names["trainer"].audit.report == Path("model-audit/report.html")
 
 
 def test_what_the_audit_drops_is_absent(model_folder, rows, tmp_path):
@@ -238,7 +240,8 @@ def test_a_model_object_and_messages(model, tokenizer, pairs, tmp_path):
         ({"tokenizer": 1}, "unexpected keyword argument 'tokenizer'"),
     ],
 )
-def test_refusals_come_before_an_audit(options, says, model_folder, audited, rows, tmp_path, monkeypatch):
+def test_refusals_come_before_an_audit(options, says, model_folder, rows, tmp_path, monkeypatch, request):
+    audited = request.getfixturevalue("audited") if options.get("audit") == "other" else None
     monkeypatch.setattr("ropo.integrations.trl.run_audit", lambda *_, **__: pytest.fail("audited"))
     loss = {name: options.pop(name) for name in ("loss_type", "use_weighting") if name in options}
     if options.get("train_dataset") == "stream":
@@ -254,3 +257,39 @@ def test_without_trl_one_sentence_says_how_to_install_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "ropo.integrations.trl")
     with pytest.raises(ImportError, match=r'needs TRL; it is not installed\. Run: pip install "trl>=1\.0"$'):
         import_module("ropo.integrations.trl")
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from datasets import Dataset
+from ropo.integrations.trl import AuditedDPOTrainer, DPOConfig
+here = Path(sys.argv[1])
+trainer = AuditedDPOTrainer(
+    sys.argv[2], args=DPOConfig(**json.loads(sys.argv[3])),
+    train_dataset=Dataset.from_list(json.loads((here / "rows.json").read_text())),
+    audit={"alpha": 6, "decision_rule": "posterior", "rho": 0.2},
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    print([line["loss"] for line in trainer.state.log_history if "loss" in line])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(model_folder, rows, tmp_path):
+    """Audit, weights and the robust loss."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "rows.json").write_text(json.dumps(rows.to_list()))
+    found = []
+    for number in (1, 2):
+        options = {**COMMON, "output_dir": str(tmp_path / f"O{number}"), "per_device_train_batch_size": 4 // number}
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={number}", "--master_port=29743"]
+        done = subprocess.run(
+            [sys.executable, *launcher, "script.py", ".", str(model_folder), json.dumps(options)],
+            capture_output=True, text=True, check=True, cwd=tmp_path,
+        )  # fmt: skip
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert len(found[0]) == 10
+    assert max(found[0]) - min(found[0]) > 0.05
