@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ropo.models.adapters import add_adapter, check_beginning
 from ropo.models.fit import check_adapter
+from ropo.models.quantized import compute_as_in_training
 from ropo.models.source import Model, find_model, load_tokenizer
 
 
@@ -36,6 +37,7 @@ def make_ready(
             )
         tokenizer = load_tokenizer(place)
     turn_dropout_off(model)
+    compute_as_in_training(model)
     if peft_config is not None:
         check_beginning(peft_config, is_quantized=getattr(model, "is_quantized", False))
         check_adapter(model, peft_config)
