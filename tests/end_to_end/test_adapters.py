@@ -272,7 +272,9 @@ def test_the_command_line(model_folder, dataset, tmp_path, pairs, tokenizer, cap
     """4 bits imply an adapter; what was written is trained further, and then answers as a whole model."""
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(model_folder, dataset, first, "--load_in_4bit", "--lora_r", 2, "--merge_adapter") == 0
-    assert "An adapter is trained, as if use_peft had been given." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "An adapter is trained, as if use_peft had been given." in said
+    assert "Linear layers of the base: 4 bits (nf4, its scales in 8), products in float32." in said
     assert PeftConfig.from_pretrained(first).r == 2
     assert_scores(Model(first / "merged").load(), first, pairs, tokenizer)
     assert train(first, dataset, second, "--use_peft", "--load_in_4bit") == 0

@@ -41,10 +41,8 @@ _SECONDS_PER_SHARD = 30.0  # at most this much work is lost when a pass is kille
 _KEY_BYTES = 16
 _SCALE = ".scale"  # behind the name of a block
 # Where it was loaded from, by which version, and whether it keeps keys (which a trainer turns off) change no number.
-_NOT_COMPUTED = (
-    "_name_or_path", "transformers_version", "use_cache", "base_model_name_or_path", "inference_mode", "peft_version",
-    "revision",
-)  # fmt: skip
+_NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache")
+_NOT_OF_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
 
 
 def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
@@ -64,7 +62,7 @@ def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
         {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in one.to_dict().items()
-            if key not in _NOT_COMPUTED
+            if key not in _NOT_OF_ADAPTER
         }
         for one in getattr(model, "peft_config", {}).values()
     ]

@@ -44,6 +44,25 @@ def quantization(
     )
 
 
+def in_words(settings: Any) -> str:
+    """Settings for quantized weights, as the log says them.
+
+    Args:
+        settings: What `from_pretrained` is given, of bitsandbytes or another method.
+
+    Examples:
+        >>> in_words(BitsAndBytesConfig(load_in_8bit=True))
+        '8 bits'
+    """
+    if getattr(settings, "load_in_8bit", False):
+        return "8 bits"
+    if not getattr(settings, "load_in_4bit", False):
+        return f"as {type(settings).__name__} says"
+    nested = ", its scales in 8" if settings.bnb_4bit_use_double_quant else ""
+    dtype = str(settings.bnb_4bit_compute_dtype).removeprefix("torch.")
+    return f"4 bits ({settings.bnb_4bit_quant_type}{nested}), products in {dtype}"
+
+
 def compute_as_in_training(model: nn.Module) -> None:
     """Keep quantized layers from computing otherwise in evaluation, where the reference is read.
 

@@ -25,6 +25,7 @@ from ropo.data.review import with_verdicts
 from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
+from ropo.models.quantized import in_words
 from ropo.models.source import Model, Reference, find_model
 from ropo.pairs import Pair, PairLogps
 from ropo.processes import meet
@@ -306,6 +307,8 @@ def _check_trained(model: Model, args: ROPOConfig, *, is_audit: bool) -> None:
         raise ValueError(
             "Quantized weights cannot be trained; got quantization_config and no adapter. Add peft_config, too."
         )
+    if model.is_quantized and PartialState().is_main_process:
+        logger.info("Linear layers of the base: %s.", in_words(model.load_options["quantization_config"]))
     if model.start is not None and trains and PartialState().is_main_process:
         logger.info(
             "%s is an adapter of %s: it is trained further, and the reference is that model with it, frozen.",

@@ -14,6 +14,7 @@ from ropo.logps.load_balance import LoadBalance, coefficient_of
 from ropo.logps.shared_prefix import balance_load, causal_lm_of, decoder_of
 from ropo.models.adapters import add_adapter, check_beginning
 from ropo.models.fit import check_adapter
+from ropo.models.quantized import compute_as_in_training
 from ropo.models.source import Model, find_model, load_tokenizer
 
 
@@ -41,6 +42,7 @@ def make_ready(
             )
         tokenizer = load_tokenizer(place)
     turn_dropout_off(model)
+    compute_as_in_training(model)
     for name in parts_beside_language(model):  # no loss depends on them, which processes that share gradients wait for
         model.get_submodule(name).requires_grad_(requires_grad=False)
     if peft_config is not None:
