@@ -11,7 +11,11 @@ from ropo.losses import LOSSES
 
 
 def model_card(summary: Mapping[str, Any]) -> str:
-    """The README.md of the model folder: what was done, on which data, what the labels looked like."""
+    """The README.md of the model folder: what was done, on which data, what the labels looked like.
+
+    Args:
+        summary: What `summary.json` holds.
+    """
     config, rate = summary["config"], summary["flip_rate"]
     noise = (
         f"{100 * rate['estimate']:.1f} % (90 % interval {100 * rate['low']:.1f}-{100 * rate['high']:.1f} %)"
