@@ -4,6 +4,7 @@ import gc
 import http.server
 import json
 import os
+import shutil
 import ssl
 import threading
 
@@ -83,9 +84,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-@pytest.fixture
-def model(tokenizer) -> LlamaForCausalLM:
-    """Two layers, grouped-query attention, random weights that are not too flat."""
+def tiny_model(tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -103,12 +102,24 @@ def model(tokenizer) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def model_folder(model, tokenizer, tmp_path) -> Path:
-    """The tiny model on disk, as a user's local model folder."""
-    folder = tmp_path / "tiny_model"
-    model.save_pretrained(folder)
+def model(tokenizer) -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, random weights that are not too flat."""
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def saved_model(tokenizer, tmp_path_factory) -> Path:
+    """The tiny model on disk, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("saved") / "tiny_model"
+    tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model_folder(saved_model, tmp_path) -> Path:
+    """The tiny model on disk, as a user's local model folder."""
+    return Path(shutil.copytree(saved_model, tmp_path / "tiny_model"))
 
 
 class Request(NamedTuple):

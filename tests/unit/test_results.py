@@ -32,11 +32,11 @@ def table_of(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def audited(model_folder, pairs, tmp_path):
+@pytest.fixture(scope="module")
+def audited(saved_model, pairs, tmp_path_factory):
     """An audit with a trusted pair that the data holds and one that it does not."""
-    trusted = [pairs[3], replace(pairs[0], prompt="another", id="", row=1)]
-    return run_audit(model_folder, pairs, config(tmp_path / "O"), review=ReviewInputs(trusted=trusted))
+    trusted, folder = [pairs[3], replace(pairs[0], prompt="another", id="", row=1)], tmp_path_factory.mktemp("audited")
+    return run_audit(saved_model, pairs, config(folder / "O"), review=ReviewInputs(trusted=trusted))
 
 
 def same(one, other):

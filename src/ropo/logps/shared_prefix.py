@@ -220,7 +220,11 @@ def _filled_up(inputs: dict[str, Any], read_R: Tensor, dtype: torch.dtype) -> tu
 
 
 def causal_lm_of(model: nn.Module) -> Any:
-    """The module that owns the language-model head: the model itself, or what PEFT wraps."""
+    """The module that owns the language-model head: the model itself, or what PEFT wraps.
+
+    Args:
+        model: A causal language model, with or without PEFT.
+    """
     return getattr(model, "get_base_model", lambda: model)()
 
 
