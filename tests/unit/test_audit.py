@@ -13,12 +13,13 @@ from ropo.audit import options as audit_options
 from ropo.audit import run as audit_run
 from ropo.audit.folds import folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
-from ropo.audit.result import RateEstimate
 from ropo.audit.scorers import Scores
 from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_rho, resolve_rule
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
 from ropo.data.mixture import Mixture
+from ropo.noise.estimate import FlipEstimate, Obstacle
+from ropo.noise.likelihood import Link
 from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair
 from ropo.provenance import hash_file
@@ -27,9 +28,9 @@ from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.run.ledger import read_ledger
 from ropo.train.trainer import ROPOTrainer
 
-ESTIMATE = RateEstimate(
-    rate=0.0, low=0.0, high=0.5, level=0.9, scale=1.0, is_informative=True, reason="", num_pairs=20, num_trusted=0,
-    obstacle=None, tail=None,
+ESTIMATE = FlipEstimate(
+    rate=0.0, low=0.0, high=0.5, level=0.9, scale=1.0, link=Link(), obstacle=None, num_pairs=20, num_labels=20,
+    num_different=20,
 )  # fmt: skip
 
 
@@ -94,9 +95,9 @@ def test_where_nothing_speaks_for_flips_ropo_is_dpo_bit_for_bit(model_folder, pa
 @pytest.mark.parametrize(
     ("estimate", "rho", "why"),
     [
-        ({"is_informative": True, "rate": 0.4, "low": 0.1}, 0.4, Why.ESTIMATED),
-        ({"is_informative": True, "rate": 0.02, "low": 0.0}, 0.0, Why.MAY_BE_CLEAN),
-        ({"is_informative": False, "rate": 0.4, "low": 0.1}, 0.0, Why.CANNOT_TELL),
+        ({"rate": 0.4, "low": 0.1}, 0.4, Why.ESTIMATED),
+        ({"rate": 0.02, "low": 0.0}, 0.0, Why.MAY_BE_CLEAN),
+        ({"obstacle": Obstacle.WIDE, "rate": 0.4, "low": 0.1}, 0.0, Why.CANNOT_TELL),
     ],
 )
 def test_rho_follows_the_estimate_and_alpha_is_zero(estimate, rho, why):

@@ -308,7 +308,7 @@ def test_only_a_refusal_of_the_adapter_refuses_it(model, monkeypatch):
     def miss(*_):
         raise AttributeError("'Parameter' object has no attribute 'compress_statistics'")
 
-    monkeypatch.setattr("ropo.models.fit.get_peft_model", miss)
+    monkeypatch.setattr("ropo.models.fit.add_adapter", miss)
     check_adapter(model, LoraConfig(target_modules=["q_proj"]))
 
 

@@ -28,13 +28,6 @@ _OF_RUN = (("ropo.provenance", "RunError"), ("torch", "OutOfMemoryError"))
 def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     """Exit code and sentence of a command that failed.
 
-    Args:
-        error: Why.
-        words: The command and what followed it.
-
-    Returns:
-        The code and the sentence.
-
     Raises:
         Exception: `error` itself, with ROPO_DEBUG=1 unless it is about the data or an endpoint.
     """

@@ -16,7 +16,7 @@ from ropo.data.problems import Problem, printable, render, rows_left_out
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import validate_pairs
 from ropo.models.fit import check_ids, check_positions, ids_of
-from ropo.models.source import Model, find_model, load_tokenizer
+from ropo.models.source import Model, find_model
 
 
 def parser() -> SentenceParser:
@@ -39,9 +39,6 @@ def parser() -> SentenceParser:
 def run(words: Sequence[str]) -> int:
     """List the problems.
 
-    Args:
-        words: What follows the command.
-
     Returns:
         Exit code; that of data that is not acceptable if a problem must be fixed.
     """
@@ -55,7 +52,7 @@ def run(words: Sequence[str]) -> int:
     if given.model_name_or_path:
         source = Model(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
         skeleton = source.skeleton()
-        tokenizer = load_tokenizer(source.name_or_path, source.load_options)
+        tokenizer = source.tokenizer
     loaded = load_mixture(dataset_of(given, given.dataset_name), split=given.dataset_split, columns=columns_of(given))
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
     if source is not None:

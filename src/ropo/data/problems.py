@@ -251,11 +251,7 @@ class Problem:
 
 
 class BadRow(Exception):
-    """A problem that does not know its place yet: code that looks at one row raises it, or hands it on as the row.
-
-    Attributes:
-        kind: A key of `PROBLEMS`.
-    """
+    """A problem that does not know its place yet: code that looks at one row raises it, or hands it on as the row."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -291,13 +287,7 @@ def visible(text: str) -> str:
 
 
 def short(value: object) -> str:
-    """A value for a message: its type and how it begins.
-
-    Args:
-        value: Anything, of any length.
-
-    Returns:
-        At most some 80 characters.
+    """A value for a message: its type and how it begins, some 80 characters at most.
 
     Examples:
         >>> short("Hello"), short(3.5)
@@ -316,9 +306,6 @@ def summarise(problems: Iterable[Problem]) -> dict[str, int]:
     Args:
         problems: The findings, in any order; a row may have two of one kind, one for each response.
 
-    Returns:
-        Number of rows with each kind that occurs, in the order of `PROBLEMS`.
-
     Examples:
         >>> summarise([Problem(kind="truncated", row=row, message="") for row in (3, 3, 5)])
         {'truncated': 2}
@@ -333,9 +320,6 @@ def render(problems: Iterable[Problem], *, limit: int = 20) -> str:
     Args:
         problems: The findings, in any order.
         limit: Number of findings to show of each kind; the others are counted.
-
-    Returns:
-        The text, without a line end at its end; "No problems found." if there are none.
 
     Examples:
         >>> print(render([Problem(kind="bad_weight", row=4, line=5, message="weight needs a number; got 'x'.")]))
@@ -352,11 +336,7 @@ def render(problems: Iterable[Problem], *, limit: int = 20) -> str:
 
 
 def problems_table() -> str:
-    """Write `PROBLEMS` as the Markdown table of `docs/formats.md`.
-
-    Returns:
-        The table, without a line end at its end.
-    """
+    """Write `PROBLEMS` as the Markdown table of `docs/formats.md`."""
     rows = [f"| `{kind}` | {spec.severity} | {spec.meaning} | {spec.remedy} |" for kind, spec in PROBLEMS.items()]
     return "\n".join(["| kind | severity | meaning | what to do |", "|---|---|---|---|", *rows])
 

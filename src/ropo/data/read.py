@@ -126,20 +126,13 @@ def _is_written_as_path(source: str) -> bool:
 
 
 def instead_of_missing(source: str) -> str:
-    """What may have been meant by a path at which nothing is, as a sentence to append.
-
-    Args:
-        source: The path, which may have been meant as a hub id if its folder exists here and holds a name like it.
-    """
+    """What may have been meant by a path at which nothing is, as a sentence to append."""
     on_hub = f" If it is on the hub, start where there is no folder {Path(source).parent}."
     return (did_you_mean_path(Path(source)) or " Check the path.") + ("" if _is_written_as_path(source) else on_hub)
 
 
 def is_here(source: str) -> bool:
     """Whether a dataset is read from this machine and not from the hub.
-
-    Args:
-        source: File, folder, or hub id.
 
     Raises:
         FileNotFoundError: If it looks like a path and nothing is there.

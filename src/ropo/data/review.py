@@ -137,9 +137,6 @@ def with_verdicts(
         verdicts: As `read_verdicts` gives them.
         is_whole: Whether `pairs` are all that could be read. Otherwise verdicts on others are passed over.
 
-    Returns:
-        The same pairs, `verdict` set where there is one.
-
     Raises:
         ValueError: If a row holds another pair than the one that was judged, or is not there.
 

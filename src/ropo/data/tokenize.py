@@ -131,10 +131,6 @@ def tokenize_pairs(
 def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids after which a model is to answer each prompt, as `tokenize_pairs` sees them.
 
-    Args:
-        prompts: Text or message lists.
-        tokenizer: The model's.
-
     Returns:
         One list of ids per prompt.
 

@@ -44,84 +44,59 @@ def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
     Returns:
         Log-probabilities in float32 with token counts; carries gradients when they are enabled.
     """
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["input_ids"]),
         position_ids=batch["position_ids"],
         attention_mask=torch.ones_like(batch["input_ids"]),
         response_branch=batch["branch"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]))
 
 
 def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
-    """The same with all pairs in one row, so that nothing is padded.
-
-    Args:
-        model: As for `shared_prefix_logps`, with `tree_attention.NAME` as its attention.
-        batch: What `packed_batch` returns, on the model's device.
-
-    Returns:
-        As `shared_prefix_logps`.
-    """
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    """The same with all pairs in one row (`packed_batch`), for models with `tree_attention.NAME`: nothing is padded."""
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["lengths"]),
         position_ids=batch["position_ids"],
         attention_mask=torch.ones_like(batch["input_ids"]),
         response_lengths=batch["lengths"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]))
 
 
 def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
     """The same without sharing: every response behind its own copy of the prompt, all in one row.
 
-    For flash-attention, which takes no mask but where each sequence begins.
-
-    Args:
-        model: As for `shared_prefix_logps`.
-        batch: What `padding_free_batch` returns, on the model's device.
-
-    Returns:
-        As `shared_prefix_logps`.
+    For flash-attention, which takes no mask but where each sequence begins; of `padding_free_batch`.
     """
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["lengths"]) // 2,
         position_ids=batch["position_ids"],
         attention_mask=None,
         response_sequences=batch["lengths"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]) // 2)
 
 
 def plain_rows_logps(model: nn.Module, batch: Batch) -> PairLogps:
     """Two rows per pair as in the plain forward, with logits only where a response token is predicted.
 
-    For models whose layers carry a state along the row, or whose attention takes no tree.
-
-    Args:
-        model: As for `shared_prefix_logps`.
-        batch: What `plain_batch` returns, on the model's device.
-
-    Returns:
-        As `shared_prefix_logps`.
+    For models whose layers carry a state along the row, or whose attention takes no tree; of `plain_batch`.
     """
+    num_pairs = len(batch["input_ids"]) // 2
+    return _by_response(model, batch, num_pairs=num_pairs, attention_mask=batch["attention_mask"])
+
+
+def _by_response(model: nn.Module, batch: Batch, *, num_pairs: int, **layout: Tensor | None) -> PairLogps:
     logps_N = model(
         input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
+        **{f"response_{name}": batch[name] for name in ("source", "read", "target")},
+        **layout,
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]) // 2)
+    return sum_by_response(logps_N, batch["response"], num_pairs=num_pairs)
 
 
 def enable_response_logps(model: nn.Module, logit_map: LogitMap | None = None) -> None:
@@ -254,11 +229,7 @@ def causal_lm_of(model: nn.Module) -> Any:
 
 
 def decoder_of(causal_lm: Any) -> Any:
-    """The module between the tokens and the last hidden states.
-
-    Args:
-        causal_lm: The module that owns the language-model head.
-    """
+    """The module between the tokens and the last hidden states."""
     decoder = causal_lm.get_decoder()
     # Some classes (Llama 4) name it after a larger model that they may be a part of, and are not found out.
     return getattr(causal_lm, "model", decoder) if decoder is causal_lm else decoder
@@ -270,11 +241,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def has_exact_products(model: nn.Module) -> bool:
-    """Whether all products of a model are those of float32: no half precision, no quantised weights, no TF32.
-
-    Args:
-        model: A causal language model, with or without PEFT.
-    """
+    """Whether all products of a model are those of float32: no half precision, no quantised weights, no TF32."""
     weight = next(model.parameters())
     # The newer name is that of torch 2.9.
     found = getattr(torch.backends.cuda.matmul, "fp32_precision", torch.get_float32_matmul_precision())

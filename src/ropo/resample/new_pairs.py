@@ -98,9 +98,6 @@ def resample_pairs(
         max_length: As in training.
         judge: Settles what the rule cannot; None for no judge.
         weight: Weight of the new pairs in training, as a share of their parents'.
-
-    Returns:
-        The new pairs.
     """
     finished, refused = _finished(samples, tokenizer)
     tokenized = _beside_chosen(parents, finished, tokenizer, max_length=max_length)

@@ -312,9 +312,6 @@ def _refusal(candidate: Candidate, guards: Guards, *, num_copies: int) -> Refusa
 def repetition(text: str) -> float:
     """Share of three-word sequences that repeat an earlier one of the same text.
 
-    Args:
-        text: A response.
-
     Returns:
         0 for no repetition, near 1 for a loop; 0 for texts of fewer than four words.
 

@@ -75,7 +75,7 @@ def run_rounds(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review,
         eval_dataset=eval_dataset,
     )  # fmt: skip
-    with owning(Path(str(args.output_dir))):
+    with owning(Path(str(args.output_dir)), cache=args.reference_cache_dir):
         made = prepare(given, args, is_audit=False)
         if idle := args.without_effect:
             logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
@@ -138,7 +138,7 @@ def run_audit(
     )
     if args.push_to_hub:
         raise ValueError("push_to_hub needs a model; got an audit, which makes none. Leave it out.")
-    with owning(Path(str(args.output_dir))):
+    with owning(Path(str(args.output_dir)), cache=args.reference_cache_dir):
         made = prepare(given, args, is_audit=True)
         audit = _audit_of(made, args)
         audit.run(made.digest)

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi, constants
 
 from ropo.config import ROPOConfig
+from ropo.processes import meet
 from ropo.provenance import RunError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def upload(repository: str | None, args: ROPOConfig, *, model: Path) -> None:
                 commit_message=f"Model aligned by ropo ({args.loss})",
             )
         logger.info("Uploaded %d files to %s.", len(names), url)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 @contextmanager

@@ -32,15 +32,13 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
-from ropo.audit.result import IN_SAMPLE, RateEstimate
-from ropo.audit.weights import decide_all, known_labels, resolve_rho, resolve_rule, training_set
+from ropo.audit.weights import Labels, decide_all, resolve_rho, training_set
 from ropo.data.tokenize import SampledIds, TokenizedPairs, encode_prompts, tokenize_pairs
-from ropo.data.validate import text_id
 from ropo.logps.score import score_pairs
-from ropo.noise.estimate import estimate_flips
+from ropo.noise.estimate import FlipEstimate, Obstacle, estimate_flips
 from ropo.pairs import Pair, PairLogps
+from ropo.processes import meet
 from ropo.provenance import read_json, write_aside, write_json
-from ropo.report.clauses import OBSTACLES
 from ropo.resample.new_pairs import NewPairs, Scored, Scorer, Scoring, resample_pairs
 from ropo.resample.select import SELECTION_RULES, Criteria
 from ropo.run.setup import Decided, Setup
@@ -128,9 +126,9 @@ class Round:
         ]
         return replace(found, decisions=decisions)
 
-    def estimate(self) -> RateEstimate:
+    def estimate(self) -> FlipEstimate:
         """The flip rate that this round has decided by."""
-        return RateEstimate.from_json(read_json(self.folder / "flip_estimate.json"))
+        return FlipEstimate.from_json(read_json(self.folder / "flip_estimate.json"))
 
     def new_pairs(self) -> list[Pair]:
         """Pairs that this round made; none before its resampling or in the last round."""
@@ -213,7 +211,7 @@ class Round:
         """Remove what only resampling reads; it is finished, so nobody will ask for it again."""
         if PartialState().is_main_process:
             shutil.rmtree(self.folder / _HALFWAY, ignore_errors=True)
-        PartialState().wait_for_everyone()
+        meet()
 
     @property
     def _train_files(self) -> list[str]:
@@ -237,19 +235,12 @@ class Round:
     def _decide(self) -> None:
         margins, read = self.margins(), self.num_read
         if self.audit is None:
-            found = estimate_flips(margins[:read], clusters=[text_id(pair) for pair in self.data.pairs[:read]])
+            clusters = Labels.of(self.data.pairs[:read]).clusters
             # A model agrees with labels that it has learned, so these margins only rank.
-            estimate = replace(
-                RateEstimate.of(found), is_informative=False, obstacle=IN_SAMPLE, reason=OBSTACLES[IN_SAMPLE]
-            )
-            p_flip = found.p_flip
-            rho = resolve_rho(self.args.fixed_rho, estimate)
+            estimate = replace(estimate_flips(margins[:read], clusters=clusters), obstacle=Obstacle.IN_SAMPLE)
+            p_flip, rho = estimate.p_flip, resolve_rho(self.args.fixed_rho, estimate)
             found_all = decide_all(
-                self.data.select(range(read)),
-                margins[:read],
-                p_flip,
-                rho=rho.value,
-                rule=resolve_rule(self.args.decision_rule, rho),
+                self.data.select(range(read)), margins[:read], p_flip, rho=rho, rule=self.args.decision_rule
             )
             decisions, weights = (values.tolist() for values in found_all)
         else:
@@ -268,7 +259,7 @@ class Round:
             weights=[*weights, *faded.tolist()],
         )
         if PartialState().is_main_process:
-            margins_are = "held-out" if estimate.is_held_out else "in-sample"
+            margins_are = "in-sample" if estimate.obstacle is Obstacle.IN_SAMPLE else "held-out"
             write_json(self.folder / "flip_estimate.json", {**estimate.to_json(), "margins": margins_are})
             write_json(self.folder / "decisions.json", asdict(decided))
 
@@ -356,13 +347,14 @@ class Round:
 
     def _reach(self, policy: Callable[[], PreTrainedModel] | None) -> Reach:
         """Where an engine finds the model that this round has trained, or the initial one if `policy` is None."""
-        is_adapter, is_initial = self.model.adapter is not None, policy is None
+        is_initial = policy is None
+        adapter = self.model.start if is_initial else self.model_folder if self.model.peft_config is not None else None
         return Reach(
             tokenizer=self.model.tokenizer,
             load=policy or self.model.load,
-            folder=self.model.name_or_path if is_adapter or is_initial else self.model_folder,
-            adapter=self.model_folder if is_adapter and not is_initial else None,
-            load_options=self.model.load_options,
+            folder=self.model.base[0] if is_initial or adapter is not None else self.model_folder,
+            adapter=adapter,
+            load_options=self.model.base[1],
             use_bf16=self.args.bf16,
             url=self.args.generation_url,
             name=self.args.generation_model,
@@ -397,7 +389,7 @@ def run_all(
     """
     rounds: list[Round] = []
     if setup.audit is None:
-        sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
+        sign = Labels.of(data.pairs).sign  # verdicts are obeyed whoever judges the rest
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
         scored, trained_on = data, setup.audit.training()

@@ -6,13 +6,15 @@ In: a model or its name, a tokenizer or none, the settings of an adapter or none
 import copy
 import re
 
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ropo.logps.load_balance import LoadBalance, coefficient_of
 from ropo.logps.shared_prefix import balance_load, causal_lm_of, decoder_of
+from ropo.models.adapters import add_adapter, check_beginning
 from ropo.models.fit import check_adapter
+from ropo.models.quantized import compute_as_in_training
 from ropo.models.source import Model, find_model, load_tokenizer
 
 
@@ -29,16 +31,22 @@ def make_ready(
     Raises:
         ValueError: If there is no tokenizer and no place to load it from, or the adapter does not fit.
     """
-    place: str = find_model(model) if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
-        model = Model(place).load()
-    if tokenizer is None and not place:
-        raise ValueError("ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer.")
-    tokenizer = tokenizer or load_tokenizer(place)
+        source = Model(find_model(model), tokenizer=tokenizer, adapter=peft_config)
+        model, tokenizer = source.load(is_trainable=True), source.tokenizer
+    elif tokenizer is None:
+        place = model.config.name_or_path
+        if not place:
+            raise ValueError(
+                "ROPOTrainer needs processing_class with a model of no folder; got none. Pass its tokenizer."
+            )
+        tokenizer = load_tokenizer(place)
     turn_dropout_off(model)
+    compute_as_in_training(model)
     for name in parts_beside_language(model):  # no loss depends on them, which processes that share gradients wait for
         model.get_submodule(name).requires_grad_(requires_grad=False)
     if peft_config is not None:
+        check_beginning(peft_config, is_quantized=getattr(model, "is_quantized", False))
         check_adapter(model, peft_config)
     return model, tokenizer
 
@@ -63,7 +71,7 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None, *, seed
     if peft_config is None:
         return model
     set_seed(seed)
-    return get_peft_model(model, _of_language(model, peft_config))  # type: ignore[return-value]
+    return add_adapter(model, _of_language(model, peft_config))  # type: ignore[return-value] # it hands on what the model has
 
 
 def _of_language(model: nn.Module, peft_config: PeftConfig) -> PeftConfig:

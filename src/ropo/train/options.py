@@ -102,8 +102,6 @@ _IN_TRL = MappingProxyType(
         "max_completion_length": "max_length bounds prompt and response together.",
         "precompute_ref_log_probs": "They are always computed first, once; leave it out.",
         "ref_model": "The model that is given is the reference; leave it out.",
-        "load_in_4bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
-        "load_in_8bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
         "torch_dtype": "It is dtype here.",
         "split": "It is dataset_split here.",
         "dataset_train_split": "It is dataset_split here.",

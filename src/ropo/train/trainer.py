@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -32,10 +32,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import ropo
 from ropo.logps.batch import Batch, pad_token_id_of
-from ropo.logps.choose import choose_layout
+from ropo.logps.choose import choose_layout, log_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import BoundLoss
 from ropo.pairs import PairLogps
+from ropo.processes import meet
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
 from ropo.train.callbacks import (
     AfterStep,
@@ -112,7 +113,8 @@ class ROPOTrainer(Trainer):
         check_kind(args, TrainOptions, taker="ROPOTrainer")
         check_training(args)
         model, self.tokenizer = make_ready(model, processing_class, peft_config)
-        model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
+        if not getattr(model, "is_quantized", False):  # such a model is where it was loaded
+            model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         bound_loss = loss or args.bound_loss()
         train_dataset, eval_dataset = (
             prepare_dataset(
@@ -168,7 +170,7 @@ class ROPOTrainer(Trainer):
             use_bf16=self.options.bf16,
             is_trained=is_trained,
         )
-        _log_once(f"Forward: {layout}, since {reason}.")
+        log_layout(layout, reason)
         return layout
 
     def _own_callbacks(self) -> list[TrainerCallback]:
@@ -283,14 +285,14 @@ class ROPOTrainer(Trainer):
             with saying_if_full(folder):
                 with whole_weights(self._sharding):
                     self.save_model(str(aside))
-                self.accelerator.wait_for_everyone()
+                meet()
                 if self.is_world_process_zero():
                     (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to open
                     put_in_place(aside, folder)
         except DiskFullError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        self.accelerator.wait_for_everyone()
+        meet()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As in `Trainer`; grouped by length, the order of an epoch can be drawn once more.
@@ -442,9 +444,3 @@ class ROPOTrainer(Trainer):
             self.first_margins[where] = torch.where(before.isnan(), h, before)
             return
         self._evaluated.put(where, {"loss": loss * inputs["weight"], **values})
-
-
-@cache
-def _log_once(sentence: str) -> None:
-    """An audit makes a trainer for each fold."""
-    logger.info(sentence)
