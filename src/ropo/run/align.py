@@ -96,7 +96,7 @@ def run_rounds(
         if made.evaluation is not None:
             found = evaluate(made.evaluation, rounds, folder=made.folder / "evaluation")
         publish(rounds, made, found)
-        upload(repository, args, model=rounds[-1].model_folder)
+        upload(repository, args, rounds)
         return RunResult.load(made.folder)
 
 
