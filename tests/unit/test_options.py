@@ -391,7 +391,7 @@ def test_words_that_mean_nothing(words, said, capsys):
     assert main(["train", *WORDS, *words]) == 2
     error = capsys.readouterr().err
     assert said in error
-    assert len(error.splitlines()) == 2  # the sentence, and how to see more
+    assert len(error.splitlines()) == 1
 
 
 def test_words_of_every_command():

@@ -44,7 +44,7 @@ def make_ready(
     turn_dropout_off(model)
     compute_as_in_training(model)
     for name in parts_beside_language(model):  # no loss depends on them, which processes that share gradients wait for
-        model.get_submodule(name).requires_grad_(requires_grad=False)
+        causal_lm_of(model).get_submodule(name).requires_grad_(requires_grad=False)
     if peft_config is not None:
         check_beginning(peft_config, is_quantized=getattr(model, "is_quantized", False))
         check_adapter(model, peft_config)
