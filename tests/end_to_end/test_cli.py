@@ -198,7 +198,7 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         ),
         (
             ["--eval_strategy", "epoch"],
-            "on eval_dataset_name (in Python: eval_dataset), and nothing in between; got eval_strategy 'epoch'",
+            "eval_strategy epoch needs an evaluation set; got none",
         ),
         (["--lora_r", "8"], "lora_r needs use_peft, without which the whole model is trained"),
         (
@@ -220,7 +220,7 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
         (["--use_dora"], "use_dora needs use_peft, without which the whole model is trained"),
         (["--split", "test"], "unknown option --split. It is dataset_split here."),
         (["--dataset_split", "test"], "Leave split (--dataset_split) at 'train'"),
-        (["--push_to_hub"], "A run uploads nothing; got push_to_hub"),
+        (["--push_to_hub"], "push_to_hub needs the hub; got HF_HUB_OFFLINE=1"),
         (["--resume_from_checkpoint", "C"], "Rerun the same command to resume a run; got resume"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size needs 1 or more; got 0"),
         (["--seed", "-1"], "seed needs 0 or more; got -1"),

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
+from ropo.cli.launcher import LaunchArguments
 from ropo.cli.parser import SentenceParser
 from ropo.cli.words import name_of_option, refuse_unknown
 from ropo.config import ROPOConfig
+from ropo.data.mixture import Mixture, named_mixture
 from ropo.data.read import HubDataset, is_here
 from ropo.models.options import ModelOptions
 from ropo.models.source import Model, find_model
@@ -27,18 +29,20 @@ from ropo.train.options import instead_of
 logger = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
-COLUMNS = ("prompt", "chosen", "rejected", "annotator")
+COLUMNS = ("prompt", "chosen", "rejected", "annotator", "weight")
 
 
 @dataclass
-class TrainArguments(ModelOptions):
+class TrainArguments(LaunchArguments, ModelOptions):
     """Which model and data `ropo train` and `ropo audit` take; everything else is in `ROPOConfig`."""
 
     merge_adapter: bool = option(
         default=False, text="Write the model with its adapter merged, as one whole model, to OUTPUT_DIR/merged, too."
     )
     dataset_name: str | None = option(
-        None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), folder of shards or saved folder, or hub id."
+        None,
+        "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), folder of shards or saved folder, or hub id; several with "
+        "commas between them, with shares where wanted: a.jsonl:0.7,b.jsonl:0.3.",
     )
     dataset_config: str | None = option(
         None,
@@ -54,6 +58,7 @@ class TrainArguments(ModelOptions):
     chosen_column: str = option("chosen", "Name of the column with preferred responses.")
     rejected_column: str = option("rejected", "Name of the column with the other responses.")
     annotator_column: str = option("annotator", "Name of the column that says who labelled the pair.")
+    weight_column: str = option("weight", "Name of the column that says how much the pair counts, 0 or more.")
     trusted: str | None = option(
         None,
         "File of pairs whose labels are known to be right; 50 to 200 help. Those of the data may be among them.",
@@ -71,23 +76,12 @@ class DataclassParser(SentenceParser, HfArgumentParser):
 
 
 def training_parser(command: str) -> DataclassParser:
-    """The options of `ropo train` and `ropo audit`; the names of recipes are not among them.
-
-    Args:
-        command: Which of the two.
-    """
+    """The options of `ropo train` and `ropo audit`; the names of recipes are not among them."""
     return DataclassParser(command, dataclass_types=_KINDS)
 
 
 def parse_train(words: Sequence[str], *, command: str = "train") -> tuple[TrainArguments, ROPOConfig]:
     """Read the options of `ropo train` or `ropo audit`: a YAML file gives defaults, the command line wins.
-
-    Args:
-        words: What follows `ropo train`.
-        command: Which of the two, for messages.
-
-    Returns:
-        Model and data, and the configuration.
 
     Raises:
         ValueError: If an option is unknown, missing or out of range.
@@ -122,14 +116,6 @@ def _check(given: TrainArguments) -> None:
 
 def parse_options(kind: type[Options], words: Sequence[str], *, command: str) -> Options:
     """Read the options of a command that one dataclass describes.
-
-    Args:
-        kind: The dataclass; it checks itself.
-        words: What follows the command.
-        command: The command, for messages.
-
-    Returns:
-        The options.
 
     Raises:
         ValueError: If an option is unknown, missing or out of range.
@@ -176,23 +162,37 @@ def review_of(given: TrainArguments) -> ReviewInputs:
 def check_sources(given: TrainArguments) -> None:
     """Refuse a misspelt path before anything is read or asked of the hub.
 
-    Args:
-        given: Model and data.
-
     Raises:
         FileNotFoundError: If something looks like a path and nothing is there.
         ValueError: If the model's folder holds no model.
     """
-    data = [name for name in (given.dataset_name, given.eval_dataset_name, given.trusted) if name is not None]
-    are_here = [is_here(name) for name in data]
+    data = [name for name in (given.dataset_name, given.eval_dataset_name) if name is not None]
+    are_here = [are_all_here(name) for name in data] + [is_here(name) for name in [given.trusted] if name is not None]
     if not all(are_here):
         find_model(str(given.model_name_or_path))
 
 
-def dataset_of(given: Any, name: str | None) -> str | HubDataset | None:
-    """A dataset by its name; the configuration is that of the dataset to train on, whatever part of it is meant."""
+def are_all_here(name: str) -> bool:
+    """Whether a dataset, or each of several, is read from this machine; see `is_here`."""
+    found = named_mixture(name)
+    are_here = [is_here(part) for part in (found.parts if isinstance(found, Mixture) else [found])]  # each may raise
+    return all(are_here)
+
+
+def dataset_of(given: Any, name: str | None) -> str | HubDataset | Mixture | None:
+    """A dataset by its name; the configuration is that of the dataset to train on, whatever part of it is meant.
+
+    Raises:
+        ValueError: If a configuration is given and there are several datasets.
+    """
+    found = None if name is None else named_mixture(name)
     if name is None or name != given.dataset_name or (given.dataset_config, given.dataset_data_dir) == (None, None):
-        return name
+        return found
+    if isinstance(found, Mixture):
+        raise ValueError(
+            f"dataset_config and dataset_data_dir need one dataset; got {len(found.parts)}. Save the part that is "
+            "meant, and name its folder."
+        )
     return HubDataset(name=name, config=given.dataset_config, data_dir=given.dataset_data_dir)
 
 

@@ -28,6 +28,7 @@ from ropo.evaluate.options import LIKELIEST, ExportArguments
 from ropo.models.fit import check_ids
 from ropo.models.source import Model, find_model, model_digest
 from ropo.pairs import Text
+from ropo.processes import meet
 from ropo.provenance import Json, read_json, versions, write_json
 from ropo.sampling.engine import Engine, Sampling
 from ropo.sampling.engines import ENGINES, Reach, open_engine
@@ -61,12 +62,6 @@ class Exported:
 
 def export_answers(args: ExportArguments) -> Exported:
     """Answer all questions; rerun the same call to resume it.
-
-    Args:
-        args: Options.
-
-    Returns:
-        The file that was written, and counts.
 
     Raises:
         FileNotFoundError: If the questions are not there.
@@ -105,7 +100,7 @@ def export_answers(args: ExportArguments) -> Exported:
     path = Path(str(args.output_dir)) / spec.file.format(name=name)
     if PartialState().is_main_process:
         write_answers(path, answers, str(args.benchmark), name=name, written=started)
-    PartialState().wait_for_everyone()
+    meet()
     texts = [text for answer in answers for text in answer.turns]
     return Exported(
         file=path,
@@ -241,10 +236,10 @@ def _identity(
 
 def _claim(folder: Path, identity: Json) -> float:
     """Write down what the answers are made of, or refuse a folder of other ones; when they were started, in seconds."""
-    path, state = folder / "config.json", PartialState()
-    if state.is_main_process and not path.exists():
+    path = folder / "config.json"
+    if PartialState().is_main_process and not path.exists():
         write_json(path, {"options": identity, "begun": time.time(), "versions": versions()})
-    state.wait_for_everyone()
+    meet()
     known = read_json(path)
     changed = [name for name, value in identity.items() if known["options"].get(name) != value]
     if changed:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -33,6 +32,7 @@ from ropo.logps.features import FeatureReader, Features, Sketch
 from ropo.logps.score import Rows, logps_of_rows, score_pairs
 from ropo.logps.shared_prefix import causal_lm_of
 from ropo.pairs import PairFeatures, PairLogps
+from ropo.processes import meet
 from ropo.provenance import DamagedFileError, hash_tensors, hash_value, write_aside
 
 logger = logging.getLogger(__name__)
@@ -129,10 +129,9 @@ def _fill(
     reader: FeatureReader | None = None,
 ) -> dict[bytes, tuple[float, float]]:
     """Score what is missing; returns the log-probabilities of all that is known then."""
-    state = PartialState()
     known = _load(folder)
     complete = known.keys() if reader is None else known.keys() & _keys(folder / reader.name)
-    state.wait_for_everyone()  # a process that comes late would find shards of others, and split the work differently
+    meet()  # a process that comes late would find shards of others, and split the work differently
     missing = [i for i, key in enumerate(keys) if key not in complete]
     what = "Reference log-probs" if reader is None else "Reference log-probs and features"
     logger.info("%s: %d of %d pairs are cached in %s", what, len(keys) - len(missing), len(keys), folder)
@@ -141,7 +140,7 @@ def _fill(
     writer = _ShardWriter(folder, [keys[i] for i in missing], known.keys(), reader)
     score_pairs(model, [tokens[i] for i in missing], batching, title=what, reader=reader, on_batch=writer.add)
     writer.flush()
-    state.wait_for_everyone()
+    meet()
     return _load(folder)
 
 
@@ -241,14 +240,7 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 class _ShardWriter:
-    """Collects finished rows and writes them as new shards every now and then.
-
-    Args:
-        folder: Of the reference.
-        keys: Of the pairs that are scored.
-        known: Keys of pairs whose log-probabilities are in the folder: they stay as they are.
-        reader: Of features, which stand in a folder of their own, or None.
-    """
+    """Collects finished rows and writes them as new shards every now and then."""
 
     def __init__(self, folder: Path, keys: list[bytes], known: Collection[bytes], reader: FeatureReader | None) -> None:
         self._folder, self._keys, self._known, self._reader = folder, keys, known, reader

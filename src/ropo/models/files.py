@@ -45,14 +45,14 @@ class ModelKind:
     """What a model is read as.
 
     Attributes:
-        auto_class: Of `transformers`.
+        auto_class: From a configuration to the class of `transformers` that reads it.
         noun: What a refusal calls it.
         place: Begin of a refusal when nothing can be read: what the name has to be.
         check: Refuses a configuration of another kind of model; takes the name, too.
         advice: What to do when the files do not hold this model.
     """
 
-    auto_class: Any
+    auto_class: Callable[[PretrainedConfig], Any]
     noun: str
     place: str
     check: Callable[[PretrainedConfig, str], None]
@@ -274,7 +274,8 @@ def make_skeleton(kind: ModelKind, name_or_path: str, load_options: Mapping[str,
     config = read_config(kind, name_or_path, options)
     config._attn_implementation = options.get("attn_implementation")
     with explained(f"{kind.noun} needs settings that transformers knows", name_or_path), torch.device("meta"):
-        skeleton: PreTrainedModel = kind.auto_class.from_config(config, trust_remote_code=options["trust_remote_code"])
+        auto_class = kind.auto_class(config)
+        skeleton: PreTrainedModel = auto_class.from_config(config, trust_remote_code=options["trust_remote_code"])
     is_quantized = getattr(config, "quantization_config", None)  # in the files, so shapes are others
     shapes = None if is_quantized else _shapes_in(name_or_path, options, config)
     if shapes is not None:
@@ -325,7 +326,7 @@ def load_whole(kind: ModelKind, name_or_path: str, load_options: Mapping[str, An
     config = read_config(kind, name_or_path, options)
     try:
         with explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice):
-            model, found = kind.auto_class.from_pretrained(
+            model, found = kind.auto_class(config).from_pretrained(
                 name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except ValueError:

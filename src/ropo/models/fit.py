@@ -128,7 +128,7 @@ def ids_of(pairs: Sequence[Pair], tokens: Sequence[TokenizedPair]) -> Iterator[t
     """
     for pair, ids in zip(pairs, tokens, strict=True):
         for part in (ids.prompt, ids.chosen, ids.rejected):
-            yield f"a token of row {pair.row}", part
+            yield f"a token of {pair.place}", part
 
 
 def _num_embeddings(model: PreTrainedModel) -> int:

@@ -16,7 +16,9 @@ from accelerate import PartialState
 from peft import PeftConfig
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -79,6 +81,9 @@ _READS_BOTH_WAYS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-gene
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 )
 
+# Their language model is only called with an image.
+_NEEDS_IMAGE = {"blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5", "pix2struct"}
+
 
 def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
     """Refuse what `transformers` would turn into a causal language model with a new head, or without a causal mask.
@@ -93,7 +98,7 @@ def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
         why = made_as
     elif config.model_type in _READS_BOTH_WAYS and not is_causal:
         why = f"{made_as or config.model_type}, whose tokens see the ones that follow: is_decoder is not set"
-    elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _reads_images(config):
         why = made_as or config.model_type
     else:
         return
@@ -103,8 +108,21 @@ def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
     )
 
 
+def _reads_images(config: PretrainedConfig) -> bool:
+    """Whether a causal language model is one part of the model, beside one that reads images and is not called."""
+    text = config.get_text_config(decoder=True)
+    is_one = text is not config and not (config.is_encoder_decoder or text.is_encoder_decoder)
+    return is_one and config.model_type not in _NEEDS_IMAGE and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Loaded whole, so that what is saved is the model that was given: nothing moves what reads images."""
+    is_part = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if is_part else AutoModelForCausalLM
+
+
 POLICY = ModelKind(
-    auto_class=AutoModelForCausalLM,
+    auto_class=_auto_class,
     noun="A language model",
     place=_NEEDS_MODEL,
     check=_check_causal,

@@ -27,10 +27,6 @@ SHOWN = 100
 def check_mapping(name: str, value: Any) -> None:
     """Refuse what holds no named values.
 
-    Args:
-        name: The option.
-        value: What was given.
-
     Raises:
         ValueError: If `value` is no mapping.
     """
@@ -40,11 +36,6 @@ def check_mapping(name: str, value: Any) -> None:
 
 def check_keys(name: str, value: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse an object with a key that nothing reads.
-
-    Args:
-        name: The option.
-        value: What was given.
-        known: The keys that are read.
 
     Raises:
         ValueError: If `value` has another one.

@@ -21,6 +21,7 @@ from ropo.data.review import read_verdicts, with_verdicts, write_review
 from ropo.models.source import Model
 from ropo.noise.review_order import has_suspects, review_order
 from ropo.pairs import Pair
+from ropo.processes import meet
 from ropo.provenance import Json, read_json, saying_if_full, sync, sync_entry, write_aside, write_json
 from ropo.report import write_report
 from ropo.report.model_card import model_card
@@ -55,11 +56,11 @@ def publish(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | No
         pairs = [*made.loaded.pairs, *new]
         with _published(folder) as aside:
             _copy_model(rounds[-1].model_folder, aside, published=folder)
-            (aside / "README.md").write_text(model_card(summary), encoding="utf-8")
+            (aside / "README.md").write_text(_card(summary, rounds[-1].model_folder), encoding="utf-8")
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=log, checks=checks)
             write_json(aside / "summary.json", summary)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 def publish_audit(audit: Audit, made: Prepared) -> None:
@@ -87,7 +88,11 @@ def publish_audit(audit: Audit, made: Prepared) -> None:
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=[], checks=_by_row(audit))
             write_json(aside / "summary.json", summary)
-    PartialState().wait_for_everyone()
+    meet()
+
+
+def _card(summary: Json, model: Path) -> str:
+    return model_card(summary, is_adapter=(model / "adapter_config.json").exists())
 
 
 def publish_merged(model: Model, folder: Path) -> None:
@@ -102,7 +107,7 @@ def publish_merged(model: Model, folder: Path) -> None:
             model.merged(folder).save_pretrained(aside)
             model.tokenizer.save_pretrained(aside)
         logger.info("Adapter and model, merged: %s", folder / MERGED)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 @contextmanager
@@ -214,5 +219,6 @@ def _cleaned(pair: Pair, p_flip: float | None, decision: str, weight: float) -> 
         "decision": decision,
         "p_flip": None if p_flip is None else round(float(p_flip), 6),
         "row": pair.row,
+        **({} if pair.source is None else {"source": pair.source}),
         "pair_id": pair.id,
     }

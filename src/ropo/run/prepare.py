@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropo.audit.folds import folds_of
 from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
+from ropo.data.mixture import names_on_hub
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import with_verdicts
 from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
@@ -27,6 +28,7 @@ from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
 from ropo.models.quantized import in_words
 from ropo.models.source import Model, Reference, find_model
 from ropo.pairs import Pair, PairLogps
+from ropo.processes import meet
 from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.run.checks import check_run
 from ropo.run.evaluation import EvaluationSet, read_evaluation
@@ -68,6 +70,7 @@ class Prepared:
         reference: The frozen one.
         digest: Of the run's identity.
         evaluation: Pairs for evaluation only; None without.
+        datasets: Names of what was read from the hub.
     """
 
     folder: Path
@@ -79,6 +82,7 @@ class Prepared:
     reference: Reference
     digest: str
     evaluation: EvaluationSet | None
+    datasets: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +140,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
         DataError: If rows cannot be read, or no pair is left.
         ValueError: If options, model, data or output folder do not fit.
     """
-    check_run(args)
+    check_run(args, has_evaluation=is_audit or given.eval_dataset is not None)
     folder = Path(str(args.output_dir))
     refuse_what_is_not_ours(folder)
     _tell_launch(args, given.model)
@@ -171,6 +175,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
         reference=reference,
         digest=digest,
         evaluation=tokenized.evaluation,
+        datasets=names_on_hub(DataSource.of(given.dataset).data),
     )
 
 
@@ -182,8 +187,9 @@ def _read(given: Given, args: ROPOConfig) -> _Labelled:
     """
     source = DataSource.of(given.dataset)
     loaded, pairs, problems = read_checked(
-        source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows
-    )
+        source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows,
+        max_samples=args.max_samples, seed=args.seed,
+    )  # fmt: skip
     verdicts, trusted, sha256 = known_labels(pairs, given.review or ReviewInputs(), columns=source.columns)
     read = _Labelled(
         loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, is_whole=True)),
@@ -217,8 +223,9 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
         check_adapter(skeleton, peft_config)
     evaluation = None
     if given.eval_dataset is not None:
+        columns = DataSource.of(given.dataset).columns or {}
         evaluation = read_evaluation(
-            DataSource.of(given.eval_dataset, columns=DataSource.of(given.dataset).columns),
+            DataSource.of(given.eval_dataset, columns={name: columns[name] for name in columns if name != "weight"}),
             trained_on=[*read.pairs, *read.trusted],
             tokenizer=tokenizer,
             max_length=args.max_length,
@@ -264,13 +271,13 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
     is_there = path.exists() and owner.exists() and read_json(owner) == {"weights": weights}
     if path.exists() and not is_there and has_trained(folder):
         raise ValueError(f"{folder} holds a run that began with another model. Use another output_dir.")
-    PartialState().wait_for_everyone()
+    meet()
     if PartialState().is_main_process and not is_there:
         with write_aside(path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
         write_json(owner, {"weights": weights})
-    PartialState().wait_for_everyone()
+    meet()
     return str(path)
 
 
