@@ -73,6 +73,7 @@ class TrainArguments:
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: int = option(32, "Scale of the adapter.")
     lora_dropout: float = option(0.0, "Dropout of the adapter.")
+    dry_run: bool = option(False, "Check everything, print what the run will cost, and end; nothing is written.")  # noqa: FBT003
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
     )

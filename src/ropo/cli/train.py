@@ -10,10 +10,10 @@ from accelerate import PartialState
 
 from ropo.cli.arguments import check_sources, evaluation_of, model_of, pairs_of, parse_train, review_of
 from ropo.cli.faults import DONE
-from ropo.cli.outcome import say_training
+from ropo.cli.outcome import say_plan, say_training
 from ropo.cli.words import typed_as
 from ropo.provenance import typed
-from ropo.run.align import run_rounds
+from ropo.run.align import dry_run, run_rounds
 
 
 def run(words: Sequence[str]) -> int:
@@ -27,6 +27,11 @@ def run(words: Sequence[str]) -> int:
     """
     given, args = parse_train(words)
     check_sources(given)
+    if given.dry_run:
+        say_plan(
+            dry_run(model_of(given), pairs_of(given), args, eval_dataset=evaluation_of(given), review=review_of(given))
+        )
+        return DONE
     with typed(typed_as("train", words)):
         result = run_rounds(
             model_of(given), pairs_of(given), args, eval_dataset=evaluation_of(given), review=review_of(given)

@@ -172,11 +172,11 @@ def _is_ours(entry: Path) -> bool:
     return entry.name in _MADE_BEFORE or is_leftover(entry)
 
 
-def claim(folder: Path, identity: Json) -> None:
-    """Make the output folder this run's, or make sure that it already is.
+def refuse_other_run(folder: Path, identity: Json) -> None:
+    """Make sure that the output folder holds no other run that has trained.
 
     Raises:
-        ValueError: If another run is there.
+        ValueError: If it does.
     """
     path = folder / "ropo_config.json"
     if path.exists() and has_trained(folder):
@@ -189,9 +189,13 @@ def claim(folder: Path, identity: Json) -> None:
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."
             )
+
+
+def claim(folder: Path, identity: Json) -> None:
+    """Make the output folder this run's, which `refuse_other_run` has let pass."""
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        write_json(path, identity)
+        write_json(folder / "ropo_config.json", identity)
         remove_leftovers(folder, lock_file=LOCK_FILE)
     PartialState().wait_for_everyone()
 
