@@ -27,8 +27,8 @@ def say_plan(plan: Plan) -> None:
     """
     if PartialState().is_main_process:
         seconds = {stage.name: stage.seconds for stage in plan.stages}
-        costs = {"disk_bytes": plan.disk_bytes, "layout": plan.layout, "assumed": plan.assumed}
-        print(cost_table(seconds, asdict(plan.memory), **costs))
+        memory = asdict(plan.memory)
+        print(cost_table(seconds, memory, disk_bytes=plan.disk_bytes, layout=plan.layout, assumed=plan.assumed))
 
 
 def say_audit(summary: Json, folder: Path) -> None:

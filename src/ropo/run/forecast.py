@@ -1,7 +1,7 @@
 """What this run will cost on this machine, known before it starts.
 
-In: a model's skeleton and how it is loaded, tokenized pairs, a `ROPOConfig`. Out: a `Plan`: seconds of each stage, bytes
-on each device and on the disk, and what was assumed.
+In: a model's skeleton and how it is loaded, tokenized pairs, a `ROPOConfig`. Out: a `Plan`: seconds of each stage,
+bytes on each device and on the disk, and what was assumed.
 
 The one idea: what can be counted is counted (weights, shards, optimizer, activations, disk), and what depends on the
 machine is timed on a few layers. So the forecast needs neither the weights nor a table of machines.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, get_peft_model
 from torch import nn
@@ -29,16 +29,8 @@ from ropo.losses import LOSSES
 from ropo.models.source import Model
 from ropo.report.costs import cost_sentence
 from ropo.run.activations import Kept, Pass, kept_for_backward
-from ropo.run.memory import (
-    Formats,
-    Memory,
-    Shards,
-    num_states,
-    quantized_bytes,
-    scoring_memory,
-    state_bytes,
-    training_memory,
-)
+from ropo.run.formats import formats_of, shards_of
+from ropo.run.memory import Formats, Memory, Shards, scoring_memory, training_memory
 from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, Stage, forward_operations, plan_stages
 from ropo.run.probe import Rates, time_steps
 from ropo.train.trainer import CPU_TOKENS
@@ -47,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 _SCORED_TOKENS = {"cpu": 4096, "cuda": 32768}  # in one pass of `ropo.logps.score`
 _BYTES_LOADED_PER_SECOND = 0.5e9  # read, checked and hashed
-_STEP_SECONDS = 0.01  # of the trainer's own work in a step
+_LOAD_SECONDS = 0.5  # of a load beside its bytes
+_RUN_SECONDS, _PAIR_SECONDS = 1.0, 1e-3  # of folds, tables and the report
+_STEP_SECONDS = 0.008  # of the trainer's own work in a step
 _STEP_SECONDS_PER_WEIGHT = 2e-9  # of the optimizer's, on one core; what a GPU takes is nothing beside a backward pass
 # Made for the arithmetic of models that cannot be run without data; see Korthikanti et al., arXiv:2205.05198.
 _NUMBERS_OF_HIDDEN, _NUMBERS_OF_INTERMEDIATE = 18, 5
@@ -156,7 +150,7 @@ def forecast(
     rates = time_steps(make, config, tokens, args, pad_token_id=pad_token_id, peft_config=model.adapter)
     size = model_size(config, model.adapter, layout=rates.layout, model_class=make)
     step, num_passes = largest_pass(tokens, args, rates.layout, pad_token_id)
-    kept = _kept(make, config, step, size, model.adapter, is_sharded=shards.weights > 1 or shards.has_masters)
+    kept = _kept(make, config, step, model.adapter, is_sharded=shards.weights > 1 or shards.has_masters)
     is_trained = not is_audit or (args.scorer == "models" and bool(args.num_folds))
     memory = _memory(size, formats, shards, kept or _guessed(size, step, formats), step, num_passes=num_passes)
     if not is_trained:
@@ -194,63 +188,6 @@ def run_size(args: ROPOConfig, *, is_audit: bool) -> RunSize:
     )
 
 
-def shards_of(args: ROPOConfig) -> Shards:
-    """Over how many devices a launch distributes what training holds, by accelerate's plugins.
-
-    Args:
-        args: Options.
-    """
-    num_devices, plugin = max(1, args.world_size), args.deepspeed_plugin
-    if plugin is not None:
-        stage, zero = int(plugin.zero_stage), plugin.deepspeed_config.get("zero_optimization", {})
-        live = zero.get("stage3_max_live_parameters", 1e9)
-        offloads_weights = plugin.offload_param_device not in ("none", None)
-        return Shards(
-            weights=num_devices if stage == 3 else 1,
-            gradients=num_devices if stage >= 2 else 1,
-            optimizer=num_devices if stage >= 1 else 1,
-            gathered_weights=int(1e9 if live == "auto" else live) if stage == 3 else 0,
-            has_masters=True,
-            offloads_optimizer=plugin.offload_optimizer_device not in ("none", None),
-            offloads_weights=offloads_weights,
-        )
-    if args.sharding != "fsdp":
-        return Shards(has_buckets=num_devices > 1)
-    fsdp: Any = FullyShardedDataParallelPlugin(**(getattr(args, "fsdp_plugin_args", None) or {}))
-    after = getattr(fsdp.reshard_after_forward, "name", fsdp.reshard_after_forward)  # FSDP1 has names, FSDP2 a bool
-    if after == "NO_SHARD":
-        return Shards(has_buckets=True)
-    return Shards(
-        weights=num_devices,
-        gradients=num_devices,
-        optimizer=num_devices,
-        gathered_weights=0 if after in (True, "FULL_SHARD", "HYBRID_SHARD") else 2**62,
-        offloads_weights=bool(getattr(fsdp.cpu_offload, "offload_params", fsdp.cpu_offload)),
-        offloads_optimizer=bool(getattr(fsdp.cpu_offload, "offload_params", fsdp.cpu_offload)),
-    )
-
-
-def formats_of(args: ROPOConfig, dtype: torch.dtype, quantization: Any = None) -> Formats:
-    """How a training keeps its numbers.
-
-    Args:
-        args: Options.
-        dtype: Of the weights as they are loaded.
-        quantization: `BitsAndBytesConfig` of the base, if it is quantized.
-    """
-    found: Any = quantization if isinstance(quantization, dict) else getattr(quantization, "__dict__", {})
-    bits = next((bits for bits in (4, 8) if found.get(f"load_in_{bits}bit") or found.get(f"_load_in_{bits}bit")), None)
-    is_double = bool(found.get("bnb_4bit_use_double_quant"))
-    optim = str(getattr(args.optim, "value", args.optim))
-    return Formats(
-        weight_bytes=dtype.itemsize,
-        quantized_bytes=None if bits is None else quantized_bytes(bits, is_double=is_double),
-        compute_bytes=2 if args.bf16 or args.fp16 else dtype.itemsize,
-        num_states=num_states(optim),
-        state_bytes=state_bytes(optim, 4 if bits else dtype.itemsize),
-    )
-
-
 def model_size(
     config: PretrainedConfig,
     peft_config: PeftConfig | None = None,
@@ -269,7 +206,7 @@ def model_size(
     Returns:
         Its size.
     """
-    make = model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    make: Callable[[Any], Any] = model_class or class_of(config)
     with torch.device("meta"):  # not `from_config`, which ZeRO-3 would partition
         model = make(config)
     total = sum(p.numel() for p in model.parameters())
@@ -293,9 +230,17 @@ def model_size(
     )
 
 
-def largest_pass(
-    tokens: Sequence[TokenizedPair], args: ROPOConfig, layout: str, pad_token_id: int
-) -> tuple[Pass, int]:
+def class_of(config: PretrainedConfig) -> Callable[[Any], Any]:
+    """What `transformers` makes a language model of this configuration with.
+
+    Args:
+        config: Of the model.
+    """
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found  # type: ignore[no-any-return]
+
+
+def largest_pass(tokens: Sequence[TokenizedPair], args: ROPOConfig, layout: str, pad_token_id: int) -> tuple[Pass, int]:
     """The forward pass of training with the most tokens, which decides its memory, and the passes of a step.
 
     Args:
@@ -381,7 +326,10 @@ def _machine(
         sampling_flops=new / rates.sampling_seconds,
         num_devices=max(1, args.world_size),
         step_seconds=_STEP_SECONDS + is_cpu * size.trained_weights * _STEP_SECONDS_PER_WEIGHT,
-        load_seconds=formats.model_bytes(size) / _BYTES_LOADED_PER_SECOND,
+        load_seconds=_LOAD_SECONDS + formats.model_bytes(size) / _BYTES_LOADED_PER_SECOND,
+        run_seconds=_RUN_SECONDS,
+        pair_seconds=_PAIR_SECONDS,
+        has_linear_audit=True,
     )
 
 
@@ -389,7 +337,6 @@ def _kept(
     make: Callable[[Any], Any],
     config: PretrainedConfig,
     step: Pass,
-    size: ModelSize,
     peft_config: PeftConfig | None,
     *,
     is_sharded: bool,
@@ -416,16 +363,13 @@ def _guessed(size: ModelSize, step: Pass, formats: Formats) -> Kept:
     )
 
 
-def _memory(
-    size: ModelSize, formats: Formats, shards: Shards, kept: Kept, step: Pass, *, num_passes: int
-) -> Memory:
+def _memory(size: ModelSize, formats: Formats, shards: Shards, kept: Kept, step: Pass, *, num_passes: int) -> Memory:
     """Of training; in a step of one pass gradients take the place of activations, layer by layer."""
-    activations = kept.bytes(size.num_layers, is_checkpointed=step.is_checkpointed)
-    if not size.has_adapter:
-        activations += 4.0 * size.head_weights  # the gradient of the head, the first to be made
+    of_head = 0.0 if size.has_adapter else 4.0 * size.head_weights  # its gradient, the first and the last to be made
+    activations = of_head + kept.bytes(size.num_layers, is_checkpointed=step.is_checkpointed)
     if num_passes == 1:
         made = training_memory(size, formats, replace(shards, has_buckets=False), activations=0.0).gradients
-        activations = max(activations - made, 0.0)
+        activations = max(activations - made, of_head + kept.layer)
     return training_memory(size, formats, shards, activations=activations)
 
 

@@ -1,12 +1,12 @@
 """Bytes that a training needs on each device, by what they hold, and on the disk.
 
-In: sizes of the model, formats of its numbers, over how many devices they are sharded, activations. Out: `Memory`, bytes.
+In: sizes of the model, formats of its numbers, over how many devices they are sharded, activations. Out: `Memory`.
 
 The one idea: weights, gradients and the optimizer's state are counted, each divided by the devices that share it;
 activations come from `ropo.run.activations`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ropo.run.plan import ModelSize
 
@@ -30,7 +30,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Of the device, without the host."""
-        return sum(getattr(self, one.name) for one in fields(self)) - self.host
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +137,7 @@ def training_memory(model: ModelSize, formats: Formats, shards: Shards, *, activ
     if shards.has_masters:
         optimizer += 4 * model.trained_weights / shards.optimizer
     gathered = _gathered(model, shards) * formats.compute_bytes if shards.weights > 1 else 0.0
-    host = (optimizer if shards.offloads_optimizer else 0.0) + (
-        weights + gradients if shards.offloads_weights else 0.0
-    )
+    host = (optimizer if shards.offloads_optimizer else 0.0) + (weights + gradients if shards.offloads_weights else 0.0)
     return Memory(
         weights=gathered + (0.0 if shards.offloads_weights else weights),
         gradients=0.0 if shards.offloads_weights else gradients,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 _FORWARD, _TRAINING = 1, 3  # a backward pass costs two forward passes
 _NUM_CHECKS = 3  # how often held-out pairs are scored while a fold trains (`ropo.audit.models`)
+_NUM_OUTPUTS, _NUM_FEATURES = 64, 2048  # of the gradient that an audit reads (`ropo.logps.features.Sketch`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,9 @@ class Machine:
         weight_bytes: Of one parameter while it is used.
         step_seconds: Of an optimizer step, beside its forward and backward passes.
         load_seconds: To load the model once.
+        pair_seconds: Of the host's own work for each pair: folds, tables, report.
+        run_seconds: The same for each run, whatever its size.
+        has_linear_audit: Whether the linear models of an audit take time, which they do on the host.
     """
 
     flops: float
@@ -102,6 +106,9 @@ class Machine:
     weight_bytes: int = 4
     step_seconds: float = 0.0
     load_seconds: float = 0.0
+    pair_seconds: float = 0.0
+    run_seconds: float = 0.0
+    has_linear_audit: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +186,9 @@ def plan_stages(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machin
         """Pairs that one training on so many reads; `max_steps` is what each training is given."""
         return run.max_steps * run.pairs_per_step if run.max_steps > 0 else num_pairs * run.num_train_epochs
 
-    def stage(name: str, *, trained: float = 0.0, scored: float = 0.0, num_loads: int = 0) -> Stage:
+    def stage(
+        name: str, *, trained: float = 0.0, scored: float = 0.0, num_loads: int = 0, others: float = 0.0
+    ) -> Stage:
         steps = -(-round(trained) // run.pairs_per_step)
         seconds = once * (_TRAINING * trained / rate + _FORWARD * scored / scoring_rate) / machine.num_devices
         return Stage(
@@ -187,13 +196,15 @@ def plan_stages(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machin
             tokens=(trained + scored) * pairs.unique_tokens,
             steps=steps,
             operations=(_TRAINING * trained + _FORWARD * scored) * once,
-            seconds=seconds + steps * machine.step_seconds + num_loads * machine.load_seconds,
+            seconds=seconds + steps * machine.step_seconds + num_loads * machine.load_seconds + others,
         )
 
     stages = [stage("reference", scored=n, num_loads=1)] if run.needs_reference else []
     if run.num_folds and run.scorer == "features":
         alone = 0 if run.needs_reference else 1
-        stages.append(stage("audit", scored=alone * n, num_loads=alone))
+        others = _linear_seconds(n) if machine.has_linear_audit else 0.0
+        others += n * _feature_operations(model, pairs) / scoring_rate / machine.num_devices
+        stages.append(stage("audit", scored=alone * n, num_loads=1, others=others))
     elif run.num_folds:
         in_a_fold = read_in_training((run.num_folds - 1) / run.num_folds * n)
         trained = run.num_folds * in_a_fold
@@ -203,7 +214,21 @@ def plan_stages(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machin
         stages.append(stage("rounds", trained=trained, scored=run.rounds * n, num_loads=2 * run.rounds))
     if run.num_candidates and run.rho and run.rounds > 1:
         stages.append(_sampling(model, pairs, run, machine, (run.rounds - 1) * run.rho * n))
+    if machine.run_seconds:
+        stages.append(stage("report", others=machine.run_seconds + machine.pair_seconds * n))
     return stages
+
+
+def _feature_operations(model: ModelSize, pairs: PairSize) -> float:
+    """Of the projected gradient by the head's output, for one pair, in the pass that reads the reference."""
+    num_responses = pairs.chosen_tokens + pairs.rejected_tokens
+    return 2 * num_responses * model.head_weights / model.hidden_size * _NUM_OUTPUTS
+
+
+def _linear_seconds(num_pairs: int) -> float:
+    """Of the linear models of an audit on one core: four bases, and fits that leave out folds."""
+    num_kept = min(num_pairs, _NUM_FEATURES)
+    return 6e-10 * num_kept**3 + 6e-7 * num_pairs * num_kept
 
 
 def _sampling(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, num_prompts: float) -> Stage:
