@@ -152,7 +152,7 @@ def forecast(
     step, num_passes = largest_pass(tokens, args, rates.layout, pad_token_id)
     kept = _kept(make, config, step, model.adapter, is_sharded=shards.weights > 1 or shards.has_masters)
     is_trained = not is_audit or (args.scorer == "models" and bool(args.num_folds))
-    memory = _memory(size, formats, shards, kept or _guessed(size, step, formats), step, num_passes=num_passes)
+    memory = memory_of(size, formats, shards, kept or _guessed(size, step, formats), step, num_passes=num_passes)
     if not is_trained:
         memory = _scoring(size, formats, shards, kept or _guessed(size, step, formats), step)
     run, pairs = run_size(args, is_audit=is_audit), _pair_size(tokens)
@@ -267,6 +267,25 @@ def largest_pass(tokens: Sequence[TokenizedPair], args: ROPOConfig, layout: str,
     return step, len(pieces) * args.gradient_accumulation_steps
 
 
+def memory_of(size: ModelSize, formats: Formats, shards: Shards, kept: Kept, step: Pass, *, num_passes: int) -> Memory:
+    """Memory of training on each device; in a step of one pass gradients take the place of activations.
+
+    Args:
+        size: Of the model.
+        formats: Of its numbers.
+        shards: Over how many devices each kind is distributed.
+        kept: Of the largest forward pass.
+        step: That pass.
+        num_passes: Of a step.
+    """
+    of_head = 0.0 if size.has_adapter else 4.0 * size.head_weights  # its gradient, the first and the last to be made
+    activations = of_head + kept.bytes(size.num_layers, is_checkpointed=step.is_checkpointed)
+    if num_passes == 1:
+        made = training_memory(size, formats, replace(shards, has_buckets=False), activations=0.0).gradients
+        activations = max(activations - made, of_head + kept.layer)
+    return training_memory(size, formats, shards, activations=activations)
+
+
 def disk_bytes(size: ModelSize, formats: Formats, args: ROPOConfig, run: RunSize, *, num_pairs: int) -> float:
     """Bytes of the output folder: models of all rounds, the last one once more, and checkpoints of a training.
 
@@ -361,16 +380,6 @@ def _guessed(size: ModelSize, step: Pass, formats: Formats) -> Kept:
         hidden=step.num_tokens * size.hidden_size * formats.compute_bytes,
         head=12.0 * step.num_read * size.head_weights / size.hidden_size,
     )
-
-
-def _memory(size: ModelSize, formats: Formats, shards: Shards, kept: Kept, step: Pass, *, num_passes: int) -> Memory:
-    """Of training; in a step of one pass gradients take the place of activations, layer by layer."""
-    of_head = 0.0 if size.has_adapter else 4.0 * size.head_weights  # its gradient, the first and the last to be made
-    activations = of_head + kept.bytes(size.num_layers, is_checkpointed=step.is_checkpointed)
-    if num_passes == 1:
-        made = training_memory(size, formats, replace(shards, has_buckets=False), activations=0.0).gradients
-        activations = max(activations - made, of_head + kept.layer)
-    return training_memory(size, formats, shards, activations=activations)
 
 
 def _scoring(size: ModelSize, formats: Formats, shards: Shards, kept: Kept, step: Pass) -> Memory:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ropo.config import ROPOConfig
 from ropo.run.memory import Formats, Shards, num_states, quantized_bytes, state_bytes
@@ -38,13 +39,15 @@ def shards_of(args: ROPOConfig) -> Shards:
     after = getattr(fsdp.reshard_after_forward, "name", fsdp.reshard_after_forward)  # FSDP1 has names, FSDP2 a bool
     if after == "NO_SHARD":
         return Shards(has_buckets=True)
+    policy = fsdp.cpu_offload  # FSDP1 has a flag in it, FSDP2 another class
+    is_offloaded = isinstance(policy, CPUOffloadPolicy) or bool(getattr(policy, "offload_params", False))
     return Shards(
         weights=num_devices,
         gradients=num_devices,
         optimizer=num_devices,
         gathered_weights=0 if after in (True, "FULL_SHARD", "HYBRID_SHARD") else 2**62,
-        offloads_weights=bool(getattr(fsdp.cpu_offload, "offload_params", fsdp.cpu_offload)),
-        offloads_optimizer=bool(getattr(fsdp.cpu_offload, "offload_params", fsdp.cpu_offload)),
+        offloads_weights=is_offloaded,
+        offloads_optimizer=is_offloaded,
     )
 
 

@@ -97,7 +97,7 @@ def time_steps(
     few = [_cut(some[0], _FEW_TOKENS, vocabulary)]
     layout, _ = choose_layout(model, few, pad_token_id=pad_token_id, use_bf16=args.bf16, is_trained=True)
     if args.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         if peft_config is not None:
             model.enable_input_require_grads()
     model.train()
