@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, Qwen2Config
 
-from ropo.run.activations import Pass, kept_for_backward, with_layers
+from ropo.run.activations import Kept, Pass, kept_for_backward, with_layers
 from ropo.run.forecast import class_of, memory_of, model_size
 from ropo.run.memory import Formats, Memory, Shards, quantized_bytes
 from ropo.run.plan import ModelSize
@@ -64,18 +64,21 @@ def _size(name: str, *, has_adapter: bool) -> ModelSize:
     )
 
 
+@cache
+def _kept(name: str, dtype: torch.dtype, *, has_adapter: bool) -> Kept:
+    config = MODELS[name]
+    return kept_for_backward(class_of(config), config, STEP, dtype=dtype, peft_config=_adapter(has_adapter=has_adapter))
+
+
 def _adapter(*, has_adapter: bool) -> LoraConfig | None:
     return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if has_adapter else None
 
 
 def memory(name: str, way: str, num_devices: int) -> Memory:
     """Of one device."""
-    has_adapter, config = way != "full", MODELS[name]
+    has_adapter = way != "full"
     # A whole float32 model is cast for each pass; shards are gathered in bfloat16.
-    dtype = torch.float32 if way == "full" and num_devices == 1 else torch.bfloat16
-    kept = kept_for_backward(
-        class_of(config), config, STEP, dtype=dtype, peft_config=_adapter(has_adapter=has_adapter)
-    )
+    kept = _kept(name, torch.float32 if way == "full" and num_devices == 1 else torch.bfloat16, has_adapter=has_adapter)
     shards = Shards(weights=num_devices, gradients=num_devices, optimizer=num_devices)
     size = _size(name, has_adapter=has_adapter)
     return memory_of(size, WAYS[way], shards, kept, STEP, num_passes=2)

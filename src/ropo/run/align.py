@@ -21,6 +21,7 @@ from ropo.judge.verdicts import Judge
 from ropo.models.source import Model
 from ropo.run.evaluation import evaluate
 from ropo.run.forecast import Plan, forecast_everywhere
+from ropo.run.identity import refuse_other_run
 from ropo.run.inputs import ReviewInputs
 from ropo.run.lock import owning
 from ropo.run.outputs import publish, publish_audit
@@ -169,6 +170,7 @@ def dry_run(
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:  # of a model object
         checked = check(given, args, scratch=Path(scratch))
+        refuse_other_run(Path(str(args.output_dir)), checked.identity)
         tell_problems(checked.problems)
         return forecast_everywhere(checked.model, checked.skeleton, checked.tokens, args, is_audit=is_audit)
 

@@ -192,7 +192,12 @@ def refuse_other_run(folder: Path, identity: Json) -> None:
 
 
 def claim(folder: Path, identity: Json) -> None:
-    """Make the output folder this run's, which `refuse_other_run` has let pass."""
+    """Make the output folder this run's, or make sure that it already is.
+
+    Raises:
+        ValueError: If another run is there.
+    """
+    refuse_other_run(folder, identity)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         write_json(folder / "ropo_config.json", identity)

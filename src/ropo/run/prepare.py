@@ -30,15 +30,7 @@ from ropo.provenance import Json, hash_tensors, hash_value, read_json, write_asi
 from ropo.run.checks import check_run
 from ropo.run.evaluation import EvaluationSet, read_evaluation
 from ropo.run.forecast import tell_forecast
-from ropo.run.identity import (
-    INITIAL_MODEL,
-    claim,
-    dated,
-    has_trained,
-    identity_of,
-    refuse_other_run,
-    refuse_what_is_not_ours,
-)
+from ropo.run.identity import INITIAL_MODEL, claim, dated, has_trained, identity_of, refuse_what_is_not_ours
 from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.run.known_labels import Verdicts, known_labels, tell_idle
 from ropo.stages import Stages
@@ -182,7 +174,6 @@ def check(given: Given, args: ROPOConfig, *, scratch: Path | None = None) -> Che
     date = dated(model.tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
     tokenized = _tokenize(given, read, args, model, skeleton)
     identity = identity_of(args, model, digests=read.digests(), date=date)
-    refuse_other_run(folder, identity)
     return Checked(labelled=read, model=model, skeleton=skeleton, tokenized=tokenized, identity=identity)
 
 
