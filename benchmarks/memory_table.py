@@ -2,11 +2,11 @@
 
     python benchmarks/memory_table.py    # prints the table of docs/performance.md
 
-Nothing here is measured: the functions are those of the forecast, which `benchmarks/forecast.py` compares with runs on a
-CPU. Shapes are those that the models' authors publish. Each device takes one pass of 4 pairs of 512 + 2 x 256 tokens at
-a time, several in a step, under bfloat16 with activation checkpoints; several devices shard by FSDP2. Full training
-keeps float32 weights and AdamW's states; LoRA has rank 16 on all linear layers of a bfloat16 base, QLoRA of one in 4 bits
-with double quantization.
+Nothing here is measured: the functions are those of the forecast, which `benchmarks/forecast.py` compares with runs on
+a CPU. Shapes are those that the models' authors publish. Each device takes one pass of 4 pairs of 512 + 2 x 256 tokens
+at a time, several in a step, under bfloat16 with activation checkpoints; several devices shard by FSDP2. Full training
+keeps float32 weights and AdamW's states; LoRA has rank 16 on all linear layers of a bfloat16 base, QLoRA of one in 4
+bits with double quantization.
 """
 
 from collections.abc import Mapping
@@ -87,7 +87,7 @@ def memory(name: str, way: str, num_devices: int) -> Memory:
 def table() -> str:
     """GB of each device; by kind on eight."""
     lines = [
-        "| model | training | 1 device | 8 devices | 64 devices | on 8: weights | gradients | optimizer | activations |",
+        "| model | training | 1 device | 8 devices | 64 devices | 8: weights | gradients | optimizer | activations |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in MODELS:

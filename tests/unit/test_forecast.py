@@ -157,7 +157,7 @@ def test_few_weights_and_tokens_are_timed(toy, tmp_path, timed, monkeypatch, mos
     """So many tokens as take a second, here at 6,400 a second; two layers, or one and few words of a large model."""
     monkeypatch.setitem(probe._MOST_WEIGHTS, "cpu", most)
     monkeypatch.setattr(probe, "_SECONDS", 0.03)
-    model, skeleton, tokens = toy
+    _, skeleton, tokens = toy
     rates = probe.time_steps(type(skeleton), skeleton.config, tokens, options(tmp_path), pad_token_id=0)
     assert 64 <= timed[-1][3] <= 256 < sum(map(len, tokens[:8]))
     config = rates.config

@@ -105,6 +105,10 @@ def test_fsdp_by_the_environment(monkeypatch):
     assert formats.shards_of(args) == Shards(weights=4, gradients=4, optimizer=4)
     monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
     assert formats.shards_of(args).gathered_weights > 10**12
+    args.activation_checkpointing = False
+    assert not formats.is_checkpointed(args)
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    assert formats.is_checkpointed(args)
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     assert formats.shards_of(args).offloads_weights
 

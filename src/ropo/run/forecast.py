@@ -29,7 +29,7 @@ from ropo.losses import LOSSES
 from ropo.models.source import Model
 from ropo.report.costs import cost_sentence
 from ropo.run.activations import Kept, Pass, kept_for_backward
-from ropo.run.formats import formats_of, shards_of
+from ropo.run.formats import formats_of, is_checkpointed, shards_of
 from ropo.run.memory import Formats, Memory, Shards, scoring_memory, training_memory
 from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, Stage, forward_operations, plan_stages
 from ropo.run.probe import Rates, time_steps
@@ -261,7 +261,7 @@ def largest_pass(tokens: Sequence[TokenizedPair], args: ROPOConfig, layout: str,
         num_read=len(largest["target"]),
         is_plain=layout == "plain",
         use_bf16=args.bf16,
-        is_checkpointed=bool(args.activation_checkpointing),
+        is_checkpointed=is_checkpointed(args),
         device=device,
     )
     return step, len(pieces) * args.gradient_accumulation_steps

@@ -35,7 +35,7 @@ def shards_of(args: ROPOConfig) -> Shards:
         )
     if args.sharding != "fsdp":
         return Shards(has_buckets=num_devices > 1)
-    fsdp: Any = FullyShardedDataParallelPlugin(**(getattr(args, "fsdp_plugin_args", None) or {}))
+    fsdp = _fsdp(args)
     after = getattr(fsdp.reshard_after_forward, "name", fsdp.reshard_after_forward)  # FSDP1 has names, FSDP2 a bool
     if after == "NO_SHARD":
         return Shards(has_buckets=True)
@@ -49,6 +49,19 @@ def shards_of(args: ROPOConfig) -> Shards:
         offloads_weights=is_offloaded,
         offloads_optimizer=is_offloaded,
     )
+
+
+def is_checkpointed(args: ROPOConfig) -> bool:
+    """Whether layers run again in the backward pass, as `Trainer` or FSDP is asked for.
+
+    Args:
+        args: Options.
+    """
+    return bool(args.activation_checkpointing) or (args.sharding == "fsdp" and _fsdp(args).activation_checkpointing)
+
+
+def _fsdp(args: ROPOConfig) -> Any:
+    return FullyShardedDataParallelPlugin(**(getattr(args, "fsdp_plugin_args", None) or {}))
 
 
 def formats_of(args: ROPOConfig, dtype: torch.dtype, quantization: Any = None) -> Formats:

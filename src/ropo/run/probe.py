@@ -28,6 +28,7 @@ from ropo.logps.batch import LAYOUTS
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.run.activations import with_layers
+from ropo.run.formats import is_checkpointed
 from ropo.train.model import turn_dropout_off
 from ropo.train.trainer import CPU_TOKENS
 
@@ -96,7 +97,7 @@ def time_steps(
     some = [_cut(tokens[i], np.inf, vocabulary) for i in order]
     few = [_cut(some[0], _FEW_TOKENS, vocabulary)]
     layout, _ = choose_layout(model, few, pad_token_id=pad_token_id, use_bf16=args.bf16, is_trained=True)
-    if args.activation_checkpointing:
+    if is_checkpointed(args):
         model.activation_checkpointing_enable()
         if peft_config is not None:
             model.enable_input_require_grads()
