@@ -43,6 +43,7 @@ _LOAD_SECONDS = 0.5  # of a load beside its bytes
 _RUN_SECONDS, _PAIR_SECONDS = 1.0, 1e-3  # of folds, tables and the report
 _STEP_SECONDS = 0.008  # of the trainer's own work in a step
 _STEP_SECONDS_PER_WEIGHT = 2e-9  # of the optimizer's, on one core; what a GPU takes is nothing beside a backward pass
+_HEAP_HOLES = 1.2  # resident memory of a CPU's heap to what is in use, where tensors of many sizes come and go
 # Made for the arithmetic of models that cannot be run without data; see Korthikanti et al., arXiv:2205.05198.
 _NUMBERS_OF_HIDDEN, _NUMBERS_OF_INTERMEDIATE = 18, 5
 # Another make of model, or too little memory. A package that is not installed stops the run, so it is told at once.
@@ -280,6 +281,7 @@ def memory_of(size: ModelSize, formats: Formats, shards: Shards, kept: Kept, ste
     """
     of_head = 0.0 if size.has_adapter else 4.0 * size.head_weights  # its gradient, the first and the last to be made
     activations = of_head + kept.bytes(size.num_layers, is_checkpointed=step.is_checkpointed)
+    activations *= _HEAP_HOLES if step.device == "cpu" else 1.0
     if num_passes == 1:
         made = training_memory(size, formats, replace(shards, has_buckets=False), activations=0.0).gradients
         activations = max(activations - made, of_head + kept.layer)

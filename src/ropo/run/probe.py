@@ -32,8 +32,8 @@ from ropo.run.formats import is_checkpointed
 from ropo.train.model import turn_dropout_off
 from ropo.train.trainer import CPU_TOKENS
 
-_NUM_STEPS = 3  # that are timed, the fastest counts: the first ones warm up
-_SECONDS = 1.0  # that one of them may take
+_NUM_STEPS = 2  # that are timed, the fastest counts: the first one warms up
+_SECONDS = 0.5  # that one of them may take
 _FEW_TOKENS = 64  # of the pair that says how many can be timed
 _MOST_WEIGHTS = {"cpu": 2**28, "cuda": 2**30}  # of the model that is timed; more layers or words are left out
 _GPU_TOKENS = 2**14  # in a pass that is timed
