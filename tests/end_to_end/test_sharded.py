@@ -42,13 +42,19 @@ FSDP = {
 OPTIONS = {
     "learning_rate": 1e-3, "max_length": 64, "rho": "0.2", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True,
     "train_sampling_strategy": "sequential", "rounds": 2, "num_folds": 0, "num_train_epochs": 2, "save_steps": 2,
+    "sft_weight": 0.1,
 }  # fmt: skip
 
 
 @pytest.fixture
 def command(pairs, model_folder, tmp_path):
-    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "weight": 0.25 + pair.row % 3}
+        for pair in pairs
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unseen = [{**row, "prompt": f"And then? {row['prompt']}"} for row in rows[:7]]
+    (tmp_path / "unseen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unseen))
     (tmp_path / "launcher.py").write_text(LAUNCHER)
 
     def made(output, *, num_processes, **options):
@@ -66,9 +72,9 @@ def environment(*, is_sharded):
     return {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if is_sharded else {})}
 
 
-def losses_of(folder):
+def logged(folder, name):
     log = read_json(folder / "rounds" / "00" / "training_log.json")
-    return [line["loss"] for line in log if "loss" in line]
+    return [line[name] for line in log if name in line]
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
@@ -76,10 +82,16 @@ def test_sharded_weights_take_the_same_steps(use_peft, command, tmp_path):
     """Losses, margins and the saved model are those of one process with batches twice as large."""
     one, two = tmp_path / "one", tmp_path / "two"
     for output, num_processes in ((one, 1), (two, 2)):
-        words = command(output, num_processes=num_processes, use_peft=use_peft)
+        words = command(
+            output, num_processes=num_processes, use_peft=use_peft, eval_strategy="epoch",
+            eval_dataset_name=tmp_path / "unseen.jsonl", per_device_eval_batch_size=2,
+        )  # fmt: skip
         subprocess.run(words, check=True, env=environment(is_sharded=num_processes > 1), timeout=200)
-    assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5)
-    assert len(losses_of(two)) == 10
+    assert logged(two, "loss") == pytest.approx(logged(one, "loss"), abs=1e-5)
+    assert len(logged(two, "loss")) == 10
+    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):  # of 7 pairs: one is scored twice
+        assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-4)
+        assert len(logged(two, name)) == 2
     margins = [pq.read_table(folder / "ledger.parquet")["margin"].to_numpy() for folder in (one, two)]
     assert margins[1] == pytest.approx(margins[0], abs=1e-3)
     name = "adapter_model.safetensors" if use_peft else "model.safetensors"

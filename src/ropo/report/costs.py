@@ -30,7 +30,7 @@ def cost_sentence(seconds: Mapping[str, float], *, steps: int, memory_bytes: flo
 
     Examples:
         >>> cost_sentence({"reference": 60, "audit": 0}, steps=0, memory_bytes=2e9, disk_bytes=3e6)
-        'If nothing of it is done yet, this run takes about 60 seconds (reference 60 seconds, audit with the reference, 0 steps), 2.0 GB on each device and 0.0 GB on disk.'
+        'If nothing of it is done yet, this run takes about 60 seconds (reference 60 seconds, audit with the reference, 0 steps), 2.0 GB on each device and 0.003 GB on disk.'
     """  # noqa: E501
     parts = ", ".join(f"{name} {_stage(value)}" for name, value in seconds.items())
     return (

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from ropo.logps.response_head import piece_tokens
 from ropo.logps.shared_prefix import FORWARDS, enable_response_logps
+from ropo.models.adapters import add_adapter
 from ropo.train.model import turn_dropout_off
 
 _ROW = 128  # tokens of a row of the forward pass that is counted; the mask of longer ones would be counted, too
@@ -163,7 +164,7 @@ def _saved_bytes(
     with torch.device("meta"):
         model = model_class(config).to(dtype)
         if peft_config is not None:
-            model = get_peft_model(model, copy.deepcopy(peft_config))
+            model = add_adapter(model, peft_config)
     turn_dropout_off(model)
     enable_response_logps(model)
     weights: set[int] = set()

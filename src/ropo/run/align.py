@@ -15,12 +15,14 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
+from ropo.audit.weights import resolve_alpha
 from ropo.config import ROPOConfig
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.models.source import Model
 from ropo.run.evaluation import evaluate
 from ropo.run.forecast import Plan, forecast_everywhere
+from ropo.run.hub import open_repository, upload
 from ropo.run.identity import refuse_other_run
 from ropo.run.inputs import ReviewInputs
 from ropo.run.lock import owning
@@ -28,6 +30,7 @@ from ropo.run.outputs import publish, publish_audit
 from ropo.run.prepare import Given, Prepared, check, prepare, tell_problems
 from ropo.run.result import AuditResult, RunResult
 from ropo.run.rounds import run_all
+from ropo.run.setup import Setup
 from ropo.train.options import check_kind
 
 logger = logging.getLogger(__name__)
@@ -67,29 +70,35 @@ def run_rounds(
     Raises:
         DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
         ValueError: If the output folder holds something else than this run, or a review decision is about another pair.
+        UploadError: If `push_to_hub` is asked for and the hub does not take the model.
     """
     _check_kind(args, is_audit=False)
     given = Given(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review,
         eval_dataset=eval_dataset,
     )  # fmt: skip
-    with owning(Path(str(args.output_dir))):
+    with owning(Path(str(args.output_dir)), cache=args.reference_cache_dir):
         made = prepare(given, args, is_audit=False)
         if idle := args.without_effect:
             logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
         digest, audit = made.digest, None
+        repository = open_repository(args)
         judge = judge or make_judge(args, made.folder / "judge")
         if args.needs_audit:
             audit = _audit_of(made, args)
             digest = audit.run(digest)
-        rounds = run_all(
-            made.data, audit, args, folder=made.folder / "rounds", model=made.model, reference=made.reference,
-            judge=judge, digest=digest,
+        alpha = resolve_alpha(args.fixed_alpha, is_audited=False) if audit is None else audit.judgement.alpha
+        setup = Setup(
+            folder=made.folder / "rounds", args=args, loss=args.bound_loss(alpha.value), alpha=alpha, model=made.model,
+            reference=made.reference, audit=audit, judge=judge,
+            evaluation=None if made.evaluation is None else made.evaluation.tokenized,
         )  # fmt: skip
+        rounds = run_all(made.data, setup, digest=digest)
         found = None
         if made.evaluation is not None:
             found = evaluate(made.evaluation, rounds, folder=made.folder / "evaluation")
         publish(rounds, made, found)
+        upload(repository, args, model=rounds[-1].model_folder)
         return RunResult.load(made.folder)
 
 
@@ -127,7 +136,9 @@ def run_audit(
     given = Given(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review
     )
-    with owning(Path(str(args.output_dir))):
+    if args.push_to_hub:
+        raise ValueError("push_to_hub needs a model; got an audit, which makes none. Leave it out.")
+    with owning(Path(str(args.output_dir)), cache=args.reference_cache_dir):
         made = prepare(given, args, is_audit=True)
         audit = _audit_of(made, args)
         audit.run(made.digest)
@@ -169,7 +180,7 @@ def dry_run(
         **{"review": None, **others},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:  # of a model object
-        checked = check(given, args, scratch=Path(scratch))
+        checked = check(given, args, is_audit=is_audit, scratch=Path(scratch))
         refuse_other_run(Path(str(args.output_dir)), checked.identity)
         tell_problems(checked.problems)
         return forecast_everywhere(checked.model, checked.skeleton, checked.tokens, args, is_audit=is_audit)

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
@@ -26,7 +25,9 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, pad_token_id_of, split_by_tokens
 from ropo.logps.last_layer import last_mlp
 from ropo.losses import LOSSES
+from ropo.models.adapters import add_adapter
 from ropo.models.source import Model
+from ropo.processes import on_main
 from ropo.report.costs import cost_sentence
 from ropo.run.activations import Kept, Pass, kept_for_backward
 from ropo.run.formats import formats_of, is_checkpointed, shards_of
@@ -112,16 +113,16 @@ def forecast_everywhere(
     Raises:
         ValueError: In every process, if the model cannot be forecast.
     """
-    made: list[Plan | str | None] = [None]
-    if PartialState().is_main_process:
+
+    def made() -> Plan | str:
         try:
-            made = [forecast(model, skeleton, tokens, args, is_audit=is_audit)]
+            return forecast(model, skeleton, tokens, args, is_audit=is_audit)
         except _UNKNOWN as error:
-            made = [f"What this run will cost cannot be told: {error}"]
-    found = broadcast_object_list(made)[0]
+            return f"What this run will cost cannot be told: {error}"
+
+    found = on_main(made)
     if isinstance(found, str):
         raise ValueError(found)
-    assert isinstance(found, Plan)  # noqa: S101 - the main process has made one or the other
     return found
 
 
@@ -146,18 +147,19 @@ def forecast(
     asked = model.load_options["dtype"]
     config.dtype = _dtype(config.dtype if asked == "auto" else asked)
     config._attn_implementation = model.load_options.get("attn_implementation")
-    shards, formats = shards_of(args), formats_of(args, config.dtype, model.load_options.get("quantization_config"))
+    quantization = model.load_options.get("quantization_config") or getattr(config, "quantization_config", None)
+    shards, formats = shards_of(args), formats_of(args, config.dtype, quantization)
     pad_token_id, make = pad_token_id_of(model.tokenizer), type(skeleton)
-    rates = time_steps(make, config, tokens, args, pad_token_id=pad_token_id, peft_config=model.adapter)
-    size = model_size(config, model.adapter, layout=rates.layout, model_class=make)
+    rates = time_steps(make, config, tokens, args, pad_token_id=pad_token_id, peft_config=model.peft_config)
+    size = model_size(config, model.peft_config, layout=rates.layout, model_class=make)
     step, num_passes = largest_pass(tokens, args, rates.layout, pad_token_id)
-    kept = _kept(make, config, step, model.adapter, is_sharded=shards.weights > 1 or shards.has_masters)
+    kept = _kept(make, config, step, model.peft_config, is_sharded=shards.weights > 1 or shards.has_masters)
     is_trained = not is_audit or (args.scorer == "models" and bool(args.num_folds))
     memory = memory_of(size, formats, shards, kept or _guessed(size, step, formats), step, num_passes=num_passes)
     if not is_trained:
         memory = _scoring(size, formats, shards, kept or _guessed(size, step, formats), step)
     run, pairs = run_size(args, is_audit=is_audit), _pair_size(tokens)
-    machine = _machine(rates, size, formats, model.adapter, args, make)
+    machine = _machine(rates, size, formats, model.peft_config, args, make)
     return Plan(
         stages=plan_stages(size, pairs, run, machine),
         memory=memory,
@@ -216,7 +218,7 @@ def model_size(
     outside = embedding.numel() + (0 if head is embedding else head.numel())
     trained, last = total, 0 if mlp is None else sum(p.numel() for p in mlp.parameters())
     if peft_config is not None:
-        adapted = get_peft_model(model, copy.deepcopy(peft_config))
+        adapted = add_adapter(model, peft_config)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = config.get_text_config()  # of a model that could take images, too, the numbers stand one level down
     return ModelSize(

@@ -7,7 +7,6 @@ operations a second that the whole run will reach. It is a plain module on this 
 run, and asks nothing of other processes; so one of them may time it alone.
 """
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
@@ -27,6 +26,7 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
+from ropo.models.adapters import add_adapter
 from ropo.run.activations import with_layers
 from ropo.run.formats import is_checkpointed
 from ropo.train.model import turn_dropout_off
@@ -138,7 +138,7 @@ def _made(model_class: Callable[[Any], Any], config: PretrainedConfig, peft_conf
     model.tie_weights()
     for weight in model.parameters():
         nn.init.constant_(weight, 0.01)
-    return model if peft_config is None else get_peft_model(model, copy.deepcopy(peft_config))
+    return model if peft_config is None else add_adapter(model, peft_config)
 
 
 def _cut(pair: TokenizedPair, most: float, vocabulary: int) -> TokenizedPair:
