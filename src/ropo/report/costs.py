@@ -10,7 +10,7 @@ ASSUMED: Mapping[str, str] = MappingProxyType(
     {
         "few_layers": "the speed of a few layers of the model, timed now on this machine, holds for all of it",
         "no_communication": "communication between processes takes no time",
-        "dequantization": "quantized weights are as fast as others, though they are slower by an amount that was not measured",
+        "dequantization": "quantized weights are as fast as others; they are slower, how much was not measured",
         "suspects": "nothing is sampled, since the audit is yet to say how many pairs are filtered out; give --rho",
         "new_tokens": "sampled responses are half as long as max_new_tokens",
         "activations": "activations are those of a usual decoder, since this one does not run without data",
