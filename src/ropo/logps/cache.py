@@ -31,6 +31,8 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import Batching
 from ropo.logps.features import FeatureReader, Features, Sketch
 from ropo.logps.score import Rows, logps_of_rows, score_pairs
+from ropo.logps.sharded import WholeTensors
+from ropo.logps.shared_prefix import causal_lm_of
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import DamagedFileError, hash_tensors, hash_value, write_aside
 
@@ -53,9 +55,9 @@ def reference_hash(model: PreTrainedModel, *, use_bf16: bool) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = json.loads(causal_lm_of(model).config.to_json_string(use_diff=False))
     config = {name: value for name, value in config.items() if name not in _NOT_COMPUTED}
-    return hash_value([hash_tensors(model.state_dict()), config, use_bf16])[:16]
+    return hash_value([hash_tensors(WholeTensors(model)), config, use_bf16])[:16]
 
 
 def reference_logps(
@@ -72,6 +74,7 @@ def reference_logps(
     Returns:
         One value per pair, in the order of `tokens`.
     """
+    model = batching.sharded(model)
     folder = cache_dir / reference_hash(model, use_bf16=batching.use_bf16)
     ordered, is_swapped = _in_order(tokens)
     keys = [_key(pair) for pair in ordered]
@@ -99,6 +102,7 @@ def reference_features(
         Both in the order of `tokens`. Features are kept with 11 significant bits, as a share of the largest of their
         pair and block.
     """
+    model = batching.sharded(model)
     folder, reader = cache_dir / reference_hash(model, use_bf16=batching.use_bf16), FeatureReader(model, sketch)
     ordered, is_swapped = _in_order(tokens)
     keys = [_key(pair) for pair in ordered]

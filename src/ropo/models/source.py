@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -41,6 +42,7 @@ from ropo.models.files import (
     not_finite,
     read_config,
 )
+from ropo.models.sharding import loads_in_parts
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import hash_file, hash_value
 
@@ -163,7 +165,8 @@ class Model:
             is_trainable: Whether an adapter is to be trained further.
 
         Returns:
-            The model on this process's device, in evaluation mode.
+            The model on this process's device, in evaluation mode. Where weights are sharded, what this process holds
+            of it until `Batching.sharded` gives each its part.
 
         Raises:
             ValueError: If files are damaged, or do not hold the whole model.
@@ -179,7 +182,7 @@ class Model:
             raise ValueError(_IS_ADAPTER.format(path))
         if trained is not None and is_adapter:
             model = load_adapter(model, trained, is_trainable=is_trainable, advice=again)
-        if names := not_finite(model):
+        if names := _of_any(not_finite(model)):
             if trained is None:
                 raise ValueError(
                     f"A language model needs finite weights; {path} has NaN or infinity in {names}. Take another copy "
@@ -189,7 +192,8 @@ class Model:
                 f"The training of {trained} left NaN or infinity in {names}. Lower the learning rate, or use bf16 "
                 "instead of fp16."
             )
-        if "device_map" not in self.load_options and "quantization_config" not in self.load_options:
+        has_place = "device_map" in self.load_options or "quantization_config" in self.load_options
+        if not has_place and not loads_in_parts():
             model = model.to(PartialState().device)
         loaded: PreTrainedModel = model.eval()
         return loaded
@@ -246,6 +250,11 @@ class Reference:
     def features(self, tokens: Sequence[TokenizedPair]) -> PairFeatures:
         """Features of pairs, in their order."""
         return self.read(tokens)[1]
+
+
+def _of_any(names: str) -> str:
+    """What a process has found in its part of the weights, in all of them: they stop together."""
+    return next((one for one in gather_object([names]) if one), "")
 
 
 def model_digest(name_or_path: str, revision: str | None) -> str:

@@ -24,6 +24,7 @@ from ropo.data.review import with_verdicts
 from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
+from ropo.models.sharding import whole_models
 from ropo.models.source import Model, Reference, find_model
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
@@ -37,6 +38,7 @@ from ropo.stages import Stages
 from ropo.train.checks import check_warmup
 from ropo.train.dataset import PairDataset, batching
 from ropo.train.launch import Launch, tell_other_launch
+from ropo.train.sharding import load_in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
         ValueError: If options, model, data or output folder do not fit.
     """
     check_run(args)
+    load_in_parts(args)
     folder = Path(str(args.output_dir))
     refuse_what_is_not_ours(folder)
     _tell_launch(args, given.model)
@@ -151,7 +154,8 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
     _report_problems(folder, problems)
     tell_idle(read.verdicts, tokenized.pairs.pairs)
     if args.audit_from is None:  # else most of what it counts is there
-        tell_forecast(model, tokenized.pairs.tokens, args, is_audit=is_audit)
+        with whole_models():  # the main process alone times a model
+            tell_forecast(model, tokenized.pairs.tokens, args, is_audit=is_audit)
     cache_dir = Path(args.reference_cache_dir or folder / "reference_cache")
     reference = model.reference(cache_dir=cache_dir, batching=batching(args, model.tokenizer))
     digest, data = hash_value(identity), tokenized.dataset()

@@ -23,6 +23,7 @@ from ropo.logps.cache import reference_logps
 from ropo.models.fit import check_ids, ids_of
 from ropo.pairs import Pair, PairLogps
 from ropo.train.options import TrainOptions
+from ropo.train.sharding import sharder
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,12 @@ class PairDataset(Dataset[dict[str, Any]]):
 
 def batching(args: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> Batching:
     """How pairs are put into batches for scoring."""
-    return Batching(pad_token_id=pad_token_id_of(tokenizer), use_bf16=args.bf16, max_tokens=args.max_tokens_per_batch)
+    return Batching(
+        pad_token_id=pad_token_id_of(tokenizer),
+        use_bf16=args.bf16,
+        max_tokens=args.max_tokens_per_batch,
+        shard=sharder(args),
+    )
 
 
 def prepare_dataset(

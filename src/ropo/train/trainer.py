@@ -35,6 +35,7 @@ from ropo.logps.batch import Batch, pad_token_id_of
 from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import BoundLoss
+from ropo.models.sharding import loads_in_parts
 from ropo.pairs import PairLogps
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
 from ropo.train.callbacks import (
@@ -56,7 +57,7 @@ from ropo.train.metrics import RunningMeans, of_margins
 from ropo.train.model import make_ready, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
 from ropo.train.options import TrainOptions, check_kind, instead_of
-from ropo.train.sharding import keep_outputs_in_float32, whole_weights
+from ropo.train.sharding import load_in_parts, one_more_training, settle, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,10 @@ class ROPOTrainer(Trainer):
             raise TypeError(f"ROPOTrainer takes no {name}.{instead_of(name)}")
         check_kind(args, TrainOptions, taker="ROPOTrainer")
         check_training(args)
+        load_in_parts(args)
         model, self.tokenizer = make_ready(model, processing_class, peft_config)
-        model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
+        if not loads_in_parts():
+            model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         bound_loss = loss or args.bound_loss()
         train_dataset, eval_dataset = (
             prepare_dataset(source, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference)
@@ -137,19 +140,20 @@ class ROPOTrainer(Trainer):
         self._order: Replayable | None = None
         self._order_to_replay: Tensor | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
-        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=self._collator(sample),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=self.tokenizer,
-            callbacks=[*(others.get("callbacks") or []), *self._own_callbacks()],
-            optimizers=others.get("optimizers", (None, None)),
-        )
+        self._num_parameters = sum(getattr(one, "ds_numel", one.numel()) for one in model.parameters())
+        with one_more_training():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=self._collator(sample),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=self.tokenizer,
+                callbacks=[*(others.get("callbacks") or []), *self._own_callbacks()],
+                optimizers=others.get("optimizers", (None, None)),
+            )
         self.label_names = []
-        keep_outputs_in_float32(self._sharding)
+        settle(self.accelerator)
         self._shown = ShowProgress(is_line=not args.disable_tqdm)
         for kind in (PrinterCallback, ProgressCallback):  # the second prints every line of the log as well
             self.remove_callback(kind)
@@ -163,6 +167,7 @@ class ROPOTrainer(Trainer):
             pad_token_id=pad_token_id_of(self.tokenizer),
             use_bf16=self.options.bf16,
             is_trained=is_trained,
+            has_weights=not loads_in_parts(),
         )
         _log_once(f"Forward: {layout}, since {reason}.")
         return layout
@@ -200,8 +205,8 @@ class ROPOTrainer(Trainer):
         max_tokens = self.options.max_tokens_per_batch
         if max_tokens is None and self.options.device.type == "cpu":
             max_tokens = _CPU_TOKENS
-        if not self.training_objective.spec.allows_pieces:
-            max_tokens = None
+        if not self.training_objective.spec.allows_pieces or self.options.sharding != "none":
+            max_tokens = None  # processes that gather weights for each other run as many forward passes as each other
         pad_token_id = pad_token_id_of(self.tokenizer)
         return PairCollator(dataset=dataset, layout=self.layout, pad_token_id=pad_token_id, max_tokens=max_tokens)
 
