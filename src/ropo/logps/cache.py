@@ -25,6 +25,7 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from ropo.data.tokenize import TokenizedPair
@@ -45,7 +46,7 @@ _SCALE = ".scale"  # behind the name of a block
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache")
 
 
-def reference_hash(model: PreTrainedModel, *, use_bf16: bool) -> str:
+def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
     """Name a reference by its weights, its configuration and the precision it is run in.
 
     Args:
@@ -116,7 +117,7 @@ def reference_features(
 def _fill(
     folder: Path,
     keys: Sequence[bytes],
-    model: PreTrainedModel,
+    model: nn.Module,
     tokens: Sequence[TokenizedPair],
     batching: Batching,
     reader: FeatureReader | None = None,

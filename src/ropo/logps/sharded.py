@@ -38,7 +38,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def class_of(model: nn.Module) -> type[nn.Module]:
     """The class that a model was made as: FSDP2 makes a class of its own of each."""
-    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    kinds: Any = type(model).__mro__
+    found: type[nn.Module] = next(kind for kind in kinds if not issubclass(kind, FSDPModule))
+    return found
 
 
 class WholeTensors(Mapping[str, Tensor]):
@@ -57,7 +59,9 @@ class WholeTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         part = self._parts[name]
         if isinstance(part, DTensor):
-            return part.detach().to(PartialState().device).full_tensor()
+            here: Any = part.detach().to(PartialState().device)
+            found: Tensor = here.full_tensor()
+            return found
         if hasattr(part, "ds_id"):
             from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415 - only where a launch uses it
 

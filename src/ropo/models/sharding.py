@@ -6,18 +6,20 @@ the part of a weight that is here.
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations import deepspeed
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 _RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # read by `transformers` when it loads a model
 
 
 def loads_in_parts() -> bool:
     """Whether a model that is loaded now is not whole, or not in every process."""
-    return bool(is_deepspeed_zero3_enabled() or is_fsdp_enabled())
+    return bool(deepspeed.is_deepspeed_zero3_enabled() or is_fsdp_enabled())
 
 
 @contextlib.contextmanager
@@ -51,6 +53,12 @@ def zero_config_kept() -> Iterator[None]:
     finally:
         if config is not None:
             deepspeed.set_hf_deepspeed_config(config)
+
+
+def forget_roots() -> None:
+    """Let go of the models of earlier engines, which ZeRO-3 keeps on its list of forward passes under way."""
+    if found := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
+        found.FWD_MODULE_STACK.clear()
 
 
 def local_part(weight: Tensor) -> Tensor:

@@ -18,10 +18,29 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, StateDictType
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ropo.models.sharding import zero_config_kept
 from ropo.train.options import TrainOptions
+
+
+def check_sharding(args: TrainOptions) -> None:
+    """Refuse the earlier FSDP, which hands out weights flattened and in another order.
+
+    Args:
+        args: Options.
+
+    Raises:
+        ValueError: If that is what was asked for.
+    """
+    if args.sharding != "fsdp" or PartialState().num_processes == 1:
+        return
+    version = (args.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
+    if int(version) != 2:
+        raise ValueError(
+            f"fsdp needs version 2; got {version}. Set fsdp_version: 2 in the configuration of accelerate "
+            "(FSDP_VERSION=2), or leave version out of fsdp_config."
+        )
 
 
 def load_in_parts(args: TrainOptions) -> None:
@@ -64,26 +83,23 @@ def _by_fsdp(args: TrainOptions, model: nn.Module) -> nn.Module:
 
 
 def _by_deepspeed(args: TrainOptions, model: nn.Module) -> nn.Module:
-    import deepspeed  # noqa: PLC0415 - only where a launch uses it
-
-    if isinstance(model, deepspeed.DeepSpeedEngine):
+    if hasattr(model, "zero_optimization_stage"):  # an engine already
         return model
-    wanted = copy.deepcopy(args.deepspeed_plugin.deepspeed_config)
-    kept = {name: wanted[name] for name in ("zero_optimization", "bf16", "fp16") if name in wanted}
-    # Sizes of buffers that `Trainer` derives from the model are left to their defaults.
-    kept["zero_optimization"] = {name: value for name, value in kept["zero_optimization"].items() if value != "auto"}
-    config = {**kept, "train_micro_batch_size_per_gpu": 1}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    plugin: Any = copy.deepcopy(args.deepspeed_plugin)
+    for name in ("optimizer", "scheduler", "train_batch_size"):  # of a training
+        plugin.deepspeed_config.pop(name, None)
+    plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    with another_accelerator():
+        engine: nn.Module = Accelerator(deepspeed_plugin=plugin).prepare(model)
     engine.eval()  # which returns nothing
-    found: nn.Module = engine
-    return found
+    return engine
 
 
 @contextlib.contextmanager
-def one_more_training() -> Iterator[None]:
-    """Within it a `Trainer` may be made, although this process has made one before.
+def another_accelerator() -> Iterator[None]:
+    """Within it an `Accelerator` may be given settings of DeepSpeed, although this process has made one before.
 
-    `accelerate` takes the settings of DeepSpeed once, and each training has its own.
+    Each training has settings of its own, since they are filled in on the way.
     """
     if PartialState().distributed_type == DistributedType.DEEPSPEED:
         AcceleratorState._reset_state()
@@ -100,7 +116,7 @@ def settle(accelerator: Accelerator) -> None:
     fsdp, deepspeed = (getattr(accelerator.state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed"))
     # FSDP2 would hand out log-probabilities in half precision, a tenth of a nat from what they are.
     policy: Any = getattr(fsdp, "mixed_precision_policy", None)
-    if getattr(policy, "output_dtype", None) is not None:
+    if fsdp is not None and getattr(policy, "output_dtype", None) is not None:
         fsdp.mixed_precision_policy = replace(policy, output_dtype=None)
     if deepspeed is not None:  # else `Trainer` saves no model of ZeRO-3, but a checkpoint that only DeepSpeed reads
         deepspeed.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True

@@ -57,7 +57,7 @@ from ropo.train.metrics import RunningMeans, of_margins
 from ropo.train.model import make_ready, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
 from ropo.train.options import TrainOptions, check_kind, instead_of
-from ropo.train.sharding import load_in_parts, one_more_training, settle, whole_weights
+from ropo.train.sharding import another_accelerator, load_in_parts, settle, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class ROPOTrainer(Trainer):
         self._order_to_replay: Tensor | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._num_parameters = sum(getattr(one, "ds_numel", one.numel()) for one in model.parameters())
-        with one_more_training():
+        with another_accelerator():
             super().__init__(
                 model=model,
                 args=args,
