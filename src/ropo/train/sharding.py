@@ -95,6 +95,17 @@ def _by_deepspeed(args: TrainOptions, model: nn.Module) -> nn.Module:
     return engine
 
 
+def let_go(model: nn.Module) -> None:
+    """Let go of what a training has made of a model, once it is saved.
+
+    DeepSpeed's optimizer and the weights hold each other by hooks that Python's garbage collection does not see.
+
+    Args:
+        model: As it was trained.
+    """
+    getattr(model, "destroy", lambda: None)()
+
+
 @contextlib.contextmanager
 def another_accelerator() -> Iterator[None]:
     """Within it an `Accelerator` may be given settings of DeepSpeed, although this process has made one before.
