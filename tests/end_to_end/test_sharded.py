@@ -160,5 +160,5 @@ def test_what_a_process_holds_falls_with_their_number(layout, tokenizer, pairs, 
         for what in ("scoring", "training"):
             most = max(one[f"weights {what}"] for one in found[num_processes])
             assert most == pytest.approx(found[1][0][f"weights {what}"] / num_processes, rel=0.05)
-    peaks = [max(one["peak training"] for one in found[number]) for number in (1, 2, 4)]
-    assert peaks == sorted(peaks, reverse=True)
+    one, two, four = (max(held["peak training"] for held in found[number]) for number in (1, 2, 4))
+    assert four < 0.75 * min(one, two)  # with two, ZeRO-3's copies of weights and gradients make up for what it spares

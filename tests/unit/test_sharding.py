@@ -17,12 +17,13 @@ from ropo.logps.choose import choose_layout
 from ropo.logps.score import score_pairs
 from ropo.logps.sharded import WholeTensors, class_of, device_of, is_sharded
 from ropo.logps.tree_attention import NAME
-from ropo.models.sharding import forget_roots, loads_in_parts, local_part, whole_models
+from ropo.models.sharding import ENDED, forget_engines, loads_in_parts, local_part, whole_models
 from ropo.provenance import hash_tensors
 from ropo.run import checks
 from ropo.run.checks import check_run
 from ropo.train import sharding
-from ropo.train.sharding import check_sharding, sharder
+from ropo.train.dataset import prepare_dataset
+from ropo.train.sharding import check_sharding, let_go, settle, sharder
 
 FLAG = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -171,8 +172,35 @@ def test_every_training_has_settings_of_deepspeed_of_its_own(tmp_path):
     assert made.hf_deepspeed_config is made.deepspeed_plugin
 
 
+def test_zero3_saves_whole_models():
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    settle(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    assert plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+
+
+def test_a_training_of_deepspeed_is_let_go(model):
+    let_go(model)  # of others nothing is asked
+    calls = []
+    engine = SimpleNamespace(destroy=lambda: calls.append(1))
+    let_go(engine)
+    assert calls == [1]
+    assert [engine] == ENDED
+    ENDED.clear()
+
+
+def test_a_trainer_of_zero3_scores_nothing(zero3, model, tokenizer, pairs):
+    with pytest.raises(ValueError, match="ROPOTrainer needs reference log-probabilities"):
+        prepare_dataset(pairs, model, tokenizer, config(), needs_reference=True)
+
+
 def test_models_of_earlier_engines_are_let_go(monkeypatch):
     offload = SimpleNamespace(FWD_MODULE_STACK=["a model"])
     monkeypatch.setitem(sys.modules, "deepspeed.runtime.zero.parameter_offload", offload)
-    forget_roots()
-    assert offload.FWD_MODULE_STACK == []
+    engine = torch.nn.Linear(2, 2)
+    engine.optimizer = SimpleNamespace(state=1)
+    engine.weight.ds_tensor = part = torch.zeros(2)
+    ENDED.append(engine)
+    forget_engines()
+    assert offload.FWD_MODULE_STACK == ENDED == []
+    assert vars(engine.optimizer) == {}
+    assert part.numel() == engine.weight.numel() == engine.bias.numel() == 0

@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -55,10 +56,26 @@ def zero_config_kept() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-def forget_roots() -> None:
-    """Let go of the models of earlier engines, which ZeRO-3 keeps on its list of forward passes under way."""
+ENDED: list[Any] = []
+"""Engines of DeepSpeed that nobody uses any more when the next model is loaded."""
+
+
+def forget_engines() -> None:
+    """Let go of what earlier engines hold.
+
+    DeepSpeed keeps the root on its list of forward passes under way, and an engine that has run more than once lives on
+    as well, with its optimizer; so both are emptied.
+    """
     if found := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
         found.FWD_MODULE_STACK.clear()
+    while ENDED:
+        engine = ENDED.pop()
+        for weight in engine.parameters():
+            for held in (weight, getattr(weight, "ds_tensor", weight)):
+                held.data, held.grad = held.data.new_empty(0), None
+        for optimizer in (engine.optimizer, getattr(engine, "basic_optimizer", None)):
+            if optimizer is not None:
+                vars(optimizer).clear()
 
 
 def local_part(weight: Tensor) -> Tensor:

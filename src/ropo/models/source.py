@@ -42,7 +42,7 @@ from ropo.models.files import (
     not_finite,
     read_config,
 )
-from ropo.models.sharding import forget_roots, loads_in_parts
+from ropo.models.sharding import forget_engines, loads_in_parts
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import hash_file, hash_value
 
@@ -330,7 +330,7 @@ def release_memory() -> None:
     A trainer and its callbacks hold each other, and so do a model and its wrapped `forward`: without this they stay in
     memory beside the model that is loaded next. What a GPU's allocator keeps for later is given back, too.
     """
-    forget_roots()
+    forget_engines()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
@@ -130,7 +131,7 @@ def prepare_dataset(
 
     Raises:
         DataError: If a row cannot be read and `on_bad_rows` says so.
-        ValueError: If no pair is left, or the model lacks a token.
+        ValueError: If no pair is left, the model lacks a token, or it would be scored under ZeRO-3.
     """
     if source is None or isinstance(source, PairDataset):
         return source
@@ -144,6 +145,11 @@ def prepare_dataset(
     check_ids(model, tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=name)
     reference = None
     if needs_reference:
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "ROPOTrainer needs reference log-probabilities with its pairs under ZeRO-3, where a model is either "
+                "scored or trained; got pairs alone. Use `ropo train` or run_rounds, or pass a PairDataset."
+            )
         cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
         reference = reference_logps(model, tokenized.tokens, batching(args, tokenizer), cache_dir=cache_dir)
     return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ropo.models.sharding import zero_config_kept
+from ropo.models.sharding import ENDED, zero_config_kept
 from ropo.train.options import TrainOptions
 
 
@@ -92,10 +92,11 @@ def _by_deepspeed(args: TrainOptions, model: nn.Module) -> nn.Module:
     with another_accelerator():
         engine: nn.Module = Accelerator(deepspeed_plugin=plugin).prepare(model)
     engine.eval()  # which returns nothing
+    ENDED.append(engine)
     return engine
 
 
-def let_go(model: nn.Module) -> None:
+def let_go(model: Any) -> None:
     """Let go of what a training has made of a model, once it is saved.
 
     DeepSpeed's optimizer and the weights hold each other by hooks that Python's garbage collection does not see.
@@ -103,7 +104,9 @@ def let_go(model: nn.Module) -> None:
     Args:
         model: As it was trained.
     """
-    getattr(model, "destroy", lambda: None)()
+    if hasattr(model, "destroy"):
+        model.destroy()
+        ENDED.append(model)
 
 
 @contextlib.contextmanager
