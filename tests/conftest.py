@@ -1,7 +1,12 @@
 """What every test shares: shapes checked as they run, fixed seeds, and a tiny model built in code."""
 
 import gc
+import http.server
+import json
 import os
+import shutil
+import ssl
+import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is marked so and turns this off
 # Sums in one order, since some tests compare exactly; also in fixtures of a module and in commands that a test starts.
@@ -11,12 +16,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from jaxtyping import install_import_hook
 
 # The pure rooms, where shapes are written down; dataclasses of other libraries have annotations of their own.
+# Not `noise.likelihood`: optimisers call its functions thousands of times for one estimate, which is checked itself.
+NOISE = [f"ropo.noise.{name}" for name in ("calibrate", "decide", "estimate", "linear", "review_order", "shares")]
 install_import_hook(
-    ["ropo.pairs", "ropo.provenance", "ropo.logps", "ropo.losses", "ropo.noise", "ropo.evaluate.measures"],
+    ["ropo.pairs", "ropo.provenance", "ropo.logps", "ropo.losses", *NOISE, "ropo.evaluate.measures"],
     "beartype.beartype",
 )
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -38,8 +46,13 @@ def pytest_addoption(parser):
     parser.addoption("--regenerate", action="store_true", help="write tests/data/golden_report anew")
 
 
-def pytest_collection_finish():
-    """Every load of a model collects garbage; what the imports have made lives to the end and need not be searched."""
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """Every load of a model collects garbage; what the imports have made lives to the end and need not be searched.
+
+    At each module anew, since much is imported only where it is first used.
+    """
+    gc.collect()
     gc.freeze()
 
 
@@ -71,9 +84,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-@pytest.fixture
-def model(tokenizer) -> LlamaForCausalLM:
-    """Two layers, grouped-query attention, random weights that are not too flat."""
+def tiny_model(tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -91,12 +102,92 @@ def model(tokenizer) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def model_folder(model, tokenizer, tmp_path) -> Path:
-    """The tiny model on disk, as a user's local model folder."""
-    folder = tmp_path / "tiny_model"
-    model.save_pretrained(folder)
+def model(tokenizer) -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, random weights that are not too flat."""
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def saved_model(tokenizer, tmp_path_factory) -> Path:
+    """The tiny model on disk, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("saved") / "tiny_model"
+    tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model_folder(saved_model, tmp_path) -> Path:
+    """The tiny model on disk, as a user's local model folder."""
+    return Path(shutil.copytree(saved_model, tmp_path / "tiny_model"))
+
+
+class Request(NamedTuple):
+    """What a server was sent."""
+
+    path: str
+    headers: dict[str, str]
+    body: Any
+
+
+class Server:
+    """A server on this machine that notes what it is posted and answers by `answer(request)`.
+
+    An answer is (status, content) or (status, content, headers), with content of bytes or text or a value that becomes
+    JSON, or a function that writes to the open connection.
+    """
+
+    def __init__(self, answer, certificate):
+        self.answer, self.requests = answer, []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(Request(self.path, dict(self.headers), body))
+                answer = outer.answer(outer.requests[-1])
+                if callable(answer):
+                    answer(self)
+                    return
+                status, content, headers = (*answer, {})[:3]
+                if not isinstance(content, bytes):
+                    content = (content if isinstance(content, str) else json.dumps(content)).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self.url = self.url.replace("http://127.0.0.1", "https://localhost")
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def serve():
+    """Starts servers that end with the test."""
+    servers = []
+
+    def start(answer, certificate=None):
+        servers.append(Server(answer, certificate))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,12 @@ import ropo_bench
 
 # A package may import packages that stand above it, and its own files.
 ABOVE_THE_BORDER = [
-    "pairs", "spelling", "progress", "provenance", "stages", "options", "data", "logps", "losses", "noise",
+    "pairs", "spelling", "progress", "provenance", "processes", "stages", "options", "data", "logps", "losses",
+    "noise",
 ]  # fmt: skip
 ORDER = [
     *ABOVE_THE_BORDER, "endpoint", "models", "judge", "sampling", "resample", "train", "audit", "config", "report",
-    "run", "evaluate", "cli", "__main__",
+    "run", "evaluate", "integrations", "cli", "__main__",
 ]  # fmt: skip
 SOURCE, BENCH = (Path(module.__file__).parent for module in (ropo, ropo_bench))
 
@@ -41,6 +42,7 @@ ACTS = {
 }  # fmt: skip
 ALLOWED = {
     "provenance.py": {"files", "processes"},  # is how files are written and read back; asks git for the commit
+    "processes.py": {"environment"},  # where the store of the launch is
     "stages.py": {"files"},  # keeps the manifest of a folder
     "options/read.py": {"files"},  # reads YAML, and JSON from a file
     "data/read.py": {"files", "network"},  # a data set may be a file, a folder or a name on the hub

@@ -7,7 +7,7 @@ Out: `Pair`, `PairLogps`, `PairFeatures`, and `margin`, the implicit-reward marg
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class Pair:
         annotator: Who labelled the pair, if the data says so.
         weight: Weight that the data gives the pair, 0 or more; 1 when it gives none.
         verdict: What a person has said about the label: "right", "wrong", "drop", or None for nothing.
+        source: Dataset and row in it, such as "b.jsonl:3", where several are mixed and `row` counts on through all.
         parent_id: Id of the pair whose prompt a resampled pair answers; None for others.
         id: `pair_id` of the three texts; computed when not given.
     """
@@ -67,12 +68,18 @@ class Pair:
     annotator: str | None = None
     weight: float = 1.0
     verdict: str | None = None
+    source: str | None = None
     parent_id: str | None = None
     id: str = field(default="")
 
     def __post_init__(self) -> None:
         if not self.id:
             object.__setattr__(self, "id", pair_id(self.prompt, self.chosen, self.rejected))
+
+    @property
+    def place(self) -> str:
+        """Where it was read, for messages."""
+        return f"row {self.row}" + (f" ({self.source})" if self.source else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +120,10 @@ class PairLogps:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def detach(self) -> "PairLogps":
+        """The same numbers without gradients."""
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
 
     def __getitem__(self, index: Any) -> "PairLogps":
         """Select pairs with a slice, a list of positions or a tensor."""

@@ -61,11 +61,7 @@ class Progress:
             self._line, Progress._has_line = None, False
 
     def skip(self, count: float) -> None:
-        """Count parts that were done before: they say nothing about the time left.
-
-        Args:
-            count: How many.
-        """
+        """Count parts that were done before: they say nothing about the time left."""
         self._already_done += count
         self.advance(count)
 

@@ -67,14 +67,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of named tensors: names, types, shapes and every bit of the values.
-
-    Args:
-        tensors: A state dict. Order does not matter, nor does the device.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Digest of named tensors: names, types, shapes and every bit of the values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
@@ -158,12 +151,7 @@ def write_aside(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Rename a finished file or folder to `path`, after its content has reached the disk.
-
-    Args:
-        aside: Beside `path`.
-        path: Where it is to stand. A folder there is renamed, replaced and only then removed.
-    """
+    """Rename a finished file or folder to `path`, after its content has reached the disk."""
     sync(aside)
     if path.is_dir():
         old = _aside(path)
@@ -278,11 +266,7 @@ _COMMAND: ContextVar[str] = ContextVar("command", default="")
 
 @contextmanager
 def typed(command: str) -> Iterator[None]:
-    """Within, `command()` is what the user typed.
-
-    Args:
-        command: As it can be typed again, without secrets.
-    """
+    """Within, `command()` is what the user typed."""
     token = _COMMAND.set(command)
     try:
         yield

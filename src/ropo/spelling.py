@@ -15,10 +15,6 @@ _MANY = 1000  # entries of a folder beyond which none is suggested
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests the closest known names, or nothing.
 
-    Args:
-        name: What was written.
-        known: What exists.
-
     Returns:
         " Did you mean ...?" or an empty string.
 
@@ -34,9 +30,6 @@ def is_misspelt_path(name: str) -> bool:
     """Whether a name of the form "folder/name", which may be a hub id, is close to what a local folder holds.
 
     A folder alone does not make it a path: people keep downloads in folders that are called like the owner on the hub.
-
-    Args:
-        name: What was written.
     """
     parent = Path(name).expanduser().parent
     return parent != Path() and parent.is_dir() and bool(did_you_mean_path(Path(name)))
@@ -44,9 +37,6 @@ def is_misspelt_path(name: str) -> bool:
 
 def did_you_mean_path(path: Path) -> str:
     """A sentence that suggests the closest neighbours of a path that does not exist, or says that its folder does not.
-
-    Args:
-        path: As it was written.
 
     Returns:
         " Did you mean ...?", " There is no folder ..." or an empty string.

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 import ropo
+from ropo.processes import meet, on_main
 from ropo.provenance import DamagedFileError, hash_file, hash_value, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,7 @@ class _Made:
 
 
 class Stages:
-    """The stages of one folder.
-
-    Args:
-        folder: Where the stages write; made when it is missing.
-    """
+    """The stages of one folder."""
 
     _made_here: ClassVar[set[tuple[Path, str, str]]] = set()  # by this process, which does not log them again
 
@@ -78,7 +74,6 @@ class Stages:
         Returns:
             Digest of the inputs: give it to the stages that read these files.
         """
-        state = PartialState()
         digest = hash_value({"stage": name, "inputs": inputs, "version": ropo.__version__})
         before = self._manifest.get(name)
         before = before if before is not None and before.inputs == digest else None
@@ -97,15 +92,15 @@ class Stages:
         except KeyboardInterrupt as error:
             error.add_note(f"{self.folder.name}/{name}")  # where the next call resumes
             raise
-        state.wait_for_everyone()
+        meet()
         seconds = round(time.monotonic() - start, 2)
-        found = _from_main(lambda: _hashes(self.folder, files))
+        found = on_main(lambda: _hashes(self.folder, files))
         versions = 0 if before is None else before.versions + (found != before.files)
         made = self._manifest[name] = _Made(inputs=digest, files=found, seconds=seconds, versions=versions)
         self._made_here.add((self.folder, name, digest))
-        if state.is_main_process:
+        if PartialState().is_main_process:
             write_json(self._path, {known: asdict(one) for known, one in self._manifest.items()})
-        state.wait_for_everyone()
+        meet()
         self._remove(scratch)
         return made.digest
 
@@ -133,7 +128,7 @@ class Stages:
 
     def _damage(self, made: _Made, files: Sequence[str]) -> str | None:
         """The first of these files that does not hold what the stage wrote, in words; None where all do."""
-        found = _from_main(lambda: _hashes(self.folder, files))
+        found = on_main(lambda: _hashes(self.folder, files))
         written = {file: content for file, content in made.files.items() if _is_of(file, files)}
         absent = [name for name in files if not any(_is_of(file, [name]) for file in written)]
         for file in [*absent, *sorted(written)]:
@@ -147,11 +142,6 @@ class Stages:
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage took when it was run."""
         return {name: made.seconds for name, made in self._manifest.items()}
-
-
-def _from_main(look: Callable[[], Any]) -> Any:
-    """What the main process finds, in every process: one reads the files, and all go the same way."""
-    return broadcast_object_list([look() if PartialState().is_main_process else None])[0]
 
 
 def _is_of(file: str, names: Sequence[str]) -> bool:

@@ -37,15 +37,7 @@ NUM_SEEN_BY_WEAK_ANNOTATOR = 30  # of the spare ones: it then errs on about a th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One training and what it is measured on.
-
-    Attributes:
-        method: A name in `METHODS`.
-        kind: Kind of noise.
-        flip_rate: Its rate.
-        seed: Of data and training.
-        options: Learning rate, beta and the method's own parameters.
-    """
+    """One training and what it is measured on."""
 
     method: str
     kind: str
@@ -75,18 +67,7 @@ def make_task(config: BenchConfig, folder: Path, seed: int) -> tuple[Task, list[
 
 
 def plant(task: Task, kind: str, rate: float, seed: int, spare: Sequence[Pair]) -> tuple[list[Pair], np.ndarray]:
-    """Flip a share of a task's labels.
-
-    Args:
-        task: The task.
-        kind: A name in `NOISE`.
-        rate: Share to flip.
-        seed: Of the flips.
-        spare: Right pairs, some of which the weak annotator has learned from.
-
-    Returns:
-        The noisy pairs, and which are flipped.
-    """
+    """Flip a share of a task's labels."""
     needs = NOISE[kind].needs
     more: dict[str, Any] = {}
     if needs == "rewards":
@@ -101,16 +82,7 @@ def plant(task: Task, kind: str, rate: float, seed: int, spare: Sequence[Pair]) 
 
 
 def measure(config: BenchConfig, cell: Cell, folder: Path) -> dict[str, Any]:
-    """Train one method on one noisy data set and score the result.
-
-    Args:
-        config: The grid.
-        cell: What to measure.
-        folder: Of the benchmark; the training's own files are removed afterwards.
-
-    Returns:
-        A row.
-    """
+    """Train one method on one noisy data set and score the result."""
     task, spare = make_task(config, folder, cell.seed)
     pairs, is_flipped = plant(task, cell.kind, cell.flip_rate, cell.seed, spare)
     common = {

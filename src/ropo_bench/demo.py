@@ -49,13 +49,6 @@ METHODS: dict[str, dict[str, Any]] = {
 def run_demo(folder: Path, *, flip_rate: float, num_pairs: int, seed: int, console: Console) -> dict[str, Any]:
     """Align a tiny model on labels of which a known share is flipped, with DPO and with ROPO, and compare.
 
-    Args:
-        folder: Where everything is written; a folder with a finished or broken-off demo is taken up again.
-        flip_rate: Share of labels to flip, [0, 0.5).
-        num_pairs: Training pairs.
-        seed: Of everything that is drawn.
-        console: Where the table is printed.
-
     Returns:
         What the table shows, as written to `demo.json`.
     """
@@ -105,18 +98,7 @@ def _make_model(path: Path, *, seed: int) -> None:
 def score_toy_policy(
     path: Path, base: Path, tokenizer: PreTrainedTokenizerBase, held_out: list[Pair], *, seed: int
 ) -> PolicyScore:
-    """Score a model folder on held-out toy pairs; the model in `base` is the reference.
-
-    Args:
-        path: The model to score.
-        base: The model it was aligned from.
-        tokenizer: Of both.
-        held_out: Pairs with right labels.
-        seed: Of the samples.
-
-    Returns:
-        Accuracy, gold reward and distance.
-    """
+    """Score a model folder on held-out toy pairs; the model in `base` is the reference."""
     policy, reference = (Model(str(folder)).load() for folder in (path, base))
     gold = GoldStandard(pairs=held_out, rewards=each(gold_reward), max_length=128, max_new_tokens=48)
     return score_policy(policy, reference, tokenizer, gold, num_samples=NUM_HELD_OUT, seed=seed)

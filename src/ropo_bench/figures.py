@@ -54,17 +54,7 @@ def looks_of(names: Sequence[str]) -> dict[str, Look]:
 
 
 def score_over_rate(rows: Sequence[Row], key: str, *, methods: Sequence[str], y_label: str) -> str:
-    """A score over the share of symmetric flips, one line per method, with 90 % intervals over seeds.
-
-    Args:
-        rows: Of one task and size.
-        key: A column: "accuracy", "gold", "auroc", "kl".
-        methods: Which lines are drawn.
-        y_label: What the column is.
-
-    Returns:
-        An SVG file.
-    """
+    """A score over the share of symmetric flips, one line per method, with 90 % intervals over seeds."""
     cells = [cell for cell in cells_of(rows) if cell.kind == "symmetric"]
     lines: dict[str, list[tuple[float, Interval]]] = {}
     for name in methods:
@@ -104,15 +94,7 @@ def score_over_rate(rows: Sequence[Row], key: str, *, methods: Sequence[str], y_
 
 
 def gold_over_distance(rows: Sequence[Row], *, methods: Sequence[str]) -> str:
-    """Gold reward over the distance to the start, one mark per method and cell: a reward is worth what it costs.
-
-    Args:
-        rows: Of one task and size.
-        methods: Which are drawn.
-
-    Returns:
-        An SVG file.
-    """
+    """Gold reward over the distance to the start, one mark per method and cell: a reward is worth what it costs."""
     points = {
         name: [
             (cell.mean(name, "kl").mean, cell.mean(name, "gold").mean)
@@ -139,14 +121,7 @@ def gold_over_distance(rows: Sequence[Row], *, methods: Sequence[str]) -> str:
 
 
 def cost_and_quality(rows: Sequence[Row]) -> str:
-    """Mean gap closed in accuracy over the cost of a run, one mark per method.
-
-    Args:
-        rows: Of one task and size.
-
-    Returns:
-        An SVG file.
-    """
+    """Mean gap closed in accuracy over the cost of a run, one mark per method."""
     cells, (_, names) = cells_of(rows), methods_of(rows)
     found = {name: (relative_cost(cells, name), mean_gap_closed(cells, name, "accuracy")) for name in names}
     found = {name: both for name, both in found.items() if both[1].count and np.isfinite(both[0])}

@@ -409,10 +409,6 @@ SUPPORT = Grammar(
 def sample_prompt(rng: random.Random, *, grammar: Grammar = REVIEWS) -> str:
     """Draw a prompt; all topics are equally likely.
 
-    Args:
-        rng: Python's generator and not numpy's: its stream is the same in every version.
-        grammar: The grammar that writes it.
-
     Returns:
         A prompt such as "Review the soup at the Blue Door .", words and marks divided by single spaces.
     """
@@ -422,11 +418,6 @@ def sample_prompt(rng: random.Random, *, grammar: Grammar = REVIEWS) -> str:
 
 def sample_response(prompt: str, rng: random.Random, *, grammar: Grammar = REVIEWS) -> str:
     """Draw a response to a prompt: the topic of the prompt, a random mood, one to three sentences, nothing said twice.
-
-    Args:
-        prompt: A prompt that names a topic of the grammar.
-        rng: Source of randomness.
-        grammar: The grammar that writes it.
 
     Returns:
         A response such as "the taste was not very good . i would try it again ."

@@ -48,9 +48,6 @@ def run_bench(
         num_processes: Trainings at a time; default one per core, or per GPU where there are any. With 1 they run here.
         on_row: Called when a row is there, with what it is, its number and how many there are to do.
 
-    Returns:
-        `results.csv`.
-
     Raises:
         ValueError: If the folder holds a grid that was measured otherwise.
         RunError: If a worker was killed, for example for want of memory. What was finished is kept.
@@ -175,14 +172,6 @@ def noise_of(config: BenchConfig) -> Iterator[tuple[str, float]]:
 def settings_of(config: BenchConfig, method: str, trials: Path) -> list[dict[str, Any]]:
     """What a method is measured with: its best setting, or as shipped every learning rate and nothing else.
 
-    Args:
-        config: The grid.
-        method: A name in `METHODS`.
-        trials: The file with the trials.
-
-    Returns:
-        Options of each row in a cell.
-
     Raises:
         RunError: If every trial diverged.
     """
@@ -195,14 +184,6 @@ def best_setting(config: BenchConfig, method: str, trials: Path) -> dict[str, An
     """The setting of a method: nearly best in accuracy, then nearly best in gold reward, then nearest to the start.
 
     The last step is what keeps a method from winning by a model that went far on the tuning seed and broke on others.
-
-    Args:
-        config: The grid.
-        method: A name in `METHODS`.
-        trials: The file with the trials.
-
-    Returns:
-        Learning rate, beta and own parameters.
 
     Raises:
         RunError: If every trial diverged.

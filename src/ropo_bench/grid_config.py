@@ -6,19 +6,11 @@ In: a YAML file. Out: `BenchConfig`, known to be valid before anything is made.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ropo.config import ROPOConfig
 from ropo.data.inject import NOISE
-from ropo.options import (
-    check_choice,
-    check_mapping,
-    check_values,
-    is_finite,
-    read_numbers,
-    read_yaml,
-    short,
-)
+from ropo.options import Rule, check_choice, check_mapping, check_values, is_finite, read_numbers, read_yaml, short
 from ropo.spelling import did_you_mean
 from ropo.train.options import instead_of
 from ropo_bench.methods import BETAS, LEARNING_RATES, METHODS, options_of
@@ -55,26 +47,26 @@ class BenchConfig:
         max_new_tokens: Of the task `own`: longest sampled response, tokens.
     """
 
-    task: str
+    task: Annotated[str, Rule(choices=tuple(TASKS))]
     seeds: tuple[int, ...]
     noise: Mapping[str, Sequence[float]]
     methods: tuple[str, ...]
     source: str | None = None
-    num_pairs: int = 6000
-    num_held_out: int = 2000
-    num_samples: int = 1000
-    num_trials: int = 9
+    num_pairs: Annotated[int, Rule(low=10)] = 6000
+    num_held_out: Annotated[int, Rule(low=1)] = 2000
+    num_samples: Annotated[int, Rule(low=2)] = 1000
+    num_trials: Annotated[int, Rule(low=1)] = 9
     learning_rates: tuple[float, ...] = LEARNING_RATES
     betas: tuple[float, ...] = BETAS
-    tuning_kind: str = "symmetric"
-    tuning_rate: float = 0.2
+    tuning_kind: Annotated[str, Rule(choices=tuple(NOISE))] = "symmetric"
+    tuning_rate: Annotated[float, Rule(low=0, below=0.5)] = 0.2
     tuning_seed: int = 100
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     judge: Mapping[str, Any] = field(default_factory=dict)
-    max_length: int | None = None
-    max_new_tokens: int | None = None
+    max_length: Annotated[int | None, Rule(low=1)] = None
+    max_new_tokens: Annotated[int | None, Rule(low=1)] = None
 
     @property
     def own(self) -> dict[str, Any]:
@@ -83,20 +75,16 @@ class BenchConfig:
         return {name: value for name, value in given.items() if value is not None and value != {}}
 
     def __post_init__(self) -> None:
+        check_values({one.name: getattr(self, one.name) for one in fields(self)}, BenchConfig)
         self._check_names()
         self._check_own()
         for kind, rate in [(kind, rate) for kind, rates in self.noise.items() for rate in rates]:
             if not 0 <= rate < 0.5:
                 raise ValueError(f"noise needs rates in [0, 0.5); got {rate} for {kind}.")
-        if not 0 <= self.tuning_rate < 0.5:
-            raise ValueError(f"tuning_rate needs a number in [0, 0.5); got {self.tuning_rate}.")
         if self.tuning_seed in self.seeds:
             raise ValueError(
                 f"tuning_seed needs a seed that is not reported; got {self.tuning_seed}, which is in seeds. Change one."
             )
-        for name, least in (("num_pairs", 10), ("num_held_out", 1), ("num_samples", 2), ("num_trials", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} needs {least} or more; got {getattr(self, name)}.")
         for name in ("learning_rates", "betas"):
             values = getattr(self, name)
             if not values or not all(value > 0 for value in values):
@@ -104,11 +92,9 @@ class BenchConfig:
 
     def _check_names(self) -> None:
         """Every name is in its table, and no setting is given that nothing would use."""
-        check_choice("task", self.task, TASKS)
         for what, names, table in (("methods", [*self.methods, *self.tuned], METHODS), ("noise", self.noise, NOISE)):
             for name in names:
                 check_choice(what, name, table)
-        check_choice("tuning_kind", self.tuning_kind, NOISE)
         for options in (self.options, *(options_of(name, setting) for name, setting in self.tuned.items())):
             _check_keys("options", options, ROPOConfig)
             check_values(options, ROPOConfig)
@@ -131,10 +117,6 @@ class BenchConfig:
             if not getattr(self, name):
                 raise ValueError(f"The task own needs {name}; got none. See docs/benchmark.md.")
         judge_args(self.judge)
-        for name in ("max_length", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} needs 1 or more; got {value}.")
         for kind in (*self.noise, self.tuning_kind):
             if kind in LACKS:
                 raise ValueError(f"The task own cannot have noise of kind {kind}; got it. Leave it out.")

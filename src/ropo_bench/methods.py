@@ -93,17 +93,7 @@ class Method:
 
 
 def align(noisy: Noisy, pairs: list[Pair], folder: Path, options: Mapping[str, Any]) -> Path:
-    """Train by `run_rounds` for as many steps as all pairs of the task would take.
-
-    Args:
-        noisy: What all methods share.
-        pairs: What this one trains on.
-        folder: Of its output.
-        options: Of `ROPOConfig`.
-
-    Returns:
-        The folder with the model.
-    """
+    """Train by `run_rounds` for as many steps as all pairs of the task would take."""
     args = noisy.config(folder, **options)
     if len(pairs) < len(noisy.pairs):
         epochs = args.num_train_epochs * len(noisy.pairs) / len(pairs)
@@ -113,17 +103,7 @@ def align(noisy: Noisy, pairs: list[Pair], folder: Path, options: Mapping[str, A
 
 
 def run_method(name: str, noisy: Noisy, folder: Path, tuned: Mapping[str, Any]) -> Path:
-    """Run one method of `METHODS`.
-
-    Args:
-        name: A name in `METHODS`.
-        noisy: What it is given.
-        folder: Empty, or with a broken-off run of the same method.
-        tuned: Learning rate, beta and its own parameters.
-
-    Returns:
-        The folder with the trained model.
-    """
+    """Run one method of `METHODS`."""
     method = METHODS[name]
     options = {key: value(noisy) if callable(value) else value for key, value in method.options.items()}
     return (method.run or align)(noisy, method.data(noisy), folder, {**options, **options_of(name, tuned)})
@@ -131,13 +111,6 @@ def run_method(name: str, noisy: Noisy, folder: Path, tuned: Mapping[str, Any]) 
 
 def options_of(name: str, setting: Mapping[str, Any]) -> dict[str, Any]:
     """A setting of a method as options of `ROPOConfig`: parameters of its loss become `loss_args`.
-
-    Args:
-        name: A name in `METHODS`.
-        setting: Learning rate, beta and the method's own parameters.
-
-    Returns:
-        Options.
 
     Examples:
         >>> options_of("holder", {"beta": 0.3, "holder_gamma": 2.0})
@@ -159,12 +132,6 @@ def trials_of(
     """The settings that are tried for a method: all of them if they are few, else a Latin hypercube.
 
     In the latter every learning rate, every beta and every value of an own parameter is tried about equally often.
-
-    Args:
-        name: A name in `METHODS`.
-        num_trials: The same for every method.
-        learning_rates: Values that are tried.
-        betas: Values that are tried.
 
     Returns:
         Learning rate, beta and own parameters of each trial.

@@ -68,10 +68,6 @@ def make(folder: Path, options: TaskOptions) -> Task:
 def judge_of(options: Mapping[str, Any], folder: Path) -> Judge:
     """The judge that options name.
 
-    Args:
-        options: Named as in `ROPOConfig`.
-        folder: For its answers.
-
     Raises:
         ValueError: As `judge_args`, or if what the options name is no judge.
     """
@@ -85,12 +81,6 @@ def judge_args(options: Mapping[str, Any]) -> JudgeOptions:
 
     An endpoint that fails stops the benchmark by default: what it did not say would otherwise be left out of the truth,
     or be a score of 0, and not for every method the same.
-
-    Args:
-        options: Named as in `ROPOConfig`.
-
-    Returns:
-        The options.
 
     Raises:
         ValueError: If an option is unknown, missing or ignored, or none names a judge.
@@ -117,10 +107,6 @@ def _check_model(name_or_path: str) -> None:
 def settled(judge: Judge, pairs: Sequence[Pair]) -> list[Pair]:
     """Pairs of which the judge is sure, with the response that it prefers as `chosen`.
 
-    Args:
-        judge: Asked once about all pairs.
-        pairs: As labelled.
-
     Returns:
         Those with a probability of `MIN_SURE` or more for one of the responses. The others are counted in the log.
     """
@@ -144,12 +130,6 @@ def ratings(
     judge: Judge, better: Mapping[str, Text], prompts: Sequence[Text], responses: Sequence[Text]
 ) -> list[float]:
     """Log-odds by the judge that each response beats the better one of the pair with its prompt.
-
-    Args:
-        judge: Asked once about all that differ.
-        better: The better response by prompt.
-        prompts: Those of the task.
-        responses: One to each; text, also where the pairs are conversations.
 
     Returns:
         Nats, 0 for the better response itself, not-a-number where the judge cannot tell.

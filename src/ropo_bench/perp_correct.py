@@ -63,9 +63,6 @@ def fit_mixture(differences: NDArray[np.float64]) -> Mixture:
 
     Args:
         differences: Log-perplexity of the chosen side minus that of the rejected one, shape (pairs,).
-
-    Returns:
-        The mixture with more right pairs than flipped ones.
     """
     scale = float(differences.std()) or 1.0
 
@@ -97,9 +94,6 @@ def correct_by_perplexity(
         pairs: Noisy ones.
         right: A few with labels known to be right; the method cannot start without them.
         config: Makes options from the name of a folder and further options.
-
-    Returns:
-        All pairs, corrected.
     """
     best: tuple[Mixture, NDArray[np.float64]] | None = None
     training = list(right)
@@ -137,11 +131,6 @@ def swapped(pair: Pair) -> Pair:
 
 def perplexity_differences(folder: Path, pairs: Sequence[Pair], args: ROPOConfig) -> NDArray[np.float64]:
     """Log-perplexity of prompt and chosen response minus that of prompt and rejected response, nats per token.
-
-    Args:
-        folder: Of the surrogate.
-        pairs: The pairs.
-        args: For their length.
 
     Returns:
         One number per pair: large where the label is likely wrong.

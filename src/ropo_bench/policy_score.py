@@ -58,9 +58,6 @@ def score_policy(
         gold: Held-out pairs and true rewards.
         num_samples: Responses to sample, one for each of the first prompts.
         seed: Of the samples: the same for all policies that are compared.
-
-    Returns:
-        Scores with 90 % intervals.
     """
     tokens = tokenize_pairs(gold.pairs, tokenizer, max_length=gold.max_length).tokens
     batching = Batching(pad_token_id=pad_token_id_of(tokenizer))

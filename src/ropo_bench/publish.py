@@ -31,9 +31,6 @@ DRAWN = ("ceiling", "information_line", "ropo", "dpo", "ropo_loss", "ropo_paper"
 def publish_bench(folder: Path) -> list[Path]:
     """Write the tables and the pictures of a grid.
 
-    Args:
-        folder: With `results.csv`; where the files go.
-
     Returns:
         The files, `results.md` first.
     """

@@ -40,13 +40,7 @@ def method_of(name: str) -> Method:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A mean over seeds and half the width of its 90 % interval; NaN where one seed says nothing about it.
-
-    Attributes:
-        mean: The mean.
-        half: Half the width.
-        count: Number of seeds.
-    """
+    """A mean over seeds and half the width of its 90 % interval; NaN where one seed says nothing about it."""
 
     mean: float
     half: float
@@ -80,13 +74,7 @@ def interval_of(values: Iterable[float]) -> Interval:
 
 
 class CellOfGrid:
-    """All rows of one kind of noise at one rate.
-
-    Args:
-        kind: The kind.
-        flip_rate: The rate.
-        rows: Rows of the cell.
-    """
+    """All rows of one kind of noise at one rate."""
 
     def __init__(self, kind: str, flip_rate: float, rows: Sequence[Row]) -> None:
         self.kind, self.flip_rate = kind, flip_rate
@@ -168,30 +156,14 @@ def _learning_rate(row: Row) -> float:
 
 
 def mean_gap_closed(cells: Sequence[CellOfGrid], method: str, key: str) -> Interval:
-    """Mean over the noisy cells that have a gap, seed by seed.
-
-    Args:
-        cells: All cells.
-        method: Whose.
-        key: "accuracy" or "gold".
-
-    Returns:
-        Mean and interval over the seeds that are in all of those cells.
-    """
+    """Mean over the noisy cells that have a gap, seed by seed."""
     found = [cell.gap_closed(method, key) for cell in cells if cell.has_gap(key)]
     seeds = set.intersection(*(set(one) for one in found)) if found else set()
     return interval_of(float(np.mean([one[seed] for one in found])) for seed in sorted(seeds))
 
 
 def summary_table(rows: Sequence[Row]) -> str:
-    """One line per competitor: gap closed over all noisy cells, harm on clean data, worst cell, cost.
-
-    Args:
-        rows: Of one task and size.
-
-    Returns:
-        Markdown.
-    """
+    """One line per competitor: gap closed over all noisy cells, harm on clean data, worst cell, cost."""
     cells, (_, names), shipped = cells_of(rows), methods_of(rows), shipped_of(rows)
     noisy, clean = [cell for cell in cells if cell.flip_rate], [cell for cell in cells if not cell.flip_rate]
     lines = [
@@ -238,14 +210,7 @@ def relative_cost(cells: Sequence[CellOfGrid], name: str) -> float:
 
 
 def cell_tables(rows: Sequence[Row]) -> str:
-    """One table per cell: every method with both scores, distance, gap closed, and ties with the best.
-
-    Args:
-        rows: Of one task and size.
-
-    Returns:
-        Markdown with a heading per cell.
-    """
+    """One table per cell: every method with both scores, distance, gap closed, and ties with the best."""
     lines_of_reference, names = methods_of(rows)
     parts = []
     for cell in cells_of(rows):
@@ -278,15 +243,7 @@ def cell_tables(rows: Sequence[Row]) -> str:
 
 
 def difference_table(rows: Sequence[Row], method: str = "ropo") -> str:
-    """A method against every other one and the lines, cell by cell, paired by seed.
-
-    Args:
-        rows: Of one task and size.
-        method: Whose scores the others' are taken from.
-
-    Returns:
-        Markdown; cells in which only one seed has both are left out.
-    """
+    """A method against every other one and the lines, cell by cell, paired by seed."""
     lines, names = methods_of(rows)
     written = [f"| {method} minus | cell | accuracy | gold reward |", "|---|---|---|---|"]
     for other in [*lines, *names]:
@@ -299,14 +256,7 @@ def difference_table(rows: Sequence[Row], method: str = "ropo") -> str:
 
 
 def shipped_table(rows: Sequence[Row]) -> str:
-    """ROPO beside DPO as shipped, at every learning rate of every cell.
-
-    Args:
-        rows: Of one task and size.
-
-    Returns:
-        Markdown; empty without such rows.
-    """
+    """ROPO beside DPO as shipped, at every learning rate of every cell."""
     lines = [
         "| cell | learning rate | accuracy, dpo | ropo − dpo | gold reward, dpo | ropo − dpo | KL, dpo | ropo |",
         "|---|---|---|---|---|---|---|---|",
@@ -329,28 +279,14 @@ def _share(one: Interval) -> str:
 
 
 def settings_table(rows: Sequence[Row]) -> str:
-    """The setting that each method was run with.
-
-    Args:
-        rows: Of one task and size.
-
-    Returns:
-        Markdown.
-    """
+    """The setting that each method was run with."""
     found = {row["method"]: row["options"] for row in rows if not METHODS[row["method"]].is_shipped}
     lines = ["| method | setting |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | `{found[name]}` |" for name in METHODS if name in found)])
 
 
 def detection_table(rows: Sequence[Row]) -> str:
-    """How well margins rank the flips, and the estimated rate where there is one.
-
-    Args:
-        rows: Of one task and size.
-
-    Returns:
-        Markdown.
-    """
+    """How well margins rank the flips, and the estimated rate where there is one."""
     _, names = methods_of(rows)
     cells = [cell for cell in cells_of(rows) if cell.flip_rate]
     lines = [f"| AUROC | {' | '.join(cell.title for cell in cells)} |", "|---" * (len(cells) + 1) + "|"]

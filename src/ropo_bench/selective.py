@@ -33,9 +33,6 @@ def easiest_first(
         config: Makes options from the name of a folder and further options.
         share: Of the pairs that are kept, the easiest.
         seed: Of the first split; every further one has its own.
-
-    Returns:
-        The kept pairs, the easiest first.
     """
     difficulty = np.zeros(len(pairs))
     for split in range(_NUM_SPLITS):

@@ -32,8 +32,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -44,6 +42,7 @@ from ropo.pairs import Pair
 from ropo.provenance import hash_value, read_json, write_json
 from ropo.sampling.engine import Sampling
 from ropo.sampling.generate import Sample, sample_responses
+from ropo_bench.toy import make_model
 from ropo_bench.word_reward import WordReward, fit_on_texts
 
 FILES = {"rt-polarity.pos": True, "rt-polarity.neg": False}
@@ -167,7 +166,7 @@ def _prepare(folder: Path, snippets: Sequence[Snippet]) -> None:
     reward = fit_reward(for_reward)
     texts = [one.text for one in for_model]
     tokenizer = make_tokenizer(texts)
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, initializer_range=0.04, max_new_tokens=MAX_NEW_TOKENS)
     nats_per_token = pretrain(model, tokenizer, texts)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -196,9 +195,6 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     It adds no special tokens by itself. A prompt that ends with a space and a response may be tokenised apart and
     joined, and decoding gives back the words of any response that the model can write.
 
-    Args:
-        texts: What the model is to learn.
-
     Returns:
         A tokenizer with `<pad>`, `<eos>` and `<unk>` as tokens 0 to 2.
     """
@@ -211,37 +207,6 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=2 * MAX_LENGTH, clean_up_tokenization_spaces=False, **special
     )
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
-    """Make a small Llama with random weights: 0.7 million parameters with 3,000 words.
-
-    Args:
-        tokenizer: Gives the size of the vocabulary and the special tokens.
-        seed: Same seed, same weights; the global random state is left as it was.
-
-    Returns:
-        The model in float32 on the CPU, with a generation config that samples at temperature 1.
-    """
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-        initializer_range=0.04,
-        max_position_embeddings=2 * MAX_LENGTH,
-        **special,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=MAX_NEW_TOKENS, **special
-    )
-    return model
 
 
 def pretrain(

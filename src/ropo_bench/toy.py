@@ -186,9 +186,6 @@ def make_tokenizer(*, grammar: Grammar = REVIEWS) -> PreTrainedTokenizerFast:
     It adds no special tokens by itself, so a prompt and a response may be tokenised apart and joined; decoding gives
     the text back.
 
-    Args:
-        grammar: Whose words it knows.
-
     Returns:
         A tokenizer with `<pad>`, `<bos>`, `<eos>` and `<unk>` as tokens 0 to 3.
     """
@@ -202,15 +199,13 @@ def make_tokenizer(*, grammar: Grammar = REVIEWS) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, initializer_range: float = 0.08, max_new_tokens: int = 64
+) -> LlamaForCausalLM:
     """Make a small Llama with random weights.
 
     Two layers and tied embeddings with a wide initialisation: copying the topic from the prompt, the one thing that a
     response must not get wrong, is then learned from few texts.
-
-    Args:
-        tokenizer: Gives the size of the vocabulary, the special tokens and the longest input.
-        seed: Same seed, same weights; the global random state is left as it was.
 
     Returns:
         The model in float32 on the CPU, with a generation config that samples at temperature 1.
@@ -223,14 +218,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaFor
         num_hidden_layers=2,
         num_attention_heads=4,
         tie_word_embeddings=True,
-        initializer_range=0.08,
+        initializer_range=initializer_range,
         max_position_embeddings=tokenizer.model_max_length,
         **special,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=64, **special)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=max_new_tokens, **special
+    )
     return model
 
 
@@ -314,13 +311,6 @@ def save_toy(
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> float:
     """Make, pre-train and save the tiny language model as a Hugging Face folder, with tokenizer and generation config.
-
-    Args:
-        path: Folder to write.
-        num_texts: Texts to pre-train on.
-        seed: Of the weights and of the texts.
-        grammar: The grammar to learn.
-        on_step: Called after each step, as in `pretrain`.
 
     Returns:
         Held-out loss in nats per response token.

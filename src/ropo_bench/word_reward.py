@@ -26,12 +26,7 @@ from ropo.provenance import write_json
 
 @dataclass(frozen=True, slots=True)
 class WordReward:
-    """Sum of the weights of the words and neighbouring word pairs in a response, each counted once.
-
-    Attributes:
-        weights: Weight of each term, log-odds.
-        bias: Added to every sum.
-    """
+    """Sum of the weights of the words and neighbouring word pairs in a response, each counted once."""
 
     weights: Mapping[str, float]
     bias: float = 0.0

@@ -1,8 +1,6 @@
 """`ropo export` and `ropo win_rate` as a user types them: a tiny model, CPU, offline."""
 
-import http.server
 import json
-import threading
 from functools import partial
 
 import pytest
@@ -296,29 +294,17 @@ def test_export_and_win_rate_join(model_folder, reward_folder, alpaca_eval, tmp_
 
 
 @pytest.fixture
-def chat_server(monkeypatch):
+def chat_server(monkeypatch, serve):
     """A judge that says what a test wants it to say, by the response that stands first."""
     monkeypatch.setattr("ropo.judge.options.EndpointJudge", partial(EndpointJudge, sleep=lambda _: None))
     asked, answer = [], {}
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body["messages"][0]["content"])
-            first = asked[-1].split("=== response A")[1].split("=== response B")[0]
-            reply = json.dumps({"choices": [{"message": {"content": answer["of"](first)}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
+    def reply(request):
+        asked.append(request.body["messages"][0]["content"])
+        first = asked[-1].split("=== response A")[1].split("=== response B")[0]
+        return 200, {"choices": [{"message": {"content": answer["of"](first)}}]}
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked, answer
-        server.shutdown()
+    return f"{serve(reply).url}/v1", asked, answer
 
 
 def test_win_rate_of_an_endpoint(chat_server, tmp_path, capsys):

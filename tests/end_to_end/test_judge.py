@@ -1,10 +1,8 @@
 """A judge in a whole run: a dead endpoint costs no round, a live one and a function settle what the rules cannot."""
 
-import http.server
 import json
 import logging
 import socket
-import threading
 from functools import partial
 
 import pytest
@@ -42,28 +40,15 @@ def dead_url():
 
 
 @pytest.fixture
-def live_url():
+def live_url(serve):
     """Says A, then B: whatever stands first in the first order is better."""
     answers = {}
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            said = "A" if len(answers) % 2 == 0 else "B"
-            said = answers.setdefault(json.dumps(body, sort_keys=True), said)
-            reply = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
+    def reply(request):
+        said = answers.setdefault(json.dumps(request.body, sort_keys=True), "AB"[len(answers) % 2])
+        return 200, {"choices": [{"message": {"content": said}}]}
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-        server.shutdown()
+    return f"{serve(reply).url}/v1"
 
 
 def test_a_dead_endpoint_is_gone_on_without(model_folder, pairs, tmp_path, dead_url, caplog):

@@ -37,6 +37,7 @@ SHARDED = ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)]
 OPTIONS = {
     "learning_rate": 1e-3, "max_length": 64, "logging_steps": 1, "disable_tqdm": True, "num_folds": 2, "rho": 0.2,
     "train_sampling_strategy": "sequential", "num_train_epochs": 4, "save_steps": 3, "save_strategy": "steps",
+    "sft_weight": 0.1, "eval_strategy": "epoch", "per_device_eval_batch_size": 2,
 }  # fmt: skip
 
 
@@ -58,14 +59,20 @@ def words_of(layout, num_processes, output, model, data, **options):
     words = [f"--{name}={value}" for name, value in {**OPTIONS, **where, **batch, **options}.items()]
     how = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
     begin = how if num_processes > 1 else ()
-    named = (f"--model_name_or_path={model}", f"--dataset_name={data}", f"--output_dir={output}")
+    named = (f"--model_name_or_path={model}", f"--dataset_name={data}", f"--output_dir={output}",
+             f"--eval_dataset_name={Path(data).with_name('unseen.jsonl')}")  # fmt: skip
     return [sys.executable, *begin, str(LAUNCHER), "train", *named, *words]
 
 
 def data_of(pairs, tmp_path):
     path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "weight": 0.25 + pair.row % 3}
+        for pair in pairs
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unseen = [{**row, "prompt": f"And then? {row['prompt']}"} for row in rows[:7]]
+    path.with_name("unseen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unseen))
     return path
 
 
@@ -79,6 +86,10 @@ def kill_at_first_checkpoint(words, env, output):
     for one in [process, *psutil.Process(process.pid).children(recursive=True)]:  # workers have sessions of their own
         one.kill()
     process.wait()
+
+
+def logged(folder, name):
+    return [line[name] for line in read_json(folder / "rounds" / "00" / "training_log.json") if name in line]
 
 
 def held(path, rank):
@@ -126,11 +137,9 @@ def test_two_processes_killed_and_resumed_give_what_one_gives(
             assert found[key].numpy() == pytest.approx(values.numpy(), abs=at_most, nan_ok=True), (name, key)
     margins = [pq.read_table(folder / "ledger.parquet")["margin"].to_numpy() for folder in (two, one)]
     assert margins[0] == pytest.approx(margins[1], abs=5e-4)
-    losses = [
-        [line["loss"] for line in read_json(folder / "rounds/00/training_log.json") if "loss" in line]
-        for folder in (two, one)
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name in ("loss", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):  # of 7: one is scored twice
+        assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-4)
+        assert logged(one, name)
     name = "adapter_model.safetensors" if use_peft else "model.safetensors"
     found, wanted = (load_file(folder / "rounds/00/model" / name) for folder in (two, one))
     for key, weight in wanted.items():

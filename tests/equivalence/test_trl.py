@@ -29,13 +29,24 @@ COMMON = {
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's own deprecations are not ours to judge
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_dpo_limit_is_trl(accumulation, model_folder, tokenizer, pairs, tmp_path):
+@pytest.mark.parametrize(("accumulation", "options", "theirs"), [
+    (1, {}, {}),
+    (2, {}, {}),
+    # Of one pair the mean over its tokens is that over the tokens of the batch.
+    (
+        4, {"per_device_train_batch_size": 1, "sft_weight": 0.2},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+    ),
+], ids=["dpo", "accumulated", "with sft"])  # fmt: skip
+def test_dpo_limit_is_trl(accumulation, options, theirs, model_folder, tokenizer, pairs, tmp_path):
     """`--loss dpo --rho 0 --rounds 1` gives TRL's losses to 1e-5, with its order of the data."""
+    common = {**COMMON, **{name: value for name, value in options.items() if name in COMMON}}
     rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
     trainer = trl.DPOTrainer(
         str(model_folder),
-        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), gradient_accumulation_steps=accumulation, **COMMON),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"), gradient_accumulation_steps=accumulation, **common, **theirs
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
@@ -49,12 +60,12 @@ def test_dpo_limit_is_trl(accumulation, model_folder, tokenizer, pairs, tmp_path
         rounds=1,
         train_sampling_strategy="random",
         gradient_accumulation_steps=accumulation,
-        **COMMON,
+        **{**common, **options},
     )
     run_rounds(model_folder, rows, args)
     log = read_json(tmp_path / "ours" / "rounds" / "00" / "training_log.json")
     ours = [line["loss"] for line in log if "loss" in line]
 
-    assert len(ours) == {1: 10, 2: 6}[accumulation]  # 5 batches an epoch
+    assert len(ours) == {1: 10, 2: 6, 4: 10}[accumulation]  # 5 batches an epoch, or 20 of one pair
     assert max(theirs) - min(theirs) > 0.05  # something was learned, so equality means something
     assert ours == pytest.approx(theirs, abs=1e-5)

@@ -46,7 +46,7 @@ def test_rate_is_found_whatever_the_confidence(family, rate):
     """Standard error at most 0.0095, bias at most 0.0045. 0.042 is four errors; false alarm of all cells 1 in 500."""
     margins, _ = plant(family, rate, num_pairs=20_000, seed=1)
     found = estimate_flips(margins)
-    assert found.is_informative or found.high < 0.006, found.reason  # so many pairs show that no link is exact
+    assert found.is_informative or found.high < 0.006, found.obstacle  # so many pairs show that no link is exact
     assert found.rate == pytest.approx(rate, abs=0.042 if rate else 0.006)
     assert found.high - found.low < 0.06
 

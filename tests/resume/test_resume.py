@@ -167,11 +167,11 @@ def test_a_mistake_is_corrected_in_the_same_folder(model_folder, pairs, tmp_path
         run_rounds(model_folder, pairs, config(folder, **options))
 
 
-def test_an_adapter_is_no_model_to_start_from(model_folder, pairs, tmp_path, tokenizer):
+def test_a_second_adapter_is_refused(model_folder, pairs, tmp_path, tokenizer):
     """`peft` would put a new adapter in its place, and the reference would keep it."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"whole model .* an adapter\."):
+    with pytest.raises(ValueError, match=r"one adapter; got .*adapter, .*settings of a new one"):
         run_rounds(tmp_path / "adapter", pairs, config(tmp_path / "run"), peft_config=LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"model .*with an adapter\."):
         run_rounds(model, pairs, config(tmp_path / "run"), processing_class=tokenizer)

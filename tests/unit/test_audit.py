@@ -13,22 +13,24 @@ from ropo.audit import options as audit_options
 from ropo.audit import run as audit_run
 from ropo.audit.folds import folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
-from ropo.audit.result import RateEstimate
 from ropo.audit.scorers import Scores
 from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_rho, resolve_rule
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
+from ropo.data.mixture import Mixture
+from ropo.noise.estimate import FlipEstimate, Obstacle
+from ropo.noise.likelihood import Link
 from ropo.noise.linear import LinearModels
 from ropo.pairs import Pair
 from ropo.provenance import hash_file
 from ropo.run.align import run_audit, run_rounds
-from ropo.run.inputs import ReviewInputs
+from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.run.ledger import read_ledger
 from ropo.train.trainer import ROPOTrainer
 
-ESTIMATE = RateEstimate(
-    rate=0.0, low=0.0, high=0.5, level=0.9, scale=1.0, is_informative=True, reason="", num_pairs=20, num_trusted=0,
-    obstacle=None, tail=None,
+ESTIMATE = FlipEstimate(
+    rate=0.0, low=0.0, high=0.5, level=0.9, scale=1.0, link=Link(), obstacle=None, num_pairs=20, num_labels=20,
+    num_different=20,
 )  # fmt: skip
 
 
@@ -93,9 +95,9 @@ def test_where_nothing_speaks_for_flips_ropo_is_dpo_bit_for_bit(model_folder, pa
 @pytest.mark.parametrize(
     ("estimate", "rho", "why"),
     [
-        ({"is_informative": True, "rate": 0.4, "low": 0.1}, 0.4, Why.ESTIMATED),
-        ({"is_informative": True, "rate": 0.02, "low": 0.0}, 0.0, Why.MAY_BE_CLEAN),
-        ({"is_informative": False, "rate": 0.4, "low": 0.1}, 0.0, Why.CANNOT_TELL),
+        ({"rate": 0.4, "low": 0.1}, 0.4, Why.ESTIMATED),
+        ({"rate": 0.02, "low": 0.0}, 0.0, Why.MAY_BE_CLEAN),
+        ({"obstacle": Obstacle.WIDE, "rate": 0.4, "low": 0.1}, 0.0, Why.CANNOT_TELL),
     ],
 )
 def test_rho_follows_the_estimate_and_alpha_is_zero(estimate, rho, why):
@@ -137,6 +139,45 @@ def test_cleaned_data_is_ready_to_train_with(model_folder, pairs, tmp_path):
     assert len(cleaned.pairs) == summary["num_kept"] + summary["num_flipped"]
     assert [row["row"] for row in dropped] == ledger.loc[ledger["decision"] == "drop", "row"].tolist()
     assert summary["num_dropped"] == len(dropped) > 0
+
+
+def test_weights_go_in_and_out(model_folder, pairs, tmp_path, caplog):
+    """Ledger and cleaned data hold the weight of the data times that of the decision; the estimate reads none."""
+    weights = [float(i % 4) for i in range(20)]
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "share": weight}
+        for pair, weight in zip(pairs, weights, strict=True)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = DataSource(tmp_path / "pairs.jsonl", columns={"weight": "share"})
+    caplog.set_level("INFO", "ropo")
+    found = run_audit(model_folder, source, config(tmp_path / "O", rho="0.3", loss="dpo")).summary
+    plain = run_audit(model_folder, pairs, config(tmp_path / "plain", rho="0.3", loss="dpo")).summary
+    assert "5 of 20 pairs have weight 0" in caplog.text
+    assert "rho = 0.3 (given)" in caplog.text
+    assert "alpha =" not in caplog.text  # the loss has none
+    assert found["flip_rate"] == plain["flip_rate"]
+    ledger, cleaned = ledger_of(tmp_path / "O"), load_pairs(tmp_path / "O" / "cleaned.jsonl")
+    is_kept = ledger["decision"] == "keep"
+    assert is_kept.sum() == 14
+    assert ledger["weight"].tolist() == [w if kept else 0.0 for w, kept in zip(weights, is_kept, strict=True)]
+    assert [pair.weight for pair in cleaned.pairs] == ledger.loc[is_kept, "weight"].tolist()
+
+
+def test_a_sample_of_two_datasets(model_folder, pairs, tmp_path):
+    """What a person reviews and what the ledger holds say which dataset a pair comes from."""
+    mixture = Mixture(parts=(pairs[:9], pairs[9:]), shares=(0.5, 0.5))
+    summary = run_audit(model_folder, mixture, config(tmp_path / "O", max_samples=16, rho="0.2")).summary
+    ledger = ledger_of(tmp_path / "O")
+    assert summary["num_pairs"] == summary["num_rows"] == len(ledger) == 16
+    assert ledger["source"].str.startswith("dataset 1:").sum() == 8
+    assert [(f"dataset {1 + (row > 8)}:{row - 9 * (row > 8)}") for row in ledger["row"]] == ledger["source"].tolist()
+    with (tmp_path / "O" / "review.csv").open(newline="") as file:
+        assert {int(row["row"]): row["source"] for row in csv.DictReader(file)} == dict(
+            zip(ledger["row"], ledger["source"], strict=True)
+        )
+    cleaned = [json.loads(line) for line in (tmp_path / "O" / "cleaned.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in cleaned} < set(ledger["source"])
 
 
 def fill(folder, verdicts):

@@ -95,6 +95,40 @@ def test_a_finished_run_takes_it_and_nothing_else_changes(model_folder, pairs, u
     assert fewer["rounds"][1]["margin"] == pytest.approx(margins.mean().item())
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_scored_while_the_model_trains(strategy, model_folder, pairs, unseen, tmp_path):
+    """The model is the one that is trained without; the last scores are those of the round, and the first the start's.
+
+    Six pairs make batches of four and two, whose means would not be that of the pairs.
+    """
+    options = {"num_train_epochs": 2, "rounds": 1, "rho": "0", "per_device_eval_batch_size": 4, "logging_steps": 1}
+    plain = run_rounds(model_folder, pairs, config(tmp_path / "plain", **options), eval_dataset=unseen)
+    args = config(tmp_path / "O", eval_strategy=strategy, eval_steps=5, eval_on_start=True, **options)
+    found = run_rounds(model_folder, pairs, args, eval_dataset=unseen).summary["evaluation"]["rounds"][0]
+    log = read_json(tmp_path / "O" / "rounds" / "00" / "training_log.json")
+    scored = [line for line in log if "eval_loss" in line]
+    assert [line["step"] for line in scored] == [0, 5, 10]
+    assert scored[0]["eval_loss/dpo"] == pytest.approx(0.6931, abs=1e-4)
+    for name, key in (("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"), ("loss/dpo", "loss")):
+        assert scored[-1][f"eval_{name}"] == pytest.approx(found[key], rel=1e-4)
+    assert [line for line in log if line not in scored] == read_json(
+        tmp_path / "plain" / "rounds" / "00" / "training_log.json"
+    )
+    assert not any("per_second" in name for line in scored for name in line)
+    assert hash_file(tmp_path / "O" / "model.safetensors") == hash_file(tmp_path / "plain" / "model.safetensors")
+    assert plain.summary["evaluation"]["rounds"][0] == found
+
+
+def test_nothing_to_score_while_the_model_trains(model_folder, pairs, tmp_path):
+    for options, message in (
+        ({"eval_strategy": "steps"}, "evaluation set"),
+        ({"eval_on_start": True}, "eval_strategy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
+    assert not (tmp_path / "O").exists()
+
+
 def test_pairs_that_are_trained_on_do_not_count(model_folder, pairs, unseen, tmp_path, caplog):
     """Not even the other way round and with another blank; and if no other is there, nothing is trained."""
     turned = replace(pairs[0], chosen=f"{pairs[0].rejected} ", rejected=pairs[0].chosen, id="", row=10)

@@ -1,6 +1,5 @@
 """Judges: what they say is checked, kept and never asked twice; what they cannot say changes nothing."""
 
-import http.server
 import json
 import logging
 import pickle
@@ -155,49 +154,23 @@ def honest(asked):
     return "A" if "good" in asked.first else "B"
 
 
-class Chat:
-    """A chat server on this machine: `answer` says what it replies, a text or a status; it notes what it was asked."""
-
-    def __init__(self):
-        self.answer = honest
-        self.requests = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append((self.path, dict(self.headers), body))
-                border = r"=== (?:prompt|response A|response B|end of the data) \w{16}\n"
-                texts = re.split(border, body["messages"][0]["content"])[1:4]
-                reply = outer.answer(Asked(*(text.strip() for text in texts)))
-                status = reply if isinstance(reply, int) else 200
-                if not isinstance(reply, dict):
-                    message = {"choices": [{"message": {"content": reply}}], "usage": {"total_tokens": 10}}
-                    reply = message if status == 200 else {"error": f"no, {self.headers['Authorization']}"}
-                content = json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture
-def chat():
-    made = Chat()
-    yield made
-    made.close()
+def chat(serve):
+    """A chat server: `say` says what it replies, a text or a status or all of the answer."""
+
+    def answer(request):
+        border = r"=== (?:prompt|response A|response B|end of the data) \w{16}\n"
+        texts = re.split(border, request.body["messages"][0]["content"])[1:4]
+        reply = made.say(Asked(*(text.strip() for text in texts)))
+        if isinstance(reply, int):
+            return reply, {"error": f"no, {request.headers['Authorization']}"}
+        if isinstance(reply, dict):
+            return 200, reply
+        return 200, {"choices": [{"message": {"content": reply}}], "usage": {"total_tokens": 10}}
+
+    made = serve(answer)
+    made.say = honest
+    return made
 
 
 @pytest.fixture
@@ -227,19 +200,19 @@ def test_both_orders_are_asked(chat, make):
 
 @pytest.mark.parametrize("always", ["A", "B", "tie"])
 def test_a_judge_that_prefers_a_place_prefers_nothing(chat, make, always):
-    chat.answer = lambda _: always
+    chat.say = lambda _: always
     assert make()(PAIRS) == [0.5] * 6
 
 
 @pytest.mark.parametrize("usual", ["A", "B"])
 def test_a_preference_in_one_order_is_a_tie(chat, make, usual):
-    chat.answer = lambda asked: "tie" if "bad" in asked.first else usual
+    chat.say = lambda asked: "tie" if "bad" in asked.first else usual
     assert make()(PAIRS[:1]) == [0.5]
 
 
 @pytest.mark.parametrize("nonsense", ["I cannot say.", "", None, "C"])
 def test_nonsense_is_no_verdict(chat, make, nonsense, caplog):
-    chat.answer = lambda _: nonsense
+    chat.say = lambda _: nonsense
     judge = make()
     assert judge(PAIRS[:3]) == [None] * 3
     assert len(chat.requests) == 3  # the other order is not paid for
@@ -247,7 +220,7 @@ def test_nonsense_is_no_verdict(chat, make, nonsense, caplog):
     assert f"A, B or tie; got {nonsense or ''!r}" in caplog.text
     assert judge(PAIRS[:3]) == [None] * 3  # not asked again by the same run
     assert len(chat.requests) == 3
-    chat.answer = honest
+    chat.say = honest
     assert make()(PAIRS[:3]) == [1.0] * 3  # but by the next one
     assert len(chat.requests) == 9
     assert make()(PAIRS[:3]) == [1.0] * 3  # what is decided is not
@@ -256,7 +229,7 @@ def test_nonsense_is_no_verdict(chat, make, nonsense, caplog):
 
 def test_what_could_not_be_read_is_asked_last(chat, make):
     """A judge that gives up at the first pairs in every run would never come to the others."""
-    chat.answer = lambda asked: "?" if asked.number < 3 else honest(asked)
+    chat.say = lambda asked: "?" if asked.number < 3 else honest(asked)
     assert make(max_failures=3)(PAIRS) == [None] * 6
     assert [number_of(request) for request in chat.requests] == [0, 1, 2]
     assert make(max_failures=3)(PAIRS) == [None] * 3 + [1.0] * 3
@@ -274,12 +247,12 @@ def test_what_one_process_could_not_read_does_not_hide_what_another_has_read(cha
 
 def test_an_answer_in_parts_is_read(chat, make):
     """As servers give it that tell thoughts from text."""
-    chat.answer = lambda asked: [{"type": "thinking", "thinking": "B"}, {"type": "text", "text": honest(asked)}]
+    chat.say = lambda asked: [{"type": "thinking", "thinking": "B"}, {"type": "text", "text": honest(asked)}]
     assert make()(PAIRS[:1]) == [1.0]
 
 
 def test_an_answer_without_choices_is_a_failure(chat, make, caplog):
-    chat.answer = lambda _: {"message": "hello"}
+    chat.say = lambda _: {"message": "hello"}
     judge = make()
     assert judge(PAIRS[:1]) == [None]
     assert judge.costs.num_failures == 1
@@ -303,7 +276,7 @@ def test_nothing_is_asked_twice(chat, make):
 
 
 def test_a_pair_and_its_flip_are_asked_about_once(chat, make):
-    chat.answer = lambda asked: (time.sleep(0.05), honest(asked))[1]
+    chat.say = lambda asked: (time.sleep(0.05), honest(asked))[1]
     flipped = Pair(prompt=PAIRS[0].prompt, chosen=PAIRS[0].rejected, rejected=PAIRS[0].chosen, row=9)
     assert make(num_threads=2)([PAIRS[0], flipped]) == [1.0, 0.0]
     assert len(chat.requests) == 2
@@ -325,7 +298,7 @@ def test_what_was_answered_is_on_disk_at_once(chat, make, tmp_path):
         kept.append(sum(len(path.read_text().splitlines()) for path in tmp_path.glob("*.jsonl")))
         return honest(asked)
 
-    chat.answer = answer
+    chat.say = answer
     make()(PAIRS)
     assert kept == list(range(12))
 
@@ -358,21 +331,21 @@ def test_garbage_among_the_answers_is_asked_again(chat, make, tmp_path):
 
 def test_go_on_after_failures(chat, make, caplog):
     """Single failures cost their pairs; the next run asks for those alone."""
-    chat.answer = lambda asked: 500 if asked.number in (1, 4) else honest(asked)
+    chat.say = lambda asked: 500 if asked.number in (1, 4) else honest(asked)
     judge = make(max_retries=1)
     assert judge(PAIRS) == [1.0, None, 1.0, 1.0, None, 1.0]
     assert judge.costs.num_failures == 2
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "2 of 6 pairs." in said
     assert "POST http://127.0.0.1" in said
-    chat.answer, asked = honest, len(chat.requests)
+    chat.say, asked = honest, len(chat.requests)
     assert make()(PAIRS) == [1.0] * 6
     assert len(chat.requests) - asked == 4
 
 
 @pytest.mark.parametrize("failure", [500, 400, "nonsense"])
 def test_it_stops_asking_after_failures_in_a_row(chat, make, caplog, failure):
-    chat.answer = lambda asked: honest(asked) if asked.number < 2 else failure
+    chat.say = lambda asked: honest(asked) if asked.number < 2 else failure
     judge = make(max_failures=3, max_retries=0)
     assert judge([*PAIRS, pair(6), pair(7)]) == [1.0, 1.0] + [None] * 6
     assert len(chat.requests) == 4 + 3
@@ -380,18 +353,18 @@ def test_it_stops_asking_after_failures_in_a_row(chat, make, caplog, failure):
     assert "asked no more" in caplog.text
     judge([pair(8), pair(9)])  # one more try, not three
     assert len(chat.requests) == 8
-    chat.answer = honest
+    chat.say = honest
     assert judge([pair(8), pair(9)]) == ([None, 1.0] if failure == "nonsense" else [1.0, 1.0])
 
 
 def test_failures_that_are_not_in_a_row_do_not_stop_it(chat, make):
-    chat.answer = lambda asked: 400 if asked.number % 2 else honest(asked)
+    chat.say = lambda asked: 400 if asked.number % 2 else honest(asked)
     assert make(max_failures=2)(PAIRS) == [1.0, None] * 3
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 307])
 def test_a_refusal_ends_all_asking(chat, make, status, caplog):
-    chat.answer = lambda _: status
+    chat.say = lambda _: status
     assert make()(PAIRS) == [None] * 6
     assert len(chat.requests) == 1
     assert "6 of 6 pairs" in caplog.text
@@ -400,17 +373,17 @@ def test_a_refusal_ends_all_asking(chat, make, status, caplog):
 
 @pytest.mark.parametrize("failure", [500, 401, 400])
 def test_stop_keeps_what_was_judged(chat, make, failure):
-    chat.answer = lambda asked: honest(asked) if asked.number < 3 else failure
+    chat.say = lambda asked: honest(asked) if asked.number < 3 else failure
     with pytest.raises(EndpointError, match=f"status {failure}"):
         make(on_failure="stop", max_retries=0)(PAIRS)
     assert len(chat.requests) == 6 + 1
-    chat.answer = honest
+    chat.say = honest
     assert make(on_failure="stop")(PAIRS) == [1.0] * 6
     assert len(chat.requests) == 6 + 1 + 6
 
 
 def test_stop_after_nonsense_in_a_row_only(chat, make):
-    chat.answer = lambda _: "nonsense"
+    chat.say = lambda _: "nonsense"
     assert make(on_failure="stop")(PAIRS[:4]) == [None] * 4
     with pytest.raises(EndpointError, match="or tie; got 'nonsense'"):
         make(on_failure="stop", max_failures=2)(PAIRS[4:])
@@ -424,7 +397,7 @@ def test_nobody_listens(make):
 
 def test_a_server_that_hangs(chat, make):
     is_over = threading.Event()
-    chat.answer = lambda _: is_over.wait(5) and "A"
+    chat.say = lambda _: is_over.wait(5) and "A"
     start = time.monotonic()
     assert make(timeout_seconds=0.2, max_retries=0, num_threads=6)(PAIRS) == [None] * 6
     assert time.monotonic() - start < 2
@@ -433,7 +406,7 @@ def test_a_server_that_hangs(chat, make):
 
 def test_waiting_ends_when_it_stops_asking(chat, make):
     """One thread waits to ask again, half a second or more, while another meets a refusal."""
-    chat.answer = lambda asked: (time.sleep(0.1), 401)[1] if asked.number else 503
+    chat.say = lambda asked: (time.sleep(0.1), 401)[1] if asked.number else 503
     judge = make(num_threads=2, sleep=None, max_retries=5)
     start = time.monotonic()
     assert judge(PAIRS[:2]) == [None, None]
@@ -443,7 +416,7 @@ def test_waiting_ends_when_it_stops_asking(chat, make):
 
 def test_threads_ask_at_the_same_time(chat, make):
     together = threading.Barrier(3, timeout=5)
-    chat.answer = lambda asked: honest(asked) if together.wait() is not None else "late"
+    chat.say = lambda asked: honest(asked) if together.wait() is not None else "late"
     assert make(num_threads=3)(PAIRS) == [1.0] * 6
 
 
@@ -460,12 +433,12 @@ def test_an_interrupt_is_obeyed(chat, make):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    chat.answer = lambda asked: 500 if asked.number == 2 else honest(asked)
+    chat.say = lambda asked: 500 if asked.number == 2 else honest(asked)
     with pytest.raises(KeyboardInterrupt):
         make(sleep=interrupt)(PAIRS)
     assert len(chat.requests) <= 4 + 1 + 2
     asked = len(chat.requests)
-    chat.answer = honest
+    chat.say = honest
     assert make()(PAIRS) == [1.0] * 6
     assert len(chat.requests) - asked <= 8  # what was answered before is kept
 
@@ -504,7 +477,7 @@ def test_conversations(chat, make):
 def test_the_key_is_nowhere(chat, make, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     answers = iter([500, 400, "A", "B", f"nonsense {KEY}", "A", "B", "A"])
-    chat.answer = lambda _: next(answers, 401)
+    chat.say = lambda _: next(answers, 401)
     judge = make(max_retries=1)
     judge(PAIRS)
     with pytest.raises(EndpointError) as caught:
@@ -746,7 +719,7 @@ def test_options_make_an_endpoint_judge(chat, tmp_path, monkeypatch):
     assert [path.parent.name for path in tmp_path.rglob("*.jsonl")] == ["judge"]
     assert KEY not in json.dumps(args.to_dict(), default=str)
     assert KEY.encode() not in pickle.dumps(args)
-    chat.answer = lambda _: 401
+    chat.say = lambda _: 401
     with pytest.raises(EndpointError, match="status 401"):
         make_judge(args, tmp_path / "judge")([pair(7)])
 

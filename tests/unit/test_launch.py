@@ -64,9 +64,33 @@ def test_first_line(pairs, tmp_path, caplog, monkeypatch):
     for part in ("1 process on cpu, ", "8 pairs per step (1 process x 4 x 2 ", "no/such/model, "):
         assert part in caplog.messages[0]
     assert f"{tmp_path / 'O' / 'reference_cache'}." in caplog.messages[0]
-    launch = replace(Launch.of(args), num_processes=2, sharding="fsdp")
-    for part in ("2 processes on cpu, ", "sharded by fsdp, ", "16 pairs per step"):
-        assert part in str(launch)
+    two = replace(Launch.of(args), num_processes=2)
+    for part in ("2 processes on cpu, each with the whole model, ", "16 pairs per step"):
+        assert part in str(two)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "weights, gradients and optimizer state sharded by fsdp"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "gradients and optimizer state sharded by deepspeed"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "weights, gradients and optimizer state sharded by deepspeed",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+            "optimizer state sharded by deep",
+        ),
+    ],
+)
+def test_the_line_says_what_is_sharded(environment, said, monkeypatch):
+    args = config()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    text = str(replace(Launch.of(args), num_processes=2))
+    assert f", {said}" in text
+    assert "whole model" not in text
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_runs_take_it_before_they_read(run, holder, tmp_path):
 def test_a_lock_is_no_foreign_file(tmp_path, pairs, model_folder, monkeypatch):
     """And it is gone when the run is over, so that the folder may be uploaded as it is."""
     seen: list[Path] = []
-    monkeypatch.setattr(align, "run_all", lambda *_, folder, **__: seen.extend(folder.parent.iterdir()))
+    monkeypatch.setattr(align, "run_all", lambda _, setup, **__: seen.extend(setup.folder.parent.iterdir()))
     monkeypatch.setattr(align, "publish", lambda *_: None)
     monkeypatch.setattr(align.RunResult, "load", lambda _: None)
     run_rounds(model_folder, pairs, ROPOConfig(output_dir=str(tmp_path / "O"), num_folds=0, rho="0", use_cpu=True))

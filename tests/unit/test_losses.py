@@ -39,6 +39,7 @@ from ropo.losses import (
     re_po_posterior,
     ropo,
     ropo_v1,
+    sft,
     simpo,
 )
 from ropo.pairs import PairLogps, margin, margin_per_token
@@ -625,3 +626,14 @@ def test_methods_table_has_a_row_for_each_loss():
     cells = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[1:-1]] for row in rows}
     assert cells["rdpo"][2:5] == ["arXiv:2403.00409", "reference, flip rate", "`flip_rate`"]
     assert cells["simpo"][3:5] == ["per token", "`target_margin` = 0.5"]
+
+
+def test_sft_is_the_mean_over_the_tokens_of_the_chosen_response():
+    """Of 3 tokens with chances 1/2, 1/4 and 1/8 it is 2·ln 2; of one with 1/8, 3·ln 2."""
+    chosen = torch.tensor([math.log(1 / 64), math.log(1 / 8)], dtype=torch.float64)
+    policy = PairLogps(
+        chosen=chosen, rejected=-torch.ones(2), chosen_tokens=torch.tensor([3, 1]), rejected_tokens=torch.ones(2)
+    )
+    torch.testing.assert_close(sft(policy), torch.tensor([2, 3], dtype=torch.float64) * math.log(2))
+    with pytest.raises(ValueError, match="token counts"):
+        sft(PairLogps(chosen=chosen, rejected=chosen))

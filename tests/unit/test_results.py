@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from ropo import AuditResult, DataSource, Model, ReviewInputs, RunResult, run_audit, run_rounds
-from ropo.audit.result import IN_SAMPLE
 from ropo.audit.weights import Why
 from ropo.config import ROPOConfig
 from ropo.evaluate.win_rate import Comparison, WinRate, win_rate
 from ropo.noise.estimate import Obstacle
-from ropo.report.clauses import OBSTACLE_NAMES
+from ropo.report.clauses import OBSTACLES
 from ropo.report.notebook import as_html, summary_rows
 
 EVIL = "<script>alert(1)</script>"
@@ -33,11 +32,11 @@ def table_of(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def audited(model_folder, pairs, tmp_path):
+@pytest.fixture(scope="module")
+def audited(saved_model, pairs, tmp_path_factory):
     """An audit with a trusted pair that the data holds and one that it does not."""
-    trusted = [pairs[3], replace(pairs[0], prompt="another", id="", row=1)]
-    return run_audit(model_folder, pairs, config(tmp_path / "O"), review=ReviewInputs(trusted=trusted))
+    trusted, folder = [pairs[3], replace(pairs[0], prompt="another", id="", row=1)], tmp_path_factory.mktemp("audited")
+    return run_audit(saved_model, pairs, config(folder / "O"), review=ReviewInputs(trusted=trusted))
 
 
 def same(one, other):
@@ -116,8 +115,8 @@ def test_without_an_audit_there_is_none(model_folder, pairs, tmp_path):
     """Margins of a model that has seen the labels tell no rate."""
     found = run_rounds(model_folder, pairs, config(tmp_path / "O", num_folds=0, decision_rule="auto", rounds=2))
     assert found.audit is None
-    assert (found.rounds[0].estimate.obstacle, found.rounds[0].estimate.is_informative) == (IN_SAMPLE, False)
-    assert f"({OBSTACLE_NAMES[IN_SAMPLE]})" in repr(found)
+    assert (found.rounds[0].estimate.obstacle, found.rounds[0].estimate.is_informative) == (Obstacle.IN_SAMPLE, False)
+    assert f"({OBSTACLES[Obstacle.IN_SAMPLE][0]})" in repr(found)
 
 
 @pytest.mark.parametrize("kind", [AuditResult, RunResult])
@@ -127,7 +126,7 @@ def test_a_folder_without_a_result_is_refused(kind, tmp_path):
 
 
 def test_every_obstacle_has_words():
-    assert set(OBSTACLE_NAMES) == {*Obstacle.__members__, IN_SAMPLE}
+    assert set(OBSTACLES) == set(Obstacle)
 
 
 def test_results_are_short_to_look_at(audited):

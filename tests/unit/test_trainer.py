@@ -15,6 +15,7 @@ from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
+from ropo.logps.score import score_pairs
 from ropo.losses import LOSSES
 from ropo.models.fit import check_adapter
 from ropo.pairs import Pair, PairLogps
@@ -66,6 +67,23 @@ def test_every_loss_trains(loss, model, tokenizer, pairs, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_weighted(loss, model, tokenizer, pairs, tmp_path):
+    """A weight multiplies the loss of its pair: the mean over all pairs, whatever their weights, is what is logged."""
+    args = config(
+        tmp_path, loss=loss, max_steps=1, learning_rate=1e-9, per_device_train_batch_size=20, **OPTIONS.get(loss, {})
+    )
+    weights = torch.rand(20).tolist()
+    weighted = [replace(pair, weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
+    trainer = ROPOTrainer(model, args, train_dataset=weighted, processing_class=tokenizer)
+    trainer.train()
+    given = {}
+    if "reference_ratio" in LOSSES[loss].inputs:
+        given["reference_ratio"] = trainer.train_dataset.reference.chosen - trainer.train_dataset.reference.rejected
+    of_pairs = trainer.training_objective.loss_of_margin(trainer.gather_first_margins(), **given)
+    assert losses_of(trainer)[0] == pytest.approx((of_pairs * torch.tensor(weights)).mean().item(), rel=1e-4)
+
+
 def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
     """With given weights and a reference that is not the start, the logged loss is the weighted mean of the formula."""
     tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
@@ -85,7 +103,7 @@ def test_first_step_is_the_formula(model, tokenizer, pairs, tmp_path):
     assert losses_of(trainer)[0] == pytest.approx(value * sum(weights) / 4, rel=1e-4)
     first = trainer.state.log_history[0]
     assert first["rewards/margins"] == pytest.approx(h, rel=1e-4)
-    assert set(METRICS) <= set(first)
+    assert {*METRICS} - {"loss/sft", "loss/router"} <= set(first)
     assert trainer.gather_first_margins().tolist() == pytest.approx([h] * 4, rel=1e-3)
 
 
@@ -147,6 +165,28 @@ def test_no_dropout_is_left(tokenizer, pairs, tmp_path):
     assert trainer.gather_first_margins()[:4].abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_with_sft(loss, model, tokenizer, pairs, tmp_path):
+    """Every loss takes the term, weighted as its pair is; before the first step its value is that of the model."""
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=128).tokens
+    before = score_pairs(model, tokens, BATCHING)
+    weights = torch.arange(20.0) / 20
+    weighted = [replace(pair, weight=weight) for pair, weight in zip(pairs, weights.tolist(), strict=True)]
+    found = []
+    for sft_weight in (0.0, 0.5):
+        args = config(
+            tmp_path, loss=loss, max_steps=1, learning_rate=0, per_device_train_batch_size=20, sft_weight=sft_weight,
+            **OPTIONS.get(loss, {}),
+        )  # fmt: skip
+        trainer = ROPOTrainer(model, args, train_dataset=weighted, processing_class=tokenizer)
+        trainer.train()
+        found.append(trainer.state.log_history[0])
+    term = -before.chosen / before.chosen_tokens
+    assert found[1]["loss"] - found[0]["loss"] == pytest.approx(0.5 * (weights * term).mean().item(), rel=1e-4)
+    assert found[1]["loss/sft"] == pytest.approx(term.mean().item(), rel=1e-4)
+    assert "loss/sft" not in found[0]
+
+
 @pytest.mark.parametrize("loss", ["ropo", "simpo", "plc_dpo"])
 def test_accumulation_changes_nothing(loss, model_folder, tokenizer, pairs, tmp_path):
     """Batch 8, and 2 times 4, take the same steps, even where the last step is smaller."""
@@ -156,6 +196,7 @@ def test_accumulation_changes_nothing(loss, model_folder, tokenizer, pairs, tmp_
         args = config(
             tmp_path / str(batch),
             loss=loss,
+            sft_weight=0.3,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )
@@ -267,7 +308,7 @@ def test_only_a_refusal_of_the_adapter_refuses_it(model, monkeypatch):
     def miss(*_):
         raise AttributeError("'Parameter' object has no attribute 'compress_statistics'")
 
-    monkeypatch.setattr("ropo.models.fit.get_peft_model", miss)
+    monkeypatch.setattr("ropo.models.fit.add_adapter", miss)
     check_adapter(model, LoraConfig(target_modules=["q_proj"]))
 
 

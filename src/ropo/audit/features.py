@@ -1,7 +1,5 @@
 """Held-out margins by linear models on what the reference pass reads of each pair: the scorer of every audit.
 
-In: features of the pairs, folds. Out: margins of every pair, and how much each kind of feature knows.
-
 Nothing is trained and nothing is to be set: held-out likelihood on the data at hand chooses the features and the
 penalty. The lengths of the responses are taken out of the margins unless the user says that length is evidence:
 annotators who like long answers would otherwise be taken for right.
@@ -13,17 +11,15 @@ from types import MappingProxyType
 import numpy as np
 from accelerate import PartialState
 
-from ropo.audit.scorers import SCORED_FILES, Floats, Question, Scores
+from ropo.audit.scorers import SCORED_FILES, Question, Scores
+from ropo.audit.weights import Floats
 from ropo.data.tokenize import TokenizedPair
-from ropo.noise.clusters import cluster_weights
-from ropo.noise.linear import Filter, HeldOut, LinearModels, Refit, scaled_to_one
+from ropo.noise.linear import HeldOut, LinearModels, scaled_to_one
+from ropo.noise.shares import cluster_weights
 from ropo.stages import Stages
 
 BLOCKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "gradients": ("gradient",),
-        "hidden states": ("hidden_middle", "hidden_last"),
-    }
+    {"gradients": ("gradient",), "hidden states": ("hidden_middle", "hidden_last")}
 )
 """What may score the pairs, by name: blocks of `ropo.logps.features`, each scaled to one size."""
 
@@ -38,29 +34,26 @@ _STAGE = "linear"
 def by_features(question: Question) -> Scores:
     """Fit linear models on each entry of `BLOCKS`, and take the one that predicts unseen labels best.
 
-    That one is fitted again without the pairs that the first fit contradicts, if it agrees with more unseen
-    labels then, by more than the standard error.
-
-    Returns:
-        Margins in nats up to a scale. The views are those of the entries of `BLOCKS`, on the same scale.
+    That one is fitted again without the pairs that the first fit contradicts, if that helps. Margins are in nats up to
+    a scale, which the views of all entries share.
     """
     inputs = [question.digest, [_STAGE, question.args.length_is_evidence]]
-    Stages(question.folder).run(_STAGE, inputs, SCORED_FILES, lambda: _write(question))
+
+    def make() -> None:
+        blocks = question.features().blocks  # all processes read their share
+        if PartialState().is_main_process:
+            _score(question, blocks).write(question.folder)
+
+    Stages(question.folder).run(_STAGE, inputs, SCORED_FILES, make)
     return Scores.read(question.folder)
 
 
-def _write(question: Question) -> None:
-    blocks = question.features().blocks  # all processes score their share
-    if PartialState().is_main_process:
-        _score(question, blocks).write(question.folder)
-
-
 def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
-    tokens, folds = question.data.tokens, question.folds
-    sign = np.where(question.sign < 0, -1.0, 1.0)[:, None]  # a label that is known to be wrong counts as its opposite
-    weights = np.abs(question.sign) * cluster_weights(question.clusters, len(sign))
+    tokens, folds, labels = question.data.tokens, question.folds, question.labels
+    sign = np.where(labels.sign < 0, -1.0, 1.0)[:, None]  # a label that is known to be wrong counts as its opposite
+    weights = np.abs(labels.sign) * cluster_weights(labels.clusters, len(sign))
     length = sign * _length(tokens)
-    fits: dict[str, HeldOut | Refit] = {}
+    fits: dict[str, HeldOut] = {}
     best_loss = np.inf
     for name, parts in BLOCKS.items():
         features = sign * _joined([blocks[part] for part in parts if part in blocks])  # a model may lack one
@@ -72,15 +65,14 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
         LENGTH: LinearModels(length, folds, weights=weights).held_out(),
         NGRAMS: LinearModels(sign * _ngrams(tokens), folds, covariates=length, weights=weights).held_out(),
     }
-    filter_: Filter | None = None
+    filter_ = None
     if folds.max() >= 2:  # the suspects of a fold are found by fits without two
-        refit = best[0].without_suspects(best[1], is_known=~question.is_doubtful)
-        filter_ = refit.filter
+        refit, filter_ = best[0].without_suspects(best[1], is_known=~labels.is_open)
         if filter_.helps:
             fits[taken] = refit
     evidence = 1.0 if question.args.length_is_evidence else 0.0
 
-    def as_labelled(fit: HeldOut | Refit) -> Floats:
+    def as_labelled(fit: HeldOut) -> Floats:
         return sign[:, 0] * (fit.margins + evidence * fit.surface)
 
     margins = {name: as_labelled(fit) for name, fit in fits.items()}

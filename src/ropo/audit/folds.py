@@ -1,7 +1,4 @@
-"""Which pairs are scored together, by what has learned from all others.
-
-In: pairs. Out: a fold for each, the same for pairs with the same text.
-"""
+"""Which pairs are scored together, by what has learned from all others."""
 
 from collections.abc import Sequence
 

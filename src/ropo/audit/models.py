@@ -1,21 +1,19 @@
 """Held-out margins by fold models, which were not trained on the pairs that they score: the thorough scorer.
 
-In: pairs, folds, options of training. Out: margins of every pair at several checks, one file per fold.
-
 A model that was trained on a flipped label has learned part of it, so its margins make the flip rate look too low. Here
-a model trained on all folds but one scores that one, at a third, two thirds and the end of its training. K folds train
-on (K−1)·N pairs in all.
+a model trained on all folds but one scores that one, at a third, two thirds and the end of its training.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from ropo.audit.options import AuditOptions
-from ropo.audit.scorers import Floats, Question, Scores
-from ropo.audit.weights import training_set
+from ropo.audit.scorers import Question, Scores
+from ropo.audit.weights import Floats, training_set
 from ropo.losses import BoundLoss, bind_loss
 from ropo.provenance import write_aside
 from ropo.stages import Stages
@@ -36,14 +34,11 @@ def by_models(question: Question) -> Scores:
     """Train a model for each of `num_folds` folds on the others, from the initial one; the views are its checks.
 
     Folds are brought to one scale (the median size of their margins), since each model has a confidence of its own.
-
-    Returns:
-        Margins in nats up to the common scale, at the end of training and at each check.
     """
-    data, folds = question.data, question.folds[0]
+    data, folds, sign = question.data, question.folds[0], question.labels.sign
     # What the data says, swapped where a person has said that it is wrong.
-    weights = np.abs(question.sign) * data.weights
-    training, fold_of_training = training_set(data, weights, question.sign < 0), folds[weights > 0]
+    weights = np.abs(sign) * data.weights
+    training, fold_of_training = training_set(data, weights, sign < 0), folds[weights > 0]
     lengths = np.array([len(tokens) for tokens in data.tokens])
     views = np.empty((NUM_CHECKS, len(data)))
     sizes = []
@@ -59,15 +54,17 @@ def by_models(question: Question) -> Scores:
     return Scores(margins=views[-1], length=np.zeros(len(data)), views=views, rows=(row,))
 
 
-def _fold_margins(question: Question, fold: int, training: PairDataset, scored: PairDataset) -> NDArray[np.float64]:
+def _fold_margins(question: Question, fold: int, training: PairDataset, scored: PairDataset) -> Floats:
     """Margins of the pairs of one fold at each check of a model trained on the others, shape (checks, scored)."""
     folder, name, args = question.folder, f"fold_{fold}.safetensors", question.args
 
     def make() -> None:
         eval_batch_size = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
         trainer = ROPOTrainer(
-            question.model.load(),
-            args.of_stage(folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size),
+            question.model.load(is_trainable=True),
+            args.of_stage(
+                folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size, eval_strategy="no"
+            ),
             train_dataset=training,
             eval_dataset=scored,
             processing_class=question.model.tokenizer,
@@ -90,10 +87,7 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, scored: 
 
 
 def _loss(args: AuditOptions) -> BoundLoss:
-    """The loss of models whose margins are log-odds of the label, up to one scale: that is what DPO fits.
-
-    Robust losses sharpen margins, which reads as more flips than there are. Losses without a reference keep their own.
-    """
+    """DPO, whose margins are log-odds of the label up to a scale; robust losses sharpen them."""
     if not args.reads_reference:
-        return args.bound_loss()
+        return replace(args.bound_loss(), sft_weight=0.0)
     return bind_loss("dpo", beta=min(args.beta, MAX_BETA), options={})

@@ -1,8 +1,4 @@
-"""The options of an audit.
-
-In: what the user wrote. Out: `AuditOptions`, known to be valid. An audit may train models, so those of a training are
-among them.
-"""
+"""The options of an audit; it may train models, so those of a training are among them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +20,7 @@ SCORERS: Mapping[str, str] = MappingProxyType(
 
 @dataclass
 class AuditOptions(TrainOptions):
-    """How labels are judged, and what follows for pairs whose label is doubtful.
-
-    Raises:
-        ValueError: If an option is unknown, out of range or ignored.
-    """
+    """How labels are judged, and what follows for pairs whose label is doubtful."""
 
     rho: Annotated[str, Rule(may_be_number=True)] = option(
         "auto", "Share of pairs to filter out, 0 to 0.5, or auto: what the estimate says."
@@ -59,13 +51,11 @@ class AuditOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_audit()
-
-    def check_audit(self) -> None:
-        """ρ is a share, and there are the margins that the other options need."""
         self.rho = str(self.rho)
-        if self.rho != "auto":
-            self._check_rho()
+        if self.rho != "auto" and not _is_rho(self.rho):
+            raise ValueError(
+                f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite."
+            )
         if self.num_folds == 1:
             raise ValueError(
                 "num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on."
@@ -74,16 +64,6 @@ class AuditOptions(TrainOptions):
             raise ValueError(
                 f"length_is_evidence needs an audit by scorer features; got scorer {self.scorer} and num_folds "
                 f"{self.num_folds}. Leave it out, or change them."
-            )
-
-    def _check_rho(self) -> None:
-        try:
-            is_valid = 0 <= float(self.rho) <= 0.5
-        except ValueError:
-            is_valid = False
-        if not is_valid:
-            raise ValueError(
-                f"rho needs 'auto' or a share in [0, 0.5]; got {self.rho!r}. Past a half, labels mean the opposite."
             )
 
     @property
@@ -104,3 +84,10 @@ class AuditOptions(TrainOptions):
     def needs_audit(self) -> bool:
         """Whether anything depends on held-out margins."""
         return bool(self.num_folds) and (self.fixed_rho != 0.0 or self.alpha == "auto")
+
+
+def _is_rho(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 0.5
+    except ValueError:
+        return False

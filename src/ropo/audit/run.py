@@ -9,7 +9,7 @@ weighed once, before the training, by margins that no label has had a say in its
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,19 +24,9 @@ from ropo.audit.features import by_features
 from ropo.audit.folds import folds_of
 from ropo.audit.models import by_models
 from ropo.audit.options import AuditOptions
-from ropo.audit.result import RateEstimate
-from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Floats, Question, Scorer, Scores
-from ropo.audit.weights import (
-    Choice,
-    decide_all,
-    known_labels,
-    resolve_alpha,
-    resolve_rho,
-    resolve_rule,
-    share_of_open,
-    training_set,
-)
-from ropo.data.validate import text_id
+from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Question, Scorer, Scores
+from ropo.audit.weights import Choice, Floats, Labels, decide_all, resolve_alpha, resolve_rho, training_set
+from ropo.losses import LOSSES
 from ropo.models.source import Model, Reference, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
@@ -70,8 +60,8 @@ class Judgement:
         weights: Weight of each pair in training.
     """
 
-    estimate: RateEstimate
-    with_length: RateEstimate | None
+    estimate: FlipEstimate
+    with_length: FlipEstimate | None
     rho: Choice
     alpha: Choice
     noise_left: float
@@ -83,9 +73,14 @@ class Judgement:
         """What an audit has written."""
         found = read_json(path)
         choices = {name: Choice.from_json(found[name]) for name in ("rho", "alpha")}
-        with_length = found["with_length"] and RateEstimate.from_json(found["with_length"])
-        estimate = RateEstimate.from_json(found["estimate"])
-        return cls(**{**found, **choices, "estimate": estimate, "with_length": with_length})
+        rates = {name: found[name] and FlipEstimate.from_json(found[name]) for name in ("estimate", "with_length")}
+        return cls(**{**found, **choices, **rates})
+
+    def write(self, path: Path) -> None:
+        """Write what `read` reads."""
+        rates = {"estimate": self.estimate.to_json(), "with_length": self.with_length and self.with_length.to_json()}
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        write_json(path, plain | {"rho": asdict(self.rho), "alpha": asdict(self.alpha), **rates})
 
 
 class Audit:
@@ -104,10 +99,7 @@ class Audit:
     ) -> None:
         self.data, self.args, self.folder = data, args, folder
         self.model, self.reference = model, reference
-        self._sign, self._is_known = known_labels(data.pairs)
-        self._is_doubtful = (self._sign != 0) & ~self._is_known
-        self._is_trusted = np.array([pair.origin == "trusted" for pair in data.pairs])
-        self._texts = np.array([text_id(pair) for pair in data.pairs])  # copies of a pair are one piece of evidence
+        self._labels = Labels.of(data.pairs)
 
     def run(self, digest: str) -> str:
         """Score every pair and decide about it.
@@ -121,7 +113,7 @@ class Audit:
         Raises:
             ValueError: If every label is known.
         """
-        if not self._is_doubtful.any():
+        if not self._labels.is_open.any():
             raise ValueError("An audit needs a pair whose label nobody has judged; got none. Leave out some verdicts.")
         scores = self._score(digest)
         inputs = [digest, hash_tensors(scores.tensors())]
@@ -137,9 +129,7 @@ class Audit:
         deals = [folds_of(self.data.pairs, self.args.num_folds, seed=self.args.seed + i) for i in range(NUM_DEALS)]
         question = Question(
             data=self.data,
-            sign=self._sign,
-            is_doubtful=self._is_doubtful,
-            clusters=self._texts,
+            labels=self._labels,
             folds=np.array([[fold_of[pair.id] for pair in self.data.pairs] for fold_of in deals]),
             features=partial(self.reference.features, self.data.tokens),
             args=self.args,
@@ -152,58 +142,49 @@ class Audit:
         return scores
 
     def _decide(self, scores: Scores) -> None:
-        flips = self._estimate(scores.margins)
-        estimate, p_flip = RateEstimate.of(flips), self._p_flip(flips, scores.margins)
-        with_length = RateEstimate.of(self._estimate(scores.margins + scores.length)) if scores.length.any() else None
-        contradicted = float((scores.margins[self._is_doubtful] < 0).mean())
+        estimate, labels = self._estimate(scores.margins), self._labels
         filter_helps = scores.filter is not None and scores.filter.helps
         rho = resolve_rho(
             self.args.fixed_rho,
             estimate,
-            contradicted=contradicted if filter_helps else 0.0,
-            of_open=self._of_open,
+            contradicted=float((scores.margins[labels.is_open] < 0).mean()) if filter_helps else 0.0,
+            of_open=labels.share_of_open,
         )
-        rule = resolve_rule(self.args.decision_rule, rho)
-        decisions, weights = decide_all(self.data, scores.margins, p_flip, rho=rho.value, rule=rule)
+        p_flip = estimate.p_flip_at(scores.margins)  # also of what is to be left out, which nobody has called wrong
+        stays = labels.sign != 0
+        p_flip[stays] = np.where(labels.sign[stays] < 0, 1.0, estimate.p_flip)
+        decisions, weights = decide_all(self.data, scores.margins, p_flip, rho=rho, rule=self.args.decision_rule)
         p_wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)  # of the labels that are trained on
         noise_left = float(np.sum(weights * p_wrong) / max(weights.sum(), 1e-12)) if estimate.is_informative else 0.0
         judgement = Judgement(
             estimate=estimate,
-            with_length=with_length,
+            with_length=self._estimate(scores.margins + scores.length) if scores.length.any() else None,
             rho=rho,
             alpha=resolve_alpha(self.args.fixed_alpha, is_audited=True),
             noise_left=noise_left,
             decisions=decisions.tolist(),
             weights=weights.tolist(),
         )
-        for name, choice in (("rho", rho), ("alpha", judgement.alpha)):
+        has_alpha = "alpha" in LOSSES[self.args.loss].params
+        for name, choice in (("rho", rho), *([("alpha", judgement.alpha)] if has_alpha else [])):
             logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))
         if PartialState().is_main_process:
             is_open = torch.tensor([pair.verdict is None and pair.origin == "data" for pair in self.data.pairs])
             scores.write(self.folder, p_flip=torch.from_numpy(p_flip), is_open=is_open)
-            write_json(self.folder / _JUDGEMENT_FILE, asdict(judgement))
+            judgement.write(self.folder / _JUDGEMENT_FILE)
 
     def _estimate(self, margins: Floats) -> FlipEstimate:
         """The estimate from margins of the pairs that are not to be left out."""
-        stays = np.flatnonzero(self._sign != 0)
+        labels, stays = self._labels, np.flatnonzero(self._labels.sign != 0)
         tokens = [self.data.tokens[i] for i in stays]
         return estimate_flips(
             margins[stays],
             annotators=[self.data.pairs[i].annotator for i in stays],
-            is_trusted=self._is_trusted[stays],
-            reviews=(self._sign * (self._is_known & ~self._is_trusted))[stays],
-            clusters=self._texts[stays],
+            is_trusted=labels.is_trusted[stays],
+            reviews=(labels.sign * labels.is_reviewed)[stays],
+            clusters=labels.clusters[stays],
             covariate=np.log([len(one.chosen) + len(one.rejected) for one in tokens]),
         )
-
-    def _of_open(self, share: float) -> float:
-        return share_of_open(share, self._sign, self._is_known, self._is_trusted)
-
-    def _p_flip(self, flips: FlipEstimate, margins: Floats) -> Floats:
-        """P(flipped) of every pair; of what is to be left out nobody has said that the label is wrong."""
-        p_flip, stays = flips.p_flip_at(margins), self._sign != 0
-        p_flip[stays] = np.where(self._sign[stays] < 0, 1.0, flips.p_flip)
-        return p_flip
 
     @cached_property
     def judgement(self) -> Judgement:
@@ -227,23 +208,23 @@ class Audit:
     @property
     def num_contradicted(self) -> int:
         """How many labels without a review decision are contradicted by what has not seen them."""
-        return int((self.margins()[self._is_doubtful] < 0).sum())
+        return int((self.margins()[self._labels.is_open] < 0).sum())
 
     def calibration(self) -> Calibration | None:
         """What the decisions would do to labels that are flipped on purpose; None if all pairs are kept.
 
         None after a review, too: what is left of the labels is chosen by its margins, and holds fewer flips.
         """
-        if (self._is_known & ~self._is_trusted).any():
+        if self._labels.is_reviewed.any():
             return None
-        doubtful = np.flatnonzero(self._is_doubtful)
+        is_open = np.flatnonzero(self._labels.is_open)
         return calibrate(
-            self.margins()[doubtful],
-            self._estimate(self.margins()),
-            np.array(self.judgement.decisions)[doubtful] != "keep",
-            annotators=[self.data.pairs[i].annotator for i in doubtful],
+            self.margins()[is_open],
+            self.judgement.estimate,
+            np.array(self.judgement.decisions)[is_open] != "keep",
+            annotators=[self.data.pairs[i].annotator for i in is_open],
             seed=self.args.seed,
-            clusters=self._texts[doubtful],
+            clusters=self._labels.clusters[is_open],
         )
 
     def training(self) -> PairDataset:

@@ -1,6 +1,4 @@
-"""What a scorer gets, and what it gives: held-out margins of every pair.
-
-In: pairs, what is known of their labels, folds, and a model to learn with (`Question`). Out: `Scores`.
+"""What a scorer gets (`Question`), and what it gives (`Scores`): held-out margins of every pair.
 
 The one idea: how margins come about is nobody else's business, as long as no label has had a say in its own.
 
@@ -18,19 +16,19 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from ropo.audit.options import AuditOptions
+from ropo.audit.weights import Floats, Labels
 from ropo.models.source import Model
-from ropo.noise.clusters import cluster_weights, mean_of
 from ropo.noise.linear import Filter
-from ropo.noise.shares import wilson_interval
+from ropo.noise.shares import cluster_weights, mean_of, wilson_interval
 from ropo.pairs import PairFeatures
 from ropo.provenance import read_json, write_aside, write_json
 from ropo.train.dataset import PairDataset
 
-Floats = NDArray[np.float64]
-
 MARGINS_FILE, ROWS_FILE = "margins.safetensors", "scorers.json"
 SCORED_FILES = (MARGINS_FILE, ROWS_FILE)
 """What another audit of the same pairs can read instead of scoring them again."""
+
+_PER_PAIR = ("margins", "length", "views")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +37,7 @@ class Question:
 
     Attributes:
         data: The pairs, as labelled, with reference log-probabilities if the loss reads them.
-        sign: What is known of each label: +1 it stands, −1 it is wrong, 0 the pair is to be left out; shape (pairs,).
-        is_doubtful: Which labels nobody has vouched for or judged, shape (pairs,).
-        clusters: A name for each pair, the same for copies of one pair, shape (pairs,).
+        labels: What is known of them.
         folds: A pair is scored by what was learned in the other folds alone; dealt several times, shape (deals,
             pairs), for scorers to which another deal costs little.
         features: Reads what the reference says about each pair, in the order of `data`.
@@ -52,9 +48,7 @@ class Question:
     """
 
     data: PairDataset
-    sign: Floats
-    is_doubtful: NDArray[np.bool_]
-    clusters: NDArray[np.str_]
+    labels: Labels
     folds: NDArray[np.int64]
     features: Callable[[], PairFeatures]
     args: AuditOptions
@@ -64,8 +58,8 @@ class Question:
 
     def row(self, name: str, margins: Floats, *, is_taken: bool = False) -> "ScorerRow":
         """How often held-out margins, shape (pairs,), agree with the labels that are open to doubt."""
-        agrees = (np.sign(margins[self.is_doubtful]) + 1) / 2
-        weights = cluster_weights(self.clusters[self.is_doubtful], len(agrees))
+        agrees = (np.sign(margins[self.labels.is_open]) + 1) / 2
+        weights = cluster_weights(self.labels.clusters[self.labels.is_open], len(agrees))
         share = mean_of(agrees, weights)
         low, high = wilson_interval(share, round(weights.sum()))
         return ScorerRow(name=name, agreement=share, low=low, high=high, is_taken=is_taken)
@@ -76,7 +70,6 @@ class ScorerRow:
     """How much a scorer knows: one line of the table in the report.
 
     Attributes:
-        name: A name in `run.SCORERS`, or of a baseline.
         agreement: Share of the labels it has not seen that it agrees with; ties count half, copies of a pair once.
         low: Lower end of the 90 % interval.
         high: Upper end.
@@ -111,7 +104,7 @@ class Scores:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What there is of each pair, as it is written."""
-        return {name: torch.from_numpy(getattr(self, name).copy()) for name in ("margins", "length", "views")}
+        return {name: torch.from_numpy(getattr(self, name).copy()) for name in _PER_PAIR}
 
     def write(self, folder: Path, **more: torch.Tensor) -> None:
         """Write `SCORED_FILES`, with further tensors if there are."""
@@ -125,7 +118,7 @@ class Scores:
         """What `write` wrote."""
         tensors, facts = load_file(folder / MARGINS_FILE), read_json(folder / ROWS_FILE)
         return cls(
-            **{name: tensors[name].numpy() for name in ("margins", "length", "views")},
+            **{name: tensors[name].numpy() for name in _PER_PAIR},
             rows=tuple(ScorerRow(**row) for row in facts["rows"]),
             filter=facts["filter"] and Filter(**facts["filter"]),
         )

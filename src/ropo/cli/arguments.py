@@ -4,37 +4,45 @@ In: what follows `ropo train` or another command. Out: the options, or one sente
 """
 
 import dataclasses
+import logging
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peft import LoraConfig
 from transformers import HfArgumentParser
 
+from ropo.cli.launcher import LaunchArguments
 from ropo.cli.parser import SentenceParser
 from ropo.cli.words import name_of_option, refuse_unknown
 from ropo.config import ROPOConfig
+from ropo.data.mixture import Mixture, named_mixture
 from ropo.data.read import HubDataset, is_here
+from ropo.models.options import ModelOptions
 from ropo.models.source import Model, find_model
-from ropo.options import check_choice, check_options, option, read_yaml, short
+from ropo.options import option, read_yaml, short
 from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.spelling import did_you_mean
 from ropo.train.options import instead_of
 
+logger = logging.getLogger(__name__)
+
 Options = TypeVar("Options")
-COLUMNS = ("prompt", "chosen", "rejected", "annotator")
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+COLUMNS = ("prompt", "chosen", "rejected", "annotator", "weight")
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(LaunchArguments, ModelOptions):
     """Which model and data `ropo train` and `ropo audit` take; everything else is in `ROPOConfig`."""
 
-    model_name_or_path: str | None = option(None, "Folder or hub id of the model to align; it is also the reference.")
+    merge_adapter: bool = option(
+        default=False, text="Write the model with its adapter merged, as one whole model, to OUTPUT_DIR/merged, too."
+    )
     dataset_name: str | None = option(
-        None, "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), folder of shards or saved folder, or hub id."
+        None,
+        "File (.jsonl, .json, .jsonl.gz, .parquet, .csv), folder of shards or saved folder, or hub id; several with "
+        "commas between them, with shares where wanted: a.jsonl:0.7,b.jsonl:0.3.",
     )
     dataset_config: str | None = option(
         None,
@@ -50,31 +58,13 @@ class TrainArguments:
     chosen_column: str = option("chosen", "Name of the column with preferred responses.")
     rejected_column: str = option("rejected", "Name of the column with the other responses.")
     annotator_column: str = option("annotator", "Name of the column that says who labelled the pair.")
+    weight_column: str = option("weight", "Name of the column that says how much the pair counts, 0 or more.")
     trusted: str | None = option(
         None,
         "File of pairs whose labels are known to be right; 50 to 200 help. Those of the data may be among them.",
     )
     decisions: str | None = option(
         None, "A review.csv whose column verdict holds review decisions (right, wrong, drop)."
-    )
-    dtype: str = option(
-        "float32",
-        "Of the weights: float32 trains best (--bf16 computes fast); auto, bfloat16, float16. With --use_peft and "
-        "--bf16, bfloat16 halves what the frozen weights take.",
-    )
-    attn_implementation: str | None = option(
-        None,
-        "Attention. Default: what transformers takes for the model, mostly sdpa, which can encode each prompt once per "
-        "pair, as eager can.",
-    )
-    model_revision: str | None = option(None, "Branch, tag or commit of a hub model.")
-    trust_remote_code: bool = option(False, "Run code that a hub model brings. Read it first.")  # noqa: FBT003
-    use_peft: bool = option(False, "Train a LoRA adapter instead of the whole model.")  # noqa: FBT003
-    lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "Scale of the adapter.")
-    lora_dropout: float = option(0.0, "Dropout of the adapter.")
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
     )
 
 
@@ -86,23 +76,12 @@ class DataclassParser(SentenceParser, HfArgumentParser):
 
 
 def training_parser(command: str) -> DataclassParser:
-    """The options of `ropo train` and `ropo audit`; the names of recipes are not among them.
-
-    Args:
-        command: Which of the two.
-    """
+    """The options of `ropo train` and `ropo audit`; the names of recipes are not among them."""
     return DataclassParser(command, dataclass_types=_KINDS)
 
 
 def parse_train(words: Sequence[str], *, command: str = "train") -> tuple[TrainArguments, ROPOConfig]:
     """Read the options of `ropo train` or `ropo audit`: a YAML file gives defaults, the command line wins.
-
-    Args:
-        words: What follows `ropo train`.
-        command: Which of the two, for messages.
-
-    Returns:
-        Model and data, and the configuration.
 
     Raises:
         ValueError: If an option is unknown, missing or out of range.
@@ -130,30 +109,13 @@ def parse_train(words: Sequence[str], *, command: str = "train") -> tuple[TrainA
 
 
 def _check(given: TrainArguments) -> None:
-    check_options(given)
-    check_choice("dtype", given.dtype, DTYPES)
+    given.check()
     if given.eval_dataset_name is None and given.eval_dataset_split != "train":
         raise ValueError("eval_dataset_split needs eval_dataset_name, of which it is a part. Add it.")
-    if given.use_peft and given.lora_r < 1:
-        raise ValueError(f"lora_r needs 1 or more; got {given.lora_r}.")
-    if given.use_peft and not 0 <= given.lora_dropout < 1:
-        raise ValueError(f"lora_dropout needs a number in [0, 1); got {given.lora_dropout}.")
-    for one in dataclasses.fields(TrainArguments):
-        name = one.name
-        if name.startswith("lora_") and not given.use_peft and getattr(given, name) != one.default:
-            raise ValueError(f"{name} needs use_peft, without which the whole model is trained. Add --use_peft.")
 
 
 def parse_options(kind: type[Options], words: Sequence[str], *, command: str) -> Options:
     """Read the options of a command that one dataclass describes.
-
-    Args:
-        kind: The dataclass; it checks itself.
-        words: What follows the command.
-        command: The command, for messages.
-
-    Returns:
-        The options.
 
     Raises:
         ValueError: If an option is unknown, missing or out of range.
@@ -162,14 +124,23 @@ def parse_options(kind: type[Options], words: Sequence[str], *, command: str) ->
 
 
 def model_of(given: TrainArguments) -> Model:
-    """The model to align, with its adapter and how it is loaded."""
-    options = {
-        "dtype": given.dtype,
-        **({} if given.attn_implementation is None else {"attn_implementation": given.attn_implementation}),
-        "revision": given.model_revision,
-        "trust_remote_code": given.trust_remote_code,
-    }
-    return Model(str(given.model_name_or_path), adapter=_adapter(given), load_options=options)
+    """The model to align, with its adapter and how it is loaded.
+
+    Raises:
+        ValueError: If it is an adapter, and options say what a new one is to be like.
+    """
+    name, options = str(given.model_name_or_path), given.load_options()
+    source = Model(name, load_options=options)
+    if source.start is None:
+        if given.trains_adapter and not given.use_peft:
+            logger.info("An adapter is trained, as if use_peft had been given.")
+        return Model(name, adapter=given.new_adapter(), load_options=options)
+    if given.of_new_adapter():
+        raise ValueError(
+            f"{given.of_new_adapter()[0]} needs a whole model, which gets a new adapter; got {name}, an adapter that "
+            "is trained further as it is. Leave it out, or merge the adapter into its model first."
+        )
+    return source
 
 
 def pairs_of(given: TrainArguments) -> DataSource:
@@ -191,23 +162,37 @@ def review_of(given: TrainArguments) -> ReviewInputs:
 def check_sources(given: TrainArguments) -> None:
     """Refuse a misspelt path before anything is read or asked of the hub.
 
-    Args:
-        given: Model and data.
-
     Raises:
         FileNotFoundError: If something looks like a path and nothing is there.
         ValueError: If the model's folder holds no model.
     """
-    data = [name for name in (given.dataset_name, given.eval_dataset_name, given.trusted) if name is not None]
-    are_here = [is_here(name) for name in data]
+    data = [name for name in (given.dataset_name, given.eval_dataset_name) if name is not None]
+    are_here = [are_all_here(name) for name in data] + [is_here(name) for name in [given.trusted] if name is not None]
     if not all(are_here):
         find_model(str(given.model_name_or_path))
 
 
-def dataset_of(given: Any, name: str | None) -> str | HubDataset | None:
-    """A dataset by its name; the configuration is that of the dataset to train on, whatever part of it is meant."""
+def are_all_here(name: str) -> bool:
+    """Whether a dataset, or each of several, is read from this machine; see `is_here`."""
+    found = named_mixture(name)
+    are_here = [is_here(part) for part in (found.parts if isinstance(found, Mixture) else [found])]  # each may raise
+    return all(are_here)
+
+
+def dataset_of(given: Any, name: str | None) -> str | HubDataset | Mixture | None:
+    """A dataset by its name; the configuration is that of the dataset to train on, whatever part of it is meant.
+
+    Raises:
+        ValueError: If a configuration is given and there are several datasets.
+    """
+    found = None if name is None else named_mixture(name)
     if name is None or name != given.dataset_name or (given.dataset_config, given.dataset_data_dir) == (None, None):
-        return name
+        return found
+    if isinstance(found, Mixture):
+        raise ValueError(
+            f"dataset_config and dataset_data_dir need one dataset; got {len(found.parts)}. Save the part that is "
+            "meant, and name its folder."
+        )
     return HubDataset(name=name, config=given.dataset_config, data_dir=given.dataset_data_dir)
 
 
@@ -215,18 +200,6 @@ def columns_of(given: Any) -> dict[str, str]:
     """Names of columns that differ from ours."""
     names = {name: getattr(given, f"{name}_column") for name in COLUMNS}
     return {ours: theirs for ours, theirs in names.items() if ours != theirs}
-
-
-def _adapter(given: TrainArguments) -> LoraConfig | None:
-    if not given.use_peft:
-        return None
-    return LoraConfig(
-        r=given.lora_r,
-        lora_alpha=given.lora_alpha,
-        lora_dropout=given.lora_dropout,
-        target_modules=given.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
 
 
 def _read_recipe(path: Path, parser: DataclassParser) -> dict[str, Any]:

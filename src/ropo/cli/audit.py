@@ -13,6 +13,7 @@ from ropo.cli.arguments import check_sources, model_of, pairs_of, parse_train, r
 from ropo.cli.faults import DONE
 from ropo.cli.outcome import say_audit
 from ropo.cli.words import typed_as
+from ropo.processes import ending_together
 from ropo.provenance import typed
 from ropo.run.align import run_audit
 
@@ -20,19 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def run(words: Sequence[str]) -> int:
-    """Audit a dataset.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Audit a dataset."""
     given, args = parse_train(words, command="audit")
     if given.eval_dataset_name is not None:
         logger.warning("An audit keeps no model, so eval_dataset_name does nothing here.")
-    check_sources(given)
-    with typed(typed_as("audit", words)):
+    with ending_together(), typed(typed_as("audit", words)):
+        check_sources(given)
         result = run_audit(model_of(given), pairs_of(given), args, review=review_of(given))
     if PartialState().is_main_process:
         say_audit(result.summary, Path(str(args.output_dir)))

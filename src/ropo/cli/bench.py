@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ropo.cli.faults import DONE
 from ropo.cli.parser import SentenceParser
-from ropo.options import check_folder
+from ropo.options import Rule, check_folder
 from ropo_bench.grid import run_bench
 from ropo_bench.grid_config import read_bench_config
 from ropo_bench.publish import publish_bench
@@ -22,26 +22,18 @@ def parser() -> SentenceParser:
     found = SentenceParser("bench")
     found.add("config", type=Path, help="YAML file of the grid, like benchmarks/quick.yaml.")
     found.add("output_dir", type=Path, help="Folder of rows, tables and figures; rows that are there are kept.")
-    found.add("num_processes", type=int, help="Trainings at a time. Default: one per GPU or core.")
+    help_ = "Trainings at a time. Default: one per GPU or core."
+    found.add("num_processes", type=int, rule=Rule(low=1), help=help_)
     return found
 
 
 def run(words: Sequence[str]) -> int:
-    """Measure every cell of the grid that has no row.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Measure every cell of the grid that has no row."""
     given = parser().read(words)
     for name in ("config", "output_dir"):
         if getattr(given, name) is None:
             raise ValueError(f"--{name} is missing. {_USAGE}")
     config = read_bench_config(given.config)
-    if given.num_processes is not None and given.num_processes < 1:
-        raise ValueError(f"num_processes needs 1 or more; got {given.num_processes}.")
     check_folder("output_dir", given.output_dir)
     start = time.monotonic()
     run_bench(

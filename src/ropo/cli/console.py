@@ -30,5 +30,7 @@ def log_to_console() -> None:
         force=True,
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # It warns of a kernel that no run takes (`models.quantized`), and of casts in every product.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ropo.cli.faults import DONE
 from ropo.cli.parser import SentenceParser
-from ropo.options import check_folder
+from ropo.options import Rule, check_folder
 from ropo.run.lock import owning
 from ropo_bench.demo import run_demo
 
@@ -22,35 +22,25 @@ def parser() -> SentenceParser:
     """The options of the command."""
     found = SentenceParser("demo")
     found.add("output_dir", type=Path, default=Path("outputs/demo"), help="Folder that everything is written to.")
-    found.add("num_pairs", type=int, default=4000, help="Training pairs, 10 or more.")
-    found.add("flip_rate", type=float, default=0.3, help="Share of labels to flip, in [0, 0.5).")
-    found.add("seed", type=int, default=0, help="Random seed.")
+    fewest = Rule(low=10, high=10**6)  # ten pairs make five folds
+    found.add("num_pairs", type=int, default=4000, rule=fewest, help="Training pairs, 10 or more.")
+    rate = Rule(low=0, below=0.5)
+    found.add("flip_rate", type=float, default=0.3, rule=rate, help="Share of labels to flip, in [0, 0.5).")
+    found.add("seed", type=int, default=0, rule=Rule(low=0, high=2**31), help="Random seed.")
     return found
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the demo.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Run the demo."""
     given = parser().read(words)
-    if not 0 <= given.flip_rate < 0.5:
-        raise ValueError(f"flip_rate needs a number in [0, 0.5); got {given.flip_rate}.")
-    for name, lowest, highest in (("num_pairs", 10, 10**6), ("seed", 0, 2**31)):  # ten pairs make five folds
-        if not lowest <= getattr(given, name) <= highest:
-            raise ValueError(f"{name} needs a number from {lowest} to {highest}; got {getattr(given, name)}.")
     check_folder("output_dir", given.output_dir)
-    folder, flip_rate, num_pairs, seed = given.output_dir, given.flip_rate, given.num_pairs, given.seed
-    with owning(folder):
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    with owning(given.output_dir):
         run_demo(
-            folder,
-            flip_rate=flip_rate,
-            num_pairs=num_pairs,
-            seed=seed,
-            console=Console(width=None if sys.stdout.isatty() else _WIDTH),
+            given.output_dir,
+            flip_rate=given.flip_rate,
+            num_pairs=given.num_pairs,
+            seed=given.seed,
+            console=console,
         )
     return DONE

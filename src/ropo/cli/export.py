@@ -17,14 +17,7 @@ from ropo.run.lock import owning
 
 
 def run(words: Sequence[str]) -> int:
-    """Answer the questions.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Answer the questions."""
     given = parse_options(ExportArguments, words, command="export")
     with owning(Path(str(given.output_dir)) / "export" / str(given.name)):  # other models may answer beside it
         found = export_answers(given)

@@ -28,13 +28,6 @@ _OF_RUN = (("ropo.provenance", "RunError"), ("torch", "OutOfMemoryError"))
 def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     """Exit code and sentence of a command that failed.
 
-    Args:
-        error: Why.
-        words: The command and what followed it.
-
-    Returns:
-        The code and the sentence.
-
     Raises:
         Exception: `error` itself, with ROPO_DEBUG=1 unless it is about the data or an endpoint.
     """
@@ -45,8 +38,15 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, (*_known(_OF_RUN), FloatingPointError, MemoryError)):
         return NOT_ACCEPTABLE, f"ropo {words[0]}: {str(error) or 'the memory of this machine is not enough.'}"
     if isinstance(error, ValueError | OSError | ImportError):  # an option may need a package that is not there
-        return MISUSE, f"ropo {words[0]}: {error}\n(ROPO_DEBUG=1 shows where in the code this was found.)"
+        hint = "" if _is_ours(error) else "\n(ROPO_DEBUG=1 shows where in the code this was found.)"
+        return MISUSE, f"ropo {words[0]}: {error}{hint}"
     return OUR_FAULT, _say_fault(error, words)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether our own code has raised it, with a sentence that says what to do; a library's may need a traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("ropo")
 
 
 def if_imported(module: str, name: str) -> Any:

@@ -49,16 +49,7 @@ def raising_interrupted() -> Iterator[list[int]]:
 
 
 def how_to_resume(command: str, number: int, stage: str) -> str:
-    """What a command that was interrupted has kept.
-
-    Args:
-        command: The command.
-        number: The signal.
-        stage: The stage that was not finished; empty if none had begun.
-
-    Returns:
-        A sentence or two.
-    """
+    """What a command that was interrupted has kept."""
     what = f"interrupted by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
     if stage:
         return f"{what} in stage {stage}. The same command resumes there, from its last checkpoint if it has one."

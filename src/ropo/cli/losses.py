@@ -16,14 +16,7 @@ def parser() -> SentenceParser:
 
 
 def run(words: Sequence[str]) -> int:
-    """Print the table.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Print the table."""
     parser().read(words)
     print(methods_table())
     return DONE

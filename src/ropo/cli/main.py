@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ from ropo.spelling import did_you_mean
 COMMANDS = ("demo", "audit", "train", "bench", "export", "win_rate", "validate", "losses")
 PAGES = Path(__file__).parent / "pages"
 INTERRUPTED = 128  # and the number of the signal, as shells have it: 130 for Ctrl-C, 141 for SIGPIPE, 143 for SIGTERM
+_PATIENCE_SECONDS = 10.0  # that a process leaves the first one of its machine to say why it ends
 _HELP = ("-h", "--help", "--help_all", "--help-all")
 
 _USAGE = """\
@@ -104,16 +106,22 @@ def _run(words: list[str], received: Sequence[int]) -> int:
         if received:
             raise KeyboardInterrupt from error
         code, sentence = explain(error, words)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_PATIENCE_SECONDS)  # most often all fail alike; where the first has said it, this one is ended
         print(sentence, file=sys.stderr)
         return code
 
 
 def _run_command(words: Sequence[str], received: Sequence[int]) -> int:
     import_module("ropo.cli.console").log_to_console()
-    command = import_module(f"ropo.cli.{words[0]}")
-    if received:  # and a library that was being imported went on
-        raise KeyboardInterrupt
-    code: int = command.run(words[1:])
+    code: int | None = None
+    if words[0] in TRAINING:
+        code = import_module("ropo.cli.launcher").launch(words[0], words[1:])
+    if code is None:
+        command = import_module(f"ropo.cli.{words[0]}")
+        if received:  # and a library that was being imported went on
+            raise KeyboardInterrupt
+        code = command.run(words[1:])
     return code
 
 

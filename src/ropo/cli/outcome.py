@@ -15,12 +15,7 @@ from ropo.provenance import Json
 
 
 def say_audit(summary: Json, folder: Path) -> None:
-    """Say what an audit has found, and what to do next.
-
-    Args:
-        summary: That of an audit.
-        folder: Its output folder.
-    """
+    """Say what an audit has found, and what to do next."""
     say_rate(summary)
     print(
         f"Training would keep {summary['num_kept']} pairs, drop {summary['num_dropped']} and flip "
@@ -33,12 +28,7 @@ def say_audit(summary: Json, folder: Path) -> None:
 
 
 def say_training(summary: Json, folder: Path) -> None:
-    """Say what a run has trained on, and where the model is.
-
-    Args:
-        summary: That of a run.
-        folder: Its output folder.
-    """
+    """Say what a run has trained on, and where the model is."""
     say_rate(summary)
     print(
         f"Pairs: {summary['num_kept']} kept, {summary['num_dropped']} dropped, {summary['num_flipped']} flipped, "
@@ -56,11 +46,7 @@ def say_training(summary: Json, folder: Path) -> None:
 
 
 def say_rate(summary: Json) -> None:
-    """Say how many labels are flipped, as far as that can be said.
-
-    Args:
-        summary: That of either.
-    """
+    """Say how many labels are flipped, as far as that can be said."""
     rate = summary["flip_rate"]
     if not summary["is_informative"]:
         print(f"\nFlipped labels: cannot tell. {summary['reason']}")
@@ -92,12 +78,7 @@ def _say_contradicted(summary: Json) -> None:
 
 
 def say_export(found: Exported, given: ExportArguments) -> None:
-    """Say what was answered, and where the answers are.
-
-    Args:
-        found: As `export_answers` returns it.
-        given: The options.
-    """
+    """Say what was answered, and where the answers are."""
     kinds = ((found.num_unfinished, "cut at max_new_tokens"), (found.num_empty, "empty"))
     counts = [f"{num} {meaning}" for num, meaning in kinds if num]
     print(
@@ -112,12 +93,7 @@ def say_export(found: Exported, given: ExportArguments) -> None:
 
 
 def say_win_rate(found: WinRate, folder: Path) -> None:
-    """Say how often the judge has preferred the outputs to the baseline.
-
-    Args:
-        found: As `run_win_rate` returns it.
-        folder: Its output folder.
-    """
+    """Say how often the judge has preferred the outputs to the baseline."""
     counts = found.counts
     total = sum(counts.values())
     print(

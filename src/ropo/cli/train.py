@@ -12,25 +12,23 @@ from ropo.cli.arguments import check_sources, evaluation_of, model_of, pairs_of,
 from ropo.cli.faults import DONE
 from ropo.cli.outcome import say_training
 from ropo.cli.words import typed_as
+from ropo.processes import ending_together
 from ropo.provenance import typed
 from ropo.run.align import run_rounds
+from ropo.run.outputs import publish_merged
 
 
 def run(words: Sequence[str]) -> int:
-    """Align a model.
-
-    Args:
-        words: What follows the command.
-
-    Returns:
-        Exit code.
-    """
+    """Align a model."""
     given, args = parse_train(words)
-    check_sources(given)
-    with typed(typed_as("train", words)):
-        result = run_rounds(
-            model_of(given), pairs_of(given), args, eval_dataset=evaluation_of(given), review=review_of(given)
-        )
+    with ending_together(), typed(typed_as("train", words)):
+        check_sources(given)
+        model = model_of(given)
+        if given.merge_adapter and model.peft_config is None:
+            raise ValueError("merge_adapter needs an adapter; got the training of a whole model. Add --use_peft.")
+        result = run_rounds(model, pairs_of(given), args, eval_dataset=evaluation_of(given), review=review_of(given))
+        if given.merge_adapter:
+            publish_merged(model, Path(str(args.output_dir)))
     if PartialState().is_main_process:
         say_training(result.summary, Path(str(args.output_dir)))
     return DONE

@@ -7,16 +7,16 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from ropo.cli.arguments import TrainArguments, columns_of, dataset_of
+from ropo.cli.arguments import TrainArguments, are_all_here, columns_of, dataset_of
 from ropo.cli.faults import DONE, NOT_ACCEPTABLE
 from ropo.cli.parser import SentenceParser
-from ropo.data.load import Loaded, load_pairs
+from ropo.data.load import Loaded
+from ropo.data.mixture import load_mixture
 from ropo.data.problems import Problem, printable, render, rows_left_out
-from ropo.data.read import is_here
 from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import validate_pairs
 from ropo.models.fit import check_ids, check_positions, ids_of
-from ropo.models.source import Model, find_model, load_tokenizer
+from ropo.models.source import Model, find_model
 
 
 def parser() -> SentenceParser:
@@ -39,9 +39,6 @@ def parser() -> SentenceParser:
 def run(words: Sequence[str]) -> int:
     """List the problems.
 
-    Args:
-        words: What follows the command.
-
     Returns:
         Exit code; that of data that is not acceptable if a problem must be fixed.
     """
@@ -50,13 +47,13 @@ def run(words: Sequence[str]) -> int:
         got = "none" if given.dataset is None else f"{given.dataset} and {given.dataset_name}"
         raise ValueError(f"ropo validate needs one dataset; got {got}. Usage: ropo validate D")
     given.dataset_name = given.dataset_name or given.dataset
-    is_here(given.dataset_name)  # refuses a misspelt path before the hub is asked for a model
+    are_all_here(given.dataset_name)  # refuses a misspelt path before the hub is asked for a model
     source = tokenized = None
     if given.model_name_or_path:
         source = Model(find_model(given.model_name_or_path), load_options={"revision": given.model_revision})
         skeleton = source.skeleton()
-        tokenizer = load_tokenizer(source.name_or_path, source.load_options)
-    loaded = load_pairs(dataset_of(given, given.dataset_name), split=given.dataset_split, columns=columns_of(given))
+        tokenizer = source.tokenizer
+    loaded = load_mixture(dataset_of(given, given.dataset_name), split=given.dataset_split, columns=columns_of(given))
     problems = [*loaded.problems, *validate_pairs(loaded.pairs)]
     if source is not None:
         out = rows_left_out(problems)

@@ -19,9 +19,6 @@ from ropo.run.lock import owning
 def run(words: Sequence[str]) -> int:
     """Compare the outputs.
 
-    Args:
-        words: What follows the command.
-
     Returns:
         Exit code; that of a result that is not acceptable if the judge has preferred no output.
     """

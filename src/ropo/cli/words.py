@@ -40,9 +40,6 @@ def options_in(words: Sequence[str]) -> list[str]:
 def check_words(words: Sequence[str]) -> None:
     """Refuse what a command line can say by mistake and a parser takes: options given twice, without value, not text.
 
-    Args:
-        words: What follows `ropo train` or another command.
-
     Raises:
         ValueError: If there is any.
     """

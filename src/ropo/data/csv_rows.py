@@ -23,7 +23,7 @@ def refuse_repeated(columns: Iterable[str]) -> None:
     """Of two columns with one name, one would be lost. Cells without a name stand behind the last one."""
     if repeated := [name for name, count in Counter(columns).items() if count > 1 and name]:
         raise ValueError(
-            f"load_pairs needs columns of different names; got {', '.join(map(printable, repeated))} more than once. "
+            f"A dataset needs columns of different names; got {', '.join(map(printable, repeated))} more than once. "
             "Rename or remove one."
         )
 

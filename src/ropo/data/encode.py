@@ -56,9 +56,6 @@ def encode(
         tokenizer: The model's.
         max_tokens: Most tokens that can be used of one text; None to read all of it.
 
-    Returns:
-        One entry per text.
-
     Raises:
         ValueError: If the tokenizer does not take a text, or does something else than to put tokens around one.
     """

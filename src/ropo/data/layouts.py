@@ -75,7 +75,7 @@ def layout_of(row: Record, names: Mapping[str, str], *, is_conversation: Callabl
     """
     if media := [name for name in _MEDIA if row.get(name)]:
         raise ValueError(
-            f"load_pairs needs pairs of text; got a column {media[0]} beside them. Drop it if the texts "
+            f"A dataset needs pairs of text; got a column {media[0]} beside them. Drop it if the texts "
             "can stand without it."
         )
     prompt, chosen, rejected = (names[name] for name in ("prompt", "chosen", "rejected"))
@@ -92,7 +92,7 @@ def layout_of(row: Record, names: Mapping[str, str], *, is_conversation: Callabl
         for columns, what in _NO_PAIRS:
             if columns <= set(row):
                 raise ValueError(
-                    f"load_pairs needs two responses to a prompt; got {what}, and write chosen and rejected."
+                    f"A dataset needs two responses to a prompt; got {what}, and write chosen and rejected."
                 )
     return "own", own
 
@@ -149,7 +149,7 @@ def _paired(row: Record) -> Layout | None:
     names = " and ".join(printable(match.group()) for match in outputs)
     if len(outputs) > 2:
         raise ValueError(
-            f"load_pairs needs two responses to a row; got {names}. Write two of them as chosen and rejected."
+            f"A dataset needs two responses to a row; got {names}. Write two of them as chosen and rejected."
         )
     (first, second), tags = (match.group() for match in outputs), [match[2].lower() for match in outputs]
     asked, prompt = _prompt_of(row) or ((), lambda _: None)
@@ -159,7 +159,7 @@ def _paired(row: Record) -> Layout | None:
     if len(labels) != 1:
         got = ", ".join(labels) or "none"
         raise ValueError(
-            f"load_pairs needs one column that says which of {names} is better, such as {', '.join(_LABELS[:3])}; got "
+            f"A dataset needs one column that says which of {names} is better, such as {', '.join(_LABELS[:3])}; got "
             f"{got}. Rename one, or write chosen and rejected. Is one always better? Name both (--chosen_column)."
         )
     label = labels[0]
@@ -193,7 +193,7 @@ def _is_first(value: object, label: str, outputs: tuple[str, str], tags: list[st
         place = float("nan")
     if not low <= place <= high:  # nor where one of them is no number: 1 calls A better in some data and B in other
         raise ValueError(
-            f"load_pairs needs {label} to name {outputs[0]} or {outputs[1]} ({tags[0]} or {tags[1]}), or a tie; got "
+            f"A dataset needs {label} to name {outputs[0]} or {outputs[1]} ({tags[0]} or {tags[1]}), or a tie; got "
             f"{short(value)}, which may mean either. Write chosen and rejected instead."
         )
     if place == (low + high) / 2:
@@ -211,7 +211,7 @@ def _prompt_of(row: Record) -> tuple[tuple[str, ...], Callable[[Record], Any]] |
         return ("prompt",), lambda one: one.get("prompt")
     found = [name for name in _QUESTIONS if name in row]
     if len(found) > 1:
-        raise ValueError(f"load_pairs needs one prompt; got {' and '.join(found)}. Choose by --prompt_column.")
+        raise ValueError(f"A dataset needs one prompt; got {' and '.join(found)}. Choose by --prompt_column.")
     if found == ["instruction"] and "input" in row:
         return ("instruction", "input"), _instruction
     name = found[0] if found else "input"

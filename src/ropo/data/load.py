@@ -141,6 +141,7 @@ class _RowReader:
         self._names = names
         self._layout: Layout | None = None
         self.layout_name, self.format = "own", ""
+        self._is_weighted: bool | None = None
         self.columns: set[str] = set()
         self.digest = sha256()
 
@@ -157,8 +158,12 @@ class _RowReader:
         fields = _fields(record, self._names, self._layout)
         origin, verdict = getattr(record, "origin", "data"), getattr(record, "verdict", None)
         pair, form = _pair(fields, row=row, form=self.format, origin=origin, verdict=verdict)
+        is_weighted = fields["weight"] not in (None, "")
+        if self._is_weighted not in (None, is_weighted):  # 1 may be far off the scale of the others
+            has, got = ("none", short(fields["weight"])) if is_weighted else ("one", "none")
+            raise BadRow("bad_weight", f"a row needs a weight if all have one; those before have {has}; got {got}.")
         self.digest.update(_canonical(pair))
-        self.format = form
+        self.format, self._is_weighted = form, is_weighted
         return pair
 
     @property

@@ -20,6 +20,9 @@ class DataOptions:
     max_length: Annotated[int, Rule(low=2)] = option(
         1024, "Most tokens of prompt and one response together; longer responses lose their end."
     )
+    max_samples: Annotated[int | None, Rule(low=1)] = option(
+        None, "Most pairs to draw of the dataset to train on, by seed. Default: all."
+    )
     on_bad_rows: Annotated[str, Rule(choices=("refuse", "skip"))] = option(
         "refuse", "What to do with rows that cannot be read: refuse, or skip and count them."
     )

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from ropo.pairs import Pair
+
 # Controls, soft hyphens, marks and overrides of direction, fillers and spaces without width, invisible operators, tags;
 # and joiners beside ASCII. Each branch begins with a set, which long texts are searched for at once.
 _HIDDEN = re.compile(
@@ -97,8 +99,8 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
         ),
         "bad_weight": ProblemSpec(
             severity="error",
-            meaning="The weight is not a finite number of 0 or more.",
-            remedy="Correct the weight; leave it empty for 1.",
+            meaning="The weight is not a finite number of 0 or more, or only some of the rows have one.",
+            remedy="Correct the weight; give one to every row or to none.",
         ),
         "empty_prompt": ProblemSpec(
             severity="left_out",
@@ -221,6 +223,7 @@ class Problem:
         row: Place of the row in the input, counted from 0; None if the finding is about the whole source.
         line: Line of a text file at which the row begins, counted from 1; None for other sources.
         message: What was needed and what was found.
+        source: Dataset and row in it, where several are mixed; see `Pair`.
 
     Raises:
         ValueError: If `kind` is not in `PROBLEMS`.
@@ -230,6 +233,12 @@ class Problem:
     row: int | None
     line: int | None = None
     message: str
+    source: str | None = None
+
+    @classmethod
+    def of(cls, pair: Pair, kind: str, message: str) -> "Problem":
+        """A finding about a pair that was read."""
+        return cls(kind=kind, row=pair.row, message=message, source=pair.source)
 
     def __post_init__(self) -> None:
         if self.kind not in PROBLEMS:
@@ -242,11 +251,7 @@ class Problem:
 
 
 class BadRow(Exception):
-    """A problem that does not know its place yet: code that looks at one row raises it, or hands it on as the row.
-
-    Attributes:
-        kind: A key of `PROBLEMS`.
-    """
+    """A problem that does not know its place yet: code that looks at one row raises it, or hands it on as the row."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -282,13 +287,7 @@ def visible(text: str) -> str:
 
 
 def short(value: object) -> str:
-    """A value for a message: its type and how it begins.
-
-    Args:
-        value: Anything, of any length.
-
-    Returns:
-        At most some 80 characters.
+    """A value for a message: its type and how it begins, some 80 characters at most.
 
     Examples:
         >>> short("Hello"), short(3.5)
@@ -307,9 +306,6 @@ def summarise(problems: Iterable[Problem]) -> dict[str, int]:
     Args:
         problems: The findings, in any order; a row may have two of one kind, one for each response.
 
-    Returns:
-        Number of rows with each kind that occurs, in the order of `PROBLEMS`.
-
     Examples:
         >>> summarise([Problem(kind="truncated", row=row, message="") for row in (3, 3, 5)])
         {'truncated': 2}
@@ -325,14 +321,11 @@ def render(problems: Iterable[Problem], *, limit: int = 20) -> str:
         problems: The findings, in any order.
         limit: Number of findings to show of each kind; the others are counted.
 
-    Returns:
-        The text, without a line end at its end; "No problems found." if there are none.
-
     Examples:
         >>> print(render([Problem(kind="bad_weight", row=4, line=5, message="weight needs a number; got 'x'.")]))
         bad_weight: 1 error
-          The weight is not a finite number of 0 or more.
-          What to do: Correct the weight; leave it empty for 1.
+          The weight is not a finite number of 0 or more, or only some of the rows have one.
+          What to do: Correct the weight; give one to every row or to none.
           - row 4 (line 5): weight needs a number; got 'x'.
     """
     by_kind: dict[str, list[Problem]] = {}
@@ -343,11 +336,7 @@ def render(problems: Iterable[Problem], *, limit: int = 20) -> str:
 
 
 def problems_table() -> str:
-    """Write `PROBLEMS` as the Markdown table of `docs/formats.md`.
-
-    Returns:
-        The table, without a line end at its end.
-    """
+    """Write `PROBLEMS` as the Markdown table of `docs/formats.md`."""
     rows = [f"| `{kind}` | {spec.severity} | {spec.meaning} | {spec.remedy} |" for kind, spec in PROBLEMS.items()]
     return "\n".join(["| kind | severity | meaning | what to do |", "|---|---|---|---|", *rows])
 
@@ -361,7 +350,9 @@ def _render_kind(kind: str, problems: list[Problem], limit: int) -> str:
     lines += textwrap.wrap(f"What to do: {spec.remedy}", width=110, initial_indent="  ", subsequent_indent="  ")
     for problem in problems[:limit]:
         place = "the source" if problem.row is None else f"row {problem.row}"
-        place += f" (line {problem.line})" if problem.line is not None else ""
+        beside = [problem.source] if problem.source else []
+        beside += [f"line {problem.line}"] if problem.line is not None else []
+        place += f" ({', '.join(beside)})" if beside else ""
         lines.append(f"  - {place}: {problem.message}")
     if len(problems) > limit:
         lines.append(f"  - and {len(problems) - limit} more")

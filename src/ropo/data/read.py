@@ -102,7 +102,7 @@ def read_rows(source: Source, split: str = "train") -> Iterator[Row]:
     if isinstance(source, list | tuple):
         return ((None, row) for row in source)
     raise TypeError(
-        "load_pairs needs a path, the name of a dataset on the hub, a datasets.Dataset, or a list of dicts or Pairs; "
+        "A dataset needs a path, the name of a dataset on the hub, a datasets.Dataset, or a list of dicts or Pairs; "
         f"got {short(source)}. Choose the split of a DatasetDict; turn a table into a list of dicts."
     )
 
@@ -126,11 +126,7 @@ def _is_written_as_path(source: str) -> bool:
 
 
 def instead_of_missing(source: str) -> str:
-    """What may have been meant by a path at which nothing is, as a sentence to append.
-
-    Args:
-        source: The path, which may have been meant as a hub id if its folder exists here and holds a name like it.
-    """
+    """What may have been meant by a path at which nothing is, as a sentence to append."""
     on_hub = f" If it is on the hub, start where there is no folder {Path(source).parent}."
     return (did_you_mean_path(Path(source)) or " Check the path.") + ("" if _is_written_as_path(source) else on_hub)
 
@@ -138,16 +134,13 @@ def instead_of_missing(source: str) -> str:
 def is_here(source: str) -> bool:
     """Whether a dataset is read from this machine and not from the hub.
 
-    Args:
-        source: File, folder, or hub id.
-
     Raises:
         FileNotFoundError: If it looks like a path and nothing is there.
     """
     path = Path(source).expanduser()
     if not path.exists() and looks_like_path(source):
         raise FileNotFoundError(
-            f"load_pairs needs a file that exists; got {source}: file not found.{instead_of_missing(source)}"
+            f"A dataset needs a file that exists; got {source}: file not found.{instead_of_missing(source)}"
         )
     return path.exists()
 
@@ -156,11 +149,11 @@ def _read_file(path: Path) -> Iterator[Row]:
     reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
     if not path.exists():
         is_here(str(path))
-        raise FileNotFoundError(f"load_pairs needs a file that exists; got {path}: file not found. Check the path.")
+        raise FileNotFoundError(f"A dataset needs a file that exists; got {path}: file not found. Check the path.")
     if not path.is_file():  # opening a pipe waits for whoever writes into it, and a device may have no end
-        raise ValueError(f"load_pairs needs a regular file; got {path}, {file_kind(path)}. Write the rows to a file.")
+        raise ValueError(f"A dataset needs a regular file; got {path}, {file_kind(path)}. Write the rows to a file.")
     if reader is None:
-        raise ValueError(f"load_pairs needs a file that ends in {', '.join(READERS)}; got {path.name}. Convert it.")
+        raise ValueError(f"A dataset needs a file that ends in {', '.join(READERS)}; got {path.name}. Convert it.")
     num_read = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
@@ -171,7 +164,7 @@ def _read_file(path: Path) -> Iterator[Row]:
                 yield row
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(
-            f"load_pairs needs a file that can be read to its end; got {path}: {error}. {num_read} rows came before "
+            f"A dataset needs a file that can be read to its end; got {path}: {error}. {num_read} rows came before "
             "that; how many are lost cannot be known. Is it complete?"
         ) from error
 
@@ -180,7 +173,7 @@ def _refuse_utf16(path: Path, start: bytes) -> None:
     """Refuse once what would be one problem for each line."""
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
         raise ValueError(
-            f"load_pairs needs text in UTF-8; got {path}, which is UTF-16 or no text. Save it as UTF-8: "
+            f"A dataset needs text in UTF-8; got {path}, which is UTF-16 or no text. Save it as UTF-8: "
             "iconv -f UTF-16 -t UTF-8."
         )
 
@@ -287,7 +280,7 @@ def _read_folder(path: Path, split: str) -> Iterator[Row]:
     files = [file for file in sorted(path.iterdir()) if file.name.endswith(_SHARDS) and file.name[0] not in "._"]
     if not files:
         raise ValueError(
-            f"load_pairs needs a folder saved by datasets' save_to_disk, or one with {', '.join(_SHARDS)} files; "
+            f"A dataset needs a folder saved by datasets' save_to_disk, or one with {', '.join(_SHARDS)} files; "
             f"{path} holds neither. Name the file, or the folder that holds the shards."
         )
     kinds = sorted({next(kind for kind in _SHARDS if file.name.endswith(kind)) for file in files})
@@ -345,7 +338,7 @@ def _open_saved(path: Path, split: str) -> datasets.Dataset:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(
-            f"load_pairs needs a whole folder as datasets' save_to_disk wrote it; got {path}: {error}. Save it again."
+            f"A dataset needs a whole folder as datasets' save_to_disk wrote it; got {path}: {error}. Save it again."
         ) from error
     if isinstance(found, datasets.Dataset):
         _refuse_split(split, path.name)
@@ -367,7 +360,7 @@ def _open_hub(source: HubDataset, split: str) -> datasets.Dataset:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         close = did_you_mean_path(Path(source.name)) if "/" not in source.name else ""
         raise ValueError(
-            "load_pairs needs an existing file or folder, or a dataset on the hub; "
+            "A dataset needs a file or folder that exists, or a name on the hub; "
             f"got {source.name!r}, split {split!r}: {error}.{close} Check the name, the split (--dataset_split), the "
             "configuration (--dataset_config) and the connection."
         ) from error

@@ -50,13 +50,15 @@ def write_review(
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        is_mixed = any(pair.source for pair in pairs)
+        writer.writerow([*COLUMNS, *(["source"] if is_mixed else [])])
         for pair in pairs:
             texts = (pair.annotator or "", *(_plain(text) for text in (pair.prompt, pair.chosen, pair.rejected)))
             p = p_flip[pair.row]
             shown = "" if p is None else f"{p:.4f}"
             name = f"'{pair.id}" if _NUMBER.fullmatch(pair.id) else pair.id
             known = (pair.verdict or "", shown, decisions[pair.row], pair.row, name, f"{margins[pair.row]:.4f}")
+            texts += (pair.source or "",) if is_mixed else ()
             writer.writerow([*known, *(_no_formula(visible(text)) for text in texts)])
 
 
@@ -134,9 +136,6 @@ def with_verdicts(
         pairs: Those of the data.
         verdicts: As `read_verdicts` gives them.
         is_whole: Whether `pairs` are all that could be read. Otherwise verdicts on others are passed over.
-
-    Returns:
-        The same pairs, `verdict` set where there is one.
 
     Raises:
         ValueError: If a row holds another pair than the one that was judged, or is not there.

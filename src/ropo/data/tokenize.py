@@ -116,12 +116,12 @@ def tokenize_pairs(
         where = slice(start, start + _PAIRS_PER_CALL)
         for pair, read in zip(pairs[where], reader.read(pairs[where], drawn[where]), strict=True):
             if isinstance(read, BadRow):
-                problems.append(Problem(kind=read.kind, row=pair.row, message=str(read)))
+                problems.append(Problem.of(pair, read.kind, str(read)))
                 continue
             ids = read.ids
             lengths.append(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)))
             fitted, found = _fit(read, max_length=max_length)
-            problems += [Problem(kind=kind, row=pair.row, message=message) for kind, message in found]
+            problems += [Problem.of(pair, kind, message) for kind, message in found]
             if fitted is not None:
                 kept.append(pair)
                 tokens.append(fitted)
@@ -130,10 +130,6 @@ def tokenize_pairs(
 
 def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids after which a model is to answer each prompt, as `tokenize_pairs` sees them.
-
-    Args:
-        prompts: Text or message lists.
-        tokenizer: The model's.
 
     Returns:
         One list of ids per prompt.
@@ -307,7 +303,7 @@ def _conversations(pair: Pair) -> list[Conversation]:
             "Write the prompt as [{'role': 'user', 'content': ...}]."
         )
     prompt, chosen, rejected = parts
-    place = f"row {pair.row}"
+    place = pair.place
     return [
         Conversation(messages=prompt, is_open=True, place=place),
         Conversation(messages=prompt + chosen, is_open=False, place=place),

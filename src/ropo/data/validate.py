@@ -10,10 +10,11 @@ reader.
 
 import logging
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ropo.data.load import Loaded, load_pairs
+from ropo.data.load import Loaded
+from ropo.data.mixture import load_mixture
 from ropo.data.problems import Problem, printable, render, rows_left_out, short
 from ropo.pairs import Pair, Text, pair_id
 
@@ -56,18 +57,18 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
             continue
         if _repeats_prompt(pair):
             message = f"chosen and rejected both begin with the prompt, {short(pair.prompt)}."
-            problems.append(Problem(kind="repeats_prompt", row=pair.row, message=message))
+            problems.append(Problem.of(pair, "repeats_prompt", message))
         is_swapped = pair.chosen != first.setdefault(pair.id, pair).chosen
         first_order.setdefault((pair.id, is_swapped), pair)
         if first[pair.id] is pair:
             problems += _near(pair, first_text)
         earlier = first_vote.setdefault((pair.id, is_swapped, pair.annotator), pair)
         if earlier is not pair:
-            problems.append(Problem(kind="duplicate", row=pair.row, message=f"the pair is that of row {earlier.row}."))
+            problems.append(Problem.of(pair, "duplicate", f"the pair is that of {earlier.place}."))
         opposite = first_order.get((pair.id, not is_swapped))
         if opposite is not None:
-            message = f"the pair prefers the opposite of row {opposite.row}."
-            problems.append(Problem(kind="contradictory", row=pair.row, message=message))
+            message = f"the pair prefers the opposite of {opposite.place}."
+            problems.append(Problem.of(pair, "contradictory", message))
     return problems
 
 
@@ -90,7 +91,7 @@ def _near(pair: Pair, first_text: dict[str, tuple[Pair, Text]]) -> list[Problem]
     kind, verb = (
         ("near_duplicate", "is nearly") if preferred == chosen else ("near_contradiction", "is nearly, turned,")
     )
-    return [Problem(kind=kind, row=pair.row, message=f"the pair {verb} that of row {earlier.row}.")]
+    return [Problem.of(pair, kind, f"the pair {verb} that of {earlier.place}.")]
 
 
 def text_id(pair: Pair, *, has_punctuation: bool = True) -> str:
@@ -138,20 +139,20 @@ def _useless(pair: Pair) -> list[Problem]:
     problems = []
     if _is_empty(prompt):
         message = f"prompt needs text; got {short(pair.prompt)}."
-        problems.append(Problem(kind="empty_prompt", row=pair.row, message=message))
+        problems.append(Problem.of(pair, "empty_prompt", message))
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if _is_empty(response):
             message = f"{name} needs text; got {short(getattr(pair, name))}."
-            problems.append(Problem(kind="empty_response", row=pair.row, message=message))
+            problems.append(Problem.of(pair, "empty_response", message))
     for name in ("prompt", "chosen", "rejected"):
         text = getattr(pair, name)
         length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
         if length > _MAX_CHARACTERS:
             message = f"{name} needs at most {_MAX_CHARACTERS:,} characters; got {length:,}."
-            problems.append(Problem(kind="text_too_long", row=pair.row, message=message))
-    if chosen == rejected:
+            problems.append(Problem.of(pair, "text_too_long", message))
+    if chosen == rejected and not problems:  # one reason is enough to leave a pair out
         message = f"chosen and rejected need to differ; got {short(pair.chosen)} twice."
-        problems.append(Problem(kind="identical", row=pair.row, message=message))
+        problems.append(Problem.of(pair, "identical", message))
     return problems
 
 
@@ -171,15 +172,23 @@ class DataError(ValueError):
 
 
 def read_checked(
-    dataset: Any, *, split: str = "train", columns: Mapping[str, str] | None = None, on_bad_rows: str = "refuse"
+    dataset: Any,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    on_bad_rows: str = "refuse",
+    max_samples: int | None = None,
+    seed: int = 0,
 ) -> tuple[Loaded, list[Pair], list[Problem]]:
     """Read a dataset and check its text.
 
     Args:
-        dataset: Anything that `load_pairs` reads.
+        dataset: Anything that `load_pairs` reads, or a `Mixture`.
         split: Of the dataset.
         columns: See `load_pairs`.
         on_bad_rows: "refuse" raises when a row has an error; "skip" leaves it out.
+        max_samples: See `load_mixture`.
+        seed: See `load_mixture`.
 
     Returns:
         What was read, the pairs to go on with, and every problem.
@@ -188,7 +197,7 @@ def read_checked(
         ValueError: If two pairs share a row.
         DataError: As described at `on_bad_rows`; or if rows are lost unread, or no pair is left.
     """
-    loaded = load_pairs(dataset, split=split, columns=columns)
+    loaded = load_mixture(dataset, split=split, columns=columns, max_samples=max_samples, seed=seed)
     if len({pair.row for pair in loaded.pairs}) < len(loaded.pairs):
         raise ValueError(
             "Pairs need a row of their own each; got some that share one. Number them anew before joining lists."
@@ -210,4 +219,16 @@ def read_checked(
     pairs = [pair for pair in loaded.pairs if pair.row not in out]
     if not pairs:
         raise DataError(f"No pair is left to train on.\n{render(problems)}")
+    _tell_weights(pairs, (columns or {}).get("weight", "weight"))
     return loaded, pairs, problems
+
+
+def _tell_weights(pairs: Sequence[Pair], name: str) -> None:
+    """Say that weights are read: a column of that name may have been meant for something else."""
+    weights = [pair.weight for pair in pairs]
+    if set(weights) != {1.0}:
+        logger.info(
+            "Weights (column %s): a pair counts by its weight in the loss, %g to %g, mean %g; %d of %d pairs have "
+            "weight 0, and nothing is trained on them.",
+            name, min(weights), max(weights), sum(weights) / len(weights), weights.count(0.0), len(weights),
+        )  # fmt: skip

@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,10 @@ from ropo.data.template import date_of
 from ropo.data.tokenize import encode_prompts
 from ropo.evaluate.export import EXPORTS, Answer, Question, read_questions, write_answers
 from ropo.evaluate.options import LIKELIEST, ExportArguments
-from ropo.models.files import check_json
 from ropo.models.fit import check_ids
-from ropo.models.source import Model, find_model, load_tokenizer, model_digest
+from ropo.models.source import Model, find_model, model_digest
 from ropo.pairs import Text
+from ropo.processes import meet
 from ropo.provenance import Json, read_json, versions, write_json
 from ropo.sampling.engine import Engine, Sampling
 from ropo.sampling.engines import ENGINES, Reach, open_engine
@@ -64,12 +63,6 @@ class Exported:
 def export_answers(args: ExportArguments) -> Exported:
     """Answer all questions; rerun the same call to resume it.
 
-    Args:
-        args: Options.
-
-    Returns:
-        The file that was written, and counts.
-
     Raises:
         FileNotFoundError: If the questions are not there.
         DataError: If a row is no question of this benchmark.
@@ -82,11 +75,13 @@ def export_answers(args: ExportArguments) -> Exported:
     _check_turns(questions, args)
     ENGINES[args.generation_engine].check(PartialState().num_processes)
     model = find_model(str(args.model_name_or_path))
-    tokenizer = load_tokenizer(model, {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code})
+    options = {"dtype": args.dtype, "revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    source = Model(model, load_options=options)
+    tokenizer = source.tokenizer
     _check_template(tokenizer, model, args)
-    reach = _reach(args, tokenizer)
+    reach = _reach(args, source)
     if args.generation_engine == "transformers":  # the others read the model themselves
-        _check_model(reach, questions, args)
+        _check_model(source, questions, args)
     digest = model_digest(model, args.model_revision)
     folder = Path(str(args.output_dir)) / "export" / name
     temperatures = {question.id: spec.temperature_of(question, args.temperature) for question in questions}
@@ -105,7 +100,7 @@ def export_answers(args: ExportArguments) -> Exported:
     path = Path(str(args.output_dir)) / spec.file.format(name=name)
     if PartialState().is_main_process:
         write_answers(path, answers, str(args.benchmark), name=name, written=started)
-    PartialState().wait_for_everyone()
+    meet()
     texts = [text for answer in answers for text in answer.turns]
     return Exported(
         file=path,
@@ -191,27 +186,14 @@ def _kept(text: str, args: ExportArguments) -> str:
     return text if args.plain_text else text.strip()
 
 
-def _reach(args: ExportArguments, tokenizer: PreTrainedTokenizerBase) -> Reach:
+def _reach(args: ExportArguments, source: Model) -> Reach:
     """Where an engine finds the model; an adapter is loaded beside its base."""
-    base, adapter = str(args.model_name_or_path), None
-    if (Path(base) / "adapter_config.json").exists():
-        check_json(base)
-        adapter = Path(base)
-        named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if not named:
-            raise ValueError(
-                f"An adapter needs base_model_name_or_path in its adapter_config.json; {adapter} has none. Write there "
-                "which model it belongs to."
-            )
-        base = find_model(str(named))
-    options = {"dtype": args.dtype, "revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    source = Model(base, load_options=options)
     return Reach(
-        tokenizer=tokenizer,
-        load=partial(source.load, adapter),
-        folder=base,
-        adapter=adapter,
-        load_options=options,
+        tokenizer=source.tokenizer,
+        load=source.load,
+        folder=source.base[0],
+        adapter=source.start,
+        load_options=source.base[1],
         use_bf16=args.dtype == "bfloat16",
         url=args.generation_url,
         name=args.generation_model,
@@ -219,16 +201,15 @@ def _reach(args: ExportArguments, tokenizer: PreTrainedTokenizerBase) -> Reach:
     )
 
 
-def _check_model(reach: Reach, questions: Sequence[Question], args: ExportArguments) -> None:
+def _check_model(source: Model, questions: Sequence[Question], args: ExportArguments) -> None:
     """Refuse a model whose files do not hold it, or that lacks a token, before anything is asked.
 
     Raises:
         ValueError: If it is so.
     """
-    source = Model(str(reach.folder), load_options=reach.load_options)
-    prompts = encode_prompts([_prompt(question, [], args) for question in questions], reach.tokenizer)
+    prompts = encode_prompts([_prompt(question, [], args) for question in questions], source.tokenizer)
     used = ((f"a token of question {number}", ids) for number, ids in enumerate(prompts, 1))
-    check_ids(source.skeleton(), reach.tokenizer, used, name_or_path=source.name_or_path)
+    check_ids(source.skeleton(), source.tokenizer, used, name_or_path=source.name_or_path)
 
 
 def _identity(
@@ -255,10 +236,10 @@ def _identity(
 
 def _claim(folder: Path, identity: Json) -> float:
     """Write down what the answers are made of, or refuse a folder of other ones; when they were started, in seconds."""
-    path, state = folder / "config.json", PartialState()
-    if state.is_main_process and not path.exists():
+    path = folder / "config.json"
+    if PartialState().is_main_process and not path.exists():
         write_json(path, {"options": identity, "begun": time.time(), "versions": versions()})
-    state.wait_for_everyone()
+    meet()
     known = read_json(path)
     changed = [name for name, value in identity.items() if known["options"].get(name) != value]
     if changed:

@@ -101,11 +101,6 @@ def alpaca_eval(answer: Answer, name: str, written: float) -> Json:
     `src/alpaca_eval/main.py`, which joins them with the reference by `instruction` and takes the name of the model from
     `generator`.
 
-    Args:
-        answer: The answer.
-        name: Of the model.
-        written: Not kept there.
-
     Returns:
         The row; `dataset` is left out where the question has none.
     """
@@ -127,14 +122,6 @@ def mt_bench(answer: Answer, name: str, written: float) -> Json:
 
     Checked against lm-sys/FastChat at 0e6d3e4: `get_model_answers` in `fastchat/llm_judge/gen_model_answer.py` writes
     it, `load_model_answers` and the matches in `fastchat/llm_judge/common.py` read it. The file's name is the model's.
-
-    Args:
-        answer: The answer.
-        name: Of the model.
-        written: Time in seconds.
-
-    Returns:
-        The row; its id follows from what is in it.
     """
     return {
         "question_id": answer.question.id,
@@ -157,14 +144,6 @@ def arena_hard(answer: Answer, name: str, written: float) -> Json:
     in `utils/completion.py` and `pairwise_judgment` in `gen_judgment.py` read it. Its `metadata` (tokens as GPT-4o
     counts them, Markdown) is left out, as in its own v0.1 answers: only the style control of `show_result.py` needs it,
     and the project's `utils/add_markdown_info.py` adds it.
-
-    Args:
-        answer: The answer.
-        name: Of the model.
-        written: Time in seconds.
-
-    Returns:
-        The row; its id follows from what is in it.
     """
     return {
         "uid": answer.question.id,
@@ -192,14 +171,6 @@ def arena_hard_2024(answer: Answer, name: str, written: float) -> Json:
 
     Checked against lmarena/arena-hard-auto at 318ec93: `get_answer` in `gen_answer.py` writes it. Its `token_len`, of
     which `show_result.py` prints a mean, counts tokens of GPT-3.5 there and of the model itself here.
-
-    Args:
-        answer: The answer.
-        name: Of the model.
-        written: Time in seconds.
-
-    Returns:
-        The row; its id follows from what is in it.
     """
     turns = [{"content": text, "token_len": count} for text, count in zip(answer.turns, answer.num_tokens, strict=True)]
     return {

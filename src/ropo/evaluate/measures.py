@@ -15,14 +15,7 @@ from ropo.noise.shares import wilson_interval
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
-    """A mean with its interval.
-
-    Attributes:
-        value: The mean.
-        low: Lower end of the interval.
-        high: Upper end.
-        count: Number of values.
-    """
+    """A mean with its interval."""
 
     value: float
     low: float
@@ -36,9 +29,6 @@ def mean_of(values: ArrayLike, *, level: float = 0.90) -> Mean:
     Args:
         values: Independent values; one gives an interval without width, none a mean that is not a number.
         level: Coverage.
-
-    Returns:
-        Mean and interval.
 
     Examples:
         >>> mean_of([1.0, 2.0, 3.0]).value
@@ -59,9 +49,6 @@ def share_of(hits: ArrayLike, *, level: float = 0.90) -> Mean:
     Args:
         hits: 1 for a hit, 0 for none, a half for a tie.
         level: Coverage.
-
-    Returns:
-        Share and interval.
 
     Examples:
         >>> found = share_of([1, 1, 1, 1])
@@ -99,10 +86,6 @@ def auroc(scores: ArrayLike, is_flipped: ArrayLike) -> float:
 def average_precision(scores: ArrayLike, is_flipped: ArrayLike) -> float:
     """Mean precision over the flipped pairs when the most suspect come first.
 
-    Args:
-        scores: Suspicion of each pair.
-        is_flipped: The answer key.
-
     Returns:
         Between the share of flips (blind) and 1; NaN if nothing is flipped.
 
@@ -119,10 +102,6 @@ def average_precision(scores: ArrayLike, is_flipped: ArrayLike) -> float:
 
 def precision_recall(is_suspect: Sequence[bool] | NDArray[np.bool_], is_flipped: ArrayLike) -> tuple[float, float]:
     """Precision and recall of a set of suspects.
-
-    Args:
-        is_suspect: What was dropped, flipped or resampled.
-        is_flipped: The answer key.
 
     Returns:
         Precision (NaN without suspects) and recall (NaN without flips).

@@ -25,6 +25,7 @@ from ropo.evaluate.options import WinRateArguments
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge, ask
 from ropo.pairs import Pair
+from ropo.processes import meet
 from ropo.provenance import Json, file_kind, hash_file, read_json, versions, write_aside, write_json
 from ropo.report.notebook import as_html, as_text
 from ropo.report.wording import percent, percent_range
@@ -111,9 +112,6 @@ class WinRate:
     @classmethod
     def load(cls, folder: str | Path) -> "WinRate":
         """What `run_win_rate` has written.
-
-        Args:
-            folder: Its output folder.
 
         Raises:
             FileNotFoundError: If there is no result.
@@ -249,11 +247,6 @@ def _pair(instruction: str, output: str, baseline: str, row: int, *, plain_text:
 def win_rate(comparisons: Sequence[Comparison], *, outputs: str = "outputs", baseline: str = "baseline") -> WinRate:
     """The win rate, and what it may hide.
 
-    Args:
-        comparisons: At least one.
-        outputs: Name of the model.
-        baseline: Name of the other one.
-
     Returns:
         Rates with 90 % intervals (Wilson's; ties make it a little wider than need be).
 
@@ -295,9 +288,6 @@ def run_win_rate(args: WinRateArguments) -> WinRate:
 
     What the judge answers is kept in the same folder, so the same call asks only for what it has not said.
 
-    Args:
-        args: Options.
-
     Returns:
         The win rate; `win_rate.json` holds it with the judge and the hashes of both files.
 
@@ -328,5 +318,5 @@ def run_win_rate(args: WinRateArguments) -> WinRate:
         with write_aside(folder / "comparisons.jsonl") as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         write_json(folder / "win_rate.json", summary)
-    PartialState().wait_for_everyone()
+    meet()
     return found

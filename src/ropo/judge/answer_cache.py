@@ -13,6 +13,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ropo.processes import meet
 from ropo.provenance import RunError, saying_if_full
 
 Answer = str | float | None
@@ -47,7 +48,7 @@ class Answers:
             broadcast_object_list(known)
         self.unreadable = {key for key, answer in known[0].items() if answer == UNREADABLE}
         self._known: dict[str, Answer] = {key: known[0][key] for key in known[0].keys() - self.unreadable}
-        state.wait_for_everyone()  # all is read before anything is written
+        meet()  # all is read before anything is written
         # A run that was killed in the middle of a line has left one without an end.
         self._needs_line_end = self._path.exists() and self._path.read_bytes()[-1:] not in (b"", b"\n")
 
@@ -87,6 +88,7 @@ class Answers:
                 work(mine)
         except Exception as caught:  # the others wait for this process, so it must come to the end first
             error = caught
+        meet()  # one may have been asking for much longer than the others
         if state.num_processes > 1:
             for new, message in gather_object([(self._new, None if error is None else str(error))]):
                 self._known.update(new)

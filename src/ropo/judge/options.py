@@ -21,12 +21,7 @@ from ropo.options import Rule, Taker, check_options, check_taker, option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeSpec(Taker):
-    """A kind of judge.
-
-    Attributes:
-        make: Makes it from options and the folder for its answers.
-        meaning: One phrase for the help.
-    """
+    """A kind of judge."""
 
     make: Callable[["JudgeOptions", Path], Judge]
     meaning: str
@@ -96,10 +91,6 @@ def make_judge(args: JudgeOptions, folder: Path) -> Judge | None:
     """Make the judge that options ask for; no weights are loaded and no request is made before it is called.
 
     With several processes all must make it and call it together, with the same pairs; each asks for its share.
-
-    Args:
-        args: Options.
-        folder: Where its answers are kept; made when the first one comes.
 
     Returns:
         The judge, or None if there is none.

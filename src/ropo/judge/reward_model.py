@@ -57,7 +57,7 @@ def _check_config(config: PretrainedConfig, name_or_path: str) -> None:
 
 
 _REWARD_MODEL = ModelKind(
-    auto_class=AutoModelForSequenceClassification,
+    auto_class=lambda _: AutoModelForSequenceClassification,
     noun="A reward model",
     place=_PLACE,
     check=_check_config,
@@ -148,12 +148,6 @@ def _key(model: str, tokens: TokenizedPair) -> str:
 def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a reward model and its tokenizer.
 
-    Args:
-        name_or_path: Folder or hub id.
-
-    Returns:
-        The model on this process's device, in evaluation mode, and its tokenizer.
-
     Raises:
         ValueError: If there is no sequence classifier as safetensors, it needs code of its own, or weights are missing
             or not finite.
@@ -182,10 +176,6 @@ def _context_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def rewards_of(model: PreTrainedModel, tokens: Sequence[TokenizedPair]) -> torch.Tensor:
     """Rewards of one batch.
-
-    Args:
-        model: A sequence classifier with one label.
-        tokens: The pairs.
 
     Returns:
         Rewards of chosen and rejected of each pair in turn, shape (2·pairs,), on the CPU.

@@ -51,13 +51,6 @@ def ask(judge: Judge, pairs: Sequence[Pair]) -> NDArray[np.float64]:
 def settle(judge: Judge, pairs: Sequence[Pair]) -> list[Pair | None]:
     """Pairs with the response that the judge prefers as `chosen`; None where it cannot tell or calls it a tie.
 
-    Args:
-        judge: Asked once, about all pairs.
-        pairs: Two responses to a prompt each, in whichever order.
-
-    Returns:
-        One entry per pair.
-
     Examples:
         >>> pair = Pair(prompt="1 + 1 =", chosen=" 3", rejected=" 2", row=0)
         >>> [settled] = settle(lambda pairs: [0.1], [pair])

@@ -48,21 +48,13 @@ class Batching:
 
 
 def pad_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows: the end of a text where the tokenizer has no padding token of its own.
-
-    Args:
-        tokenizer: With at least one of the two; 0 where it has neither.
-    """
+    """The token that fills rows: the end of a text where the tokenizer has no padding token of its own."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(number) for number in ids if number is not None), 0)
 
 
 def plain_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:
     """Two rows per pair, prompt and one response each: what every causal language model understands.
-
-    Args:
-        tokens: The pairs.
-        pad_token_id: Fills the end of shorter rows; its value has no influence.
 
     Returns:
         `input_ids`, `attention_mask` (2·pairs, T), `source`, `target`, `response` (N,) and `read` (R,).
@@ -91,10 +83,6 @@ def shared_prefix_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -
 
     Positions restart after the prompt in each branch, and `branch` says who may see whom. The last token of a
     response predicts nothing, so it is not part of the input.
-
-    Args:
-        tokens: The pairs.
-        pad_token_id: Fills the end of shorter rows; its value has no influence.
 
     Returns:
         `input_ids`, `position_ids`, `branch` (pairs, T; 0 prompt, 1 chosen, 2 rejected, -1 padding),
@@ -135,10 +123,6 @@ def packed_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch
 
     The longest pair comes first. Positions restart as in `shared_prefix_batch`.
 
-    Args:
-        tokens: The pairs.
-        pad_token_id: Not used: nothing is padded.
-
     Returns:
         `input_ids`, `position_ids` (1, T), `lengths` (pairs, 3; tokens of prompt, chosen and rejected in the row),
         `source`, `target`, `response` (N,) and `read` (R,).
@@ -158,22 +142,13 @@ def packed_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch
         target += [pair.chosen, pair.rejected]
         owner += [np.full(num_chosen, 2 * i), np.full(num_rejected, 2 * i + 1)]
         start += length
-    return {
-        "input_ids": torch.from_numpy(np.concatenate(input_ids).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(np.concatenate(position_ids))[None],
-        "lengths": torch.tensor(lengths, dtype=torch.int32),
-        **_response_tokens(source, target, owner),
-    }
+    return _one_row(input_ids, position_ids, lengths) | _response_tokens(source, target, owner)
 
 
 def padding_free_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) -> Batch:  # noqa: ARG001 - as above
     """One row for all responses, each behind its own copy of the prompt: what flash-attention takes without padding.
 
     Positions restart at every prompt, which tells `transformers` where a sequence begins.
-
-    Args:
-        tokens: The pairs.
-        pad_token_id: Not used: nothing is padded.
 
     Returns:
         `input_ids`, `position_ids` (1, T), `lengths` (2·pairs,), `source`, `target`, `response` (N,) and `read` (R,).
@@ -191,11 +166,14 @@ def padding_free_batch(tokens: Sequence[TokenizedPair], *, pad_token_id: int) ->
         target.append(response)
         owner.append(np.full(len(response), i))
         start += length
+    return _one_row(input_ids, position_ids, lengths) | _response_tokens(source, target, owner)
+
+
+def _one_row(input_ids: list[Any], position_ids: list[np.ndarray], lengths: list[Any]) -> Batch:
     return {
         "input_ids": torch.from_numpy(np.concatenate(input_ids).astype(np.int64))[None],
         "position_ids": torch.from_numpy(np.concatenate(position_ids))[None],
         "lengths": torch.tensor(lengths, dtype=torch.int32),
-        **_response_tokens(source, target, owner),
     }
 
 

@@ -90,14 +90,7 @@ def _too_early(queries: slice, keys: tuple[slice, ...], shift: int, reach: Reach
 def block_attention(
     query_ATD: Tensor, key_ATD: Tensor, value_ATD: Tensor, blocks: list[Block], *, scaling: float
 ) -> Tensor:
-    """softmax(scaling·q·kᵀ)·v over the keys that each query sees.
-
-    Args:
-        query_ATD: Queries of one pair; as many heads as keys have.
-        key_ATD: Keys.
-        value_ATD: Values.
-        blocks: Of `blocks_of`.
-        scaling: Factor of the scores.
+    """softmax(scaling·q·kᵀ)·v over the keys that each query of one pair sees; as many heads of each.
 
     Returns:
         Shape (A, T, D), of the type of the values.

@@ -22,11 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import Batching
@@ -35,6 +33,7 @@ from ropo.logps.score import Rows, logps_of_rows, score_pairs
 from ropo.logps.sharded import WholeTensors
 from ropo.logps.shared_prefix import causal_lm_of
 from ropo.pairs import PairFeatures, PairLogps
+from ropo.processes import meet
 from ropo.provenance import DamagedFileError, hash_tensors, hash_value, write_aside
 
 logger = logging.getLogger(__name__)
@@ -44,13 +43,14 @@ _KEY_BYTES = 16
 _SCALE = ".scale"  # behind the name of a block
 # Where it was loaded from, by which version, and whether it keeps keys (which a trainer turns off) change no number.
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "use_cache")
+_NOT_OF_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
 
 
 def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
     """Name a reference by its weights, its configuration and the precision it is run in.
 
     Args:
-        model: The reference.
+        model: The reference, with or without PEFT.
         use_bf16: Whether it is run under bfloat16 autocast.
 
     Returns:
@@ -58,11 +58,20 @@ def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
     """
     config = json.loads(causal_lm_of(model).config.to_json_string(use_diff=False))
     config = {name: value for name, value in config.items() if name not in _NOT_COMPUTED}
-    return hash_value([hash_tensors(WholeTensors(model)), config, use_bf16])[:16]
+    # How an adapter's weights are scaled stands in its settings alone.
+    adapters = [
+        {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in one.to_dict().items()
+            if key not in _NOT_OF_ADAPTER
+        }
+        for one in getattr(model, "peft_config", {}).values()
+    ]
+    return hash_value([hash_tensors(WholeTensors(model)), config, use_bf16, *adapters])[:16]
 
 
 def reference_logps(
-    model: PreTrainedModel, tokens: Sequence[TokenizedPair], batching: Batching, *, cache_dir: Path
+    model: nn.Module, tokens: Sequence[TokenizedPair], batching: Batching, *, cache_dir: Path
 ) -> PairLogps:
     """Log-probabilities under the reference, from the cache where it has them.
 
@@ -83,7 +92,7 @@ def reference_logps(
 
 
 def reference_features(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokens: Sequence[TokenizedPair],
     batching: Batching,
     *,
@@ -123,10 +132,9 @@ def _fill(
     reader: FeatureReader | None = None,
 ) -> dict[bytes, tuple[float, float]]:
     """Score what is missing; returns the log-probabilities of all that is known then."""
-    state = PartialState()
     known = _load(folder)
     complete = known.keys() if reader is None else known.keys() & _keys(folder / reader.name)
-    state.wait_for_everyone()  # a process that comes late would find shards of others, and split the work differently
+    meet()  # a process that comes late would find shards of others, and split the work differently
     missing = [i for i, key in enumerate(keys) if key not in complete]
     what = "Reference log-probs" if reader is None else "Reference log-probs and features"
     logger.info("%s: %d of %d pairs are cached in %s", what, len(keys) - len(missing), len(keys), folder)
@@ -135,7 +143,7 @@ def _fill(
     writer = _ShardWriter(folder, [keys[i] for i in missing], known.keys(), reader)
     score_pairs(model, [tokens[i] for i in missing], batching, title=what, reader=reader, on_batch=writer.add)
     writer.flush()
-    state.wait_for_everyone()
+    meet()
     return _load(folder)
 
 
@@ -235,14 +243,7 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 class _ShardWriter:
-    """Collects finished rows and writes them as new shards every now and then.
-
-    Args:
-        folder: Of the reference.
-        keys: Of the pairs that are scored.
-        known: Keys of pairs whose log-probabilities are in the folder: they stay as they are.
-        reader: Of features, which stand in a folder of their own, or None.
-    """
+    """Collects finished rows and writes them as new shards every now and then."""
 
     def __init__(self, folder: Path, keys: list[bytes], known: Collection[bytes], reader: FeatureReader | None) -> None:
         self._folder, self._keys, self._known, self._reader = folder, keys, known, reader

@@ -11,6 +11,7 @@ precision, adapters) is asked of the model itself, on the shortest pairs of use 
 import json
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,17 @@ def choose_layout(
     return "plain", reasons[-1]
 
 
+@lru_cache
+def log_layout(layout: str, reason: str) -> None:
+    """Log which forward a model takes, once in a process.
+
+    Args:
+        layout: As `choose_layout` gives it.
+        reason: Likewise.
+    """
+    logger.info("Forward: %s, since %s.", layout, reason)
+
+
 def _by_copy(model: nn.Module, architecture: "_Architecture") -> tuple[str, str]:
     """What the small copy alone says; the model is given the attention of the layout."""
     causal_lm = causal_lm_of(model)
@@ -143,11 +155,7 @@ def _has_flash_attention(causal_lm: Any) -> bool:
 
 
 def why_not_shared(causal_lm: Any) -> str | None:
-    """Why prompts of an architecture cannot be shared, as far as it says so itself, in one sentence, or None.
-
-    Args:
-        causal_lm: The model.
-    """
+    """Why prompts of an architecture cannot be shared, as far as it says so itself, in one sentence, or None."""
     text = causal_lm.config.get_text_config(decoder=True)
     kinds = {str(kind) for name in ("layer_types", "layers_block_type") for kind in getattr(text, name, None) or ()}
     if unknown := sorted(kinds - _TREE_LAYERS):
@@ -158,11 +166,7 @@ def why_not_shared(causal_lm: Any) -> str | None:
 
 
 class _Architecture:
-    """What holds for every model of a class and a configuration, found out on a small copy in float32.
-
-    Args:
-        causal_lm: One of them.
-    """
+    """What holds for every model of a class and a configuration, found out on a small copy in float32."""
 
     def __init__(self, causal_lm: Any) -> None:
         self.not_shared = why_not_shared(causal_lm)
@@ -187,11 +191,7 @@ class _Architecture:
         return self._trial is not None
 
     def refusal(self, layout: str) -> str | None:
-        """Why a layout is not right for this architecture, in one sentence, or None.
-
-        Args:
-            layout: Of `LAYOUTS`.
-        """
+        """Why a layout is not right for this architecture, in one sentence, or None."""
         if layout in _SHARED and self.not_shared is not None:
             return self.not_shared
         if self._trial is None:
@@ -203,13 +203,7 @@ class _Architecture:
         return self._refusals[layout]
 
     def untried(self, layout: str, trial: "_Trial", tokens: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-        """The longest pair, unless one as long was tried in this process already in the same way; or none.
-
-        Args:
-            layout: Of `LAYOUTS`.
-            trial: Of the model itself.
-            tokens: Pairs that will be seen.
-        """
+        """The longest pair, unless one as long was tried in this process already in the same way; or none."""
         length, longest = max(((_length(pair), pair) for pair in tokens), key=lambda one: one[0])
         # The judge of rows that share nothing is the plain layout, with the logits of all positions.
         if layout == "plain_rows" and 2 * length * vocabulary_size(trial.model) > _MOST_LOGITS:
@@ -217,13 +211,7 @@ class _Architecture:
         return [longest] if length > self._tried.get((layout, *trial.kind), 0) else []
 
     def remember(self, layout: str, trial: "_Trial", agreed: Sequence[TokenizedPair]) -> None:
-        """Note the pairs on which a layout agreed.
-
-        Args:
-            layout: Of `LAYOUTS`.
-            trial: Of the model itself.
-            agreed: What `untried` returned.
-        """
+        """Note the pairs on which a layout agreed."""
         for pair in agreed:
             self._tried[layout, *trial.kind] = _length(pair)
 
@@ -264,15 +252,7 @@ def _length(pair: TokenizedPair) -> int:
 
 
 class _Trial:
-    """Layouts of a few pairs, run as they will be run in earnest.
-
-    Args:
-        model: A causal language model.
-        tokens: The pairs.
-        pad_token_id: For the batches.
-        use_bf16: As for `choose_layout`.
-        is_trained: As for `choose_layout`.
-    """
+    """Layouts of a few pairs, run as they will be run in earnest."""
 
     def __init__(
         self, model: nn.Module, tokens: Sequence[TokenizedPair], pad_token_id: int, *, use_bf16: bool, is_trained: bool
@@ -333,11 +313,7 @@ class _Trial:
         return float((self.logps("plain", [other])[:, 0] - self.plain()[:, 0]).abs().max())
 
     def logit_map(self, config: PreTrainedConfig) -> LogitMap | None:
-        """What the model does to its head's output, with numbers of a configuration, or None if it is not that.
-
-        Args:
-            config: Of the model that it is for, whose numbers a small copy may not share.
-        """
+        """What the model does to its head's output, with numbers of a configuration, or None if it is not that."""
         causal_lm = causal_lm_of(self.model)
         batch = {k: v.to(self.device) for k, v in LAYOUTS["plain"](self.few, pad_token_id=self.pad_token_id).items()}
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -32,12 +32,7 @@ def plain_logps(model: nn.Module, batch: Batch) -> PairLogps:
 
 
 def plain_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own logits where a response token is predicted, shape (N, V), float32.
-
-    Args:
-        model: As for `plain_logps`.
-        batch: As for `plain_logps`.
-    """
+    """The model's own logits where a response token is predicted, shape (N, V), float32; arguments of `plain_logps`."""
     logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     found: Tensor = logits_BTV.flatten(0, 1)[batch["source"]].float()
     return found

@@ -61,14 +61,7 @@ def last_mlp_at(decoder: nn.Module, read_R: Tensor) -> Iterator[None]:
 
 
 def last_mlp(decoder: Any) -> nn.Module | None:
-    """The MLP of the layer that runs last, or None.
-
-    Args:
-        decoder: What `get_decoder` of a causal language model returns.
-
-    Returns:
-        None if there is none to be found, or if it would run again in the backward pass.
-    """
+    """The MLP of the layer that runs last, or None."""
     layers = layers_of(decoder)
     if layers is None:
         return None
@@ -80,11 +73,7 @@ def last_mlp(decoder: Any) -> nn.Module | None:
 
 
 def layers_of(decoder: Any) -> nn.ModuleList | None:
-    """The layers of a decoder in the order in which they run, or None if there is no single list of them.
-
-    Args:
-        decoder: What `get_decoder` of a causal language model returns.
-    """
+    """The layers of a decoder in the order in which they run, or None if there is no single list of them."""
     number = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == number]
     return lists[0] if len(lists) == 1 else None

@@ -334,14 +334,19 @@ def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, logit_m
 
 def _by_calling(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, logit_map: LogitMap) -> Tensor:
     """The same through the head's own `forward`; in one call where its weights are gathered, see `_sharded`."""
-    vocabulary = int(head.get_parameter("weight").shape[0])
-    size = _num_at_once(vocabulary, hidden_NH.device.type)
+    size = _num_at_once(_num_outputs(head), hidden_NH.device.type)
     if len(target_N) <= size or is_sharded(head):
         return _token_logps(hidden_NH, target_N, head, logit_map)
     pieces = zip(hidden_NH.split(size), target_N.split(size), strict=True)
     return torch.cat(
         [checkpoint(_token_logps, hidden, target, head, logit_map, use_reentrant=False) for hidden, target in pieces]
     )
+
+
+def _num_outputs(head: nn.Module) -> int:
+    """Of whatever kind; quantized weights are packed, so their shape does not tell."""
+    known = getattr(head, "out_features", None)
+    return int(head.get_parameter("weight").shape[0]) if known is None else int(known)
 
 
 def _token_logps(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, logit_map: LogitMap) -> Tensor:

@@ -15,11 +15,12 @@ from torch import nn
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch, Batching, batches_by_length
-from ropo.logps.choose import choose_layout
+from ropo.logps.choose import choose_layout, log_layout
 from ropo.logps.features import FeatureReader, Features
 from ropo.logps.sharded import device_of, is_sharded
 from ropo.logps.shared_prefix import FORWARDS, vocabulary_size
 from ropo.pairs import PairLogps
+from ropo.processes import meet
 from ropo.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ def score_pairs(
         return logps_of_rows([])
     model = batching.sharded(model)
     state, device = PartialState(), device_of(model)
-    layout, _ = choose_layout(model, tokens, pad_token_id=batching.pad_token_id, use_bf16=batching.use_bf16)
+    layout, reason = choose_layout(model, tokens, pad_token_id=batching.pad_token_id, use_bf16=batching.use_bf16)
+    log_layout(layout, reason)
     limit = _max_tokens(model, layout, device, batching.max_tokens)
     batches = list(batches_by_length([len(pair) for pair in tokens], max_tokens=limit))
     mine = batches[state.process_index :: state.num_processes]
@@ -97,6 +99,7 @@ def score_pairs(
             batch = LAYOUTS[layout]([tokens[batches[0][0]]], pad_token_id=batching.pad_token_id)
             _forward_if_it_fits(model, batch, layout, device, reader)
     model.train(was_training)
+    meet()  # one may have had the longer pairs
     return logps_of_rows(gather_object(rows) if state.num_processes > 1 else rows)
 
 
@@ -143,14 +146,7 @@ def _rows(where: list[int], logps: PairLogps) -> Rows:
 
 
 def logps_of_rows(rows: Rows) -> PairLogps:
-    """Put rows back into the order of their positions.
-
-    Args:
-        rows: Every position from 0 on, once, in any order.
-
-    Returns:
-        Log-probabilities by position.
-    """
+    """Put rows back into the order of their positions."""
     _, chosen, rejected, chosen_tokens, rejected_tokens = zip(*sorted(rows), strict=True) if rows else [()] * 5
     return PairLogps(
         chosen=torch.tensor(chosen, dtype=torch.float32),

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ropo.logps.batch import Batch
 from ropo.logps.forward import plain_logps, sum_by_response
 from ropo.logps.last_layer import last_mlp_at
+from ropo.logps.load_balance import LoadBalance
 from ropo.logps.reach import Reach, answered_masks
 from ropo.logps.response_head import LogitMap, response_logps, round_length
 from ropo.logps.tree_mask import row_mask, tree_mask
@@ -43,84 +44,59 @@ def shared_prefix_logps(model: nn.Module, batch: Batch) -> PairLogps:
     Returns:
         Log-probabilities in float32 with token counts; carries gradients when they are enabled.
     """
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["input_ids"]),
         position_ids=batch["position_ids"],
         attention_mask=torch.ones_like(batch["input_ids"]),
         response_branch=batch["branch"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]))
 
 
 def packed_logps(model: nn.Module, batch: Batch) -> PairLogps:
-    """The same with all pairs in one row, so that nothing is padded.
-
-    Args:
-        model: As for `shared_prefix_logps`, with `tree_attention.NAME` as its attention.
-        batch: What `packed_batch` returns, on the model's device.
-
-    Returns:
-        As `shared_prefix_logps`.
-    """
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    """The same with all pairs in one row (`packed_batch`), for models with `tree_attention.NAME`: nothing is padded."""
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["lengths"]),
         position_ids=batch["position_ids"],
         attention_mask=torch.ones_like(batch["input_ids"]),
         response_lengths=batch["lengths"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]))
 
 
 def padding_free_logps(model: nn.Module, batch: Batch) -> PairLogps:
     """The same without sharing: every response behind its own copy of the prompt, all in one row.
 
-    For flash-attention, which takes no mask but where each sequence begins.
-
-    Args:
-        model: As for `shared_prefix_logps`.
-        batch: What `padding_free_batch` returns, on the model's device.
-
-    Returns:
-        As `shared_prefix_logps`.
+    For flash-attention, which takes no mask but where each sequence begins; of `padding_free_batch`.
     """
-    logps_N = model(
-        input_ids=batch["input_ids"],
+    return _by_response(
+        model,
+        batch,
+        num_pairs=len(batch["lengths"]) // 2,
         position_ids=batch["position_ids"],
         attention_mask=None,
         response_sequences=batch["lengths"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["lengths"]) // 2)
 
 
 def plain_rows_logps(model: nn.Module, batch: Batch) -> PairLogps:
     """Two rows per pair as in the plain forward, with logits only where a response token is predicted.
 
-    For models whose layers carry a state along the row, or whose attention takes no tree.
-
-    Args:
-        model: As for `shared_prefix_logps`.
-        batch: What `plain_batch` returns, on the model's device.
-
-    Returns:
-        As `shared_prefix_logps`.
+    For models whose layers carry a state along the row, or whose attention takes no tree; of `plain_batch`.
     """
+    num_pairs = len(batch["input_ids"]) // 2
+    return _by_response(model, batch, num_pairs=num_pairs, attention_mask=batch["attention_mask"])
+
+
+def _by_response(model: nn.Module, batch: Batch, *, num_pairs: int, **layout: Tensor | None) -> PairLogps:
     logps_N = model(
         input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        response_source=batch["source"],
-        response_read=batch["read"],
-        response_target=batch["target"],
+        **{f"response_{name}": batch[name] for name in ("source", "read", "target")},
+        **layout,
     )
-    return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]) // 2)
+    return sum_by_response(logps_N, batch["response"], num_pairs=num_pairs)
 
 
 def enable_response_logps(model: nn.Module, logit_map: LogitMap | None = None) -> None:
@@ -145,7 +121,24 @@ def enable_response_logps(model: nn.Module, logit_map: LogitMap | None = None) -
         return
     is_wrapped = "forward" in vars(causal_lm)  # by device placement hooks
     causal_lm._ropo_wrapped_forward = causal_lm.forward if is_wrapped else None
+    causal_lm._ropo_balance = None
     causal_lm.forward = MethodType(_forward, causal_lm)
+
+
+def balance_load(model: nn.Module, coefficient: float) -> LoadBalance:
+    """Compute the auxiliary loss of a model's routers in every forward pass with gradients.
+
+    Args:
+        model: As for `enable_response_logps`, which was called on it.
+        coefficient: See `LoadBalance`.
+
+    Raises:
+        ValueError: If the model has no such loss.
+    """
+    causal_lm = causal_lm_of(model)
+    causal_lm._ropo_balance = LoadBalance(causal_lm, coefficient=coefficient)
+    found: LoadBalance = causal_lm._ropo_balance
+    return found
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,6 +149,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if source_N is None:
         wrapped = self._ropo_wrapped_forward
         return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
+    balance = self._ropo_balance if torch.is_grad_enabled() else None
+    num_tokens = kwargs["input_ids"].shape[1]
     if lengths_P3 is not None:
         kwargs, read_R = _filled_up(kwargs, read_R, self.dtype)
     if sequences_S is not None:
@@ -169,9 +164,16 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     elif branch_BT is not None:
         answer = partial(tree_mask, branch_BT, kwargs["position_ids"])
         masks = answered_masks(decoder.config._attn_implementation, answer)
-    with masks, last_mlp_at(decoder, read_R):
-        hidden_BTH = decoder(**kwargs, use_cache=False).last_hidden_state
-    hidden_NH = hidden_BTH.flatten(0, 1)[source_N]
+    routed = {} if balance is None else {"output_router_logits": True}
+    last = last_mlp_at(decoder, read_R) if balance is None else contextlib.nullcontext()  # routers read all positions
+    with masks, last:
+        outputs = decoder(**kwargs, **routed, use_cache=False)
+    if balance is not None:
+        is_token_BT = kwargs["attention_mask"] if branch_BT is None else branch_BT >= 0
+        if is_token_BT is None or lengths_P3 is not None:  # one row without padding, but for what fills it up
+            is_token_BT = torch.arange(kwargs["input_ids"].shape[1], device=self.device)[None] < num_tokens
+        balance.read(outputs.router_logits, is_token_BT)
+    hidden_NH = outputs.last_hidden_state.flatten(0, 1)[source_N]
     head, logit_map = self.get_output_embeddings(), self._ropo_logit_map
     # Set while features are read from the same hidden states and logits (`features.FeatureReader`).
     read_head = getattr(self, "_ropo_read_head", response_logps)
@@ -228,11 +230,7 @@ def causal_lm_of(model: nn.Module) -> Any:
 
 
 def decoder_of(causal_lm: Any) -> Any:
-    """The module between the tokens and the last hidden states.
-
-    Args:
-        causal_lm: The module that owns the language-model head.
-    """
+    """The module between the tokens and the last hidden states."""
     decoder = causal_lm.get_decoder()
     # Some classes (Llama 4) name it after a larger model that they may be a part of, and are not found out.
     return getattr(causal_lm, "model", decoder) if decoder is causal_lm else decoder
@@ -244,11 +242,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def has_exact_products(model: nn.Module) -> bool:
-    """Whether all products of a model are those of float32: no half precision, no quantised weights, no TF32.
-
-    Args:
-        model: A causal language model, with or without PEFT.
-    """
+    """Whether all products of a model are those of float32: no half precision, no quantised weights, no TF32."""
     weight = next(model.parameters())
     # The newer name is that of torch 2.9.
     found = getattr(torch.backends.cuda.matmul, "fp32_precision", torch.get_float32_matmul_precision())

@@ -63,13 +63,6 @@ def small_copies(model_class: type[nn.Module], config: PreTrainedConfig) -> Iter
     """Small models of the same architecture, the smallest first; the caller takes the first one that works.
 
     The caller's random state is left as it was.
-
-    Args:
-        model_class: Of a causal language model of `transformers`.
-        config: Of the model; not changed.
-
-    Yields:
-        Models in evaluation mode, on the CPU, in float32.
     """
     for small in small_configs(config):
         try:
@@ -88,11 +81,7 @@ def small_copies(model_class: type[nn.Module], config: PreTrainedConfig) -> Iter
 
 
 def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Configurations of smaller models of the same architecture, the smallest first.
-
-    Args:
-        config: Of the model.
-    """
+    """Configurations of smaller models of the same architecture, the smallest first."""
     text = config.get_text_config(decoder=True)
     numbers = {name: value for name, value in vars(text).items() if type(value) is int and value > 1}
     heads = [value for name, value in numbers.items() if _HEADS.search(name)]

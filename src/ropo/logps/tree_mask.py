@@ -70,11 +70,7 @@ def lengths_mask(lengths_P3: Tensor, reach: Reach | None = None) -> Tensor:
 
 
 def read_lengths_mask(mask: Tensor) -> tuple[list[list[int]], Reach | None]:
-    """What `lengths_mask` was given.
-
-    Args:
-        mask: What it returned.
-    """
+    """What `lengths_mask` was given."""
     *lengths, (size, is_chunked, _) = mask[0, 0].tolist()
     return lengths, Reach(size, is_chunked=bool(is_chunked)) if size else None
 
@@ -129,11 +125,6 @@ def block_mask(lengths_P3: Tensor, num_positions: int, reach: Reach | None = Non
     `create_block_mask` may make every cell of the square first, 2^30 for a row of 32,768 positions. Here blocks are
     told by the parts that they begin and end in. A few blocks of two branches side by side are tested although they
     are empty.
-
-    Args:
-        lengths_P3: Tokens of prompt, chosen and rejected of each pair.
-        num_positions: Of the row.
-        reach: How far back a query looks; None for everything.
     """
     part_T, position_T = _parts(lengths_P3, num_positions)
     num_blocks = -(-num_positions // _BLOCK)

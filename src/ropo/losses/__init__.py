@@ -3,8 +3,8 @@
 In: the margin h of each pair (`pairs.margin`; for `simpo` the margin m of `pairs.margin_per_token`).
 Out: the loss of each pair, not reduced; or its gradient weight w(h) = −dL/dh, the force that pushes the margin up.
 
-In reading order: `margin_losses` (a pair by itself), `batch_losses` (a pair among others), `table` (all of them, what
-each needs, how to bind one to its options).
+In reading order: `margin_losses` (a pair by itself), `batch_losses` (a pair among others), `sft` (what may be added to
+any), `table` (all of them, what each needs, how to bind one to its options).
 
 What all losses promise, so that none repeats it: they take `margin` and options by keyword, return the loss per pair,
 not reduced, and refuse an option outside its range with a `ValueError` that says what to do instead.
@@ -28,6 +28,7 @@ from ropo.losses.margin_losses import (
     ropo_v1,
     simpo,
 )
+from ropo.losses.sft import sft
 from ropo.losses.table import INPUTS, LOSSES, BoundLoss, Loss, LossSpec, bind_loss, gradient_weight, methods_table
 
 __all__ = [
@@ -58,5 +59,6 @@ __all__ = [
     "re_po_posterior",
     "ropo",
     "ropo_v1",
+    "sft",
     "simpo",
 ]

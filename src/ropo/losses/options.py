@@ -3,7 +3,7 @@
 In: what the user wrote. Out: `LossOptions`, known to be valid, and the loss that they name (`bound_loss`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from ropo.losses.table import LOSSES, BoundLoss, bind_loss
@@ -27,6 +27,10 @@ class LossOptions:
     loss_args: dict[str, Any] | str | None = option(
         None,
         "Other options of the loss, which `ropo losses` lists: name=value, several with commas between them, or JSON.",
+    )
+
+    sft_weight: Annotated[float, Rule(low=0)] = option(
+        0.0, "Weight of an SFT term beside the loss: -log p(chosen) per token, which keeps it likely. RPO: 1."
     )
 
     def __post_init__(self) -> None:
@@ -60,14 +64,14 @@ class LossOptions:
         Returns:
             The loss.
         """
-        options = dict(self.loss_args) if isinstance(self.loss_args, dict) else {}
-        if self.loss == "ropo" and alpha is not None:
-            if alpha == 0:
-                return bind_loss("dpo", beta=self.beta, options={})
+        name, options = self.loss, dict(self.loss_args) if isinstance(self.loss_args, dict) else {}
+        if self.loss == "ropo" and alpha == 0:
+            name, options = "dpo", {}
+        elif self.loss == "ropo" and alpha is not None:
             options["alpha"] = alpha
         elif self.alpha not in (None, "auto"):
             options["alpha"] = float(self.alpha)
-        return bind_loss(self.loss, beta=self.beta, options=options)
+        return replace(bind_loss(name, beta=self.beta, options=options), sft_weight=self.sft_weight)
 
     @property
     def fixed_alpha(self) -> float | None:

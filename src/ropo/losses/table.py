@@ -121,12 +121,14 @@ class BoundLoss:
         beta: The β of the margin, per nat.
         options: Options that were given, by name; the others have their defaults.
         fn: The loss of the table with its options bound.
+        sft_weight: Of `sft`, which whoever trains adds to it.
     """
 
     name: str
     beta: float
     options: Mapping[str, float]
     fn: Loss = field(repr=False, compare=False)
+    sft_weight: float = 0.0
 
     def __call__(self, margin: Float[Tensor, " pairs"], **inputs: Any) -> Float[Tensor, " pairs"]:
         """Loss of each pair, not reduced; `inputs` are those of `LossSpec.inputs`."""

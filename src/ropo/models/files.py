@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -47,14 +46,14 @@ class ModelKind:
     """What a model is read as.
 
     Attributes:
-        auto_class: Of `transformers`.
+        auto_class: From a configuration to the class of `transformers` that reads it.
         noun: What a refusal calls it.
         place: Begin of a refusal when nothing can be read: what the name has to be.
         check: Refuses a configuration of another kind of model; takes the name, too.
         advice: What to do when the files do not hold this model.
     """
 
-    auto_class: Any
+    auto_class: Callable[[PretrainedConfig], Any]
     noun: str
     place: str
     check: Callable[[PretrainedConfig, str], None]
@@ -231,15 +230,30 @@ def read_config(kind: ModelKind, name_or_path: str, load_options: Mapping[str, A
     with explained(kind.place, name_or_path, _CHECK):
         config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, **for_config(load_options))
     kind.check(config, name_or_path)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized and not (load_options or {}).get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        how = getattr(method, "value", method)
+    in_files = _settings(getattr(config, "quantization_config", None))
+    if in_files and not _is_asked(in_files, (load_options or {}).get("quantization_config")):
+        how = getattr(in_files["quant_method"], "value", in_files["quant_method"])
+        bits = "load_in_4bit" if in_files.get("load_in_4bit") else "load_in_8bit"
         raise ValueError(
             f"{kind.noun} needs weights that are not quantized; got {name_or_path!r} ({how}). Name the model that it "
-            "was made from."
+            f"was made from{f', or add {bits}' if how == 'bitsandbytes' else ''}."
         )
     return config
+
+
+def _settings(quantization: Any) -> Json:
+    if quantization is None or isinstance(quantization, dict):
+        return quantization or {}
+    found: Json = quantization.to_dict()
+    return found
+
+
+def _is_asked(in_files: Json, quantization: Any) -> bool:
+    """Whether files that are quantized are what is asked for; `transformers` would take them whatever it is."""
+    asked = _settings(quantization)
+    return bool(asked) and all(
+        in_files.get(name) == asked.get(name, in_files.get(name)) for name in ("quant_method", "load_in_4bit")
+    )
 
 
 def make_skeleton(kind: ModelKind, name_or_path: str, load_options: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -265,8 +279,10 @@ def make_skeleton(kind: ModelKind, name_or_path: str, load_options: Mapping[str,
         explained(f"{kind.noun} needs settings that transformers knows", name_or_path),
         torch.device("meta"),
     ):
-        skeleton: PreTrainedModel = kind.auto_class.from_config(config, trust_remote_code=options["trust_remote_code"])
-    shapes = None if options.get("quantization_config") else _shapes_in(name_or_path, options, config)
+        auto_class = kind.auto_class(config)
+        skeleton: PreTrainedModel = auto_class.from_config(config, trust_remote_code=options["trust_remote_code"])
+    is_quantized = getattr(config, "quantization_config", None)  # in the files, so shapes are others
+    shapes = None if is_quantized else _shapes_in(name_or_path, options, config)
     if shapes is not None:
         with (
             explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice),
@@ -319,7 +335,7 @@ def load_whole(kind: ModelKind, name_or_path: str, load_options: Mapping[str, An
     config = read_config(kind, name_or_path, options)
     try:
         with explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice):
-            model, found = kind.auto_class.from_pretrained(
+            model, found = kind.auto_class(config).from_pretrained(
                 name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except ValueError:
@@ -330,53 +346,32 @@ def load_whole(kind: ModelKind, name_or_path: str, load_options: Mapping[str, An
     return loaded
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool, advice: str) -> PeftModel:
-    """Put an adapter on its model, of which nothing is made up either.
-
-    Args:
-        model: The one that it was trained on.
-        folder: What PEFT saved.
-        is_trainable: Whether it is to be trained further.
-        advice: What to do when the files do not hold it.
-
-    Returns:
-        The model with the adapter.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If one is damaged, or tensors are missing or do not fit.
-    """
-    check_json(str(folder))
-    names = header(folder / "adapter_model.safetensors")
-    with explained("An adapter needs its own model", str(folder), advice):
-        adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(names))
-    if missing:
-        raise ValueError(f"An adapter needs all its tensors; got '{folder}' without {_some(missing)}. {advice}")
-    return adapted
-
-
 def _refuse_incomplete(found: Mapping[str, Any], kind: ModelKind, name_or_path: str) -> None:
     """What `transformers` would draw at random stops a run; what it does not use is told once."""
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{kind.noun} needs trained weights for all its parts; got {name_or_path!r} without {_some(missing)}. "
+            f"{kind.noun} needs trained weights for all its parts; got {name_or_path!r} without {some(missing)}. "
             f"{kind.advice}"
         )
     if other := [f"{name} {[*there]}, not {[*here]}" for name, there, here in sorted(found["mismatched_keys"])]:
         raise ValueError(
             f"{kind.noun} needs weights of the shapes that its config.json says; got {name_or_path!r} with "
-            f"{_some(other, between='; ')}. {kind.advice}"
+            f"{some(other, between='; ')}. {kind.advice}"
         )
     if unused := sorted(found["unexpected_keys"]):
         _warn_once(
             f"{name_or_path} holds tensors that its config.json has no place for, and which are left out: "
-            f"{_some(unused)}. If a number there is too small (num_hidden_layers), this is another model."
+            f"{some(unused)}. If a number there is too small (num_hidden_layers), this is another model."
         )
 
 
-def _some(names: Sequence[str], *, between: str = ", ") -> str:
-    """The first few, and how many more there are."""
+def some(names: Sequence[str], *, between: str = ", ") -> str:
+    """The first few, and how many more there are.
+
+    Args:
+        names: Of tensors, in order.
+        between: What stands between two.
+    """
     more = f" and {len(names) - _NUM_NAMES} more" if len(names) > _NUM_NAMES else ""
     return f"{between.join(names[:_NUM_NAMES])}{more}"
 
@@ -394,7 +389,7 @@ def not_finite(model: nn.Module) -> str:
         model: On any device. Of a model in parts those on this process are looked at.
     """
     found = [name for name, weight in model.named_parameters() if not _is_finite(local_part(weight))]
-    return _some(found)
+    return some(found)
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs
+from ropo.models.adapters import add_adapter
 from ropo.models.source import Model
 from ropo.pairs import Pair
 
@@ -74,7 +75,7 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
         wanted.init_lora_weights = True  # other ways to begin read the weights
     try:
         with contextlib.suppress(RuntimeError, AttributeError, TypeError):  # it reads weights, and may yet fit
-            get_peft_model(skeleton, wanted)
+            add_adapter(skeleton, wanted)
     except ValueError as error:
         linear = {
             name.rpartition(".")[2]
@@ -127,7 +128,7 @@ def ids_of(pairs: Sequence[Pair], tokens: Sequence[TokenizedPair]) -> Iterator[t
     """
     for pair, ids in zip(pairs, tokens, strict=True):
         for part in (ids.prompt, ids.chosen, ids.rejected):
-            yield f"a token of row {pair.row}", part
+            yield f"a token of {pair.place}", part
 
 
 def _num_embeddings(model: PreTrainedModel) -> int:

@@ -7,6 +7,7 @@ would stop a run only after hours.
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -29,6 +32,14 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_features, reference_logps
 from ropo.logps.features import Sketch
+from ropo.models.adapters import (
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
+    adapter_folder,
+    base_of,
+    check_beginning,
+    load_adapter,
+)
 from ropo.models.files import (
     SETTINGS,
     TOKENIZER_SETTINGS,
@@ -36,12 +47,13 @@ from ropo.models.files import (
     check_json,
     explained,
     for_config,
-    load_adapter,
+    header,
     load_whole,
     make_skeleton,
     not_finite,
     read_config,
 )
+from ropo.models.quantized import compute_as_in_training
 from ropo.models.sharding import forget_engines, loads_in_parts
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import hash_file, hash_value
@@ -71,10 +83,8 @@ _READS_BOTH_WAYS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-gene
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 )
 
-_IS_ADAPTER = (
-    "A run needs a whole model to start from; {} is an adapter. Merge it into its model first: "
-    "AutoPeftModelForCausalLM.from_pretrained(A).merge_and_unload().save_pretrained(M), and the tokenizer to M, too."
-)
+# Their language model is only called with an image.
+_NEEDS_IMAGE = {"blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5", "pix2struct"}
 
 
 def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
@@ -90,7 +100,7 @@ def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
         why = made_as
     elif config.model_type in _READS_BOTH_WAYS and not is_causal:
         why = f"{made_as or config.model_type}, whose tokens see the ones that follow: is_decoder is not set"
-    elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _reads_images(config):
         why = made_as or config.model_type
     else:
         return
@@ -100,8 +110,21 @@ def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
     )
 
 
+def _reads_images(config: PretrainedConfig) -> bool:
+    """Whether a causal language model is one part of the model, beside one that reads images and is not called."""
+    text = config.get_text_config(decoder=True)
+    is_one = text is not config and not (config.is_encoder_decoder or text.is_encoder_decoder)
+    return is_one and config.model_type not in _NEEDS_IMAGE and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Loaded whole, so that what is saved is the model that was given: nothing moves what reads images."""
+    is_part = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if is_part else AutoModelForCausalLM
+
+
 POLICY = ModelKind(
-    auto_class=AutoModelForCausalLM,
+    auto_class=_auto_class,
     noun="A language model",
     place=_NEEDS_MODEL,
     check=_check_causal,
@@ -116,14 +139,16 @@ class Model:
     Nothing is loaded before it is asked for.
 
     Args:
-        name_or_path: Folder or hub id of the initial model.
-        tokenizer: Its tokenizer; default the one that lies beside it.
-        adapter: Configuration of the adapter that is trained in place of the whole model; folders that a training has
+        name_or_path: Folder or hub id of the initial model, or of an adapter that PEFT saved: the initial model is then
+            its base with this adapter, which is what is trained further.
+        tokenizer: Its tokenizer; default the one that lies beside it, for an adapter without one that of its base.
+        adapter: Configuration of a new adapter that is trained in place of the whole model; folders that a training has
             written then hold adapters of the initial model.
-        load_options: Passed to `from_pretrained` (dtype, default float32; attn_implementation, revision, ...).
+        load_options: Passed to `from_pretrained` (dtype, default float32; attn_implementation, revision, ...). With
+            `quantization_config` an adapter is all that can be trained.
 
     Raises:
-        ValueError: If the initial model is itself an adapter: a new one would take its place, not go on top of it.
+        ValueError: If a new adapter would begin elsewhere than at the initial model.
 
     Examples:
         >>> Model("someone/tiny", load_options={"revision": "v2"}).load_options
@@ -144,18 +169,55 @@ class Model:
         self.load_options = {"dtype": "float32", **(load_options or {})}
         self.adapter = adapter
         self._tokenizer = tokenizer
-        if (Path(name_or_path) / "adapter_config.json").exists():
-            raise ValueError(_IS_ADAPTER.format(name_or_path))
+        check_beginning(adapter, is_quantized=self.is_quantized)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its linear layers hold 4 or 8 bits per weight, or are quantized otherwise."""
+        return bool(self.load_options.get("quantization_config"))
+
+    @cached_property
+    def start(self) -> Path | None:
+        """Folder of the adapter that training starts from; None where the initial model is a whole one.
+
+        Raises:
+            ValueError: If a new adapter is asked for, too.
+        """
+        folder = adapter_folder(self.name_or_path, self.load_options.get("revision"))
+        if folder is not None and self.adapter is not None:
+            raise ValueError(
+                f"A run trains one adapter; got {self.name_or_path}, an adapter that is trained further, and settings "
+                "of a new one (peft_config, lora_*). Leave those out, or merge it into its model first: "
+                "AutoPeftModelForCausalLM.from_pretrained(A).merge_and_unload().save_pretrained(M), and the tokenizer "
+                "to M, too."
+            )
+        return folder
+
+    @cached_property
+    def base(self) -> tuple[str, dict[str, Any]]:
+        """The whole model, below the adapter that training starts from: folder or hub id, and how it is loaded."""
+        if self.start is None:
+            return self.name_or_path, self.load_options
+        name, revision = base_of(self.start)  # the one that was given is the adapter's
+        return name, {**self.load_options, "revision": revision}
+
+    @property
+    def peft_config(self) -> PeftConfig | None:
+        """Configuration of the adapter that is trained, new or not; None where the whole model is."""
+        if self.start is None:
+            return self.adapter
+        found: PeftConfig = PeftConfig.from_pretrained(str(self.start))
+        found.inference_mode = False  # as PEFT saves it
+        return found
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, see `load_tokenizer`."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.name_or_path, self.load_options)
+            name, options = self.base
+            is_beside = self.start is not None and _holds_tokenizer(self.start)
+            self._tokenizer = load_tokenizer(str(self.start) if is_beside else name, options)
         return self._tokenizer
-
-    def _holds_adapter(self, trained: Path | None) -> bool:
-        return trained is not None and (self.adapter is not None or (trained / "adapter_config.json").exists())
 
     def load(self, trained: Path | None = None, *, is_trainable: bool = False) -> PreTrainedModel:
         """Load the initial model, or the one in the folder `trained`.
@@ -173,47 +235,90 @@ class Model:
             FloatingPointError: If a round left weights that are not finite.
         """
         release_memory()
-        is_adapter = self._holds_adapter(trained)
-        path = self.name_or_path if trained is None or is_adapter else str(trained)
-        again = f"Delete {trained}, then run the same command again: it is trained anew."
-        kind = POLICY if path == self.name_or_path else replace(POLICY, advice=again)
-        model: Any = load_whole(kind, path, self.load_options)
-        if trained is None and getattr(model, "_hf_peft_config_loaded", False):  # one from the hub
-            raise ValueError(_IS_ADAPTER.format(path))
-        if trained is not None and is_adapter:
-            model = load_adapter(model, trained, is_trainable=is_trainable, advice=again)
+        model: Any = self._weights(trained)
+        compute_as_in_training(model)
+        folder = self.start if trained is None else trained if self._is_adapter(trained) else None
+        if folder is not None:
+            advice = "Copy or save the adapter again." if trained is None else _again(trained)
+            model = load_adapter(model, folder, is_trainable=is_trainable, advice=advice)
         if names := _of_any(not_finite(model)):
             if trained is None:
                 raise ValueError(
-                    f"A language model needs finite weights; {path} has NaN or infinity in {names}. Take another copy "
-                    f"of it, or another dtype (it is read as {self.load_options['dtype']})."
+                    f"A language model needs finite weights; {self.name_or_path} has NaN or infinity in {names}. Take "
+                    f"another copy of it, or another dtype (it is read as {self.load_options['dtype']})."
                 )
             raise FloatingPointError(
                 f"The training of {trained} left NaN or infinity in {names}. Lower the learning rate, or use bf16 "
                 "instead of fp16."
             )
-        has_place = "device_map" in self.load_options or "quantization_config" in self.load_options
-        if not has_place and not loads_in_parts():
+        if "device_map" not in self.load_options and not self.is_quantized and not loads_in_parts():
             model = model.to(PartialState().device)
         loaded: PreTrainedModel = model.eval()
         return loaded
 
+    def merged(self, trained: Path) -> PreTrainedModel:
+        """Load what a training wrote as one whole model, its adapter added to the weights.
+
+        Quantized weights are first brought back to `dtype`: they are what the adapter was trained on, and the whole
+        model computes what was trained.
+
+        Args:
+            trained: The folder of an adapter.
+
+        Raises:
+            ValueError: If it holds no adapter.
+        """
+        if not self._is_adapter(trained):
+            raise ValueError(f"Merging needs an adapter; {trained} holds a whole model already.")
+        release_memory()
+        base: Any = self._weights(None)
+        if self.is_quantized:
+            base = base.dequantize(dtype=base.dtype)
+        whole: PreTrainedModel = load_adapter(
+            base, trained, is_trainable=False, advice=_again(trained)
+        ).merge_and_unload()
+        return whole
+
+    def _is_adapter(self, trained: Path) -> bool:
+        return self.adapter is not None or (trained / ADAPTER_SETTINGS).exists()
+
+    def _weights(self, trained: Path | None) -> PreTrainedModel:
+        """The whole model that a training wrote, or the one below any adapter."""
+        if trained is not None and not self._is_adapter(trained):
+            return load_whole(replace(POLICY, advice=_again(trained)), str(trained), self.load_options)
+        name, options = self.base
+        if self.is_quantized:  # which cannot be moved
+            options = {"device_map": {"": str(PartialState().device)}, **options}
+        return self._with_room(load_whole(POLICY, name, options))
+
+    def _with_room(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The base with rows for tokens that were added when its adapter was trained, as `AutoPeftModel` makes them."""
+        if self.start is not None and _holds_tokenizer(self.start):
+            num_tokens = len(load_tokenizer(str(self.start), self.base[1]))
+            has_rows = any(shape[:1] == [num_tokens] for shape in header(self.start / ADAPTER_WEIGHTS).values())
+            table: Any = model.get_input_embeddings()
+            if has_rows and num_tokens > table.weight.shape[0]:
+                model.resize_token_embeddings(num_tokens, mean_resizing=False)
+        return model
+
     def config(self) -> PretrainedConfig:
-        """The configuration of the initial model, as it will be loaded."""
-        return read_config(POLICY, self.name_or_path, self.load_options)
+        """The configuration of the initial model, as it will be loaded; that of its base if it is an adapter."""
+        return read_config(POLICY, *self.base)
 
     def skeleton(self) -> PreTrainedModel:
-        """The initial model without its weights, which costs no memory; its files are checked on the way.
+        """The initial model without weights and adapter, which costs no memory; its files are checked on the way.
 
         Raises:
             ValueError: If its files do not hold a whole causal language model, or there is no such attention.
             ImportError: If the attention needs a package that is not installed.
         """
-        return make_skeleton(POLICY, self.name_or_path, self.load_options)
+        return self._with_room(make_skeleton(POLICY, *self.base))
 
     def fingerprint(self) -> str:
         """Name of the initial model's content; see `model_digest`."""
-        return model_digest(self.name_or_path, self.load_options.get("revision"))[:16]
+        name, options = self.base
+        found = model_digest(name, options.get("revision"))
+        return (found if self.start is None else hash_value([found, model_digest(str(self.start), None)]))[:16]
 
     def reference(self, *, cache_dir: Path, batching: Batching) -> "Reference":
         """The initial model as the frozen one that margins are measured against.
@@ -298,6 +403,14 @@ def find_model(model: str | Path) -> str:
     return name
 
 
+def _again(trained: Path) -> str:
+    return f"Delete {trained}, then run the same command again: it is trained anew."
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
 def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model.
 
@@ -312,8 +425,7 @@ def load_tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None = N
         ValueError: If there is no such model, or its folder holds no tokenizer, or a damaged one.
     """
     folder = Path(name_or_path)
-    kept = (*_TOKENIZER_FILES, "adapter_config.json")  # an adapter may have that of its model
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
+    if folder.is_dir() and not _holds_tokenizer(folder):
         raise ValueError(
             f"A model needs its tokenizer beside it; {name_or_path} holds none. Save it there, too: "
             f"AutoTokenizer.from_pretrained(BASE).save_pretrained({name_or_path!r})."

@@ -3,19 +3,18 @@
 In: held-out margins, their `FlipEstimate`, and which labels the decisions call wrong. Out: `Calibration`.
 
 The one idea: a held-out pair may be flipped after the training, since the model that scores it has never seen it; its
-margin is then −h. So each label can be flipped in turn, and counting how many of them would be called wrong needs no
-truth and no further training.
+margin is then −h. So counting how many labels would be called wrong needs no truth and no further training.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
-from ropo.noise.clusters import Clusters, PerPair, cluster_weights, mean_of
 from ropo.noise.estimate import MIN_PAIRS, FlipEstimate
+from ropo.noise.shares import Clusters, PerPair, cluster_weights, mean_of
 
 INJECTED_SHARE = 0.1
 """Labels that are flipped at a time for the bins."""
@@ -25,13 +24,7 @@ NUM_BINS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationBin:
-    """Pairs whose P(flipped) is about equal.
-
-    Attributes:
-        num_pairs: How many, those flipped on purpose included.
-        predicted: Mean P(flipped on purpose), as the estimate implies it.
-        observed: Share of them that was.
-    """
+    """Pairs whose P(flipped) is about equal, with the mean share that the estimate predicts and the one observed."""
 
     num_pairs: int
     predicted: float
@@ -49,9 +42,9 @@ class Calibration:
         share_others: Of the labels as they are, called wrong.
         recall: Share of truly wrong labels that is called wrong, from these two shares and the rate; in [0, 1].
         precision: Share of called labels that is truly wrong; None if no label is thought wrong.
-        recall_range: The least and the most that `recall` is at the ends of the rate's interval.
-        precision_range: The same of `precision`; begins at 0 where the labels may all be right.
-        bins: Predicted and observed share of flipped labels in one round, from the least to the most suspect.
+        recall_range: `recall` at the ends of the rate's interval.
+        precision_range: `precision` there; begins at 0 where the labels may all be right.
+        bins: Of one round, from the least to the most suspect.
     """
 
     num_injected: int
@@ -63,10 +56,6 @@ class Calibration:
     recall_range: tuple[float, float]
     precision_range: tuple[float, float]
     bins: tuple[CalibrationBin, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def calibrate(
@@ -86,22 +75,18 @@ def calibrate(
         R = [(1−ε)·flipped − ε·others] / (1−2ε),   precision = ε·R / [ε·R + (1−ε)·F]
 
     Called is what has a margin no larger than that of some pair that was, by the same annotator if annotators have
-    rates of their own; these then stand for ε, and R and F are counted together.
-
-    Assumption: flips fall at random. Where wrong labels have a pattern that the model takes for the truth, ours are
-    found and theirs are not.
+    rates of their own; these then stand for ε, and R and F are counted together. Flips are assumed to fall at random.
 
     Args:
-        margins: Held-out margins of the pairs that are open to doubt.
+        margins: Held-out margins of the pairs that are open to doubt, shape (pairs,).
         estimate: From the same margins.
         is_called: Which labels the decisions call wrong.
         annotators: Who labelled each pair, as given to `estimate_flips`.
         seed: Which labels are flipped for the bins.
-        clusters: A name for each pair, the same for copies of one pair, which count as one.
+        clusters: A name for each pair, the same for copies of one pair.
 
     Returns:
-        The calibration; None where the estimate is not informative, nothing is called, or there are fewer than
-        `MIN_PAIRS` different pairs.
+        None where the estimate is not informative, nothing is called, or `MIN_PAIRS` different pairs are not there.
     """
     weights = cluster_weights(clusters, len(margins))
     num_pairs = round(weights.sum())
@@ -127,8 +112,7 @@ def calibrate(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(NamedTuple):
     """Pairs with one flip rate: their share of all, and the shares called of flipped and of other labels."""
 
     share: float

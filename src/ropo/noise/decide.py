@@ -9,15 +9,19 @@ Add a rule: one function, one line in `RULES`, one recovery test.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Shaped
 
-from ropo.noise.clusters import PerPair
 from ropo.noise.estimate import check_margins
+from ropo.noise.shares import PerPair
 from ropo.spelling import did_you_mean
+
+DROP_ABOVE, FLIP_ABOVE = 0.5, 0.95
+"""P(flipped) above which `threshold` drops and `relabel` flips. A right label that is flipped costs as much as a wrong
+one that is kept, hence the high one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,40 +37,34 @@ class Decisions:
     weight: PerPair
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RuleSpec:
     """A decision rule.
 
     Attributes:
-        fn: (margins, p_flip, num_kept, its options) -> Decisions.
+        fn: (margins, p_flip, num_kept) -> Decisions.
         meaning: One sentence for the docs and the report.
         total_weight: What the weights sum to, N_ρ being N − ⌊ρN⌋.
-        options: The options it takes, each a share or a probability, with their defaults.
         source: Whose idea it is.
     """
 
-    fn: Callable[..., Decisions]
+    fn: Callable[[PerPair, PerPair, int], Decisions]
     meaning: str
     total_weight: str
-    options: Mapping[str, float] = field(default_factory=dict)
     source: str = "ours"
 
 
 def num_keep(num_pairs: int, rho: float) -> int:
     """N_ρ = N − ⌊ρN⌋, the number of pairs that the budget leaves.
 
-    In floats 0.29·100 is 28.999..., of which the floor would be one too few; hence the 1e-9.
-
     Examples:
         >>> num_keep(10, 0.3), num_keep(100, 0.29), num_keep(7, 0.1)
         (7, 71, 7)
     """
-    return num_pairs - int(np.floor(rho * num_pairs + 1e-9))
+    return num_pairs - int(np.floor(rho * num_pairs + 1e-9))  # in floats 0.29·100 is 28.999...
 
 
-def decide(
-    margins: np.ndarray, p_flip: np.ndarray, *, rho: float, rule: str = "lowest_loss", **options: float
-) -> Decisions:
+def decide(margins: np.ndarray, p_flip: np.ndarray, *, rho: float, rule: str = "lowest_loss") -> Decisions:
     """Decide about every pair by one of the `RULES`.
 
     With `lowest_loss` this is ROPO's filtering step, exactly: the weights that minimise Σ w·ℓ with Σ w = N_ρ and
@@ -78,14 +76,12 @@ def decide(
         p_flip: P(flipped) of each pair, from `estimate_flips`, shape (pairs,).
         rho: ρ, the share of pairs that the budget takes away, in [0, 0.5].
         rule: A name in `RULES`.
-        **options: Those of the rule, see `RULES`.
 
     Returns:
         A decision and a weight per pair.
 
     Raises:
-        ValueError: If a value is out of its range, the shapes differ, a margin is not finite, the rule is unknown, or
-            an option is given that the rule would ignore.
+        ValueError: If a value is out of its range, the shapes differ, a margin is not finite, or the rule is unknown.
 
     Examples:
         >>> decisions = decide(np.array([2.0, -1.0, 0.5, -3.0]), np.array([0.0, 0.6, 0.1, 0.9]), rho=0.25)
@@ -95,14 +91,11 @@ def decide(
     if rule not in RULES:
         close = did_you_mean(rule, RULES)
         raise ValueError(f"decide needs a rule of RULES; got {rule!r}.{close} There are: {', '.join(RULES)}.")
-    spec = RULES[rule]
-    for name, value in options.items():
-        if name not in spec.options:
-            takers = ", ".join(repr(other) for other in RULES if name in RULES[other].options)
-            use = f"use {takers}" if takers else f"it takes {', '.join(spec.options) or 'none'}"
-            raise ValueError(f"decide needs no {name} for rule {rule!r}; got {value}. Leave it out, or {use}.")
-        _check_share(name, value, highest=1.0, advice="It is a share or a probability.")
-    _check_share("rho", rho, highest=0.5, advice="Above one half most labels would be wrong: swap chosen and rejected.")
+    if not 0.0 <= rho <= 0.5:
+        raise ValueError(
+            f"decide needs rho in [0, 0.5]; got {rho}. Above one half most labels would be wrong: swap chosen and "
+            "rejected."
+        )
     margins = check_margins(margins, what="decide")
     p_flip = np.asarray(p_flip, dtype=np.float64)
     if p_flip.shape != margins.shape:
@@ -114,12 +107,7 @@ def decide(
         raise ValueError(
             f"decide needs p_flip in [0, 1]; got {p_flip[bad[0]]} at position {bad[0]}. Pass probabilities."
         )
-    return spec.fn(margins, p_flip, num_keep(len(margins), rho), **{**spec.options, **options})
-
-
-def _check_share(name: str, value: float, *, highest: float, advice: str) -> None:
-    if not 0.0 <= value <= highest:
-        raise ValueError(f"decide needs {name} in [0, {highest:g}]; got {value}. {advice}")
+    return RULES[rule].fn(margins, p_flip, num_keep(len(margins), rho))
 
 
 def lowest_loss(margins: PerPair, p_flip: PerPair, num_kept: int) -> Decisions:
@@ -137,9 +125,8 @@ def posterior(margins: PerPair, p_flip: PerPair, num_kept: int) -> Decisions:
 
         w = min(1, λ·(1 − p_flip)) with the λ at which Σ w = N_ρ
 
-    Found as water fills a vessel: the surest pairs reach 1 first, and what is left of the budget is shared by the
-    others in proportion. At ρ equal to the mean of `p_flip` λ is 1 and the weights are 1 − p_flip. When fewer pairs
-    than N_ρ have any chance of being right, those have weight 1 and the others share the rest evenly.
+    At ρ equal to the mean of `p_flip` λ is 1. When fewer pairs than N_ρ have any chance of being right, those have
+    weight 1 and the others share the rest evenly.
     """
     del margins
     p_right = 1.0 - p_flip
@@ -149,7 +136,7 @@ def posterior(margins: PerPair, p_flip: PerPair, num_kept: int) -> Decisions:
         weight[hopeful] = 1.0
         if not hopeful.all():
             weight[~hopeful] = (num_kept - np.count_nonzero(hopeful)) / np.count_nonzero(~hopeful)
-    else:
+    else:  # as water fills a vessel: the surest reach 1 first, the others share what is left in proportion
         falling = np.sort(p_right)[::-1]
         left = np.cumsum(falling[::-1])[::-1]  # mass of the pairs that are not full, if the first k are
         level = (num_kept - np.arange(num_kept)) / left[:num_kept]
@@ -157,26 +144,19 @@ def posterior(margins: PerPair, p_flip: PerPair, num_kept: int) -> Decisions:
     return _kept(weight)
 
 
-def threshold(margins: PerPair, p_flip: PerPair, num_kept: int, *, drop_above: float) -> Decisions:
-    """Drop pairs that are more likely flipped than `drop_above`, the likeliest first, and no more than the budget.
-
-    Here the budget is a ceiling: on clean data nothing exceeds the threshold and nothing is lost, whatever ρ says.
-    """
+def threshold(margins: PerPair, p_flip: PerPair, num_kept: int) -> Decisions:
+    """Drop pairs whose P(flipped) is above `DROP_ABOVE`, the likeliest first; the budget is a ceiling."""
     order = np.lexsort((-np.arange(len(margins)), margins, -p_flip))  # equal ones: smaller margin first, then the later
     dropped = order[: len(margins) - num_kept]
     weight = np.ones(len(margins))
-    weight[dropped[p_flip[dropped] > drop_above]] = 0.0
+    weight[dropped[p_flip[dropped] > DROP_ABOVE]] = 0.0
     return _kept(weight)
 
 
-def relabel(margins: PerPair, p_flip: PerPair, num_kept: int, *, flip_above: float) -> Decisions:
-    """Take the same pairs as `lowest_loss`, but flip instead of dropping where the flip is nearly certain.
-
-    A flipped pair teaches again, with weight 1. Keep `flip_above` high: a right label that is flipped costs as much
-    as a wrong one that is kept.
-    """
+def relabel(margins: PerPair, p_flip: PerPair, num_kept: int) -> Decisions:
+    """Take the pairs that `lowest_loss` drops, but flip them where P(flipped) is above `FLIP_ABOVE`, with weight 1."""
     filtered = lowest_loss(margins, p_flip, num_kept)
-    is_flipped = (filtered.weight == 0.0) & (p_flip > flip_above)
+    is_flipped = (filtered.weight == 0.0) & (p_flip > FLIP_ABOVE)
     return Decisions(
         decision=np.where(is_flipped, "flip", filtered.decision), weight=np.where(is_flipped, 1.0, filtered.weight)
     )
@@ -190,27 +170,20 @@ def _kept(weight: PerPair) -> Decisions:
 RULES: Mapping[str, RuleSpec] = MappingProxyType(
     {
         "lowest_loss": RuleSpec(
-            fn=lowest_loss,
-            meaning="Drop the ⌊ρN⌋ pairs with the largest loss.",
-            total_weight="N_ρ",
-            source="ROPO, arXiv:2404.04102",
+            lowest_loss, "Drop the ⌊ρN⌋ pairs with the largest loss.", "N_ρ", "ROPO, arXiv:2404.04102"
         ),
         "posterior": RuleSpec(
-            fn=posterior,
-            meaning="Drop nothing, but weigh each pair by the probability that its label is right.",
-            total_weight="N_ρ",
+            posterior, "Drop nothing, but weigh each pair by the probability that its label is right.", "N_ρ"
         ),
         "threshold": RuleSpec(
-            fn=threshold,
-            meaning="Drop pairs that are likelier flipped than a threshold, at most ⌊ρN⌋ of them.",
-            total_weight="N_ρ or more: what the threshold spares stays",
-            options=MappingProxyType({"drop_above": 0.5}),
+            threshold,
+            f"Drop pairs with P(flipped) above {DROP_ABOVE}, at most ⌊ρN⌋ of them.",
+            "N_ρ or more: what the threshold spares stays",
         ),
         "relabel": RuleSpec(
-            fn=relabel,
-            meaning="Of the ⌊ρN⌋ pairs with the largest loss, flip the nearly certain ones and drop the others.",
-            total_weight="N_ρ plus the number of flipped pairs",
-            options=MappingProxyType({"flip_above": 0.95}),
+            relabel,
+            f"Of the ⌊ρN⌋ pairs with the largest loss, flip those with P(flipped) above {FLIP_ABOVE}, drop the rest.",
+            "N_ρ plus the number of flipped pairs",
         ),
     }
 )
@@ -218,9 +191,7 @@ RULES: Mapping[str, RuleSpec] = MappingProxyType(
 
 
 def rules_table() -> str:
-    """`RULES` as a Markdown table, for `docs/methods.md`."""
-    rows = ["| rule | what it does | weights sum to | options | source |", "|---|---|---|---|---|"]
-    for name, spec in RULES.items():
-        options = ", ".join(f"`{option}` {value:g}" for option, value in spec.options.items()) or "none"
-        rows.append(f"| `{name}` | {spec.meaning} | {spec.total_weight} | {options} | {spec.source} |")
+    """`RULES` as a Markdown table, for `docs/noise.md`."""
+    rows = ["| rule | what it does | weights sum to | source |", "|---|---|---|---|"]
+    rows += [f"| `{name}` | {one.meaning} | {one.total_weight} | {one.source} |" for name, one in RULES.items()]
     return "\n".join(rows)

@@ -3,21 +3,17 @@
 In: one margin per pair, numpy float64; who labelled it, what a review said, which pairs are copies and what the errors
 may depend on, where that is known. Out: `FlipEstimate`: a rate with an interval, or an upper bound.
 
-The one idea: the likelihood of `likelihood` assumes how fast a model's honest doubts vanish as margins grow. That is
-tested, and where it fails the largest margins still give an upper bound, which needs no model.
+The one idea: `likelihood` assumes how fast a model's honest doubts vanish as margins grow. That is tested, and where it
+fails the largest margins still give an upper bound, which needs no model.
 
-What surprises:
-
-- **The margins must come from a model that was not trained on the pair.** One that has memorised its pairs agrees with
-  flipped labels too; the estimate is then near 0, and nothing in the margins can reveal it.
-- A share of right labels that the model contradicts however sure it is, among margins that are not larger than the
-  others, counts as flips. Trusted pairs can show it: the estimate is then refused.
-- Close to zero the likelihood knows only the product (1−2ε)·T: weak margins are not informative.
+What surprises: margins of a model that was trained on the pair agree with flipped labels too; the estimate is then near
+0, and nothing in the margins can reveal it. A share of right labels that the model contradicts however sure it is
+counts as flips; only trusted pairs can show it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from enum import Enum
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
 from operator import attrgetter
 from typing import Any
 
@@ -26,8 +22,8 @@ from jaxtyping import Bool, Int, Shaped
 from scipy.special import xlog1py, xlogy
 from scipy.stats import beta, chi2
 
-from ropo.noise.clusters import Clusters, PerPair, cluster_weights, within
-from ropo.noise.likelihood import STEEP, Fit, Known, Link, ProfileLikelihood, allowed_links, log_label
+from ropo.noise.likelihood import STEEP, Fit, Labelled, Link, ProfileLikelihood, allowed_links, log_label
+from ropo.noise.shares import Clusters, PerPair, cluster_weights
 
 MIN_PAIRS = 50
 """Below this the chi-square approximation behind the interval is not worth trusting."""
@@ -55,29 +51,24 @@ _ANNOTATOR_RATES = np.linspace(0.0, 1.0, 1001)[:-1]
 IsPair = Bool[np.ndarray, " pairs"]
 
 
-class Obstacle(Enum):
-    """Why no rate is given, and what to do about it."""
+class Obstacle(StrEnum):
+    """Why no rate is given; `ropo.report.clauses` says each in words."""
 
-    TOO_FEW = "There are too few pairs to estimate a rate. Score some hundreds."
-    ONE_SIZE = "All margins have the same size. Use another model, or more pairs."
-    REVERSED = "The model contradicts most labels. Check whether chosen and rejected are swapped."
-    NO_SIGNAL = "The margins do not follow the labels. Use more pairs, a larger model or trusted pairs."
-    HEAVY_TAILS = "The largest margins may be errors of the model. Review the pairs that it contradicts most strongly."
-    MISFIT = "Agreement with the labels does not grow with the margins as assumed. Review the most contradicted pairs."
-    WIDE = "Too many rates explain the margins about equally well. Use more pairs, a larger model or trusted pairs."
+    TOO_FEW = "TOO_FEW"  # pairs
+    ONE_SIZE = "ONE_SIZE"  # is what all margins have
+    REVERSED = "REVERSED"  # the model contradicts most labels
+    NO_SIGNAL = "NO_SIGNAL"  # the margins do not follow the labels
+    HEAVY_TAILS = "HEAVY_TAILS"  # the largest margins may be errors of the model
+    MISFIT = "MISFIT"  # agreement with the labels does not grow with the margins as assumed
+    WIDE = "WIDE"  # too many rates explain the margins about equally well
+    IN_SAMPLE = "IN_SAMPLE"  # the margins are of a model that was trained on the labels; only a caller knows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnotatorRate:
-    """How often one annotator is wrong.
+    """How often one annotator is wrong, with an interval.
 
-    Attributes:
-        name: As the data names them.
-        num_pairs: Labels they gave.
-        rate: Share of their labels that is flipped, in [0, 1], drawn towards the rate of all by `PRIOR_PAIRS` pairs.
-            Above one half their labels mean the opposite.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
+    `rate` is in [0, 1], drawn towards the rate of all by `PRIOR_PAIRS` pairs; above one half labels mean the opposite.
     """
 
     name: str
@@ -87,29 +78,28 @@ class AnnotatorRate:
     high: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlipEstimate:
     """How many labels are flipped, how sure that is, and how suspicious each pair is.
 
     Attributes:
-        rate: ε, the share of flipped labels with the highest likelihood, in [0, 0.5]: of the labels as the data has
-            them, reviewed ones counted as well, trusted pairs not. Do not act on it unless `is_informative`.
+        rate: ε, the share of flipped labels with the highest likelihood, in [0, 0.5]: of the labels of the data,
+            reviewed ones counted as well, trusted pairs not. Do not act on it unless `is_informative`.
         low: Lower end of the interval; 0 where the estimate is not informative.
-        high: Upper end of the interval; where the estimate is not informative an upper bound of the rate, which holds
-            with probability (1 + level)/2 if flips do not depend on the margin's size.
+        high: Upper end; where the estimate is not informative an upper bound of the rate, which holds with probability
+            (1 + level)/2 if flips do not depend on the margin's size.
         level: Nominal coverage of the interval.
-        scale: T, by which margins are multiplied to become log-odds, near 0; below 1 for an overconfident model.
-            0 when nothing fits better than coin flips; never above 300 / (median size of a margin), which is reached
-            when only the signs of the margins matter.
+        scale: T, by which margins are multiplied to become log-odds, near 0; below 1 for an overconfident model, 0 when
+            nothing fits better than coin flips; at most 300 / (median size of a margin): only signs matter.
         link: How log-odds grow with the margin, the form that fits best.
-        p_flip: P(the label of this pair is flipped), shape (pairs,). 0 where the label is known, and for all when
-            `rate` is 0: rank suspects by margin then.
         obstacle: Why the rate cannot be told; None if it can.
         num_pairs: Number of margins.
-        num_different: The same with copies counted once, trusted pairs left out.
+        num_labels: How many of them are of labels of the data.
+        num_different: The same with copies counted once.
         num_trusted: How many of the margins are of trusted pairs or of reviewed labels.
-        num_reviewed: How many of these are labels of the data.
         annotators: The rate of each annotator, the worst first; empty where the data names fewer than two.
+        p_flip: P(the label of this pair is flipped), shape (pairs,). 0 where the label is known, and for all when
+            `rate` is 0: rank suspects by margin then. Empty where the estimate was read from JSON.
     """
 
     rate: float
@@ -118,44 +108,39 @@ class FlipEstimate:
     level: float
     scale: float
     link: Link
-    p_flip: PerPair
     obstacle: Obstacle | None
     num_pairs: int
+    num_labels: int
     num_different: int
     num_trusted: int = 0
-    num_reviewed: int = 0
     annotators: tuple[AnnotatorRate, ...] = ()
+    p_flip: PerPair = field(default_factory=lambda: np.zeros(0), compare=False, repr=False)
 
     @property
     def is_informative(self) -> bool:
         """Whether the margins can tell the rate."""
         return self.obstacle is None
 
-    @property
-    def reason(self) -> str:
-        """Why it is or is not informative, and what to do about it, in one to four sentences."""
-        if self.obstacle is None:
-            reason = f"The margins place the flip rate between {100 * self.low:.1f} % and {100 * self.high:.1f} %."
-        else:
-            reason = f"At most {100 * self.high:.1f} % of the labels are flipped. {self.obstacle.value}"
-        num_labels = self.num_pairs - self.num_trusted + self.num_reviewed
-        if self.num_different < num_labels:
-            reason += f" Copies count once: {num_labels} pairs count as {self.num_different}."
-        return reason
-
     def p_flip_at(self, margins: PerPair, *, rate: float | None = None) -> PerPair:
         """P(flipped) of other margins of the same model, at the overall rate or another one; shape of `margins`."""
         return self.link.p_flip(self.rate if rate is None else rate, self.scale, margins)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the value per pair, as plain values for JSON."""
-        names = ("rate", "low", "high", "level", "scale", "is_informative", "reason", "num_pairs", "num_trusted")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "obstacle": None if self.obstacle is None else self.obstacle.name,
-            "tail": None if np.isinf(self.link.tail) else self.link.tail,
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the value per pair, as plain values."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "p_flip"}
+        return plain | {
+            "link": {name: None if value == np.inf else value for name, value in asdict(self.link).items()},
             "annotators": [asdict(one) for one in self.annotators],
         }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "FlipEstimate":
+        """Of what `to_json` gave; other keys are passed over."""
+        known = {one.name: found[one.name] for one in fields(cls) if one.name != "p_flip"}
+        link = Link(**{name: np.inf if value is None else value for name, value in found["link"].items()})
+        annotators = tuple(AnnotatorRate(**one) for one in found["annotators"])
+        obstacle = found["obstacle"] and Obstacle(found["obstacle"])
+        return cls(**{**known, "link": link, "annotators": annotators, "obstacle": obstacle})
 
 
 def check_margins(margins: np.ndarray, *, what: str) -> PerPair:
@@ -191,20 +176,15 @@ def estimate_flips(
     which is right for calibrated margins only; the scale makes it right for over- and underconfident ones as well.
 
     Args:
-        margins: Held-out margin h of each pair as it is labelled, in any unit: multiplying all by a constant changes
-            only `scale`.
+        margins: Held-out margin h of each pair as it is labelled, in any unit, shape (pairs,).
         level: Nominal coverage of the interval, in (0, 1).
         annotators: Who labelled each pair; None where unknown. They get rates of their own, which `p_flip` uses.
         is_trusted: Which pairs are no part of the data, with labels that are known to be right, shape (pairs,), bool.
-            They show how often the model contradicts right labels.
         reviews: Of each label of the data, +1 if it was reviewed and is right, −1 if wrong, else 0. Which ones are
             reviewed may depend on the margins, as when the most contradicted come first.
         clusters: A name for each pair, the same for copies of one pair, which weigh 1 in all.
         covariate: What the model's errors may depend on, shape (pairs,), such as the log of the number of response
             tokens. Only its order matters.
-
-    Returns:
-        The estimate. It may say "at most": ask `is_informative` first.
 
     Raises:
         ValueError: If a margin (the positions are named) or the covariate is not finite, `level` is outside (0, 1), the
@@ -218,21 +198,28 @@ def estimate_flips(
         (True, True)
     """
     margins = check_margins(margins, what="estimate_flips")
-    nobody = np.zeros(len(margins), dtype=bool)
-    trusted = nobody if is_trusted is None else np.asarray(is_trusted, dtype=bool)
-    signs = np.zeros(len(margins)) if reviews is None else np.asarray(reviews)
+    num_pairs = len(margins)
+    trusted = np.zeros(num_pairs, dtype=bool) if is_trusted is None else np.asarray(is_trusted, dtype=bool)
+    signs = np.zeros(num_pairs) if reviews is None else np.asarray(reviews)
     per_pair = {"is_trusted": trusted, "reviews": signs, "annotators": annotators, "clusters": clusters}
-    _check(len(margins), level, trusted, {**per_pair, "covariate": covariate})
-    known = Known(is_trusted=trusted, is_reviewed=(signs != 0) & ~trusted, is_wrong=(signs < 0) & ~trusted)
-    estimate, fits = _estimate_all(margins, cluster_weights(clusters, len(margins)), known, covariate, level)
+    _check(num_pairs, level, trusted, {**per_pair, "covariate": covariate})
+    sample = Labelled(
+        margins=margins,
+        weights=cluster_weights(clusters, num_pairs),
+        is_trusted=trusted,
+        reviews=np.where(trusted, 0, signs),
+    )
+    estimate, fits = _estimate_all(sample, covariate, level)
     if annotators is None:
         return estimate
     names = np.array(["" if name is None else str(name) for name in annotators])
-    weights = cluster_weights(within(clusters, names), len(names))
-    rates = _annotator_rates(names, margins, weights, known, fits, level)
+    if clusters is not None:  # copies by another annotator are no copies
+        copies = [f"{one} {name}" for one, name in zip(clusters, names, strict=True)]
+        sample = replace(sample, weights=cluster_weights(copies, num_pairs))
+    rates = _annotator_rates(names, sample, fits, level)
     by_name = {one.name: one.rate for one in rates}
     rate = np.array([by_name.get(name, fits[0].rate) for name in names])
-    p_flip = np.where(known.is_known, 0.0, estimate.link.p_flip(rate, estimate.scale, margins))
+    p_flip = np.where(sample.is_known, 0.0, estimate.link.p_flip(rate, estimate.scale, margins))
     return replace(estimate, p_flip=p_flip, annotators=tuple(rates))
 
 
@@ -250,21 +237,16 @@ def _check(num_pairs: int, level: float, is_trusted: IsPair, per_pair: Mapping[s
         )
 
 
-def _estimate_all(
-    margins: PerPair, weights: PerPair, known: Known, covariate: np.ndarray | None, level: float
-) -> tuple[FlipEstimate, list[Fit]]:
-    """The estimate with one rate for all annotators, and the likeliest fits at this rate and at the interval's ends.
-
-    The interval is the profile likelihood's, all ε whose best T comes within χ²₁(level)/2 of the maximum, cut off at 0
-    and ½: of the best link, together with those of all links whose maximum comes as near to that of the best. `STEEP`
-    widens the interval only. Tests and bound look at all labels of the data as it has them, reviewed or not: what is
-    left of them after a review is chosen by the margins.
-    """
-    in_data = ~known.is_trusted
-    labelled, own = margins[in_data], weights[in_data]
-    right = np.where(known.is_wrong, -margins, margins)  # of reviewed labels as they should be
+def _estimate_all(sample: Labelled, covariate: np.ndarray | None, level: float) -> tuple[FlipEstimate, list[Fit]]:
+    """The estimate with one rate for all annotators, and the likeliest fits at this rate and at the interval's ends."""
+    # The profile likelihood's interval, all ε whose best T comes within χ²₁(level)/2 of the maximum: of the best link,
+    # together with those of all links whose maximum comes as near to that of the best. `STEEP` widens it only.
+    # Tests and bound look at all labels of the data as it has them, reviewed or not: what is left of them after a
+    # review is chosen by the margins.
+    in_data = ~sample.is_trusted
+    labelled, own = sample.margins[in_data], sample.weights[in_data]
     links = allowed_links(labelled, own, level)
-    *profiles, steep = (ProfileLikelihood(link, right, weights, known) for link in (*(links or [Link()]), STEEP))
+    *profiles, steep = (ProfileLikelihood(link, sample) for link in (*(links or [Link()]), STEEP))
     best = _likeliest(one.best for one in profiles)
     drop = float(chi2.ppf(level, df=1)) / 2
     near = [one for one in (*profiles, steep) if one.best.log_likelihood >= best.log_likelihood - drop]
@@ -284,12 +266,12 @@ def _estimate_all(
         level=level,
         scale=best.scale,
         link=best.link,
-        p_flip=np.where(known.is_known, 0.0, best.link.p_flip(best.rate, best.scale, margins)),
         obstacle=obstacle,
-        num_pairs=len(margins),
+        num_pairs=len(sample.margins),
+        num_labels=len(labelled),
         num_different=round(own.sum()),
-        num_trusted=int(known.is_known.sum()),
-        num_reviewed=int(known.is_reviewed.sum()),
+        num_trusted=int(sample.is_known.sum()),
+        p_flip=np.where(sample.is_known, 0.0, best.link.p_flip(best.rate, best.scale, sample.margins)),
     )
     return estimate, [best, *(_likeliest(one.at(end) for one in profiles) for end in (low, high) if end != best.rate)]
 
@@ -320,8 +302,6 @@ def _p_fit(margins: PerPair, weights: PerPair, covariate: PerPair | None, fit: F
     ::
 
         χ² = Σ over bins (observed − expected)² / variance,   bins − 2 degrees of freedom: rate and scale are fitted
-
-    Errors that depend on the covariate at the same |h| are seen.
     """
     p_right = fit.p_right(np.abs(margins))
     p_against = 1.0 - p_right - fit.rate * (1.0 - 2.0 * p_right)
@@ -356,8 +336,6 @@ def _bound(margins: PerPair, weights: PerPair, level: float) -> float:
     so ε is at most the least of the upper confidence limits (Clopper-Pearson) over nested sets of the largest margins,
     each at (1−level)/2 / `NUM_SETS`. It holds for any q if flips depend neither on |h| nor on whether the model is
     right. Where q comes to 1 these pairs are the anchor points of Liu & Tao (2016), see also Scott (2015).
-
-    A margin of 0 contradicts half, equal sizes share a set.
     """
     order = np.argsort(-np.abs(margins))
     sizes, counts = -np.abs(margins)[order], weights[order].cumsum()
@@ -370,34 +348,28 @@ def _bound(margins: PerPair, weights: PerPair, level: float) -> float:
 
 
 def _annotator_rates(
-    names: Shaped[np.ndarray, " pairs"],
-    margins: PerPair,
-    weights: PerPair,
-    known: Known,
-    fits: Sequence[Fit],
-    level: float,
+    names: Shaped[np.ndarray, " pairs"], sample: Labelled, fits: Sequence[Fit], level: float
 ) -> list[AnnotatorRate]:
-    """The rate of each annotator, the worst first; none if fewer than two are named.
-
-    `fits` are the best one, then those at the ends of the interval of all: the scale is not known better than the rate
-    of all, and an annotator's interval reaches over those of all three. Labels that are known count as what they are.
-    """
-    is_known = known.is_known
-    named = sorted({str(name) for name in names[~is_known]} - {""})
+    """The rate of each annotator, the worst first; none if fewer than two are named."""
+    # The fits are the best one, then those at the ends of the interval of all: the scale is not known better than the
+    # rate of all, and an annotator's interval reaches over those of all three.
+    named = sorted({str(name) for name in names[~sample.is_known]} - {""})
     if len(named) < 2 or not fits[0].scale:
         return []
     grid, drop = _ANNOTATOR_RATES, chi2.ppf(level, df=1) / 2
+    is_right = sample.is_trusted | (sample.reviews > 0)
     rates = []
     for name in named:
-        own, is_open = names == name, (names == name) & ~is_known
+        own = names == name
+        is_open = own & ~sample.is_known
         ends = []
         for fit in (fits[0], *(one for one in fits[1:] if one.scale)):
             # The prior is a Beta law with its mode at the overall rate, worth PRIOR_PAIRS pairs.
             profile = PRIOR_PAIRS * (xlogy(fit.rate, grid) + xlog1py(1 - fit.rate, -grid))
-            labels = log_label(grid[:, None], fit.p_right(margins[None, is_open]))
-            profile = profile + (weights[is_open] * labels).sum(axis=1)
-            profile += xlogy(weights[own & known.is_wrong].sum(), grid)
-            profile += xlog1py(weights[own & is_known & ~known.is_wrong].sum(), -grid)
+            labels = log_label(grid[:, None], fit.p_right(sample.margins[None, is_open]))
+            profile = profile + (sample.weights[is_open] * labels).sum(axis=1)
+            profile += xlogy(sample.weights[own & (sample.reviews < 0)].sum(), grid)
+            profile += xlog1py(sample.weights[own & is_right].sum(), -grid)
             inside = grid[profile >= profile.max() - drop]
             ends.append((float(grid[profile.argmax()]), float(inside[0]), float(inside[-1])))
         best, low, high = ends[0][0], min(end[1] for end in ends), max(end[2] for end in ends)

@@ -13,12 +13,12 @@ from functools import cached_property
 from operator import attrgetter
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import betaln, expit, xlog1py, xlogy
 from scipy.stats import chi2
 
-from ropo.noise.clusters import PerPair
+from ropo.noise.shares import PerPair
 
 TAILS: tuple[float, ...] = (np.inf, 16.0, 8.0)
 """Degrees of freedom of Student's t that the model's errors may have; infinite is normal. Errors with heavier tails
@@ -75,24 +75,25 @@ STEEP = Link(power=2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Known:
-    """Which labels are known; each of shape (pairs,), bool.
+class Labelled:
+    """Margins, and what is known of their labels; each of shape (pairs,).
 
     Attributes:
-        is_trusted: Right labels from elsewhere, which are no part of the data.
-        is_reviewed: Labels of the data that were reviewed.
-        is_wrong: Of these, the wrong ones.
+        margins: h, of the labels as the data has them.
+        weights: 1 / (number of copies of the pair).
+        is_trusted: Which are right labels from elsewhere, no part of the data.
+        reviews: Of the others, +1 for labels that were reviewed and are right, −1 if wrong, else 0.
     """
 
+    margins: PerPair
+    weights: PerPair
     is_trusted: Bool[np.ndarray, " pairs"]
-    is_reviewed: Bool[np.ndarray, " pairs"]
-    is_wrong: Bool[np.ndarray, " pairs"]
+    reviews: Shaped[np.ndarray, " pairs"]
 
     @property
     def is_known(self) -> Bool[np.ndarray, " pairs"]:
         """Whose label is known."""
-        is_known: np.ndarray = self.is_trusted | self.is_reviewed
-        return is_known
+        return np.asarray(self.is_trusted | (self.reviews != 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +114,7 @@ def allowed_links(margins: PerPair, weights: PerPair, level: float) -> list[Link
     """The links that the sizes of the margins allow; none if they allow tails that are too heavy.
 
     If right labels have margins μ + s·(error), the sizes follow the folded law f(x−μ) + f(x+μ) whatever the flip rate.
-    Log-odds are linear in h for normal errors; for Student errors they rise to a peak and fall again, so large margins
-    are errors as well. A ν is allowed if its best μ and s come within χ²₁(level)/2 of the best of all ν; so is every
-    lighter tail.
+    A ν is allowed if its best μ and s come within χ²₁(level)/2 of the best of all ν; so is every lighter tail.
     """
     unit = _unit(margins)
     sizes, counts = _binned(np.abs(margins[margins != 0]) / unit, weights[margins != 0])
@@ -163,14 +162,14 @@ class ProfileLikelihood:
     and makes the cost almost independent of the number of pairs.
     """
 
-    def __init__(self, link: Link, margins: PerPair, weights: PerPair, known: Known) -> None:
-        is_known = known.is_known
-        self.link, self._unit = link, _unit(margins[~known.is_trusted])
+    def __init__(self, link: Link, sample: Labelled) -> None:
+        margins = np.where(sample.reviews < 0, -sample.margins, sample.margins)
+        weights, is_known = sample.weights, sample.is_known
+        self.link, self._unit = link, _unit(margins[~sample.is_trusted])
         self._relative_link = replace(link, peak=link.peak / self._unit)
         self._points, self._counts = _binned(margins[~is_known] / self._unit, weights[~is_known])
         self._trusted, self._trusted_counts = _binned(margins[is_known] / self._unit, weights[is_known])
-        self._num_wrong = weights[known.is_reviewed & known.is_wrong].sum()
-        self._num_right = weights[known.is_reviewed & ~known.is_wrong].sum()
+        self._num_wrong, self._num_right = weights[sample.reviews < 0].sum(), weights[sample.reviews > 0].sum()
         self.of_coin_flips = -(self._counts.sum() + self._trusted_counts.sum()) * np.log(2.0)
         grid = _RELATIVE_SCALES[:, None]
         self._p_right_grid = self._relative_link.p_right(grid, self._points)

@@ -1,12 +1,11 @@
 """Held-out margins of every pair by linear models, for all folds and all penalties in one go.
 
-In: features of the pairs, each chosen minus rejected, and folds. Out: `HeldOut`, and `Refit`.
+In: features of the pairs, each chosen minus rejected, and folds. Out: `HeldOut`.
 
 The one idea: to first order around the reference, the margin of a fine-tuned model is linear in its parameters, so DPO
-is logistic regression on the gradient of each pair. What takes one training per fold then takes one matrix product per
-step: in the eigenbasis of the features every penalty is diagonal, and a fold is a column of weights in which its own
-pairs weigh nothing. So even the nested comparison of two trainings, in which the suspects of a fold are found without
-that fold, takes seconds.
+is logistic regression on the gradient of each pair. In the eigenbasis of the features every penalty is diagonal, and a
+fold is a column of weights in which its own pairs weigh nothing: what takes one training per fold takes one matrix
+product per step, and even the nested comparison of two trainings takes seconds.
 
 Shapes: a problem is one fit, a column. Pairs are dealt into folds several times; columns go deal by deal.
 """
@@ -20,7 +19,7 @@ from jaxtyping import Float, Int
 from scipy.linalg import eigh
 from scipy.special import expit
 
-from ropo.noise.clusters import PerPair, mean_of
+from ropo.noise.shares import PerPair, mean_of
 
 Features = Float[np.ndarray, "pairs numbers"]
 Covariates = Float[np.ndarray, "pairs covariates"]
@@ -58,12 +57,7 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Whether models are better without the pairs that other models contradict, by labels that neither has seen.
-
-    Attributes:
-        gain: By how much more of these labels they agree with, in [−1, 1].
-        error: Its standard error.
-    """
+    """By how much more unseen labels models agree with that were fitted without suspects, and its standard error."""
 
     gain: float
     error: float
@@ -74,15 +68,6 @@ class Filter:
         return self.gain > self.error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Refit:
-    """Held-out margins of models that were fitted without suspects, as in `HeldOut`, and whether that is better."""
-
-    margins: PerPair
-    surface: PerPair
-    filter: Filter
-
-
 class LinearModels:
     """Ridge logistic regressions on the features of pairs, each without one fold.
 
@@ -90,12 +75,10 @@ class LinearModels:
 
         minimise over v    −Σ w·log σ(v·f) + λ/2·|v|²
 
-    Every label says "chosen is better" and features change their sign with the order of the responses, so there is no
-    intercept.
-
-    Covariates compete with the features for what they share, and win: features are regressed on them, and what is left
-    is fitted beside them (Frisch & Waugh 1933). So `margins` holds nothing that follows the covariates, as in
-    length-controlled win rates (arXiv:2404.04475).
+    Features change their sign with the order of the responses, so there is no intercept. Covariates compete with the
+    features for what they share, and win: features are regressed on them, and what is left is fitted beside them
+    (Frisch & Waugh 1933). So `margins` holds nothing that follows them, as in length-controlled win rates
+    (arXiv:2404.04475).
 
     Args:
         features: Chosen minus rejected, of each pair, in any unit.
@@ -136,31 +119,35 @@ class LinearModels:
         fits, strength = by_strength[best], float(strengths[best])
         if len(self._folds) > 1:
             fits = np.concatenate([fits, self._solve(self._seen[:, self._num_folds :], strength)], axis=1)
-        margins, surface = self._margins(fits)
-        return HeldOut(
-            margins=margins, surface=surface, loss=self._loss(margins + surface), strength=strength, fits=fits
-        )
+        return self._held_out(fits, strength)
 
-    def without_suspects(self, before: HeldOut, *, is_known: np.ndarray | None = None) -> Refit:
+    def without_suspects(self, before: HeldOut, *, is_known: np.ndarray | None = None) -> tuple[HeldOut, Filter]:
         """Leave out what held-out margins contradict, fit again, and compare by labels that neither fit has seen.
 
         This is ROPO's alternation of filtering and training (arXiv:2404.04102, section 3) on linear models, nested:
-        which pairs are left out of the fit that scores a fold is found without that fold. So no label has a say in its
-        own margin, and where all labels are right there is nothing to gain.
+        which pairs are left out of the fit that scores a fold is found without that fold, so where all labels are right
+        nothing is gained.
 
         Args:
             before: The fits with all pairs; of three folds or more.
             is_known: Pairs that are never suspects, shape (pairs,), bool.
+
+        Returns:
+            The new fits, and what leaving out has gained.
         """
         suspects = self._suspects(before.strength)
         if is_known is not None:
             suspects &= ~is_known[:, None]
         fits = self._solve(self._seen & ~suspects, before.strength)
-        margins, surface = self._margins(fits)
         change = self._agreement(fits) - self._agreement(before.fits)
         gain = mean_of(change, self._weights)
         error = np.sqrt(mean_of((change - gain) ** 2, self._weights)) / np.sqrt(self._weights.sum())
-        return Refit(margins=margins, surface=surface, filter=Filter(gain=gain, error=float(error)))
+        return self._held_out(fits, before.strength), Filter(gain=gain, error=float(error))
+
+    def _held_out(self, fits: np.ndarray, strength: float) -> HeldOut:
+        margins, surface = self._margins(fits)
+        loss = self._loss(margins + surface)
+        return HeldOut(margins=margins, surface=surface, loss=loss, strength=strength, fits=fits)
 
     def _suspects(self, strength: float) -> np.ndarray:
         """Which pairs are contradicted by fits without their own fold and without that of the column."""
@@ -180,10 +167,7 @@ class LinearModels:
         return _solve(self._basis, self._weights[:, None] * seen, np.broadcast_to(penalties, seen.shape[1:]))
 
     def _by_deal(self, fits: np.ndarray) -> tuple[PerDeal, PerDeal]:
-        """Of each pair and deal the margin by the fit without its fold, and what the covariates add to it.
-
-        For as many deals as there are columns of.
-        """
+        """Of each pair and deal that there are fits of: the margin without its fold, and what covariates add to it."""
         folds = self._folds[: fits.shape[1] // self._num_folds]
         columns = folds.T + self._num_folds * np.arange(len(folds))
         both = (self._basis.margins(fits), self._basis.surface(fits))
@@ -225,11 +209,9 @@ class _Basis:
         self._of_covariates = self._covariates.T @ (vectors / roots) if is_wide else vectors[num_features:]
 
     def margins(self, fits: np.ndarray) -> PerFit:
-        """Margins by each fit."""
         return np.asarray(self.coordinates @ fits)
 
     def surface(self, fits: np.ndarray) -> PerFit:
-        """What the covariates add to them."""
         return np.asarray(self._covariates @ (self._of_covariates @ fits), dtype=np.float32)
 
 
@@ -241,10 +223,10 @@ def scaled_to_one(features: Float[np.ndarray, "pairs some"]) -> Float[np.ndarray
 def _solve(basis: _Basis, weights: PerFit, penalties: np.ndarray) -> np.ndarray:
     """Maximise the likelihood of every problem by accelerated gradient steps; shape (coordinates, problems).
 
-    The second derivative of the loss is at most ¼ (Böhning & Lindsay 1988), so in the eigenbasis the step is a diagonal
-    matrix. Momentum by Nesterov, begun anew where it points uphill (O'Donoghue & Candès 2015).
+    Momentum by Nesterov, begun anew where it points uphill (O'Donoghue & Candès 2015).
     """
     weights, penalties = weights.astype(np.float32), penalties.astype(np.float32)
+    # The second derivative of the loss is at most ¼ (Böhning & Lindsay 1988), and the eigenbasis makes steps diagonal.
     inverse = (1.0 / (basis.spectrum[:, None] / 4 * weights.max() + penalties)).astype(np.float32)
     fits: np.ndarray = np.zeros_like(inverse)
     ahead = fits

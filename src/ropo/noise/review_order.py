@@ -3,14 +3,13 @@
 In: P(flipped) and the held-out margin of each pair. Out: an order, the most suspect pair first.
 
 The one idea: how many labels are flipped and which ones are two questions. Margins can rank flips well and still not
-tell their number, since few flips and a good model look like many honest doubts. So where P(flipped) says nothing, the
-margin ranks.
+tell their number, so where P(flipped) calls nothing, the margin ranks.
 """
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ropo.noise.clusters import PerPair
+from ropo.noise.shares import PerPair
 
 WIDE_INTERVAL = 0.1
 """An interval wider than this leaves open how many of the contradicted labels are flips and how many honest doubt."""
@@ -22,12 +21,7 @@ def has_suspects(p_flip: PerPair, is_open: Bool[np.ndarray, " pairs"], *, is_inf
 
 
 def review_order(p_flip: PerPair, margins: PerPair, *, by_margin: bool) -> Int[np.ndarray, " pairs"]:
-    """Positions of the pairs, the most suspect first; of equals the smaller margin, then the earlier pair; NaN last.
-
-    Args:
-        p_flip: P(flipped) of each pair.
-        margins: Held-out margin of each pair.
-        by_margin: Whether P(flipped) is left alone, as where none `has_suspects`.
+    """Positions of the pairs by P(flipped), or `by_margin`; of equals the smaller margin, then the earlier pair.
 
     Examples:
         >>> review_order(np.zeros(3), np.array([2.0, -1.0, -3.0]), by_margin=False).tolist()

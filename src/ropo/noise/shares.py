@@ -1,15 +1,47 @@
-"""How sure a share is that was counted."""
+"""Shares that are counted over pairs, copies of one pair counting once, and how sure they are.
+
+In: values per pair, and a name for each pair, the same for copies. Out: weights, means, intervals.
+
+The one idea: a row that stands in the data twice has one margin and one label; counted twice, it would narrow every
+interval without anything new being known.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Shaped
+
+PerPair = Float[np.ndarray, " pairs"]
+Clusters = Sequence[str] | np.ndarray
+"""Names of clusters, one for each pair: pairs with the same name are copies of each other."""
+
+
+def cluster_weights(clusters: Clusters | None, num_pairs: int) -> PerPair:
+    """1 / (size of its cluster) for each pair; None: each is its own.
+
+    Raises:
+        ValueError: If there is not one name per pair.
+
+    Examples:
+        >>> cluster_weights(["a", "b", "a"], 3).tolist()
+        [0.5, 1.0, 0.5]
+    """
+    if clusters is None:
+        return np.ones(num_pairs)
+    if len(clusters) != num_pairs:
+        raise ValueError(f"clusters needs one name per pair, {num_pairs}; got {len(clusters)}.")
+    _, where, sizes = np.unique(np.asarray(clusters), return_inverse=True, return_counts=True)
+    weights: PerPair = 1.0 / sizes[where]
+    return weights
+
+
+def mean_of(values: Shaped[np.ndarray, " pairs"], weights: PerPair) -> float:
+    """Weighted mean; of equal weights exactly what `values.mean()` gives."""
+    return float(np.average(values, weights=weights))
 
 
 def wilson_interval(share: float, count: int, *, z: float = 1.6449) -> tuple[float, float]:
-    """Wilson's interval of a share seen in `count` cases, which stays inside [0, 1].
-
-    Args:
-        share: In [0, 1].
-        count: Number of cases, 1 or more.
-        z: Half width of the interval in standard errors; the default covers 90 %.
+    """Wilson's interval of a share seen in `count` cases, 1 or more; by default it covers 90 %.
 
     Examples:
         >>> [round(value, 3) for value in wilson_interval(0.5, 100)]

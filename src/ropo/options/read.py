@@ -27,10 +27,6 @@ SHOWN = 100
 def check_mapping(name: str, value: Any) -> None:
     """Refuse what holds no named values.
 
-    Args:
-        name: The option.
-        value: What was given.
-
     Raises:
         ValueError: If `value` is no mapping.
     """
@@ -40,11 +36,6 @@ def check_mapping(name: str, value: Any) -> None:
 
 def check_keys(name: str, value: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse an object with a key that nothing reads.
-
-    Args:
-        name: The option.
-        value: What was given.
-        known: The keys that are read.
 
     Raises:
         ValueError: If `value` has another one.
@@ -176,18 +167,19 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
-def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
+def read_yaml(path: Path, *, as_text: bool = False, option: str = "config") -> dict[str, Any]:
     """Options from a file; an empty one holds none.
 
     Args:
         path: The file.
         as_text: Whether single values stay as they are written, for a conversion that knows the option's type.
+        option: That names the file.
 
     Raises:
         ValueError: If it is not there, or is no YAML file of options.
     """
     if not path.is_file():
-        raise ValueError(f"--config needs a YAML file; {path} is {file_kind(path)}.")
+        raise ValueError(f"--{option} needs a YAML file; {path} is {file_kind(path)}.")
     loader = None
     try:
         loader = _Loader(path.read_text("utf-8-sig"))
@@ -199,13 +191,14 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"--config needs a YAML file; {path}{where}: {error.problem or error.context}.") from None
+        raise ValueError(f"--{option} needs a YAML file; {path}{where}: {error.problem or error.context}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ValueError(f"--config needs a YAML file; {path} is none: {' '.join(str(error).split())}") from None
+        raise ValueError(f"--{option} needs a YAML file; {path} is none: {' '.join(str(error).split())}") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise ValueError(f"--config needs a YAML file of `option: value` lines; {path} holds a {type(found).__name__}.")
+        kind = type(found).__name__
+        raise ValueError(f"--{option} needs a YAML file of `option: value` lines; {path} holds a {kind}.")
     return found
 
 

@@ -23,11 +23,6 @@ from ropo.spelling import did_you_mean
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Refuse a name that is not in a table.
 
-    Args:
-        name: The option.
-        value: What was given.
-        choices: What there is.
-
     Raises:
         ValueError: If `value` is none of them.
     """
@@ -193,10 +188,6 @@ def check_values(given: Mapping[str, Any], kind: type) -> None:
 
     Texts are checked of our own classes only: what libraries call a text may be more.
 
-    Args:
-        given: Values by the names of options.
-        kind: The dataclass.
-
     Raises:
         ValueError: As `check_options`.
     """
@@ -251,10 +242,6 @@ def _what_it_needs(value: Any, kinds: frozenset[Any], *, is_own: bool) -> str:
 
 def check_folder(name: str, value: str | os.PathLike[str]) -> None:
     """Refuse a folder to write to that can be none.
-
-    Args:
-        name: The option.
-        value: What was given; need not exist.
 
     Raises:
         ValueError: If it, or a folder above it, is a file or must not be written.

@@ -289,9 +289,6 @@ ADVICE: Mapping[str, Callable[[Table], str | None]] = {
 def advice(tables: Table) -> dict[str, str]:
     """What to do next.
 
-    Args:
-        tables: As `tables.build_tables` returns them; sentences are not read.
-
     Returns:
         Sentences by the name of the rule in `ADVICE`, those of rules that apply.
     """

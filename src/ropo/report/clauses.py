@@ -1,12 +1,12 @@
 """What enums of a run mean, as clauses and sentences: the one place where they become prose.
 
-In: values of `Why`, names of obstacles. Out: texts.
+In: values of `Why` and `Obstacle`. Out: texts.
 """
 
 from collections.abc import Mapping
 
-from ropo.audit.result import IN_SAMPLE
 from ropo.audit.weights import Why
+from ropo.noise.estimate import FlipEstimate, Obstacle
 
 CLAUSES: Mapping[str, str] = {
     Why.GIVEN: "it was given",
@@ -19,22 +19,49 @@ CLAUSES: Mapping[str, str] = {
 }
 """Why ρ or α is what it is, as clauses that complete "since ..."."""
 
-OBSTACLE_NAMES: Mapping[str, str] = {
-    "TOO_FEW": "too few pairs",
-    "ONE_SIZE": "margins of one size",
-    "REVERSED": "most labels are contradicted",
-    "NO_SIGNAL": "margins do not follow the labels",
-    "HEAVY_TAILS": "the largest margins may be errors",
-    "MISFIT": "agreement does not grow with the margins as assumed",
-    "WIDE": "the interval is too wide",
-    IN_SAMPLE: "no held-out margins",
-}
-"""Why no rate is given, in a few words."""
-
-OBSTACLES: Mapping[str, str] = {
-    IN_SAMPLE: (
+OBSTACLES: Mapping[str, tuple[str, str]] = {
+    Obstacle.TOO_FEW: ("too few pairs", "There are too few pairs to estimate a rate. Score some hundreds."),
+    Obstacle.ONE_SIZE: (
+        "margins of one size",
+        "All margins have the same size. Use another model, or more pairs.",
+    ),
+    Obstacle.REVERSED: (
+        "most labels are contradicted",
+        "The model contradicts most labels. Check whether chosen and rejected are swapped.",
+    ),
+    Obstacle.NO_SIGNAL: (
+        "margins do not follow the labels",
+        "The margins do not follow the labels. Use more pairs, a larger model or trusted pairs.",
+    ),
+    Obstacle.HEAVY_TAILS: (
+        "the largest margins may be errors",
+        "The largest margins may be errors of the model. Review the pairs that it contradicts most strongly.",
+    ),
+    Obstacle.MISFIT: (
+        "agreement does not grow with the margins as assumed",
+        "Agreement with the labels does not grow with the margins as assumed. Review the most contradicted pairs.",
+    ),
+    Obstacle.WIDE: (
+        "the interval is too wide",
+        "Too many rates explain the margins about equally well. Use more pairs, a larger model or trusted pairs.",
+    ),
+    Obstacle.IN_SAMPLE: (
+        "no held-out margins",
         "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "
-        "With num_folds of 2 or more, the rate is estimated on pairs that the judging model has not seen."
+        "With num_folds of 2 or more, the rate is estimated on pairs that the judging model has not seen.",
     ),
 }
-"""Why no rate is given, beside what a `FlipEstimate` says of itself."""
+"""Why no rate is given: in a few words; and in sentences, with what to do about it."""
+
+
+def reason(estimate: FlipEstimate) -> str:
+    """Why an estimate is or is not informative, and what to do about it, in one to four sentences."""
+    if estimate.obstacle is Obstacle.IN_SAMPLE:
+        return OBSTACLES[estimate.obstacle][1]
+    if estimate.obstacle is None:
+        text = f"The margins place the flip rate between {100 * estimate.low:.1f} % and {100 * estimate.high:.1f} %."
+    else:
+        text = f"At most {100 * estimate.high:.1f} % of the labels are flipped. {OBSTACLES[estimate.obstacle][1]}"
+    if estimate.num_different < estimate.num_labels:
+        text += f" Copies count once: {estimate.num_labels} pairs count as {estimate.num_different}."
+    return text

@@ -55,52 +55,24 @@ def loss(summary: Summary) -> Json:
 
 def calibration(summary: Summary) -> Json | None:
     """What became of labels that were flipped on purpose, with an interval for each bin."""
-    found = summary.get("calibration")
-    if not found:
+    if not (found := summary.get("calibration")):
         return None
-    names = ("share_found", "share_others", "recall", "precision")
     low, high = wilson_interval(found["share_found"], found["num_turned"])
-    return {
-        "num_injected": int(found["num_injected"]),
-        "num_turned": int(found["num_turned"]),
-        **{name: number(found.get(name)) for name in names},
-        **{name: numbers(found[name]) for name in ("recall_range", "precision_range")},
-        "found_low": number(low),
-        "found_high": number(high),
-        "bins": [_calibration_bin(entry) for entry in found.get("bins") or []],
-    }
-
-
-def _calibration_bin(entry: Mapping[str, Any]) -> Json:
-    low, high = wilson_interval(entry["observed"], entry["num_pairs"])
-    return {
-        "num_pairs": int(entry["num_pairs"]),
-        "predicted": number(entry["predicted"]),
-        "observed": number(entry["observed"]),
-        "low": number(low),
-        "high": number(high),
-    }
+    bins = [
+        entry | dict(zip(("low", "high"), wilson_interval(entry["observed"], entry["num_pairs"]), strict=True))
+        for entry in found.get("bins") or []
+    ]
+    plain: Json = _plain({**found, "found_low": low, "found_high": high, "bins": bins})
+    return plain
 
 
 def scorers(summary: Summary) -> list[Json]:
     """How often each scorer agrees with labels that it has not seen, the one that judges first."""
     found = [
-        {
-            "name": (name := clean(str(entry["name"]))),
-            "meaning": MEANINGS.get(name, ""),
-            "is_surface": name in SURFACE,
-            **{key: number(entry.get(key)) for key in ("agreement", "low", "high")},
-            "is_taken": bool(entry.get("is_taken")),
-        }
-        for entry in summary.get("scorers") or []
+        {"is_taken": False, **entry, "meaning": MEANINGS.get(entry["name"], ""), "is_surface": entry["name"] in SURFACE}
+        for entry in map(_plain, summary.get("scorers") or [])
     ]
     return sorted(found, key=lambda entry: (not entry["is_taken"], -(entry["agreement"] or 0.0)))
-
-
-def filter_(summary: Summary) -> Json | None:
-    """Whether linear models get better without the pairs that they contradict."""
-    found = summary.get("filter")
-    return found and {"gain": number(found["gain"]), "error": number(found["error"]), "helps": bool(found["helps"])}
 
 
 def with_length(summary: Summary) -> Json | None:
@@ -118,16 +90,9 @@ def annotators(summary: Summary, estimate: Json) -> Json:
 
 
 def _annotator(entry: Mapping[str, Any], estimate: Json) -> Json:
-    rate, low, high = (number(entry.get(key)) for key in ("rate", "low", "high"))
-    return {
-        "name": clean(str(entry.get("name"))),
-        "num_pairs": int(entry.get("num_pairs") or 0),
-        "rate": rate,
-        "low": low,
-        "high": high,
-        "is_worse": bool(low is not None and low > estimate["high"]),
-        "is_opposite": bool(rate is not None and rate > 0.5),
-    }
+    is_worse, is_opposite = entry["low"] > estimate["high"], entry["rate"] > 0.5
+    plain: Json = _plain({**entry, "is_worse": is_worse, "is_opposite": is_opposite})
+    return plain
 
 
 def weight_curve(summary: Summary) -> Json | None:
@@ -153,20 +118,13 @@ def weight_curve(summary: Summary) -> Json | None:
 
 def problems(summary: Summary) -> list[Json]:
     """Problems of the data, the gravest first."""
-    found = []
-    for kind, count in (summary.get("problems") or {}).items():
-        spec = PROBLEMS.get(kind)
-        found.append(
-            {
-                "kind": clean(str(kind)),
-                "count": int(count),
-                "severity": spec.severity if spec else "",
-                "meaning": spec.meaning if spec else "",
-                "remedy": spec.remedy if spec else "",
-            }
-        )
+    found = [
+        {"kind": clean(kind), "count": int(count)}
+        | {name: getattr(PROBLEMS.get(kind), name, "") for name in ("severity", "meaning", "remedy")}
+        for kind, count in (summary.get("problems") or {}).items()
+        if count
+    ]
     rank = {severity: index for index, severity in enumerate(SEVERITIES)}
-    found = [problem for problem in found if problem["count"]]
     return sorted(found, key=lambda one: (rank.get(one["severity"], len(rank)), -one["count"], one["kind"]))
 
 
@@ -178,18 +136,23 @@ def token_lengths(summary: Summary) -> Json | None:
 
 def provenance(summary: Summary) -> Json:
     """What makes the run repeatable."""
+    texts = {name: summary.get(name) or "" for name in ("command", "data_sha256", "model", "model_fingerprint")}
     config = summary.get("config") or {}
-    return {
-        "command": clean(str(summary.get("command") or "")),
-        "data_sha256": str(summary.get("data_sha256") or ""),
-        "model": clean(str(summary.get("model") or "")),
-        "model_fingerprint": str(summary.get("model_fingerprint") or ""),
-        "versions": {clean(str(key)): clean(str(value)) for key, value in (summary.get("versions") or {}).items()},
-        "seconds": {clean(str(key)): number(value) for key, value in (summary.get("seconds") or {}).items()},
-        "config": {clean(str(k)): _shown_option(str(k), v) for k, v in config.items()},
-    }
+    plain: Json = _plain(texts | {name: summary.get(name) or {} for name in ("versions", "seconds")})
+    return plain | {"config": {clean(str(k)): _shown_option(str(k), v) for k, v in config.items()}}
 
 
 def _shown_option(name: str, value: object) -> str:
     """A report is passed on; whatever grants access to an account stays out of it."""
     return "…" if name.endswith("_token") and value else clean(str(value))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers rounded and texts made safe to show, wherever they stand in a value of JSON."""
+    if isinstance(value, Mapping):
+        return {clean(str(key)): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, str):
+        return clean(value)
+    return number(value) if isinstance(value, float) else value

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,10 @@ def write_report(
 
 def render_html(tables: Table) -> str:
     """The report as one self-contained page."""
-    environment = _environment(autoescape=True)
-    environment.filters["prose"] = _html_prose
     script = _source("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.jinja").render(
+    template = _environment(is_html=True).get_template("report.html.jinja")
+    return template.render(
         tables,
         figures={name: Markup(svg) for name, svg in figures(tables).items()},
         style=Markup(_source("report.css")),
@@ -81,12 +81,7 @@ def render_html(tables: Table) -> str:
 
 def render_markdown(tables: Table) -> str:
     """The report as Markdown: the same numbers, texts in fenced blocks, no figures."""
-    # Autoescape knows HTML only; here `finalize` escapes whatever an expression prints for Markdown.
-    environment = _environment(autoescape=False)
-    environment.finalize = _markdown
-    # `markup` is for what a macro has printed, which is escaped already.
-    environment.filters |= {"prose": _markdown_prose, "fenced": _fenced, "markup": Markup}
-    return environment.get_template("report.md.jinja").render(tables)
+    return _environment(is_html=False).get_template("report.md.jinja").render(tables)
 
 
 def figures(tables: Table) -> dict[str, str]:
@@ -116,10 +111,13 @@ def figures(tables: Table) -> dict[str, str]:
     return found
 
 
-def _environment(*, autoescape: bool) -> jinja2.Environment:
+@cache
+def _environment(*, is_html: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ropo.report"),
-        autoescape=autoescape,
+        # Autoescape knows HTML only; for Markdown `finalize` escapes whatever an expression prints.
+        autoescape=is_html,
+        finalize=None if is_html else _markdown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -132,6 +130,9 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         "percent": percent,
         "probability": probability,
         "decision": lambda decision: DECISIONS[decision][0],
+        "prose": _html_prose if is_html else _markdown_prose,
+        "fenced": _fenced,
+        "markup": Markup,  # for what a macro of Markdown has printed, which is escaped already
         "clipped": lambda text: text if len(text) <= SHOWN_CONFIG_CHARACTERS else text[:SHOWN_CONFIG_CHARACTERS] + " …",
     }
     environment.globals["percent_range"] = percent_range

@@ -7,14 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
 from ropo.losses import LOSSES
 
+_OF_MACHINE = ("output_dir", "reference_cache_dir", "audit_from", "run_name", "logging_dir")
 
-def model_card(summary: Mapping[str, Any]) -> str:
+
+def model_card(summary: Mapping[str, Any], *, is_adapter: bool) -> str:
     """The README.md of the model folder: what was done, on which data, what the labels looked like.
 
     Args:
         summary: What `summary.json` holds.
+        is_adapter: Whether the folder holds an adapter in place of a whole model.
     """
     config, rate = summary["config"], summary["flip_rate"]
     noise = (
@@ -24,14 +29,10 @@ def model_card(summary: Mapping[str, Any]) -> str:
     )
     counts = ", ".join(str(summary[name]) for name in ("num_kept", "num_dropped", "num_flipped"))
     spec = LOSSES[config["loss"]]
-    options = "\n".join(f"{name}: {value}" for name, value in sorted(config.items()) if value is not None)
-    base = "" if Path(summary["model"]).exists() else f"base_model: {summary['model']}\n"  # a path is no hub id
+    given = {name: value for name, value in sorted(config.items()) if value is not None and name not in _OF_MACHINE}
+    options = "\n".join(f"{name}: {value}" for name, value in given.items())
     return f"""---
-library_name: transformers
-{base}tags:
-- ropo
-- preference-optimization
-- dpo
+{_metadata(summary, is_adapter=is_adapter)}
 ---
 
 # {Path(config["output_dir"]).name}
@@ -46,7 +47,7 @@ Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs wit
 | resampled pairs in the last training | {summary["num_resampled"]} |
 | SHA-256 of the data | `{summary["data_sha256"]}` |
 
-`report.html` tells more, `ledger.parquet` holds every pair.
+The run's `report.html` tells more, and its `ledger.parquet` holds every pair.
 
 ## Configuration
 
@@ -70,3 +71,29 @@ Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs wit
 }}
 ```
 """
+
+
+def _metadata(summary: Mapping[str, Any], *, is_adapter: bool) -> str:
+    """What the hub reads, as YAML."""
+    model = Path(summary["model"])
+    base = None if model.exists() else str(summary["model"])  # a path is no hub id
+    found = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base,
+        base_model_relation=None if base is None else "adapter" if is_adapter else "finetune",
+        datasets=summary["datasets"] or None,
+        tags=["ropo", "preference-optimization", "dpo"],
+        **_license_of(model),
+    )
+    return found.to_yaml().strip()
+
+
+def _license_of(model: Path) -> dict[str, Any]:
+    """The license of the base model, as its README says it; nothing where that is not on this machine."""
+    try:
+        path = model / "README.md" if model.is_dir() else try_to_load_from_cache(str(model), "README.md")
+        found = ModelCard.load(path).data.to_dict() if isinstance(path, str | Path) and Path(path).is_file() else {}
+    except ValueError:  # no metadata, or none that can be read
+        return {}
+    return {name: str(found[name]) for name in ("license", "license_name", "license_link") if name in found}

@@ -8,18 +8,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ropo.report.clauses import OBSTACLE_NAMES
+from ropo.report.clauses import OBSTACLES
 from ropo.report.wording import NB_SPACE, count, percent, percent_range
 
 Rows = Sequence[tuple[str, str]]
 
 
 def summary_rows(summary: Mapping[str, Any]) -> Rows:
-    """What a reader wants to know first of a run or an audit.
-
-    Args:
-        summary: What `summary.json` holds.
-    """
+    """What a reader wants to know first of a run or an audit."""
     names = ("kept", "dropped", "flipped", *(("resampled",) if summary["num_resampled"] else ()))
     done = ", ".join(f"{count(summary[f'num_{name}'])} {name}" for name in names)
     rows = [("flipped labels", _rate(summary)), ("pairs", f"{count(summary['num_pairs'])} ({done})")]
@@ -36,15 +32,11 @@ def _rate(summary: Mapping[str, Any]) -> str:
         return f"{percent(rate['estimate'])} (90 % interval {percent_range(rate['low'], rate['high'])})"
     bound = "" if rate["high"] is None else f", at most {percent(rate['high'])}"
     obstacle = summary["obstacle"]
-    return f"cannot tell ({OBSTACLE_NAMES.get(obstacle, obstacle)}){bound}"
+    return f"cannot tell ({OBSTACLES.get(obstacle, (obstacle,))[0]}){bound}"
 
 
 def as_text(title: str, rows: Rows) -> str:
     """Title and rows as lines.
-
-    Args:
-        title: The first line.
-        rows: Names and values.
 
     Examples:
         >>> print(as_text("Result", [("pairs", "20")]))
@@ -56,10 +48,6 @@ def as_text(title: str, rows: Rows) -> str:
 
 def as_html(title: str, rows: Rows) -> str:
     """The same as a table, escaped.
-
-    Args:
-        title: Its caption.
-        rows: Names and values.
 
     Examples:
         >>> as_html("<b>", [("pairs", "20")])

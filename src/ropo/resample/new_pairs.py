@@ -97,10 +97,7 @@ def resample_pairs(
         tokenizer: The model's.
         max_length: As in training.
         judge: Settles what the rule cannot; None for no judge.
-        weight: Weight of the new pairs in training.
-
-    Returns:
-        The new pairs.
+        weight: Weight of the new pairs in training, as a share of their parents'.
     """
     finished, refused = _finished(samples, tokenizer)
     tokenized = _beside_chosen(parents, finished, tokenizer, max_length=max_length)

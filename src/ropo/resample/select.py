@@ -312,9 +312,6 @@ def _refusal(candidate: Candidate, guards: Guards, *, num_copies: int) -> Refusa
 def repetition(text: str) -> float:
     """Share of three-word sequences that repeat an earlier one of the same text.
 
-    Args:
-        text: A response.
-
     Returns:
         0 for no repetition, near 1 for a loop; 0 for texts of fewer than four words.
 
@@ -342,7 +339,7 @@ def new_pair(candidate: Candidate, *, is_sampled_better: bool, weight: float = 1
     Args:
         candidate: The candidate.
         is_sampled_better: Whether the sampled response is the chosen one.
-        weight: Weight of the pair in training.
+        weight: Weight of the pair in training, as a share of its parent's.
 
     Returns:
         A pair with origin "resampled", the row of its parent and the parent's id.
@@ -352,5 +349,5 @@ def new_pair(candidate: Candidate, *, is_sampled_better: bool, weight: float = 1
     parent = candidate.parent
     return Pair(
         prompt=parent.prompt, chosen=chosen, rejected=rejected,
-        row=parent.row, origin="resampled", parent_id=parent.id, weight=weight,
+        row=parent.row, origin="resampled", parent_id=parent.id, weight=weight * parent.weight,
     )  # fmt: skip

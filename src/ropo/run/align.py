@@ -13,17 +13,20 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
+from ropo.audit.weights import resolve_alpha
 from ropo.config import ROPOConfig
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.models.source import Model
 from ropo.run.evaluation import evaluate
+from ropo.run.hub import open_repository, upload
 from ropo.run.inputs import ReviewInputs
 from ropo.run.lock import owning
 from ropo.run.outputs import publish, publish_audit
 from ropo.run.prepare import Given, Prepared, prepare
 from ropo.run.result import AuditResult, RunResult
 from ropo.run.rounds import run_all
+from ropo.run.setup import Setup
 from ropo.train.options import check_kind
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ def run_rounds(
     Raises:
         DataError: If rows cannot be read and `args.on_bad_rows` is "refuse", or no pair is left.
         ValueError: If the output folder holds something else than this run, or a review decision is about another pair.
+        UploadError: If `push_to_hub` is asked for and the hub does not take the model.
     """
     check_kind(args, ROPOConfig, taker="run_rounds")
     if args.audit_from is not None and not args.needs_audit:
@@ -71,23 +75,28 @@ def run_rounds(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review,
         eval_dataset=eval_dataset,
     )  # fmt: skip
-    with owning(Path(str(args.output_dir))):
+    with owning(Path(str(args.output_dir)), cache=args.reference_cache_dir):
         made = prepare(given, args, is_audit=False)
         if idle := args.without_effect:
             logger.warning("Nothing is sampled (num_candidates 0), so these do nothing: %s.", ", ".join(idle))
         digest, audit = made.digest, None
+        repository = open_repository(args)
         judge = judge or make_judge(args, made.folder / "judge")
         if args.needs_audit:
             audit = _audit_of(made, args)
             digest = audit.run(digest)
-        rounds = run_all(
-            made.data, audit, args, folder=made.folder / "rounds", model=made.model, reference=made.reference,
-            judge=judge, digest=digest,
+        alpha = resolve_alpha(args.fixed_alpha, is_audited=False) if audit is None else audit.judgement.alpha
+        setup = Setup(
+            folder=made.folder / "rounds", args=args, loss=args.bound_loss(alpha.value), alpha=alpha, model=made.model,
+            reference=made.reference, audit=audit, judge=judge,
+            evaluation=None if made.evaluation is None else made.evaluation.tokenized,
         )  # fmt: skip
+        rounds = run_all(made.data, setup, digest=digest)
         found = None
         if made.evaluation is not None:
             found = evaluate(made.evaluation, rounds, folder=made.folder / "evaluation")
         publish(rounds, made, found)
+        upload(repository, args, model=rounds[-1].model_folder)
         return RunResult.load(made.folder)
 
 
@@ -127,7 +136,9 @@ def run_audit(
     given = Given(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review
     )
-    with owning(Path(str(args.output_dir))):
+    if args.push_to_hub:
+        raise ValueError("push_to_hub needs a model; got an audit, which makes none. Leave it out.")
+    with owning(Path(str(args.output_dir)), cache=args.reference_cache_dir):
         made = prepare(given, args, is_audit=True)
         audit = _audit_of(made, args)
         audit.run(made.digest)

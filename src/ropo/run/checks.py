@@ -6,6 +6,7 @@ In: a `ROPOConfig`. Out: nothing, or a refusal before anything is read.
 from transformers import IntervalStrategy
 
 from ropo.config import ROPOConfig
+from ropo.run.hub import check_upload
 from ropo.train.checks import check_training
 from ropo.train.sharding import sharder
 
@@ -18,8 +19,12 @@ _NOT_RESUMED = {
 }
 
 
-def check_run(args: ROPOConfig) -> None:
+def check_run(args: ROPOConfig, *, has_evaluation: bool) -> None:
     """Refuse before anything is read what a single training may do and a whole run cannot.
+
+    Args:
+        args: Options.
+        has_evaluation: Whether the run is given an evaluation set, or would not read one.
 
     Raises:
         ValueError: If there are several GPUs in this process, or an option asks for what a run has not or does not do.
@@ -38,21 +43,19 @@ def check_run(args: ROPOConfig) -> None:
             )
     if args.resume_from_checkpoint is not None:
         raise ValueError("Rerun the same command to resume a run; got resume_from_checkpoint. Leave it out.")
-    if args.eval_strategy != "no":
+    if args.eval_strategy != "no" and not has_evaluation:
         raise ValueError(
-            "A run evaluates the model of every round on eval_dataset_name (in Python: eval_dataset), and nothing in "
-            f"between; got eval_strategy {IntervalStrategy(args.eval_strategy).value!r}. Leave it out, or use "
-            "ROPOTrainer."
+            f"eval_strategy {IntervalStrategy(args.eval_strategy).value} needs an evaluation set; got none. Name it by "
+            "eval_dataset_name (in Python: eval_dataset)."
         )
+    if args.eval_on_start and args.eval_strategy == "no":
+        raise ValueError("eval_on_start needs eval_strategy steps or epoch; got no. Add it.")
     for name, is_asked in (
-        ("eval_on_start", args.eval_on_start),
         ("save_strategy best", args.save_strategy == "best"),
         ("load_best_model_at_end", args.load_best_model_at_end),
     ):
         if is_asked:
-            raise ValueError(f"A run evaluates nothing while it trains; got {name}. Leave it out, or use ROPOTrainer.")
-    if args.push_to_hub:
-        raise ValueError(
-            "A run uploads nothing; got push_to_hub. Leave it out, look at the report, then upload the model's files "
-            "(`hf upload`)."
-        )
+            raise ValueError(
+                f"A run takes the model that a training ends with; got {name}. Leave it out, or use ROPOTrainer."
+            )
+    check_upload(args)

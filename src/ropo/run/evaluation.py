@@ -23,8 +23,7 @@ from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked, text_id
 from ropo.logps.score import score_pairs
-from ropo.noise.clusters import cluster_weights, mean_of
-from ropo.noise.shares import wilson_interval
+from ropo.noise.shares import cluster_weights, mean_of, wilson_interval
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import hash_value, write_aside
 from ropo.run.inputs import DataSource

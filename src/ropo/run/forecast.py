@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from ropo.config import ROPOConfig
@@ -25,6 +25,7 @@ from ropo.logps.choose import choose_layout
 from ropo.logps.last_layer import last_mlp
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import LOSSES
+from ropo.models.adapters import add_adapter
 from ropo.models.source import Model
 from ropo.run.plan import Machine, ModelSize, PairSize, Plan, RunSize, forward_operations, plan_run
 from ropo.train.model import turn_dropout_off
@@ -55,7 +56,7 @@ def tell_forecast(model: Model, tokens: Sequence[TokenizedPair], args: ROPOConfi
         asked = model.load_options.get("dtype", "auto")
         config.dtype = config.dtype if asked == "auto" else asked
         config._attn_implementation = model.load_options.get("attn_implementation")
-        plan = forecast(config, tokens, args, model.tokenizer, model.adapter, is_audit=is_audit)
+        plan = forecast(config, tokens, args, model.tokenizer, model.peft_config, is_audit=is_audit)
     # Another make of model, or too little memory. A package that is not installed stops the run, so it is told at once.
     except (ValueError, AttributeError, RuntimeError, OSError) as error:
         logger.info("What this run will cost cannot be told: %s", error)
@@ -142,7 +143,7 @@ def model_size(config: PretrainedConfig, peft_config: PeftConfig | None = None, 
     outside = embedding.numel() + (0 if head is embedding else head.numel())
     trained = total
     if peft_config is not None:
-        adapted = get_peft_model(model, copy.deepcopy(peft_config))
+        adapted = add_adapter(model, peft_config)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = config.get_text_config()  # of a model that could take images, too, the numbers stand one level down
     return ModelSize(

@@ -5,18 +5,21 @@ what differs.
 """
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ropo.audit.scorers import SCORED_FILES
 from ropo.config import ROPOConfig
 from ropo.data.template import date_of, writes_date
 from ropo.models.source import Model
+from ropo.processes import meet, on_main
 from ropo.provenance import (
     DamagedFileError,
     Json,
@@ -89,6 +92,8 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _as_json(value: Any) -> Any:
     """What JSON does not know; a set has no order of its own, and another one in every process."""
+    if isinstance(value, QuantizationConfigMixin):
+        return value.to_dict()
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
@@ -176,8 +181,9 @@ def claim(folder: Path, identity: Json) -> None:
     """Make the output folder this run's, or make sure that it already is.
 
     Raises:
-        ValueError: If another run is there.
+        ValueError: If another run is there, or processes have read different things.
     """
+    _check_same(identity)
     path = folder / "ropo_config.json"
     if path.exists() and has_trained(folder):
         old = read_json(path, remedy=_IDENTITY_REMEDY)
@@ -189,11 +195,27 @@ def claim(folder: Path, identity: Json) -> None:
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."
             )
-    PartialState().wait_for_everyone()
+    meet()
     if PartialState().is_main_process:
         write_json(path, identity)
         remove_leftovers(folder, lock_file=LOCK_FILE)
-    PartialState().wait_for_everyone()
+    meet()
+
+
+def _check_same(identity: Json) -> None:
+    """Refuse processes that read another model or other data than the main one, from a folder of their own.
+
+    Raises:
+        ValueError: In all of them.
+    """
+    main = on_main(lambda: identity)
+    own = [f"process {PartialState().process_index} on {platform.node()}", _differences(main, identity)]
+    if others := [one for one in gather_object([own]) if one[1]]:
+        name, differences = others[0]
+        raise ValueError(
+            f"Every process needs the same model and data; {name} differs from the main one (there):\n{differences}\n"
+            "Name files that all machines share, or give each the same copy."
+        )
 
 
 def dated(tokenizer: PreTrainedTokenizerBase, folders: Sequence[Path]) -> str | None:
@@ -207,8 +229,7 @@ def dated(tokenizer: PreTrainedTokenizerBase, folders: Sequence[Path]) -> str | 
     if not writes_date(tokenizer):
         return None
     kept = next(filter(None, map(_kept_date, folders)), None)
-    [date] = broadcast_object_list([date_of(tokenizer, kept)])
-    return date_of(tokenizer, date)
+    return date_of(tokenizer, on_main(lambda: date_of(tokenizer, kept)))
 
 
 def _kept_date(folder: Path) -> str | None:

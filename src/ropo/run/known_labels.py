@@ -40,7 +40,7 @@ def known_labels(
     verdicts = {} if review.decisions is None else _verdicts_in(Path(review.decisions))
     if review.trusted is None:
         return verdicts, [], None
-    shared = {ours: theirs for ours, theirs in (columns or {}).items() if ours != "annotator"}
+    shared = {ours: theirs for ours, theirs in (columns or {}).items() if ours not in ("annotator", "weight")}
     trusted = DataSource.of(review.trusted, columns=shared)
     read, known, found = read_checked(trusted.data, split=trusted.split, columns=trusted.columns, on_bad_rows="refuse")
     if found:

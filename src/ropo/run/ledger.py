@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         pa.field("held_out_margin", pa.float64()),
         pa.field("annotator", pa.string()),
         pa.field("parent_id", pa.string()),
+        pa.field("source", pa.string()),
     ],
     metadata={
         "pair_id": "hash of prompt and unordered responses",
@@ -41,6 +42,7 @@ SCHEMA = pa.schema(
         "held_out_margin": "margin under a model that was not trained on the pair; p_flip comes from it; null if none",
         "annotator": "who labelled the pair, if the data says so",
         "parent_id": "pair_id of the pair that a resampled pair replaces; null for others",
+        "source": "dataset and row in it where several are mixed, and row counts on through all; else null",
     },
 )
 
@@ -85,6 +87,7 @@ def ledger_table(
         "held_out_margin": [*held_out, *[None] * (len(pairs) - len(held_out))],
         "annotator": [pair.annotator for pair in pairs],
         "parent_id": [pair.parent_id for pair in pairs],
+        "source": [pair.source for pair in pairs],
     }
     return pa.table(columns, schema=SCHEMA)
 

@@ -18,8 +18,10 @@ from accelerate import PartialState
 
 from ropo.audit import Audit
 from ropo.data.review import read_verdicts, with_verdicts, write_review
+from ropo.models.source import Model
 from ropo.noise.review_order import has_suspects, review_order
 from ropo.pairs import Pair
+from ropo.processes import meet
 from ropo.provenance import Json, read_json, saying_if_full, sync, sync_entry, write_aside, write_json
 from ropo.report import write_report
 from ropo.report.model_card import model_card
@@ -30,6 +32,9 @@ from ropo.run.rounds import Round
 from ropo.run.summary import audit_summary, train_summary
 
 logger = logging.getLogger(__name__)
+
+MERGED = "merged"
+"""Where the whole model is in the output folder of an adapter, if it is asked for."""
 
 
 def publish(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | None = None) -> None:
@@ -51,11 +56,11 @@ def publish(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | No
         pairs = [*made.loaded.pairs, *new]
         with _published(folder) as aside:
             _copy_model(rounds[-1].model_folder, aside, published=folder)
-            (aside / "README.md").write_text(model_card(summary), encoding="utf-8")
+            (aside / "README.md").write_text(_card(summary, rounds[-1].model_folder), encoding="utf-8")
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=log, checks=checks)
             write_json(aside / "summary.json", summary)
-    PartialState().wait_for_everyone()
+    meet()
 
 
 def publish_audit(audit: Audit, made: Prepared) -> None:
@@ -83,7 +88,26 @@ def publish_audit(audit: Audit, made: Prepared) -> None:
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=[], checks=_by_row(audit))
             write_json(aside / "summary.json", summary)
-    PartialState().wait_for_everyone()
+    meet()
+
+
+def _card(summary: Json, model: Path) -> str:
+    return model_card(summary, is_adapter=(model / "adapter_config.json").exists())
+
+
+def publish_merged(model: Model, folder: Path) -> None:
+    """Write the trained model as one whole model to `merged/`, for programs that take no adapters.
+
+    Args:
+        model: What the run was given.
+        folder: The output folder of a finished run, which holds the adapter.
+    """
+    if PartialState().is_main_process:
+        with write_aside(folder / MERGED) as aside:
+            model.merged(folder).save_pretrained(aside)
+            model.tokenizer.save_pretrained(aside)
+        logger.info("Adapter and model, merged: %s", folder / MERGED)
+    meet()
 
 
 @contextmanager
@@ -195,5 +219,6 @@ def _cleaned(pair: Pair, p_flip: float | None, decision: str, weight: float) -> 
         "decision": decision,
         "p_flip": None if p_flip is None else round(float(p_flip), 6),
         "row": pair.row,
+        **({} if pair.source is None else {"source": pair.source}),
         "pair_id": pair.id,
     }

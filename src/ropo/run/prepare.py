@@ -19,14 +19,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropo.audit.folds import folds_of
 from ropo.config import ROPOConfig
 from ropo.data.load import Loaded
+from ropo.data.mixture import names_on_hub
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import with_verdicts
 from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
+from ropo.models.quantized import in_words
 from ropo.models.sharding import whole_models
 from ropo.models.source import Model, Reference, find_model
 from ropo.pairs import Pair, PairLogps
+from ropo.processes import meet
 from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.run.checks import check_run
 from ropo.run.evaluation import EvaluationSet, read_evaluation
@@ -38,7 +41,7 @@ from ropo.stages import Stages
 from ropo.train.checks import check_warmup
 from ropo.train.dataset import PairDataset, batching
 from ropo.train.launch import Launch, tell_other_launch
-from ropo.train.sharding import load_in_parts
+from ropo.train.sharding import load_in_parts, sharder
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class Prepared:
         reference: The frozen one.
         digest: Of the run's identity.
         evaluation: Pairs for evaluation only; None without.
+        datasets: Names of what was read from the hub.
     """
 
     folder: Path
@@ -80,6 +84,7 @@ class Prepared:
     reference: Reference
     digest: str
     evaluation: EvaluationSet | None
+    datasets: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,13 +142,19 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
         DataError: If rows cannot be read, or no pair is left.
         ValueError: If options, model, data or output folder do not fit.
     """
-    check_run(args)
+    check_run(args, has_evaluation=is_audit or given.eval_dataset is not None)
     load_in_parts(args)
     folder = Path(str(args.output_dir))
     refuse_what_is_not_ours(folder)
     _tell_launch(args, given.model)
     read = _read(given, args)
     model = _model_of(given, folder)
+    _check_trained(model, args, is_audit=is_audit)
+    if model.is_quantized and sharder(args) is not None:
+        raise ValueError(
+            f"Quantized weights need to be whole in each process; got load_in_4bit or load_in_8bit, sharded by "
+            f"{args.sharding}. Launch without sharding, or leave the bits out."
+        )
     skeleton = model.skeleton()  # what its files lack is told now
     date = dated(model.tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
     tokenized = _tokenize(given, read, args, model, skeleton)
@@ -173,6 +184,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
         reference=reference,
         digest=digest,
         evaluation=tokenized.evaluation,
+        datasets=names_on_hub(DataSource.of(given.dataset).data),
     )
 
 
@@ -184,8 +196,9 @@ def _read(given: Given, args: ROPOConfig) -> _Labelled:
     """
     source = DataSource.of(given.dataset)
     loaded, pairs, problems = read_checked(
-        source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows
-    )
+        source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows,
+        max_samples=args.max_samples, seed=args.seed,
+    )  # fmt: skip
     verdicts, trusted, sha256 = known_labels(pairs, given.review or ReviewInputs(), columns=source.columns)
     read = _Labelled(
         loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, is_whole=True)),
@@ -215,12 +228,13 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
     if found := [problem for problem in trusted.problems if problem.row is not None]:
         logger.warning("Trusted pairs:\n%s", render(found))
     check_warmup(args, num_pairs=args.fewest_trained_on(len(pairs) + len(trusted)))
-    if model.adapter is not None:
-        check_adapter(skeleton, model.adapter)
+    if (peft_config := model.peft_config) is not None:
+        check_adapter(skeleton, peft_config)
     evaluation = None
     if given.eval_dataset is not None:
+        columns = DataSource.of(given.dataset).columns or {}
         evaluation = read_evaluation(
-            DataSource.of(given.eval_dataset, columns=DataSource.of(given.dataset).columns),
+            DataSource.of(given.eval_dataset, columns={name: columns[name] for name in columns if name != "weight"}),
             trained_on=[*read.pairs, *read.trusted],
             tokenizer=tokenizer,
             max_length=args.max_length,
@@ -256,7 +270,7 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
     """Where a model object is saved, since rounds load it again and again."""
     if isinstance(model, PeftModel):
         raise ValueError(
-            "A run needs a whole model to start from; got one with an adapter. Pass the base model and peft_config, or "
+            "A run needs a model that it can load again; got one with an adapter. Save it and pass the folder, or pass "
             "model.merge_and_unload()."
         )
     if tokenizer is None:
@@ -266,13 +280,13 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
     is_there = path.exists() and owner.exists() and read_json(owner) == {"weights": weights}
     if path.exists() and not is_there and has_trained(folder):
         raise ValueError(f"{folder} holds a run that began with another model. Use another output_dir.")
-    PartialState().wait_for_everyone()
+    meet()
     if PartialState().is_main_process and not is_there:
         with write_aside(path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
         write_json(owner, {"weights": weights})
-    PartialState().wait_for_everyone()
+    meet()
     return str(path)
 
 
@@ -285,6 +299,31 @@ def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel | Model) 
         is_read = args.reads_reference
         reference = f"Reference: {name}, scored once into {cache}." if is_read else f"{args.loss} reads no reference."
         logger.info("%s. %s", Launch.of(args), reference)
+
+
+def _check_trained(model: Model, args: ROPOConfig, *, is_audit: bool) -> None:
+    """Log what is trained where it is not the whole model.
+
+    Raises:
+        ValueError: If quantized weights would have to be trained, or sharded.
+    """
+    if model.is_quantized and args.sharding != "none":
+        raise ValueError(
+            f"Quantized weights need processes that hold the whole model; got {args.sharding}. Leave out one of them."
+        )
+    trains = not is_audit or args.scorer == "models"
+    if model.is_quantized and model.start is None and model.adapter is None and trains:
+        raise ValueError(
+            "Quantized weights cannot be trained; got quantization_config and no adapter. Add peft_config, too."
+        )
+    if model.is_quantized and PartialState().is_main_process:
+        logger.info("Linear layers of the base: %s.", in_words(model.load_options["quantization_config"]))
+    if model.start is not None and trains and PartialState().is_main_process:
+        logger.info(
+            "%s is an adapter of %s: it is trained further, and the reference is that model with it, frozen.",
+            model.name_or_path,
+            model.base[0],
+        )
 
 
 def _report_problems(folder: Path, problems: Sequence[Problem]) -> None:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ropo.audit.features import BLOCKS
-from ropo.audit.result import RateEstimate
 from ropo.audit.run import Judgement
 from ropo.audit.scorers import MARGINS_FILE, ScorerRow, Scores
 from ropo.audit.weights import Choice
+from ropo.noise.estimate import FlipEstimate
 from ropo.noise.review_order import has_suspects, review_order
 from ropo.provenance import Json, read_json
 from ropo.report.notebook import as_html, as_text, summary_rows
@@ -88,7 +88,7 @@ class AuditResult(_Folder):
     """
 
     folder: Path
-    estimate: RateEstimate
+    estimate: FlipEstimate
     rho: Choice
     alpha: Choice
     decisions: NDArray[np.str_]
@@ -203,7 +203,7 @@ class RoundResult:
     """
 
     number: int
-    estimate: RateEstimate
+    estimate: FlipEstimate
     rho: Choice
     alpha: Choice
     num_pairs: int
@@ -256,7 +256,7 @@ def _round(folder: Path, entry: Json) -> RoundResult:
     decided = Decided.read(here / "decisions.json")
     counts: Json = {name: entry[name] for name in RoundResult.__dataclass_fields__ if name in entry}
     counts |= {"rho": decided.rho, "alpha": decided.alpha}
-    estimate = RateEstimate.from_json(read_json(here / "flip_estimate.json"))
+    estimate = FlipEstimate.from_json(read_json(here / "flip_estimate.json"))
     return RoundResult(number=entry["round"], estimate=estimate, **counts)
 
 

@@ -17,6 +17,7 @@ folds (`num_folds` 0) w is decided by the losses of the model just trained, as i
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -31,19 +32,13 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
-from ropo.audit import Audit
-from ropo.audit.result import IN_SAMPLE, RateEstimate
-from ropo.audit.weights import decide_all, known_labels, resolve_alpha, resolve_rho, resolve_rule, training_set
-from ropo.config import ROPOConfig
+from ropo.audit.weights import Labels, decide_all, resolve_rho, training_set
 from ropo.data.tokenize import SampledIds, TokenizedPairs, encode_prompts, tokenize_pairs
-from ropo.data.validate import text_id
-from ropo.judge.verdicts import Judge
 from ropo.logps.score import score_pairs
-from ropo.models.source import Model, Reference
-from ropo.noise.estimate import estimate_flips
+from ropo.noise.estimate import FlipEstimate, Obstacle, estimate_flips
 from ropo.pairs import Pair, PairLogps
+from ropo.processes import meet
 from ropo.provenance import read_json, write_aside, write_json
-from ropo.report.clauses import OBSTACLES
 from ropo.resample.new_pairs import NewPairs, Scored, Scorer, Scoring, resample_pairs
 from ropo.resample.select import SELECTION_RULES, Criteria
 from ropo.run.setup import Decided, Setup
@@ -63,6 +58,7 @@ _CHECKPOINTS = "checkpoints"
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
 _DECIDE_FILES = ["flip_estimate.json", "flips.safetensors", "decisions.json"]
 _HALFWAY = "model_halfway"  # stays in the last round, so that one more round can follow
+_TIMES = re.compile("eval_(runtime|.*_per_second)")  # of the log: the same training leaves the same files
 _RESAMPLE_FILES = ["resampled.jsonl", "resampled_reference.safetensors", "resampling.json"]
 
 
@@ -131,9 +127,9 @@ class Round:
         ]
         return replace(found, decisions=decisions)
 
-    def estimate(self) -> RateEstimate:
+    def estimate(self) -> FlipEstimate:
         """The flip rate that this round has decided by."""
-        return RateEstimate.from_json(read_json(self.folder / "flip_estimate.json"))
+        return FlipEstimate.from_json(read_json(self.folder / "flip_estimate.json"))
 
     def new_pairs(self) -> list[Pair]:
         """Pairs that this round made; none before its resampling or in the last round."""
@@ -186,6 +182,7 @@ class Round:
             self.model.load(start, is_trainable=True),
             args,
             train_dataset=dataset,
+            eval_dataset=self._evaluation(),
             processing_class=self.model.tokenizer,
             peft_config=self.model.adapter if start is None else None,
             loss=self.loss,
@@ -201,13 +198,22 @@ class Round:
                 save_file({"margins": first_margins}, path)
             # Without its last line, which holds times: the same training leaves the same files.
             log = [line for line in trainer.state.log_history if "train_runtime" not in line]
+            log = [{name: value for name, value in line.items() if not _TIMES.fullmatch(name)} for line in log]
             write_json(self.folder / "training_log.json", log)
+
+    def _evaluation(self) -> PairDataset | None:
+        """Pairs that are scored while the model trains; nothing depends on them."""
+        found = self.setup.evaluation
+        if found is None or self.args.eval_strategy == "no":
+            return None
+        reference = self.setup.reference.logps(found.tokens) if self.loss.spec.needs_reference else None
+        return PairDataset(found.pairs, found.tokens, reference=reference)
 
     def _clear_up(self) -> None:
         """Remove what only resampling reads; it is finished, so nobody will ask for it again."""
         if PartialState().is_main_process:
             shutil.rmtree(self.folder / _HALFWAY, ignore_errors=True)
-        PartialState().wait_for_everyone()
+        meet()
 
     @property
     def _train_files(self) -> list[str]:
@@ -231,19 +237,12 @@ class Round:
     def _decide(self) -> None:
         margins, read = self.margins(), self.num_read
         if self.audit is None:
-            found = estimate_flips(margins[:read], clusters=[text_id(pair) for pair in self.data.pairs[:read]])
+            clusters = Labels.of(self.data.pairs[:read]).clusters
             # A model agrees with labels that it has learned, so these margins only rank.
-            estimate = replace(
-                RateEstimate.of(found), is_informative=False, obstacle=IN_SAMPLE, reason=OBSTACLES[IN_SAMPLE]
-            )
-            p_flip = found.p_flip
-            rho = resolve_rho(self.args.fixed_rho, estimate)
+            estimate = replace(estimate_flips(margins[:read], clusters=clusters), obstacle=Obstacle.IN_SAMPLE)
+            p_flip, rho = estimate.p_flip, resolve_rho(self.args.fixed_rho, estimate)
             found_all = decide_all(
-                self.data.select(range(read)),
-                margins[:read],
-                p_flip,
-                rho=rho.value,
-                rule=resolve_rule(self.args.decision_rule, rho),
+                self.data.select(range(read)), margins[:read], p_flip, rho=rho, rule=self.args.decision_rule
             )
             decisions, weights = (values.tolist() for values in found_all)
         else:
@@ -262,14 +261,18 @@ class Round:
             weights=[*weights, *faded.tolist()],
         )
         if PartialState().is_main_process:
-            margins_are = "held-out" if estimate.is_held_out else "in-sample"
+            margins_are = "in-sample" if estimate.obstacle is Obstacle.IN_SAMPLE else "held-out"
             write_json(self.folder / "flip_estimate.json", {**estimate.to_json(), "margins": margins_are})
             write_json(self.folder / "decisions.json", asdict(decided))
 
     def _resample(self, digest: str) -> None:
         found = Decided.read(self.folder / "decisions.json").decisions
         has_new = {self.data.pairs[i].row for i in range(self.num_read, len(found)) if found[i] == "keep"}
-        lost = [i for i in range(self.num_data) if found[i] == "drop" and self.data.pairs[i].row not in has_new]
+        lost = [
+            i
+            for i, pair in enumerate(self.data.pairs[: self.num_data])
+            if found[i] == "drop" and pair.row not in has_new and pair.weight > 0
+        ]
         made = self._resampled_pairs(lost, digest) if lost and self.args.num_candidates else NewPairs()
         reference: dict[str, torch.Tensor] = {}
         new = list(zip(made.pairs, made.sampled, strict=True))
@@ -346,13 +349,14 @@ class Round:
 
     def _reach(self, policy: Callable[[], PreTrainedModel] | None) -> Reach:
         """Where an engine finds the model that this round has trained, or the initial one if `policy` is None."""
-        is_adapter, is_initial = self.model.adapter is not None, policy is None
+        is_initial = policy is None
+        adapter = self.model.start if is_initial else self.model_folder if self.model.peft_config is not None else None
         return Reach(
             tokenizer=self.model.tokenizer,
             load=policy or self.model.load,
-            folder=self.model.name_or_path if is_adapter or is_initial else self.model_folder,
-            adapter=self.model_folder if is_adapter and not is_initial else None,
-            load_options=self.model.load_options,
+            folder=self.model.base[0] if is_initial or adapter is not None else self.model_folder,
+            adapter=adapter,
+            load_options=self.model.base[1],
             use_bf16=self.args.bf16,
             url=self.args.generation_url,
             name=self.args.generation_model,
@@ -371,46 +375,31 @@ def _tensors(logps: PairLogps) -> dict[str, torch.Tensor]:
 
 def run_all(
     data: PairDataset,
-    audit: Audit | None,
-    args: ROPOConfig,
+    setup: Setup,
     *,
-    folder: Path,
-    model: Model,
-    reference: Reference,
-    judge: Judge | None = None,
     digest: str,
 ) -> list[Round]:
-    """Run `args.rounds` rounds, each in a folder of its own.
+    """Run `setup.args.rounds` rounds, each in a folder of its own.
 
     Args:
         data: All pairs of the data that fit, then the trusted ones, with reference log-probabilities.
-        audit: What is known about the labels, finished; None to go by the margins of the trained model.
-        args: Options.
-        folder: The rounds become `00`, `01`, ... in it.
-        model: The initial one.
-        reference: The frozen one.
-        judge: Asked about what the selection rule cannot settle; None for nobody.
-        digest: Of everything that made `data` and `audit`, and of the options.
+        setup: What they have in common.
+        digest: Of everything that made `data` and the audit, and of the options.
 
     Returns:
         The rounds, in order; the last one's model is the result.
     """
     rounds: list[Round] = []
-    if audit is None:
-        alpha = resolve_alpha(args.fixed_alpha, is_audited=False)
-        sign, _ = known_labels(data.pairs)  # verdicts are obeyed whoever judges the rest
+    if setup.audit is None:
+        sign = Labels.of(data.pairs).sign  # verdicts are obeyed whoever judges the rest
         scored, trained_on = data, training_set(data, np.abs(sign) * data.weights, sign < 0)
     else:
-        alpha, scored, trained_on = audit.judgement.alpha, data, audit.training()
-    setup = Setup(
-        folder=folder, args=args, loss=args.bound_loss(alpha.value), alpha=alpha, model=model, reference=reference,
-        audit=audit, judge=judge,
-    )  # fmt: skip
-    for number in range(args.rounds):
+        scored, trained_on = data, setup.audit.training()
+    for number in range(setup.args.rounds):
         if rounds:
             scored, trained_on = rounds[-1].next_datasets()
         this = Round(number, setup, scored)
-        start = rounds[-1].model_folder if rounds and args.round_start == "carry_on" else None
-        digest = this.run(trained_on, start=start, digest=digest, is_last=number == args.rounds - 1)
+        start = rounds[-1].model_folder if rounds and setup.args.round_start == "carry_on" else None
+        digest = this.run(trained_on, start=start, digest=digest, is_last=number == setup.args.rounds - 1)
         rounds.append(this)
     return rounds

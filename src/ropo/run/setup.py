@@ -9,6 +9,7 @@ from pathlib import Path
 from ropo.audit import Audit
 from ropo.audit.weights import Choice
 from ropo.config import ROPOConfig
+from ropo.data.tokenize import TokenizedPairs
 from ropo.judge.verdicts import Judge
 from ropo.losses import BoundLoss
 from ropo.models.source import Model, Reference
@@ -27,6 +28,7 @@ class Setup:
         model: The initial one.
         reference: The frozen one, which reads only pairs that it has never seen.
         audit: What is known about the labels, finished; None to go by the margins of the trained model.
+        evaluation: Pairs that a training scores on the way, if `eval_strategy` says so; None without.
         judge: Asked about prompts for which the selection rule takes no candidate; None for nobody.
     """
 
@@ -38,6 +40,7 @@ class Setup:
     reference: Reference
     audit: Audit | None
     judge: Judge | None
+    evaluation: TokenizedPairs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,12 @@ import torch
 
 from ropo.audit import Audit
 from ropo.audit.options import AuditOptions
-from ropo.audit.result import RateEstimate
 from ropo.audit.weights import Choice
 from ropo.data.problems import rows_left_out, summarise
 from ropo.losses import BoundLoss, gradient_weight
+from ropo.noise.estimate import FlipEstimate, Obstacle
 from ropo.provenance import Json, command, machine, read_json, versions
+from ropo.report.clauses import reason
 from ropo.run.evaluation import Evaluation
 from ropo.run.prepare import Prepared
 from ropo.run.rounds import Round
@@ -50,6 +51,7 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
         **_about_run(rounds[0].args, made, seconds, rounds[0].loss),
         "rounds": per_round,
         "model": made.model.name_or_path,
+        "datasets": made.datasets,
         "model_fingerprint": _fingerprint(made.folder),
         "weight_curve": _weight_curve(rounds[0].loss),
         "evaluation": None if evaluation is None else asdict(evaluation),
@@ -107,25 +109,26 @@ def _chosen(choices: Mapping[str, Choice]) -> Json:
     return {key: value for name, one in choices.items() for key, value in ((name, one.value), (f"{name}_why", one.why))}
 
 
-def _about_rate(estimate: RateEstimate) -> Json:
+def _about_rate(estimate: FlipEstimate) -> Json:
     return {
         "flip_rate": _flip_rate(estimate),
         "is_informative": estimate.is_informative,
         "obstacle": estimate.obstacle,
-        "reason": estimate.reason,
+        "reason": reason(estimate),
     }
 
 
-def _flip_rate(estimate: RateEstimate) -> Json:
+def _flip_rate(estimate: FlipEstimate) -> Json:
     """The rate with its interval.
 
     No rate where it cannot be told, and no interval where the margins are those of a model that has seen the labels:
     nobody should read 0 % there.
     """
+    is_held_out = estimate.obstacle is not Obstacle.IN_SAMPLE
     return {
         "estimate": estimate.rate if estimate.is_informative else None,
-        "low": estimate.low if estimate.is_held_out else None,
-        "high": estimate.high if estimate.is_held_out else None,
+        "low": estimate.low if is_held_out else None,
+        "high": estimate.high if is_held_out else None,
     }
 
 
@@ -195,6 +198,6 @@ def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> Json:
         "flip_rate_with_length": None if judged.with_length is None else _flip_rate(judged.with_length),
         "num_trusted": judged.estimate.num_trusted,
         "num_contradicted": audit.num_contradicted,
-        "calibration": None if calibration is None else calibration.to_dict(),
+        "calibration": None if calibration is None else asdict(calibration),
         "noise_left": judged.noise_left,
     }

@@ -34,12 +34,7 @@ def by_device(values: Mapping[str, int], device: torch.device) -> int:
 
 
 class Caller:
-    """Calls a model with just the arguments that its forward knows.
-
-    Args:
-        model: A causal language model, with or without PEFT, on its device.
-        tokenizer: The model's, for padding.
-    """
+    """Calls a model with just the arguments that its forward knows."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
@@ -80,9 +75,6 @@ class Caller:
 
     def max_response_tokens(self, ids: Sequence[int]) -> int:
         """Most tokens that can follow a prompt; only a table of learned positions sets a limit.
-
-        Args:
-            ids: The prompt.
 
         Raises:
             ValueError: If nothing can follow.
@@ -138,10 +130,6 @@ class Job:
 
     def check(self, num_broken: int, num_rows: int) -> None:
         """Stop at logits that are no numbers.
-
-        Args:
-            num_broken: Rows that have such logits.
-            num_rows: Of so many.
 
         Raises:
             ValueError: If there are any.

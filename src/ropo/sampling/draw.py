@@ -20,11 +20,6 @@ _MAX_LOGITS = 2**26  # drawn from at once; more are cut into pieces of rows
 def draw_noise(seed: int, *, num_candidates: int, max_new_tokens: int) -> Int[Tensor, "candidates tokens"]:
     """All random numbers that one prompt needs.
 
-    Args:
-        seed: Of the prompt.
-        num_candidates: K.
-        max_new_tokens: N.
-
     Returns:
         Whole numbers, uniform in [0, 2³⁰), on the CPU.
     """

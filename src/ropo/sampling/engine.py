@@ -138,16 +138,7 @@ def seeded(prompts: Sequence[Sequence[int]], seed: int) -> list[Prompt]:
 
 
 def response_of(ids: list[int], stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Response:
-    """The response that drawn tokens make.
-
-    Args:
-        ids: Tokens; what follows the first of `stop_ids` is not part of it.
-        stop_ids: Tokens that end a response.
-        tokenizer: Turns tokens into text.
-
-    Returns:
-        The text up to the token that ended it.
-    """
+    """The response that drawn tokens make."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
     kept = ids if end is None else ids[:end]
     return Response(
@@ -159,30 +150,14 @@ def response_of(ids: list[int], stop_ids: Sequence[int], tokenizer: PreTrainedTo
 
 
 def with_end(response: Response, *, is_finished: bool) -> Response:
-    """A response with the engine's word on whether the model ended it; tokens that contradict it are not kept.
-
-    Args:
-        response: As `response_of` makes it.
-        is_finished: What the engine says.
-
-    Returns:
-        The response.
-    """
+    """A response with the engine's word on whether the model ended it; tokens that contradict it are not kept."""
     if response.is_finished == is_finished:
         return response
     return replace(response, is_finished=is_finished, ids=None)
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's end of a sequence, and those the model was published with.
-
-    Args:
-        tokenizer: The model's.
-        generation_config: What the model was published with; chat models name the end of a turn there.
-
-    Returns:
-        Token ids, each once; none for a tokenizer without an end.
-    """
+    """Every token that ends a response: the tokenizer's end of a sequence, and those the model was published with."""
     named = getattr(generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return tuple(dict.fromkeys(int(token) for token in ends if token is not None))

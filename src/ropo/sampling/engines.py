@@ -105,15 +105,7 @@ ENGINES: Mapping[str, EngineSpec] = MappingProxyType(
 
 @contextmanager
 def open_engine(name: str, reach: Reach) -> Iterator[Engine]:
-    """Make an engine, and close it when the block ends.
-
-    Args:
-        name: In ENGINES.
-        reach: Where the model can be reached.
-
-    Yields:
-        The engine.
-    """
+    """Make an engine, and close it when the block ends."""
     engine = ENGINES[name].make(reach)
     try:
         yield engine

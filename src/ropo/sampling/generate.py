@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ropo.processes import meet
 from ropo.progress import Progress
 from ropo.provenance import hash_value, write_aside
 from ropo.sampling.engine import Advance, Engine, Prompt, Response, Sampling, seeded
@@ -29,22 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One sampled response.
-
-    Attributes:
-        prompt: Place of its prompt in the input.
-        text: The response without special tokens.
-        num_tokens: Its tokens, the end-of-sequence token not counted.
-        is_finished: Whether the model ended it by itself.
-        ids: See `Response`.
-    """
+class Sample(Response):
+    """One sampled response, and the place of its prompt in the input."""
 
     prompt: int
-    text: str
-    num_tokens: int
-    is_finished: bool
-    ids: tuple[int, ...] | None = None
 
 
 def sample_responses(
@@ -102,6 +91,7 @@ def sample_responses(
                 _write(files[number], sampled)
             for (place, _), responses in zip(shard, sampled, strict=True):
                 samples += [(place, k, Sample(prompt=place, **asdict(one))) for k, one in enumerate(responses)]
+    meet()  # one may have been sampling for much longer than the others
     if state.num_processes > 1:
         samples = gather_object(samples)
     return [sample for _, _, sample in sorted(samples, key=lambda item: item[:2])]

@@ -20,14 +20,7 @@ from ropo.sampling.call import Ended, Job
 
 
 def ask_generate(job: Job) -> Ended:
-    """Sample with `model.generate`.
-
-    Args:
-        job: What to sample, with any model.
-
-    Yields:
-        Responses in the order of the batches.
-    """
+    """Sample with `model.generate`."""
     call, num_candidates = job.call, job.sampling.num_candidates
     per_batch = job.num_rows // num_candidates
     model: Any = call.model

@@ -60,14 +60,6 @@ class ServerEngine:
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance) -> list[list[Response]]:
         """Draw responses.
 
-        Args:
-            prompts: At least one.
-            sampling: How to draw.
-            advance: Called with the prompts and tokens that have just been finished.
-
-        Returns:
-            `sampling.num_candidates` responses for each prompt.
-
         Raises:
             EndpointError: If the server gives no usable answer to a prompt; names both, and what to do.
             ValueError: If the key is unusable.

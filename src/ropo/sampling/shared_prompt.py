@@ -31,14 +31,7 @@ _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # a row's positions follow from
 
 
 def share_prompts(job: Job) -> Ended:
-    """Sample with one forward per prompt and a batch that is filled up as rows end.
-
-    Args:
-        job: What to sample, with a model that `choose_decoder` allows this for.
-
-    Yields:
-        Responses in the order in which their rows leave.
-    """
+    """Sample with one forward per prompt and a batch that is filled up as rows end."""
     waiting, num_candidates = deque(job.places), job.sampling.num_candidates
     flight = _Flight(job)
     while waiting or flight.num_rows:

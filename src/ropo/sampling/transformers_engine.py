@@ -56,14 +56,6 @@ class TransformersEngine:
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance) -> list[list[Response]]:
         """Draw responses.
 
-        Args:
-            prompts: At least one.
-            sampling: How to draw.
-            advance: Called with the prompts and tokens that have just been finished.
-
-        Returns:
-            `sampling.num_candidates` responses for each prompt.
-
         Raises:
             ValueError: If no token can follow a prompt, or the model's logits are not numbers.
             torch.OutOfMemoryError: If not even the candidates of one prompt fit.

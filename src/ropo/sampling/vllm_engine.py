@@ -74,14 +74,6 @@ class VllmEngine:
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance) -> list[list[Response]]:
         """Draw responses.
 
-        Args:
-            prompts: At least one.
-            sampling: How to draw.
-            advance: Called with the prompts and tokens of the whole call at its end.
-
-        Returns:
-            `sampling.num_candidates` responses for each prompt.
-
         Raises:
             RunError: If vLLM gives another number of responses.
         """
@@ -164,9 +156,6 @@ class VllmEngine:
 
 def check_vllm(num_processes: int) -> None:
     """Refuse where vLLM could not be used.
-
-    Args:
-        num_processes: Of this run.
 
     Raises:
         ValueError: If vLLM is not installed or there are several processes.

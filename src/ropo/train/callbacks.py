@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ropo.processes import meet
 from ropo.progress import Progress
 from ropo.train.checkpoints import complete, remove_older
 
@@ -98,14 +98,14 @@ class CompleteCheckpoint(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         """Write them into the checkpoint's folder, then its marker; then remove older checkpoints."""
         tensors = self.collect()
-        PartialState().wait_for_everyone()  # every process has written its part
-        if not state.is_world_process_zero:
-            return
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        save_file(tensors, checkpoint / _STATE_FILE)
-        if not args.save_only_model:
-            complete(checkpoint)
-        remove_older(checkpoint, limit=self.limit, best=state.best_model_checkpoint)
+        meet()  # every process has written its part
+        if state.is_world_process_zero:
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            save_file(tensors, checkpoint / _STATE_FILE)
+            if not args.save_only_model:
+                complete(checkpoint)
+            remove_older(checkpoint, limit=self.limit, best=state.best_model_checkpoint)
+        meet()  # the disk may take longer than a collective of the next step waits
 
 
 def saved_with(checkpoint: Path) -> dict[str, Tensor]:

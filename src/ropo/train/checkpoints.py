@@ -14,8 +14,8 @@ import shutil
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
+from ropo.processes import meet, on_main
 from ropo.provenance import DamagedFileError, read_json, sync, write_aside, write_json
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ def newest_complete(folder: Path) -> Path | None:
     Args:
         folder: `output_dir` of a `Trainer`; it need not exist.
     """
-    found: list[Path | None] = [_newest_complete(folder) if PartialState().is_main_process else None]
-    return broadcast_object_list(found)[0]  # type: ignore[no-any-return] # one list in, the same out
+    return on_main(lambda: _newest_complete(folder))
 
 
 def _newest_complete(folder: Path) -> Path | None:
@@ -105,13 +104,13 @@ def remove_others(folder: Path, *, made_from: str) -> None:
         folder: `output_dir` of a `Trainer`; made when it is missing.
         made_from: Digest of everything that this training depends on.
     """
-    state, path = PartialState(), folder / _OWNER_FILE
-    if state.is_main_process and not (path.exists() and path.read_text("utf-8") == made_from):
+    path = folder / _OWNER_FILE
+    if PartialState().is_main_process and not (path.exists() and path.read_text("utf-8") == made_from):
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         with write_aside(path) as aside:
             aside.write_text(made_from, encoding="utf-8")
-    state.wait_for_everyone()
+    meet()
 
 
 def remove_incomplete(folder: Path) -> None:

@@ -42,8 +42,8 @@ def check_training(args: TrainOptions) -> None:
     """
     if args.n_gpu > 1:  # `Trainer` would split every batch among them, slowly and without our batches
         raise ValueError(
-            f"Training needs one process per GPU; got {args.n_gpu} GPUs in this one. Start it with `accelerate "
-            "launch`, or hide the others with CUDA_VISIBLE_DEVICES."
+            f"Training needs one process per GPU; got {args.n_gpu} GPUs in this one. Add --accelerate_config ddp (or "
+            "start it with `accelerate launch`), or hide the others with CUDA_VISIBLE_DEVICES."
         )
     refuse_other_launch(args)
     check_sharding(args)

@@ -119,6 +119,7 @@ def prepare_dataset(
     args: TrainOptions,
     *,
     needs_reference: bool,
+    is_trained: bool = True,
 ) -> PairDataset | None:
     """Whatever was given as data, as a `PairDataset`, with reference log-probabilities if they are needed.
 
@@ -128,6 +129,7 @@ def prepare_dataset(
         tokenizer: Of the model.
         args: Options.
         needs_reference: Whether the loss reads them.
+        is_trained: Whether it is trained on, so that `max_samples` is about it.
 
     Raises:
         DataError: If a row cannot be read and `on_bad_rows` says so.
@@ -135,7 +137,8 @@ def prepare_dataset(
     """
     if source is None or isinstance(source, PairDataset):
         return source
-    _, pairs, problems = read_checked(source, on_bad_rows=args.on_bad_rows)
+    most = args.max_samples if is_trained else None
+    _, pairs, problems = read_checked(source, on_bad_rows=args.on_bad_rows, max_samples=most, seed=args.seed)
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     if problems := [*problems, *tokenized.problems]:
         logger.warning("Problems of the data:\n%s", render(problems))

@@ -32,7 +32,7 @@ def check_finite(model: nn.Module, loss: Tensor, pairs: Sequence[Pair], position
         remedy = "Lower the learning rate, or use bf16 instead of fp16" if step else "Take another copy of it"
         raise FloatingPointError(f"The model has NaN or infinity in {names} at step {step}. {remedy}.")
     where = positions[~torch.isfinite(loss)].tolist()
-    names = ", ".join(f"row {pairs[i].row} (pair {pairs[i].id})" for i in where[:10])
+    names = ", ".join(f"{pairs[i].place} (pair {pairs[i].id})" for i in where[:10])
     raise FloatingPointError(
         f"The loss is not finite for {names} at step {step}. Lower the learning rate, use bf16 instead of fp16, or "
         "look at these pairs with `ropo validate`."

@@ -25,6 +25,7 @@ class Launch:
         device: Kind of device that each process computes on.
         mixed_precision: Of the forward and backward pass: bf16, fp16, or no.
         sharding: Who shards the weights: none, fsdp or deepspeed.
+        zero_stage: What deepspeed shards: 1 optimizer state, 2 gradients as well, 3 weights, too; 0 without deepspeed.
         batch_size: Pairs of each process in one forward and backward pass.
         num_accumulated: Passes of one step.
     """
@@ -35,6 +36,7 @@ class Launch:
     sharding: str
     batch_size: int
     num_accumulated: int
+    zero_stage: int = 0
 
     @classmethod
     def of(cls, args: TrainOptions) -> "Launch":
@@ -46,16 +48,20 @@ class Launch:
             sharding=args.sharding,
             batch_size=args.per_device_train_batch_size,
             num_accumulated=args.gradient_accumulation_steps,
+            zero_stage=_zero_stage(args),
         )
 
     def __str__(self) -> str:
         """As the log says it."""
-        shards = "" if self.sharding == "none" else f", weights sharded by {self.sharding}"
+        parts = ("optimizer state", "gradients", "weights")[: self.zero_stage or 3][::-1]
+        what = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        shards = f", {what} sharded by {self.sharding}" if self.sharding != "none" else ""
+        whole = ", each with the whole model" if self.sharding == "none" and self.num_processes > 1 else ""
         processes = f"{self.num_processes} process{'' if self.num_processes == 1 else 'es'}"
         num_pairs = self.num_processes * self.batch_size * self.num_accumulated
         return (
-            f"{processes} on {self.device}, mixed precision {self.mixed_precision}{shards}, {num_pairs} pairs per step "
-            f"({processes} x {self.batch_size} x {self.num_accumulated} accumulated)"
+            f"{processes} on {self.device}{whole}{shards}, mixed precision {self.mixed_precision}, "
+            f"{num_pairs} pairs per step ({processes} x {self.batch_size} x {self.num_accumulated} accumulated)"
         )
 
 
@@ -110,6 +116,13 @@ def tell_other_launch(folder: Path, launch: Launch) -> None:
                 launch,
             )
         write_json(path, {"last": str(launch)})
+
+
+def _zero_stage(args: TrainOptions) -> int:
+    if args.sharding != "deepspeed":
+        return 0
+    given = args.hf_deepspeed_config.config["zero_optimization"]["stage"] if args.deepspeed else None
+    return int(given or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 
 def _mixed_precision(args: TrainOptions) -> str:

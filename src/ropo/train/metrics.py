@@ -21,7 +21,9 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "logps/chosen": "log π of the chosen response, nats, summed over its tokens.",
         "logps/rejected": "The same of the rejected response.",
         "loss/dpo": "DPO loss of the same margins, whatever loss is trained, so comparable; 0.693 at the start.",
+        "loss/sft": "−log π of the chosen response per token, nats, before `sft_weight`; only where that is given.",
         "loss/na": "Noise-tolerant part σ(−h): the policy's probability that the label is wrong; 0.5 at the start.",
+        "loss/router": "Load-balancing loss of experts, before `router_aux_loss_coef`; at best the experts to a token.",
         "gradient_weight": "−dℓ/dh: how hard the loss pushes a pair. A robust loss pushes contradicted pairs less.",
     }
 )
@@ -44,6 +46,49 @@ def of_margins(h: Tensor) -> dict[str, Tensor]:
         "loss/dpo": nn.functional.softplus(-h),
         "loss/na": torch.sigmoid(-h),
     }
+
+
+def gathered(values: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """One value per pair from the processes that have seen it, shape (pairs,), on the CPU; NaN where none has.
+
+    A pair is seen by one process, or by two where the last batch is filled up; it counts once.
+
+    Args:
+        values: Of this process, shape (pairs,), on its device.
+        gather: Joins the tensors of all processes, each of shape (1, pairs), along the first dimension.
+    """
+    return gather(values[None]).nanmean(dim=0).cpu()
+
+
+class ByPair:
+    """The newest values of every pair of a dataset, in each process those of the pairs that it has seen.
+
+    Args:
+        num_pairs: Of the dataset.
+    """
+
+    def __init__(self, num_pairs: int) -> None:
+        self._num_pairs = num_pairs
+        self._values: dict[str, Tensor] = {}
+
+    def put(self, where: Tensor, found: Mapping[str, Tensor]) -> None:
+        """Keep the values of a batch.
+
+        Args:
+            where: Places of its pairs, shape (pairs,).
+            found: Values by name, each of shape (pairs,).
+        """
+        for name, value in found.items():
+            unseen = torch.full((self._num_pairs,), float("nan"), device=value.device)
+            self._values.setdefault(name, unseen)[where] = value.float()
+
+    def take(self, name: str, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """Values from all processes, see `gathered`."""
+        return gathered(self._values[name], gather)
+
+    def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The mean over all pairs that were seen, by name."""
+        return {name: self.take(name, gather).nanmean().item() for name in self._values}
 
 
 class RunningMeans:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ropo.logps.batch import Batch
-from ropo.losses import LOSSES, BoundLoss, gradient_weight, re_po_posterior
+from ropo.logps.load_balance import LoadBalance
+from ropo.losses import LOSSES, BoundLoss, gradient_weight, re_po_posterior, sft
 from ropo.pairs import PairLogps, margin, margin_per_token
 from ropo.train.options import TrainOptions
 
@@ -38,6 +39,7 @@ class Objective:
         loss: With β and its options.
         num_annotators: Of the training data.
         device: Of the model.
+        balance: The auxiliary loss of the model's routers; None without.
 
     Attributes:
         loss_of_margin: The loss as a function of the margin, nats.
@@ -47,8 +49,10 @@ class Objective:
         moments: Moving sums of weights, means and variances of the margins, shape (3,); see `update_moments`.
     """
 
-    def __init__(self, loss: BoundLoss, *, num_annotators: int, device: torch.device) -> None:
-        self.loss_of_margin, self.spec = loss, loss.spec
+    def __init__(
+        self, loss: BoundLoss, *, num_annotators: int, device: torch.device, balance: LoadBalance | None = None
+    ) -> None:
+        self.loss_of_margin, self.spec, self.balance = loss, loss.spec, balance
         first = loss.options.get("reliability", _RELIABILITY)
         self.reliability = torch.full((num_annotators + 1,), first, device=device)
         self.moments = torch.zeros(3, device=device)
@@ -94,6 +98,25 @@ class Objective:
         if torch.is_grad_enabled():
             self._learn(h.detach(), inputs)
         return loss
+
+    def terms(self, logps: PairLogps) -> dict[str, Tensor]:
+        """What stands beside the loss by the name that is logged, (B,), before it is weighted; none if nothing does."""
+        found = {"loss/sft": sft(logps)} if self.loss_of_margin.sft_weight else {}
+        if self.balance is not None and self.balance.loss is not None and torch.is_grad_enabled():
+            found["loss/router"] = self.balance.loss.detach().expand(len(logps))
+        return found
+
+    def total(self, loss: Tensor, weight: Tensor) -> Tensor:
+        """Sum of the losses of a batch, (B,), by the weights of the pairs, (B,); the routers' loss has none."""
+        total = (loss * weight).sum()
+        if self.balance is not None and self.balance.loss is not None and torch.is_grad_enabled():
+            total = total + len(loss) * self.balance.coefficient * self.balance.loss
+        return total
+
+    def with_sft(self, loss: Tensor, logps: PairLogps) -> Tensor:
+        """The loss of each pair with the SFT term, (B,)."""
+        weight = self.loss_of_margin.sft_weight
+        return loss + weight * sft(logps) if weight else loss
 
     def rewards(self, logps: PairLogps, inputs: Batch) -> dict[str, Tensor]:
         """β·(log π − log π_ref) of both responses, by the name that is logged, each (B,); none without a reference."""

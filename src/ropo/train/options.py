@@ -40,7 +40,6 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "lr_scheduler_type": Rule(choices=choices_of(SchedulerType)),
         "lr_scheduler_kwargs": Rule(keys=()),
         "optim": Rule(choices=choices_of(OptimizerNames)),
-        "eval_strategy": Rule(choices=choices_of(IntervalStrategy)),
         "hub_strategy": Rule(choices=choices_of(HubStrategy)),
         "activation_checkpointing_kwargs": Rule(keys=_FOR_CHECKPOINTS),
         "gradient_checkpointing_kwargs": Rule(keys=_FOR_CHECKPOINTS),
@@ -54,8 +53,6 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "per_device_eval_batch_size": Rule(low=1),
         "gradient_accumulation_steps": Rule(low=1),
         "eval_accumulation_steps": Rule(low=1),
-        "eval_steps": Rule(above=0),
-        "eval_delay": Rule(low=0),
         "num_train_epochs": Rule(low=0, high=10_000),
         "max_steps": Rule(low=-1, high=2**31 - 1),
         "warmup_steps": Rule(low=0),
@@ -74,13 +71,18 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "logging_steps": Rule(above=0, identifies=False),
         "logging_strategy": Rule(choices=choices_of(IntervalStrategy), identifies=False),
         "save_steps": Rule(above=0, identifies=False),
+        "eval_strategy": Rule(choices=choices_of(IntervalStrategy), identifies=False),
+        "eval_steps": Rule(above=0, identifies=False),
+        "eval_delay": Rule(low=0, identifies=False),
+        "eval_on_start": _FREE,
         "save_strategy": Rule(choices=choices_of(SaveStrategy), identifies=False),
         "save_total_limit": Rule(low=1, identifies=False),
         "dataloader_num_workers": Rule(low=0, identifies=False),
         **dict.fromkeys(
             (
                 "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm", "log_level",
-                "log_level_replica", "logging_first_step", "hub_token", "push_to_hub", "local_rank", "do_train",
+                "log_level_replica", "logging_first_step", "hub_token", "push_to_hub",
+                "hub_model_id", "hub_private_repo", "hub_revision", "local_rank", "do_train",
                 "do_eval", "do_predict",
             ),
             _FREE,
@@ -93,13 +95,13 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
 _IN_TRL = MappingProxyType(
     {
         "loss_type": "It is loss here.",
+        "rpo_alpha": "It is sft_weight here.",
+        "loss_weights": "It is sft_weight here, for an SFT term beside the loss; other losses are not added up.",
         "label_smoothing": "It is flip_rate here: --loss cdpo or rdpo with --loss_args flip_rate=NUMBER.",
         "max_prompt_length": "A prompt is never cut; max_length bounds prompt and response together.",
         "max_completion_length": "max_length bounds prompt and response together.",
         "precompute_ref_log_probs": "They are always computed first, once; leave it out.",
         "ref_model": "The model that is given is the reference; leave it out.",
-        "load_in_4bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
-        "load_in_8bit": "Quantized weights are not offered; use_peft with bf16 and dtype bfloat16 saves memory.",
         "torch_dtype": "It is dtype here.",
         "split": "It is dataset_split here.",
         "dataset_train_split": "It is dataset_split here.",
@@ -144,6 +146,11 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
         "Most tokens in one forward pass, each prompt counted once. A larger training batch is taken in pieces; the "
         "pairs of a step and their loss stay the same. Default in training: 2048 on a CPU, no limit on a GPU; in "
         "scoring, which never takes more: 4096 and 32768.",
+    )
+    router_aux_loss_coef: Annotated[float | None, Rule(low=0)] = option(
+        None,
+        "Weight of the load-balancing loss of a mixture-of-experts model. Default: that of its config.json where "
+        "output_router_logits is true, else 0.",
     )
     reference_cache_dir: Annotated[str | None, Rule(identifies=False)] = option(
         None, "Where reference log-probs are kept. Default: in the output folder."
@@ -228,6 +235,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
         seed: int | None = None,
         num_train_epochs: float | None = None,
         per_device_eval_batch_size: int | None = None,
+        eval_strategy: str | None = None,
     ) -> Self:
         """The options of one training of a run.
 
@@ -239,6 +247,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             seed: Random seed; by default the run's, and so on.
             num_train_epochs: Passes over the pairs.
             per_device_eval_batch_size: Pairs in a batch of evaluation.
+            eval_strategy: When an evaluation set is scored on the way.
 
         Returns:
             The options; these stay as they are.
@@ -248,8 +257,10 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             "seed": seed,
             "num_train_epochs": num_train_epochs,
             "per_device_eval_batch_size": per_device_eval_batch_size,
+            "eval_strategy": eval_strategy,
         }
         made = copy.copy(self)  # `replace` would look for devices again
+        made.push_to_hub = False  # checkpoints stay here
         made.__dict__.update({name: value for name, value in changed.items() if value is not None})
         # DeepSpeed's settings are filled in by the training that reads them; two of them may be one object.
         names = [name for name in ("deepspeed_plugin", "hf_deepspeed_config") if name in vars(self)]

@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -32,11 +32,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import ropo
 from ropo.logps.batch import Batch, pad_token_id_of
-from ropo.logps.choose import choose_layout
+from ropo.logps.choose import choose_layout, log_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import BoundLoss
 from ropo.models.sharding import loads_in_parts
 from ropo.pairs import PairLogps
+from ropo.processes import meet
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
 from ropo.train.callbacks import (
     AfterStep,
@@ -53,8 +54,8 @@ from ropo.train.checks import check_training
 from ropo.train.dataset import PairCollator, PairDataset, prepare_dataset
 from ropo.train.failures import check_finite, how_to_save_memory
 from ropo.train.launch import Launch
-from ropo.train.metrics import RunningMeans, of_margins
-from ropo.train.model import make_ready, with_adapter
+from ropo.train.metrics import ByPair, RunningMeans, gathered, of_margins
+from ropo.train.model import load_balance_of, make_ready, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
 from ropo.train.options import TrainOptions, check_kind, instead_of
 from ropo.train.sharding import another_accelerator, load_in_parts, settle, whole_weights
@@ -94,8 +95,7 @@ class ROPOTrainer(Trainer):
         FloatingPointError: If a loss is not finite; the message names the pairs.
     """
 
-    # Read by `Trainer.training_step`: the loss is already the mean over the pairs of all accumulated batches.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # read by `Trainer.training_step`: it is the mean over all accumulated batches
 
     def __init__(
         self,
@@ -115,12 +115,15 @@ class ROPOTrainer(Trainer):
         check_training(args)
         load_in_parts(args)
         model, self.tokenizer = make_ready(model, processing_class, peft_config)
-        if not loads_in_parts():
+        # One that is quantized is where it was loaded, one that is sharded yet to come.
+        if not getattr(model, "is_quantized", False) and not loads_in_parts():
             model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         bound_loss = loss or args.bound_loss()
         train_dataset, eval_dataset = (
-            prepare_dataset(source, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference)
-            for source in (train_dataset, eval_dataset)
+            prepare_dataset(
+                source, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference, is_trained=trains
+            )
+            for source, trains in ((train_dataset, True), (eval_dataset, False))
         )
         if train_dataset is not None and eval_dataset is not None:
             eval_dataset = eval_dataset.with_annotators(train_dataset.annotators)
@@ -132,14 +135,17 @@ class ROPOTrainer(Trainer):
         self.layout = self._choose_layout(model, sample, is_trained=train_dataset is not None)
         if train_dataset is not None and loss is None:
             warn_about_alpha(args)
-        self.training_objective = Objective(bound_loss, num_annotators=len(sample.annotators), device=args.device)
+        self.training_objective = Objective(
+            bound_loss, num_annotators=len(sample.annotators), device=args.device,
+            balance=load_balance_of(model, args.router_aux_loss_coef, layout=self.layout),
+        )  # fmt: skip
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
-        self.eval_margins = torch.full((len(self.pairs["eval"]),), float("nan"), device=args.device)
+        self._evaluated = ByPair(len(self.pairs["eval"]))
         self._checks = Checks(self.gather_eval_margins)
         self._order: Replayable | None = None
         self._order_to_replay: Tensor | None = None
-        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._means = RunningMeans()
         self._num_parameters = sum(getattr(one, "ds_numel", one.numel()) for one in model.parameters())
         with another_accelerator():
             super().__init__(
@@ -162,14 +168,10 @@ class ROPOTrainer(Trainer):
     def _choose_layout(self, model: nn.Module, sample: PairDataset, *, is_trained: bool) -> str:
         """The fastest forward that agrees with the plain one; which, is logged."""
         layout, reason = choose_layout(
-            model,
-            sample.tokens,
-            pad_token_id=pad_token_id_of(self.tokenizer),
-            use_bf16=self.options.bf16,
-            is_trained=is_trained,
-            has_weights=not loads_in_parts(),
-        )
-        _log_once(f"Forward: {layout}, since {reason}.")
+            model, sample.tokens, pad_token_id=pad_token_id_of(self.tokenizer), use_bf16=self.options.bf16,
+            is_trained=is_trained, has_weights=not loads_in_parts(),
+        )  # fmt: skip
+        log_layout(layout, reason)
         return layout
 
     def _own_callbacks(self) -> list[TrainerCallback]:
@@ -284,14 +286,14 @@ class ROPOTrainer(Trainer):
             with saying_if_full(folder):
                 with whole_weights(self._sharding):
                     self.save_model(str(aside))
-                self.accelerator.wait_for_everyone()
+                meet()
                 if self.is_world_process_zero():
                     (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to open
                     put_in_place(aside, folder)
         except DiskFullError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        self.accelerator.wait_for_everyone()
+        meet()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As in `Trainer`; grouped by length, the order of an epoch can be drawn once more.
@@ -360,10 +362,11 @@ class ROPOTrainer(Trainer):
         h = self.training_objective.margin(logps, inputs)
         step = self.state.global_step
         loss = self.training_objective.loss(h, inputs, progress=step / max(self.state.max_steps, 1))
+        loss = self.training_objective.with_sft(loss, logps)
         pairs = self.pairs["train" if torch.is_grad_enabled() else "eval"]
         check_finite(model, loss, pairs, inputs["position"], step=step)
-        self._remember(h, logps, inputs)
-        total = (loss * inputs["weight"]).sum()
+        self._remember(h, loss, logps, inputs)
+        total = self.training_objective.total(loss, inputs["weight"])
         if num_items_in_batch is None:
             mean = total / len(loss)
         else:
@@ -387,6 +390,14 @@ class ROPOTrainer(Trainer):
             ]
         return torch.stack(losses).sum(), None, None
 
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """As in `Trainer`; in a run, random numbers are what they would be without, and so is the model."""
+        before = torch.get_rng_state()
+        found: dict[str, float] = super().evaluate(*args, **options)
+        if self.options.eval_strategy != "no":
+            torch.set_rng_state(before)  # a data loader draws a seed, and the order of an epoch comes after it
+        return found
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `Trainer`; an evaluation set that is not the training set brings its own collator."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -400,9 +411,10 @@ class ROPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of every metric in METRICS over the pairs since the last time."""
-        mode, prefix = ("eval", "eval_") if any(name.startswith("eval_") for name in logs) else ("train", "")
-        means = self._means[mode].take(partial(self.accelerator.reduce, reduction="sum"))
-        logs |= {prefix + name: value for name, value in means.items()}
+        if any(name.startswith("eval_") for name in logs):
+            logs |= {f"eval_{name}": mean for name, mean in self._evaluated.means(self.accelerator.gather).items()}
+        else:
+            logs |= self._means.take(partial(self.accelerator.reduce, reduction="sum"))
         super().log(logs, start_time)
 
     def gather_first_margins(self) -> Tensor:
@@ -410,41 +422,26 @@ class ROPOTrainer(Trainer):
 
         In the first epoch these come from a model that has not been trained on the pair.
         """
-        return self._gather_by_pair(self.first_margins)
+        return gathered(self.first_margins, self.accelerator.gather)
 
     def gather_eval_margins(self) -> Tensor:
         """Margin of each pair of the evaluation set at the last evaluation, shape (pairs,)."""
-        return self._gather_by_pair(self.eval_margins)
+        return self._evaluated.take("rewards/margins", self.accelerator.gather)
 
-    def _gather_by_pair(self, values: Tensor) -> Tensor:
-        """One value per pair from the processes that have seen it; NaN where none has."""
-        mine = values.to(self.args.device)
-        if self.accelerator.num_processes == 1:
-            return mine.to("cpu", copy=True)  # the buffer changes further
-        seen: Tensor = self.accelerator.gather(mine[None])
-        return seen.nanmean(dim=0).cpu()  # a pair is seen by one process, or by two where the last batch is filled up
-
-    def _remember(self, h: Tensor, logps: PairLogps, inputs: Batch) -> None:
+    def _remember(self, h: Tensor, loss: Tensor, logps: PairLogps, inputs: Batch) -> None:
         """Add the batch to the running metrics, and keep the margins of pairs that are seen for the first time."""
-        h, detached = h.detach().float(), PairLogps(chosen=logps.chosen.detach(), rejected=logps.rejected.detach())
-        is_training = torch.is_grad_enabled()
-        values = {"logps/chosen": detached.chosen, "logps/rejected": detached.rejected}
-        values |= (
-            self.training_objective.rewards(detached, inputs)
+        h, detached = h.detach().float(), logps.detach()
+        values = (
+            {"logps/chosen": detached.chosen, "logps/rejected": detached.rejected}
+            | self.training_objective.rewards(detached, inputs)
             | of_margins(h)
             | self.training_objective.gradient_weight(h)
+            | self.training_objective.terms(detached)
         )
-        self._means["train" if is_training else "eval"].add(values)
-        # Nothing here asks the device for a value, which would make it wait.
-        where = inputs["position"]
-        if is_training:
+        where = inputs["position"]  # nothing here asks the device for a value, which would make it wait
+        if torch.is_grad_enabled():
+            self._means.add(values)
             before = self.first_margins[where]
             self.first_margins[where] = torch.where(before.isnan(), h, before)
-        else:
-            self.eval_margins[where] = h
-
-
-@cache
-def _log_once(sentence: str) -> None:
-    """An audit makes a trainer for each fold."""
-    logger.info(sentence)
+            return
+        self._evaluated.put(where, {"loss": loss * inputs["weight"], **values})

@@ -101,7 +101,7 @@ def grid(**more):
         ({"max_length": 0}, "max_length needs 1 or more; got 0"),
         ({"max_new_tokens": -1}, "max_new_tokens needs 1 or more; got -1"),
         (
-            {"task": "reviews", "source": None, "model": None, "judge": {}, "max_length": 0},
+            {"task": "reviews", "source": None, "model": None, "judge": {}, "max_length": 64},
             "The task reviews brings its own max_length",
         ),
         ({"judge": {"judge": "reward_model"}}, "judge reward_model needs judge_model"),

@@ -22,7 +22,7 @@ HH = SHARED / "hh_harmless_base_test.jsonl.gz"
 TEXT_ROWS = [
     {"prompt": "Größe?", "chosen": ' groß,\r\n"sehr"', "rejected": " klein\u2028", "annotator": "ann", "weight": 0.5},
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": "", "annotator": "7", "weight": 2.0},
-    {"prompt": "", "chosen": "a\x85b 🙂", "rejected": "c", "annotator": None, "weight": None},
+    {"prompt": "", "chosen": "a\x85b 🙂", "rejected": "c", "annotator": None, "weight": 1e-3},
 ]
 
 
@@ -158,11 +158,17 @@ def test_the_hash_depends_on_order_and_not_on_ignored_columns():
 
 
 def test_annotator_weight_and_other_columns():
-    loaded = load_pairs(
-        [row(annotator=3, weight="0.5", score=1), row(annotator="", weight=None, id="x"), row(weight=0)]
-    )
-    assert [(pair.annotator, pair.weight) for pair in loaded.pairs] == [("3", 0.5), (None, 1.0), (None, 0.0)]
+    loaded = load_pairs([row(annotator=3, weight="0.5", score=1), row(annotator="", weight=2, id="x"), row(weight=0)])
+    assert [(pair.annotator, pair.weight) for pair in loaded.pairs] == [("3", 0.5), (None, 2.0), (None, 0.0)]
     assert loaded.ignored_columns == ("id", "score")
+
+
+@pytest.mark.parametrize("weights", [(0.5, None, 2.0), (None, 3.0, "")], ids=["one has none", "one has one"])
+def test_all_rows_have_a_weight_or_none_has(weights):
+    """The first row decides; 1 may be far off the scale of the others."""
+    loaded = load_pairs([row(prompt=str(i), weight=weight) for i, weight in enumerate(weights)])
+    assert [(problem.kind, problem.row) for problem in loaded.problems] == [("bad_weight", 1)]
+    assert [pair.row for pair in loaded.pairs] == [0, 2]
 
 
 def test_a_named_column_must_be_there():

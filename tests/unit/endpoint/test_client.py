@@ -11,7 +11,6 @@ import pickle
 import random
 import shutil
 import socket
-import ssl
 import subprocess
 import threading
 import time
@@ -26,56 +25,25 @@ KEY = "sk-test/0123456789abcdef+secret"
 OK = (200, {"answer": "yes"})
 
 
-class Server:
-    """A server on this machine that gives the answers it was told, the last one for ever, and notes what it was sent.
+@pytest.fixture
+def start(serve):
+    """Starts servers that give the answers they were told, the last one for ever."""
 
-    An answer is (status, body) or (status, body, headers), with a body of bytes or a value that becomes JSON, or a
-    function that writes to the open connection.
-    """
+    def start(certificate=None):
+        def answer(_):
+            return server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
 
-    def __init__(self, certificate=None):
-        self.answers, self.requests = [OK], []
-        outer = self
+        server = serve(answer, certificate)
+        server.answers = [OK]
+        server.url += "/v1/chat/completions"
+        return server
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.requests.append({"path": self.path, "headers": dict(self.headers), "body": json.loads(body)})
-                answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
-                if callable(answer):
-                    answer(self)
-                    return
-                status, content, headers = (*answer, {})[:3]
-                content = content if isinstance(content, bytes) else json.dumps(content).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/chat/completions"
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*certificate)
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-            self.url = self.url.replace("http://127.0.0.1", "https://localhost")
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+    return start
 
 
 @pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.close()
+def server(start):
+    return start()
 
 
 @pytest.fixture
@@ -100,15 +68,15 @@ def post(url, sleep=None, **options):
 def test_an_answer(server, key):
     assert post(server.url) == {"answer": "yes"}
     (request,) = server.requests
-    assert request["body"] == {"q": 1}
-    assert request["headers"]["Authorization"] == f"Bearer {KEY}"
-    assert request["headers"]["Content-Type"] == "application/json"
+    assert request.body == {"q": 1}
+    assert request.headers["Authorization"] == f"Bearer {KEY}"
+    assert request.headers["Content-Type"] == "application/json"
 
 
 @pytest.mark.parametrize("name", [None, "", "TEST_KEY_THAT_IS_NOT_SET"])
 def test_no_key_no_header(server, key, name):
     post(server.url, api_key_env=name)
-    assert "Authorization" not in server.requests[0]["headers"]
+    assert "Authorization" not in server.requests[0].headers
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
@@ -213,10 +181,8 @@ def certificate(tmp_path):
 
 
 @pytest.fixture
-def tls_server(certificate):
-    made = Server(certificate)
-    yield made
-    made.close()
+def tls_server(start, certificate):
+    yield start(certificate)
     _tls.cache_clear()
 
 
@@ -230,7 +196,7 @@ def test_tls(tls_server, certificate, key, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     _tls.cache_clear()
     assert post(tls_server.url) == {"answer": "yes"}
-    assert tls_server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
+    assert tls_server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
     tls_server.answers = [trickle(threading.Event(), "body")]
     start = time.monotonic()
     with pytest.raises(EndpointError, match=r"none within 0\.3 seconds"):
@@ -322,12 +288,11 @@ def test_a_long_answer_is_not_read(server):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects_are_not_followed(server, key, status):
-    other = Server()
+def test_redirects_are_not_followed(start, server, key, status):
+    other = start()
     server.answers = [(status, b"", {"Location": other.url + "?token=" + KEY})]
     with pytest.raises(EndpointError, match=f"status {status}, .*{other.url}, not followed") as caught:
         post(server.url)
-    other.close()
     assert other.requests == []
     assert KEY not in str(caught.value)
 
@@ -413,7 +378,7 @@ def test_a_packed_answer_is_not_unpacked(server):
     server.answers = [(200, gzip.compress(b'{"answer": "yes"}'), {"Content-Encoding": "gzip"}), OK]
     assert post(server.url) == {"answer": "yes"}
     assert len(server.requests) == 2
-    assert server.requests[0]["headers"]["Accept-Encoding"] == "identity"
+    assert server.requests[0].headers["Accept-Encoding"] == "identity"
 
 
 @pytest.mark.parametrize("proxy", ["socks5://me:0123456789@127.0.0.1:9", "odd://me:0123456789@h", "http://[::"])

@@ -1,8 +1,7 @@
 """Sampling inside a run: killed between two shards it resumes, and what an engine needs reaches it."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 
 import pytest
 from peft import LoraConfig
@@ -75,33 +74,22 @@ def test_killed_between_two_shards(run, model_folder, pairs, tmp_path, monkeypat
     assert len(written) == len(set(written)) == len(whole) - 1
 
 
-def test_a_server_in_a_run(run, pairs, tmp_path, tokenizer):
+def test_a_server_in_a_run(run, pairs, tmp_path, tokenizer, serve):
     """What it answers becomes new pairs."""
-    asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(tokenizer.decode(body["prompt"]))
-            choices = [{"index": k, "text": f" cold soup {k}", "finish_reason": "stop"} for k in range(body["n"])]
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": choices}).encode())
+    def answer(request):
+        choices = [{"index": k, "text": f" cold soup {k}", "finish_reason": "stop"} for k in range(request.body["n"])]
+        return 200, {"choices": choices}
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    server = serve(answer)
     options = {
         "generation_engine": "server",
-        "generation_url": f"http://127.0.0.1:{server.server_port}",
+        "generation_url": server.url,
         "generation_model": "policy",
     }
     run(config(tmp_path / "O", **options))
-    server.shutdown()
-    server.server_close()
-    assert set(asked) <= {pair.prompt for pair in pairs}
+    asked = {tokenizer.decode(request.body["prompt"]) for request in server.requests}
+    assert asked <= {pair.prompt for pair in pairs}
     assert " cold soup " in (tmp_path / "O" / "rounds" / "00" / "resampled.jsonl").read_text()
 
 
@@ -118,6 +106,23 @@ def test_where_the_model_is(is_adapter, run, model_folder, tmp_path, monkeypatch
     assert found.adapter == (trained if is_adapter else None)
     assert (trained / ("adapter_config.json" if is_adapter else "model.safetensors")).exists()
     assert found.load().training is False
+
+
+def test_new_pairs_take_the_weight_of_their_parents(model_folder, pairs, tmp_path, tokenizer, monkeypatch):
+    """The prompt of a pair of weight 0 gets no response: nobody trains on it."""
+    asked = []
+
+    def spelling(self, prompts, sampling, advance):
+        asked.extend(tokenizer.decode(prompt.ids) for prompt in prompts)
+        one = Response(text=" verykind", num_tokens=9, is_finished=True)
+        return [[one] * sampling.num_candidates for _ in prompts]
+
+    monkeypatch.setattr(in_transformers.TransformersEngine, "sample", spelling)
+    weighted = [replace(pair, weight=0.5 if pair.row > 2 else 0.0) for pair in pairs]
+    run_rounds(model_folder, weighted, config(tmp_path / "O", resampled_weight=0.5))
+    made = (tmp_path / "O" / "rounds" / "00" / "resampled.jsonl").read_text().splitlines()
+    assert {json.loads(line)["weight"] for line in made} == {0.25}
+    assert not any(pair.prompt in prompt for prompt in asked for pair in weighted if pair.weight == 0)
 
 
 def test_the_tokens_that_were_drawn_are_trained_on(run, model_folder, pairs, tmp_path, tokenizer, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -26,47 +25,13 @@ def answer(body):
     return 200, json.dumps({"choices": choices})
 
 
-class Server:
-    """Answers by a list of functions, the last one for ever after."""
-
-    def __init__(self):
-        self.bodies, self.headers, self.paths, self.answers = [], [], [], [answer]
-        self._lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer._lock:
-                    outer.bodies.append(body)
-                    outer.headers.append(dict(self.headers))
-                    outer.paths.append(self.path)
-                    how = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
-                status, text, *more = how(body)
-                self.send_response(status)
-                for name, value in more:
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture
-def server(monkeypatch):
+def server(serve, monkeypatch):
+    """Answers by a list of functions, the last one for ever after."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    made = Server()
-    yield made
-    made.close()
+    made = serve(lambda request: (made.answers.pop(0) if len(made.answers) > 1 else made.answers[0])(request.body))
+    made.answers = [answer]
+    return made
 
 
 @pytest.fixture
@@ -102,8 +67,8 @@ def test_what_is_sent(server, engine, tokenizer):
             for k in range(2)
         ]
     ]
-    assert server.paths == ["/v1/completions"]
-    assert server.bodies == [
+    assert [request.path for request in server.requests] == ["/v1/completions"]
+    assert [request.body for request in server.requests] == [
         {
             "model": "policy",
             "prompt": tokenizer("the waiter number 0 was kind")["input_ids"],
@@ -119,7 +84,7 @@ def test_what_is_sent(server, engine, tokenizer):
             "return_token_ids": True,
         }
     ]
-    assert "Authorization" not in server.headers[0]
+    assert "Authorization" not in server.requests[0].headers
 
 
 def test_tokens_that_a_server_tells_are_kept(server, engine, tokenizer):
@@ -159,20 +124,26 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
     options = {"sampling": Sampling(num_candidates=2, max_new_tokens=5), "folder": tmp_path, "model_digest": "m"}
     ids = [list(prompt.ids) for prompt in prompts(tokenizer, 3)]
     sample_responses(made, tokenizer, ids, **options)
-    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {SECRET}"}
+    assert {headers["Authorization"] for _, headers, _ in server.requests} == {f"Bearer {SECRET}"}
     server.answers = [lambda _: (401, f"bad key {SECRET}")]
     with pytest.raises(EndpointError) as error:
         sample(made, tokenizer)
     written = "".join(path.name + path.read_text() for path in tmp_path.iterdir())
     kept = repr(vars(made)) + repr(made.identity)
-    for place in (caplog.text, str(error.value), written, kept, json.dumps(server.bodies)):
+    for place in (
+        caplog.text,
+        str(error.value),
+        written,
+        kept,
+        json.dumps([request.body for request in server.requests]),
+    ):
         assert SECRET not in place
 
 
 def test_what_may_pass_is_tried_again(server, engine, tokenizer, waits):
     """Too many requests, an error of the server, half an answer; longer waits are granted if asked for."""
     server.answers = [
-        lambda _: (429, "slow down", ("Retry-After", "7")),
+        lambda _: (429, "slow down", {"Retry-After": "7"}),
         lambda _: (503, "starting"),
         lambda _: (200, '{"choices": [{"te'),
         answer,
@@ -181,7 +152,8 @@ def test_what_may_pass_is_tried_again(server, engine, tokenizer, waits):
     assert found[0][0].text == " soup 0 0"
     assert waits[0] == 7
     assert 0.4 < waits[1] <= 1.0 < waits[2] <= 2.0
-    assert server.bodies == server.bodies[:1] * 4  # the same seed, so the same answer
+    bodies = [request.body for request in server.requests]
+    assert bodies == bodies[:1] * 4  # the same seed, so the same answer
 
 
 @pytest.mark.parametrize(
@@ -234,7 +206,11 @@ def test_one_failure_ends_the_waiting_of_others(server, tokenizer):
     with pytest.raises(EndpointError, match="status 404"):
         sample(made, tokenizer, 30)
     assert time.monotonic() - start < 1.5
-    assert {body["seed"] for body in server.bodies} <= {0, 1, 2}  # one may be sent while the others are told
+    assert {request.body["seed"] for request in server.requests} <= {
+        0,
+        1,
+        2,
+    }  # one may be sent while the others are told
 
 
 def test_broken_off_and_taken_up_again(server, engine, tokenizer, tmp_path, monkeypatch):
@@ -243,16 +219,16 @@ def test_broken_off_and_taken_up_again(server, engine, tokenizer, tmp_path, monk
     ids = [list(prompt.ids) for prompt in prompts(tokenizer, 6)]
     options = {"sampling": Sampling(num_candidates=2, max_new_tokens=5), "folder": tmp_path, "model_digest": "m"}
     expected = sample_responses(engine(), tokenizer, ids, options["sampling"])
-    server.bodies.clear()
+    server.requests.clear()
     server.answers = [answer, answer, answer, lambda _: (400, "broken")]
     with pytest.raises(EndpointError, match="status 400"):
         sample_responses(engine(num_threads=1), tokenizer, ids, **options)
     num_kept = len(list(tmp_path.glob("*.jsonl")))
     assert num_kept > 0
-    server.bodies.clear()
+    server.requests.clear()
     server.answers = [answer]
     assert sample_responses(engine(), tokenizer, ids, **options) == expected
-    assert 0 < len(server.bodies) < 6
+    assert 0 < len(server.requests) < 6
 
 
 def test_half_a_character(server, engine, tokenizer):
