@@ -23,7 +23,7 @@ from ropo.run.align import run_audit, run_rounds
 from ropo.train import trainer as ours
 from ropo.train.dataset import PairDataset
 from ropo.train.metrics import METRICS
-from ropo.train.sharding import keep_outputs_in_float32
+from ropo.train.sharding import settle
 from ropo.train.trainer import ROPOTrainer
 
 BATCHING = Batching(pad_token_id=0)
@@ -134,7 +134,7 @@ def test_deepspeed_does_not_round_what_stands_beside_a_batch(trainer, monkeypatc
 def test_sharded_models_hand_out_float32():
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
     plugin = SimpleNamespace(mixed_precision_policy=policy)
-    keep_outputs_in_float32(plugin)
+    settle(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None)))
     assert plugin.mixed_precision_policy.output_dtype is None
     assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
 

@@ -18,6 +18,7 @@ from ropo.losses import BoundLoss, bind_loss
 from ropo.provenance import write_aside
 from ropo.stages import Stages
 from ropo.train.dataset import PairDataset
+from ropo.train.sharding import let_go
 from ropo.train.tracking import tracked
 from ropo.train.trainer import ROPOTrainer
 
@@ -73,6 +74,7 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, scored: 
         trainer.check_evenly(NUM_CHECKS)
         trainer.train_or_resume([question.digest, fold], title=f"Audit: fold model {fold + 1} of {args.num_folds}")
         margins = torch.stack(trainer.check_margins)
+        let_go(trainer.model_wrapped)
         if PartialState().is_main_process:
             with write_aside(folder / name) as path:
                 save_file({"margins": margins}, path)

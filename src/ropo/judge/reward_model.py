@@ -35,6 +35,7 @@ from ropo.models.files import (
     not_finite,
 )
 from ropo.models.fit import check_ids, ids_of
+from ropo.models.sharding import whole_models
 from ropo.pairs import Pair
 from ropo.progress import Progress
 from ropo.provenance import hash_value
@@ -151,7 +152,8 @@ def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTok
         ValueError: If there is no sequence classifier as safetensors, it needs code of its own, or weights are missing
             or not finite.
     """
-    model = load_whole(_REWARD_MODEL, name_or_path)
+    with whole_models():
+        model = load_whole(_REWARD_MODEL, name_or_path)
     tokenizer = _tokenizer(name_or_path)
     if names := not_finite(model):
         raise ValueError(f"A reward model needs finite weights; {name_or_path} has NaN or infinity in {names}.")

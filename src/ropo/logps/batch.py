@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ropo.data.tokenize import TokenizedPair
@@ -33,11 +33,18 @@ class Batching:
         pad_token_id: Fills rows; its value has no influence.
         use_bf16: Compute in bfloat16 by autocast, as training with `bf16` does.
         max_tokens: Most unique tokens in a forward pass; None for the default of the device. One pair may have more.
+        shard: Gives each process its part of a model as it was loaded, and a model that is in parts back as it is; None
+            where every process holds the whole.
     """
 
     pad_token_id: int
     use_bf16: bool = False
     max_tokens: int | None = None
+    shard: Callable[[Any], nn.Module] | None = None
+
+    def sharded(self, model: Any) -> Any:
+        """The model as it is to be scored."""
+        return model if self.shard is None else self.shard(model)
 
 
 def pad_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

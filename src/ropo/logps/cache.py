@@ -30,6 +30,7 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import Batching
 from ropo.logps.features import FeatureReader, Features, Sketch
 from ropo.logps.score import Rows, logps_of_rows, score_pairs
+from ropo.logps.sharded import WholeTensors
 from ropo.logps.shared_prefix import causal_lm_of
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.processes import meet
@@ -66,7 +67,7 @@ def reference_hash(model: nn.Module, *, use_bf16: bool) -> str:
         }
         for one in getattr(model, "peft_config", {}).values()
     ]
-    return hash_value([hash_tensors(model.state_dict()), config, use_bf16, *adapters])[:16]
+    return hash_value([hash_tensors(WholeTensors(model)), config, use_bf16, *adapters])[:16]
 
 
 def reference_logps(
@@ -83,6 +84,7 @@ def reference_logps(
     Returns:
         One value per pair, in the order of `tokens`.
     """
+    model = batching.sharded(model)
     folder = cache_dir / reference_hash(model, use_bf16=batching.use_bf16)
     ordered, is_swapped = _in_order(tokens)
     keys = [_key(pair) for pair in ordered]
@@ -110,6 +112,7 @@ def reference_features(
         Both in the order of `tokens`. Features are kept with 11 significant bits, as a share of the largest of their
         pair and block.
     """
+    model = batching.sharded(model)
     folder, reader = cache_dir / reference_hash(model, use_bf16=batching.use_bf16), FeatureReader(model, sketch)
     ordered, is_swapped = _in_order(tokens)
     keys = [_key(pair) for pair in ordered]

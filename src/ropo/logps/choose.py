@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS
 from ropo.logps.response_head import LogitMap
+from ropo.logps.sharded import class_of, device_of, is_sharded
 from ropo.logps.shared_prefix import (
     FORWARDS,
     causal_lm_of,
@@ -58,19 +59,22 @@ def choose_layout(
     pad_token_id: int,
     use_bf16: bool = False,
     is_trained: bool = False,
+    has_weights: bool = True,
 ) -> tuple[str, str]:
     """Find out which fast forward a model may use, by comparing with the plain one.
 
     A model that takes the packed layout keeps the attention `tree_attention.NAME`, which is `sdpa` for everything else.
 
     Args:
-        model: A causal language model with its weights in place, not yet wrapped for distributed training.
+        model: A causal language model, not yet wrapped for training by DDP.
         tokens: Pairs that will be seen. Two short ones are tried, with a backward pass if there will be one, and the
             longest, without.
         pad_token_id: For the batches.
         use_bf16: Whether the model will be run under bfloat16 autocast. Kernels of a GPU differ by precision, so there
             it is compared under it; a CPU compares in the precision of the weights, which shows smaller mistakes.
         is_trained: Whether there will be a backward pass, which on a GPU is tried too: its kernels are others.
+        has_weights: Whether the model can be run yet. Weights that are sharded later are elsewhere or in parts, and
+            then the small copy alone is asked.
 
     Returns:
         The name of the layout, of `LAYOUTS`, and the reason in one sentence.
@@ -82,11 +86,15 @@ def choose_layout(
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "plain", "prompt learning puts virtual tokens before the prompt"
     architecture = _architecture_of(causal_lm)
+    if not has_weights:
+        return _by_copy(model, architecture)
     trial = _Trial(model, tokens, pad_token_id, use_bf16=use_bf16, is_trained=is_trained)
     was_training = model.training
     model.eval()
     try:
-        logit_map = architecture.logit_map if architecture.is_known else trial.logit_map(causal_lm.config)
+        # Parts of a sharded model cannot be run by themselves.
+        can_ask = not architecture.is_known and not is_sharded(model)
+        logit_map = trial.logit_map(causal_lm.config) if can_ask else architecture.logit_map
         if logit_map is None:
             return "plain", "its logits are not its head's output times a number of its configuration"
         enable_response_logps(model, logit_map)
@@ -116,6 +124,20 @@ def log_layout(layout: str, reason: str) -> None:
     logger.info("Forward: %s, since %s.", layout, reason)
 
 
+def _by_copy(model: nn.Module, architecture: "_Architecture") -> tuple[str, str]:
+    """What the small copy alone says; the model is given the attention of the layout."""
+    causal_lm = causal_lm_of(model)
+    if architecture.logit_map is None:
+        return "plain", "no small copy of it answers, and its own weights are sharded"
+    enable_response_logps(model, architecture.logit_map)
+    for layout in _candidates(causal_lm):
+        if architecture.refusal(layout) is None:
+            if layout == "packed":
+                decoder_of(causal_lm).config._attn_implementation = NAME
+            return layout, "it agrees with the plain forward on a small copy; the weights are sharded"
+    return "plain", "no other layout agrees with it on a small copy"
+
+
 def _candidates(causal_lm: Any) -> tuple[str, ...]:
     """The layouts worth a try, the fastest first."""
     attention = causal_lm.config._attn_implementation
@@ -123,7 +145,7 @@ def _candidates(causal_lm: Any) -> tuple[str, ...]:
         return ("padding_free", "plain_rows")
     if attention not in ("sdpa", "eager", NAME):
         return ("plain_rows",)
-    is_known = next(causal_lm.parameters()).device.type in ("cpu", "cuda")  # where packed rows have an attention
+    is_known = device_of(causal_lm).type in ("cpu", "cuda")  # where packed rows have an attention
     return ("packed", "shared_prefix", "plain_rows") if is_known else ("shared_prefix", "plain_rows")
 
 
@@ -154,7 +176,7 @@ class _Architecture:
         self._trial: _Trial | None = None
         config = causal_lm.config
         copy: Any
-        for copy in small_copies(type(causal_lm), config):
+        for copy in small_copies(class_of(causal_lm), config):
             copy.config._attn_implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
             trial = _Trial(copy, _made_up_pairs(copy, _SMALL_PAIRS), 0, use_bf16=False, is_trained=False)
             if trial.shows_mistakes():
@@ -201,7 +223,7 @@ def _architecture_of(causal_lm: Any) -> _Architecture:
     """Asked once in a process, which makes many models of one architecture."""
     config: PreTrainedConfig = causal_lm.config
     is_eager = config._attn_implementation == "eager"
-    key = (type(causal_lm), json.dumps(config.to_dict(), sort_keys=True, default=str), is_eager)
+    key = (class_of(causal_lm), json.dumps(config.to_dict(), sort_keys=True, default=str), is_eager)
     if key not in _ARCHITECTURES:
         _ARCHITECTURES[key] = _Architecture(causal_lm)
     return _ARCHITECTURES[key]
@@ -236,7 +258,7 @@ class _Trial:
         self, model: nn.Module, tokens: Sequence[TokenizedPair], pad_token_id: int, *, use_bf16: bool, is_trained: bool
     ) -> None:
         weight = next(model.parameters())
-        self.model, self.pad_token_id, self.device = model, pad_token_id, weight.device
+        self.model, self.pad_token_id, self.device = model, pad_token_id, device_of(model)
         self.few = _two_of(tokens)
         is_cpu = self.device.type == "cpu"
         # Flash-attention takes no float32; such a model is run under autocast anyway.

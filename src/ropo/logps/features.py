@@ -131,7 +131,8 @@ class FeatureReader:
 
     def _read_head(self, hidden_NH: Tensor, target_N: Tensor, head: nn.Module, *, logit_map: LogitMap) -> Tensor:
         """In the place of `response_logps`."""
-        projection_VK, _ = self._projections(head, hidden_NH)
+        # The weights may be sharded, quantised or an adapter's, so their shape says nothing.
+        projection_VK, _ = self._projections(hidden_NH, lambda: head(hidden_NH[:1]).shape[1])
         logps_N, gradient_NK = projected_logps(hidden_NH, target_N, head, projection_VK, logit_map=logit_map)
         self._seen |= {"last_NH": hidden_NH, "gradient_NK": gradient_NK}
         return logps_N
@@ -139,14 +140,14 @@ class FeatureReader:
     def _plain_logps(self, batch: Batch) -> PairLogps:
         logits_NV = plain_logits(self._model, batch)
         last_NH = _at(batch["source"], self._seen["last"])
-        projection_VK, _ = self._projections(self._causal_lm.get_output_embeddings(), last_NH)
+        projection_VK, _ = self._projections(last_NH, lambda: logits_NV.shape[1])
         # A model whose map from its head's output to its logits is not known counts as one that has none.
         logit_map = getattr(self._causal_lm, "_ropo_logit_map", LogitMap())
         logps_N, gradient_NK = projected_gradient(logits_NV, batch["target"], projection_VK, logit_map)
         self._seen |= {"last_NH": last_NH, "gradient_NK": gradient_NK}
         return sum_by_response(logps_N, batch["response"], num_pairs=len(batch["input_ids"]) // 2)
 
-    def _projections(self, head: nn.Module, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+    def _projections(self, hidden_NH: Tensor, vocabulary: Callable[[], int]) -> tuple[Tensor, Tensor]:
         """P of shape (V, K) and Q of shape (H, L) in float32, made once.
 
         Not before there are hidden states, since only then sharded weights of a head are sure to be in place.
@@ -155,8 +156,7 @@ class FeatureReader:
             sketch, num_hidden = self._sketch, hidden_NH.shape[1]
             rng = torch.Generator().manual_seed(sketch.seed)
             q_HL = torch.randn(num_hidden, sketch.num_inputs, generator=rng) / sketch.num_inputs**0.5
-            vocabulary = head(hidden_NH[:1]).shape[1]  # the weights may be sharded, quantised or an adapter's
-            p_VK = torch.randn(vocabulary, sketch.num_outputs, generator=rng) / sketch.num_outputs**0.5
+            p_VK = torch.randn(vocabulary(), sketch.num_outputs, generator=rng) / sketch.num_outputs**0.5
             self._matrices = p_VK.to(hidden_NH.device), q_HL.to(hidden_NH.device)
         return self._matrices
 

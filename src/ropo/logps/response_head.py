@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ropo.logps.sharded import is_part, is_sharded
+
 # Most bytes of float32 logits alive at once. On a GPU a piece costs a gradient of the size of the head's weights.
 LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30}
 # Tokens whose logits are made in one go. On a CPU a piece is read several times, and the head's weights once for it.
@@ -178,8 +180,8 @@ def projected_gradient(
 
 
 def _is_sharded(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """By FSDP2, which makes a class of its own of each class."""
-    return isinstance(head, nn.Linear) and hasattr(head, "unshard")
+    """By FSDP2, which makes a class of its own of each class, or by ZeRO-3."""
+    return isinstance(head, nn.Linear) and is_part(head.weight)
 
 
 def _is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
@@ -241,7 +243,7 @@ def _cast(hidden_NH: Tensor, target_N: Tensor, head: nn.Linear) -> tuple[Tensor,
 
 
 def _sharded(hidden_NH: Tensor, head: nn.Linear, compute: Callable[[Tensor], Any]) -> Any:
-    """What is computed of a head whose weights FSDP gathers for the time of a call.
+    """What is computed of a head whose weights are gathered for the time of a call.
 
     One call, however many tokens a process has: each call gathers, and processes that do not make the same number of
     calls wait for each other for ever.
@@ -341,9 +343,9 @@ def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, logit_m
 
 
 def _by_calling(hidden_NH: Tensor, target_N: Tensor, head: nn.Module, logit_map: LogitMap) -> Tensor:
-    """The same through the head's own `forward`."""
+    """The same through the head's own `forward`; in one call where its weights are gathered, see `_sharded`."""
     size = _num_at_once(_num_outputs(head), hidden_NH.device.type)
-    if len(target_N) <= size:
+    if len(target_N) <= size or is_sharded(head):
         return _token_logps(hidden_NH, target_N, head, logit_map)
     pieces = zip(hidden_NH.split(size), target_N.split(size), strict=True)
     return torch.cat(

@@ -17,6 +17,7 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, Batch, Batching, batches_by_length
 from ropo.logps.choose import choose_layout, log_layout
 from ropo.logps.features import FeatureReader, Features
+from ropo.logps.sharded import device_of, is_sharded
 from ropo.logps.shared_prefix import FORWARDS, vocabulary_size
 from ropo.pairs import PairLogps
 from ropo.processes import meet
@@ -44,7 +45,8 @@ def score_pairs(
     """Log-probabilities of all pairs under one model, in evaluation mode.
 
     With several processes each scores its share of the batches and all return everything. A batch that does not fit
-    into the device's memory is halved, and so are those after it.
+    into the device's memory is halved, and so are those after it; not of a sharded model, whose processes run as many
+    forward passes as each other.
 
     Args:
         model: A causal language model on its device.
@@ -63,12 +65,14 @@ def score_pairs(
     """
     if not tokens:
         return logps_of_rows([])
-    state, device = PartialState(), next(model.parameters()).device
+    model = batching.sharded(model)
+    state, device = PartialState(), device_of(model)
     layout, reason = choose_layout(model, tokens, pad_token_id=batching.pad_token_id, use_bf16=batching.use_bf16)
     log_layout(layout, reason)
     limit = _max_tokens(model, layout, device, batching.max_tokens)
     batches = list(batches_by_length([len(pair) for pair in tokens], max_tokens=limit))
     mine = batches[state.process_index :: state.num_processes]
+    num_idle = -(-len(batches) // state.num_processes) - len(mine) if is_sharded(model) else 0
     rows: Rows = []
     was_training = model.training
     model.eval()
@@ -91,6 +95,9 @@ def score_pairs(
                 on_batch(scored, features)
             rows += scored
             progress.advance(len(where))
+        for _ in range(num_idle):  # its share is smaller, yet the others need its part of the weights
+            batch = LAYOUTS[layout]([tokens[batches[0][0]]], pad_token_id=batching.pad_token_id)
+            _forward_if_it_fits(model, batch, layout, device, reader)
     model.train(was_training)
     meet()  # one may have had the longer pairs
     return logps_of_rows(gather_object(rows) if state.num_processes > 1 else rows)
@@ -114,7 +121,8 @@ def _forward_if_it_fits(
         logps, features = reader.read(FORWARDS[layout], placed)
         return logps, {name: block.cpu() for name, block in features.items()}
     except torch.OutOfMemoryError:
-        pass
+        if is_sharded(model):  # the others wait in the middle of this forward pass
+            raise
     torch.cuda.empty_cache()
     return None
 

@@ -221,12 +221,13 @@ def _filled_up(inputs: dict[str, Any], read_R: Tensor, dtype: torch.dtype) -> tu
 
 
 def causal_lm_of(model: nn.Module) -> Any:
-    """The module that owns the language-model head: the model itself, or what PEFT wraps.
+    """The module that owns the language-model head: the model itself, or what PEFT or DeepSpeed wraps.
 
     Args:
         model: A causal language model, with or without PEFT.
     """
-    return getattr(model, "get_base_model", lambda: model)()
+    inner = getattr(model, "module", model)
+    return getattr(inner, "get_base_model", lambda: inner)()
 
 
 def decoder_of(causal_lm: Any) -> Any:

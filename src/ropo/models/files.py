@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ropo.models.sharding import local_part, whole_models
 from ropo.provenance import Json
 
 logger = logging.getLogger(__name__)
@@ -273,13 +274,21 @@ def make_skeleton(kind: ModelKind, name_or_path: str, load_options: Mapping[str,
     options = {**_NO_CODE, **(load_options or {})}
     config = read_config(kind, name_or_path, options)
     config._attn_implementation = options.get("attn_implementation")
-    with explained(f"{kind.noun} needs settings that transformers knows", name_or_path), torch.device("meta"):
+    with (
+        whole_models(),
+        explained(f"{kind.noun} needs settings that transformers knows", name_or_path),
+        torch.device("meta"),
+    ):
         auto_class = kind.auto_class(config)
         skeleton: PreTrainedModel = auto_class.from_config(config, trust_remote_code=options["trust_remote_code"])
     is_quantized = getattr(config, "quantization_config", None)  # in the files, so shapes are others
     shapes = None if is_quantized else _shapes_in(name_or_path, options, config)
     if shapes is not None:
-        with explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice), _quiet():
+        with (
+            explained(f"{kind.noun} needs files that transformers can read", name_or_path, kind.advice),
+            _quiet(),
+            whole_models(),
+        ):
             model_class: Any = type(skeleton)
             _, found = model_class.from_pretrained(
                 None,
@@ -379,13 +388,12 @@ def not_finite(model: nn.Module) -> str:
     Args:
         model: On any device. Of a model in parts those on this process are looked at.
     """
-    found = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
+    found = [name for name, weight in model.named_parameters() if not _is_finite(local_part(weight))]
     return some(found)
 
 
 def _is_finite(weight: Tensor) -> bool:
     here: Tensor = weight.detach()
-    here = here.to_local() if hasattr(here, "to_local") else here
     if here.is_meta or not here.numel() or not here.is_floating_point() or here.itemsize < 2:
         return True  # elsewhere, or quantized
     # In one pass and without a copy: NaN wins over every number.

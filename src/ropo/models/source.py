@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -53,6 +54,7 @@ from ropo.models.files import (
     read_config,
 )
 from ropo.models.quantized import compute_as_in_training
+from ropo.models.sharding import forget_engines, loads_in_parts
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import hash_file, hash_value
 
@@ -225,7 +227,8 @@ class Model:
             is_trainable: Whether an adapter is to be trained further.
 
         Returns:
-            The model on this process's device, in evaluation mode.
+            The model on this process's device, in evaluation mode. Where weights are sharded, what this process holds
+            of it until `Batching.sharded` gives each its part.
 
         Raises:
             ValueError: If files are damaged, or do not hold the whole model.
@@ -238,7 +241,7 @@ class Model:
         if folder is not None:
             advice = "Copy or save the adapter again." if trained is None else _again(trained)
             model = load_adapter(model, folder, is_trainable=is_trainable, advice=advice)
-        if names := not_finite(model):
+        if names := _of_any(not_finite(model)):
             if trained is None:
                 raise ValueError(
                     f"A language model needs finite weights; {self.name_or_path} has NaN or infinity in {names}. Take "
@@ -248,7 +251,7 @@ class Model:
                 f"The training of {trained} left NaN or infinity in {names}. Lower the learning rate, or use bf16 "
                 "instead of fp16."
             )
-        if "device_map" not in self.load_options and not self.is_quantized:
+        if "device_map" not in self.load_options and not self.is_quantized and not loads_in_parts():
             model = model.to(PartialState().device)
         loaded: PreTrainedModel = model.eval()
         return loaded
@@ -356,6 +359,11 @@ class Reference:
         return self.read(tokens)[1]
 
 
+def _of_any(names: str) -> str:
+    """What a process has found in its part of the weights, in all of them: they stop together."""
+    return next((one for one in gather_object([names]) if one), "")
+
+
 def model_digest(name_or_path: str, revision: str | None) -> str:
     """Name a model by the bytes of its files: another training may have left files of the same names and sizes.
 
@@ -436,6 +444,7 @@ def release_memory() -> None:
     A trainer and its callbacks hold each other, and so do a model and its wrapped `forward`: without this they stay in
     memory beside the model that is loaded next. What a GPU's allocator keeps for later is given back, too.
     """
+    forget_engines()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from transformers import IntervalStrategy
 from ropo.config import ROPOConfig
 from ropo.run.hub import check_upload
 from ropo.train.checks import check_training
+from ropo.train.sharding import sharder
 
 # Options of `Trainer` with which a training that is stopped would end in other weights, or be taken for finished.
 _NOT_RESUMED = {
@@ -29,6 +30,12 @@ def check_run(args: ROPOConfig, *, has_evaluation: bool) -> None:
         ValueError: If there are several GPUs in this process, or an option asks for what a run has not or does not do.
     """
     check_training(args)
+    if args.num_candidates and args.generation_engine == "transformers" and sharder(args) is not None:
+        raise ValueError(
+            f"generation_engine transformers needs the whole model in each process; got weights sharded by "
+            f"{args.sharding}, and num_candidates {args.num_candidates}. Sample from a server (generation_engine "
+            "server), or leave num_candidates out."
+        )
     for name, reason in _NOT_RESUMED.items():
         if getattr(args, name):
             raise ValueError(

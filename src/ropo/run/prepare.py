@@ -40,6 +40,7 @@ from ropo.stages import Stages
 from ropo.train.checks import check_warmup
 from ropo.train.dataset import PairDataset, batching
 from ropo.train.launch import Launch, tell_other_launch
+from ropo.train.sharding import load_in_parts, sharder
 
 logger = logging.getLogger(__name__)
 
@@ -171,12 +172,18 @@ def check(given: Given, args: ROPOConfig, *, is_audit: bool, scratch: Path | Non
         ValueError: If options, model, data or output folder do not fit.
     """
     check_run(args, has_evaluation=is_audit or given.eval_dataset is not None)
+    load_in_parts(args)
     folder = Path(str(args.output_dir))
     refuse_what_is_not_ours(folder)
     _tell_launch(args, given.model)
     read = _read(given, args)
     model = _model_of(given, scratch or folder)
     _check_trained(model, args, is_audit=is_audit)
+    if model.is_quantized and sharder(args) is not None:
+        raise ValueError(
+            f"Quantized weights need to be whole in each process; got load_in_4bit or load_in_8bit, sharded by "
+            f"{args.sharding}. Launch without sharding, or leave the bits out."
+        )
     skeleton = model.skeleton()  # what its files lack is told now
     date = dated(model.tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
     tokenized = _tokenize(given, read, args, model, skeleton)

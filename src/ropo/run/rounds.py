@@ -48,6 +48,7 @@ from ropo.sampling.generate import sample_responses
 from ropo.stages import Stages
 from ropo.train.dataset import PairDataset, batching
 from ropo.train.objective import losses_of, margins_of
+from ropo.train.sharding import let_go
 from ropo.train.tracking import tracked
 from ropo.train.trainer import ROPOTrainer
 
@@ -191,6 +192,7 @@ class Round:
         trainer.train_or_resume(made_from, title=f"Round {self.number}: training")
         trainer.save_whole(self.model_folder)
         first_margins = trainer.gather_first_margins()
+        let_go(trainer.model_wrapped)
         if PartialState().is_main_process:
             with write_aside(self.folder / "first_margins.safetensors") as path:
                 save_file({"margins": first_margins}, path)

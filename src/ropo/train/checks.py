@@ -21,6 +21,7 @@ from ropo.options import short
 from ropo.spelling import did_you_mean
 from ropo.train.launch import refuse_other_launch
 from ropo.train.options import LIGER_LOSSES, TrainOptions
+from ropo.train.sharding import check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def check_training(args: TrainOptions) -> None:
             "start it with `accelerate launch`), or hide the others with CUDA_VISIBLE_DEVICES."
         )
     refuse_other_launch(args)
+    check_sharding(args)
     _check_loggers(args)
     _check_liger(args)
     _check_optimizer(args)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ropo.data.problems import render
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
@@ -23,6 +24,7 @@ from ropo.logps.cache import reference_logps
 from ropo.models.fit import check_ids, ids_of
 from ropo.pairs import Pair, PairLogps
 from ropo.train.options import TrainOptions
+from ropo.train.sharding import sharder
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,12 @@ class PairDataset(Dataset[dict[str, Any]]):
 
 def batching(args: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> Batching:
     """How pairs are put into batches for scoring."""
-    return Batching(pad_token_id=pad_token_id_of(tokenizer), use_bf16=args.bf16, max_tokens=args.max_tokens_per_batch)
+    return Batching(
+        pad_token_id=pad_token_id_of(tokenizer),
+        use_bf16=args.bf16,
+        max_tokens=args.max_tokens_per_batch,
+        shard=sharder(args),
+    )
 
 
 def prepare_dataset(
@@ -126,7 +133,7 @@ def prepare_dataset(
 
     Raises:
         DataError: If a row cannot be read and `on_bad_rows` says so.
-        ValueError: If no pair is left, or the model lacks a token.
+        ValueError: If no pair is left, the model lacks a token, or it would be scored under ZeRO-3.
     """
     if source is None or isinstance(source, PairDataset):
         return source
@@ -141,6 +148,11 @@ def prepare_dataset(
     check_ids(model, tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=name)
     reference = None
     if needs_reference:
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "ROPOTrainer needs reference log-probabilities with its pairs under ZeRO-3, where a model is either "
+                "scored or trained; got pairs alone. Use `ropo train` or run_rounds, or pass a PairDataset."
+            )
         cache_dir = Path(args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache")
         reference = reference_logps(model, tokenized.tokens, batching(args, tokenizer), cache_dir=cache_dir)
     return PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)

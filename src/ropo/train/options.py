@@ -262,6 +262,9 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
         made = copy.copy(self)  # `replace` would look for devices again
         made.push_to_hub = False  # checkpoints stay here
         made.__dict__.update({name: value for name, value in changed.items() if value is not None})
+        # DeepSpeed's settings are filled in by the training that reads them; two of them may be one object.
+        names = [name for name in ("deepspeed_plugin", "hf_deepspeed_config") if name in vars(self)]
+        made.__dict__.update(copy.deepcopy({name: getattr(self, name) for name in names}))
         return made
 
     def to_dict(self) -> dict[str, Any]:

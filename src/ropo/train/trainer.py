@@ -35,6 +35,7 @@ from ropo.logps.batch import Batch, pad_token_id_of
 from ropo.logps.choose import choose_layout, log_layout
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.losses import BoundLoss
+from ropo.models.sharding import loads_in_parts
 from ropo.pairs import PairLogps
 from ropo.processes import meet
 from ropo.provenance import DiskFullError, hash_value, put_in_place, saying_if_full
@@ -57,7 +58,7 @@ from ropo.train.metrics import ByPair, RunningMeans, gathered, of_margins
 from ropo.train.model import load_balance_of, make_ready, with_adapter
 from ropo.train.objective import Objective, warn_about_alpha
 from ropo.train.options import TrainOptions, check_kind, instead_of
-from ropo.train.sharding import keep_outputs_in_float32, whole_weights
+from ropo.train.sharding import another_accelerator, load_in_parts, settle, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,10 @@ class ROPOTrainer(Trainer):
             raise TypeError(f"ROPOTrainer takes no {name}.{instead_of(name)}")
         check_kind(args, TrainOptions, taker="ROPOTrainer")
         check_training(args)
+        load_in_parts(args)
         model, self.tokenizer = make_ready(model, processing_class, peft_config)
-        if not getattr(model, "is_quantized", False):  # such a model is where it was loaded
+        # One that is quantized is where it was loaded, one that is sharded yet to come.
+        if not getattr(model, "is_quantized", False) and not loads_in_parts():
             model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         bound_loss = loss or args.bound_loss()
         train_dataset, eval_dataset = (
@@ -143,19 +146,20 @@ class ROPOTrainer(Trainer):
         self._order: Replayable | None = None
         self._order_to_replay: Tensor | None = None
         self._means = RunningMeans()
-        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=self._collator(sample),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=self.tokenizer,
-            callbacks=[*(others.get("callbacks") or []), *self._own_callbacks()],
-            optimizers=others.get("optimizers", (None, None)),
-        )
+        self._num_parameters = sum(getattr(one, "ds_numel", one.numel()) for one in model.parameters())
+        with another_accelerator():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=self._collator(sample),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=self.tokenizer,
+                callbacks=[*(others.get("callbacks") or []), *self._own_callbacks()],
+                optimizers=others.get("optimizers", (None, None)),
+            )
         self.label_names = []
-        keep_outputs_in_float32(self._sharding)
+        settle(self.accelerator)
         self._shown = ShowProgress(is_line=not args.disable_tqdm)
         for kind in (PrinterCallback, ProgressCallback):  # the second prints every line of the log as well
             self.remove_callback(kind)
@@ -164,12 +168,9 @@ class ROPOTrainer(Trainer):
     def _choose_layout(self, model: nn.Module, sample: PairDataset, *, is_trained: bool) -> str:
         """The fastest forward that agrees with the plain one; which, is logged."""
         layout, reason = choose_layout(
-            model,
-            sample.tokens,
-            pad_token_id=pad_token_id_of(self.tokenizer),
-            use_bf16=self.options.bf16,
-            is_trained=is_trained,
-        )
+            model, sample.tokens, pad_token_id=pad_token_id_of(self.tokenizer), use_bf16=self.options.bf16,
+            is_trained=is_trained, has_weights=not loads_in_parts(),
+        )  # fmt: skip
         log_layout(layout, reason)
         return layout
 
@@ -206,8 +207,8 @@ class ROPOTrainer(Trainer):
         max_tokens = self.options.max_tokens_per_batch
         if max_tokens is None and self.options.device.type == "cpu":
             max_tokens = CPU_TOKENS
-        if not self.training_objective.spec.allows_pieces:
-            max_tokens = None
+        if not self.training_objective.spec.allows_pieces or self.options.sharding != "none":
+            max_tokens = None  # processes that gather weights for each other run as many forward passes as each other
         pad_token_id = pad_token_id_of(self.tokenizer)
         return PairCollator(dataset=dataset, layout=self.layout, pad_token_id=pad_token_id, max_tokens=max_tokens)
 
