@@ -327,7 +327,7 @@ def test_an_adapter_with_tokens_of_its_own(model_folder, tokenizer, pairs, tmp_p
     asked = [replace(pair, prompt=f"<|im_start|>{pair.prompt}") for pair in pairs]
     folder = tmp_path / "O"
     assert_trained(run_rounds(tmp_path / "sft", asked, config(folder)), folder)
-    assert "This run, if nothing of it is done yet" in caplog.text
+    assert "this run takes about" in caplog.text
     assert_scores(AutoPeftModelForCausalLM.from_pretrained(folder), folder, asked, longer)
 
 
