@@ -81,6 +81,7 @@ def test_the_class_is_that_before_sharding(model):
     kind = type(model)
     model.__class__ = type("FSDPModel", (FSDPModule, kind), {})
     assert class_of(model) is kind
+    assert is_sharded(model)  # also within a forward, where the weights are whole
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, [0.0, 1.0, 2.0]), (1, [3.0, 4.0])])

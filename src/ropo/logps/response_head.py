@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ropo.logps.sharded import is_part, is_sharded
+from ropo.logps.sharded import is_sharded
 
 # Most bytes of float32 logits alive at once. On a GPU a piece costs a gradient of the size of the head's weights.
 LOGITS_BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -181,7 +181,7 @@ def projected_gradient(
 
 def _is_sharded(head: nn.Module) -> TypeGuard[nn.Linear]:
     """By FSDP2, which makes a class of its own of each class, or by ZeRO-3."""
-    return isinstance(head, nn.Linear) and is_part(head.weight)
+    return isinstance(head, nn.Linear) and is_sharded(head)
 
 
 def _is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:

@@ -22,8 +22,8 @@ def is_part(tensor: Tensor) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of a model's weights."""
-    return any(is_part(parameter) for parameter in model.parameters())
+    """Whether each process holds a part of a model's weights, or of a module's; FSDP2's are whole within a forward."""
+    return isinstance(model, FSDPModule) or any(is_part(parameter) for parameter in model.parameters())
 
 
 def device_of(model: nn.Module) -> torch.device:
