@@ -40,7 +40,7 @@ $(VENV)/.installed-deepspeed: $(VENV)/.installed-dev
 
 # Two and four processes on CPUs: DDP, FSDP2, ZeRO-2 and ZeRO-3 give what one process gives; prints what each holds.
 distributed-test: $(VENV)/.installed-deepspeed
-	$(BIN)/python -m pytest -m slow -rs -s tests/end_to_end/test_sharded.py
+	$(BIN)/python -m pytest -m distributed -rs -s
 
 fuzz: $(VENV)/.installed-dev
 	FUZZ_ROWS=$(ROWS) FUZZ_WRITE=$(WRITE) $(BIN)/python -m pytest -m slow --timeout 0 tests/fuzz

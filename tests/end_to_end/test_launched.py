@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ropo.cli.launcher import CONFIGS
 from ropo.run.lock import LOCK_FILE
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.distributed
 
 OPTIONS = {
     "learning_rate": 1e-3, "max_length": 64, "use_cpu": True, "disable_tqdm": True, "num_folds": 0, "rho": "0",

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropo.provenance import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 LAUNCHER = Path(__file__).with_name("sharded_launcher.py")
 # Weights as small as these would else be kept whole, and all that was gathered once.
