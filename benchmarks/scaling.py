@@ -37,7 +37,7 @@ from ropo.logps.choose import choose_layout
 from ropo.logps.shared_prefix import packed_logps
 from ropo.report import svg
 from ropo.run.forecast import model_size
-from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_run
+from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_stages
 from ropo_bench.figures import looks_of, names_at_ends, stand_alone
 from ropo_bench.toy import make_pairs, save_toy
 
@@ -145,9 +145,9 @@ def measure_runs() -> None:
             )
             measured = _seconds(model, Path(folder) / str(number), run, num_pairs)
             pairs = PairSize(num_pairs=num_pairs, prompt_tokens=32, chosen_tokens=24, rejected_tokens=24)
-            plan = plan_run(size, pairs, run, Machine(flops=1e9, share=1.0), tokens_at_once=2048)
-            of_sampling = sum(stage.seconds for stage in plan.stages if stage.name == "sampling")
-            counted = np.array([plan.seconds - of_sampling, of_sampling])
+            stages = plan_stages(size, pairs, run, Machine(flops=1e9, share=1.0))
+            of_sampling = sum(stage.seconds for stage in stages if stage.name == "sampling")
+            counted = np.array([sum(stage.seconds for stage in stages) - of_sampling, of_sampling])
             if number == 0:
                 speeds = measured / counted
             seconds = (round(float(measured.sum()), 1), round(float(counted @ speeds), 1))
@@ -251,15 +251,19 @@ def planned_table() -> str:
     """A 7B model on 1, 8 and 64 GPUs: hours of each stage."""
     lines = ["| GPUs | reference, h | audit, h | rounds, h | sampling, h | all, h |", "|---|---|---|---|---|---|"]
     for num_devices in (1, 8, 64):
-        plan = plan_run(LARGE, LARGE_PAIRS, RUN, replace(GPU, num_devices=num_devices), tokens_at_once=8192)
-        hours = [f"{stage.seconds / 3600:.2f}" for stage in plan.stages]
-        lines.append(f"| {num_devices} | {' | '.join(hours)} | {plan.seconds / 3600:.2f} |")
+        stages = plan_stages(LARGE, LARGE_PAIRS, RUN, replace(GPU, num_devices=num_devices))
+        hours = [stage.seconds / 3600 for stage in stages]
+        lines.append(f"| {num_devices} | {' | '.join(f'{one:.2f}' for one in hours)} | {sum(hours):.2f} |")
     return "\n".join(lines)
 
 
 def options_table() -> str:
     """What more rounds and folds cost, to a round without a reference pass: one epoch and its scoring pass."""
-    once = plan_run(LARGE, LARGE_PAIRS, RunSize(num_folds=0, needs_reference=False), GPU, tokens_at_once=8192).seconds
+
+    def seconds(run: RunSize) -> float:
+        return sum(stage.seconds for stage in plan_stages(LARGE, LARGE_PAIRS, run, GPU))
+
+    once = seconds(RunSize(num_folds=0, needs_reference=False))
     lines = ["| run | to one epoch and its scoring pass |", "|---|---|"]
     for name, run in (
         ("one round, no audit", RunSize(num_folds=0)),
@@ -268,8 +272,7 @@ def options_table() -> str:
         ("one round, audit by models, 5 folds", RunSize(scorer="models")),
         ("two rounds, audit by features, 20 % sampled anew", RUN),
     ):
-        ratio = plan_run(LARGE, LARGE_PAIRS, run, GPU, tokens_at_once=8192).seconds / once
-        lines.append(f"| {name} | {ratio:.1f} |")
+        lines.append(f"| {name} | {seconds(run) / once:.1f} |")
     return "\n".join(lines)
 
 

@@ -186,6 +186,13 @@ def test_docs_show_the_measured_speed():
     assert scaling.picture() == (ROOT / "benchmarks" / "scaling.svg").read_text()
 
 
+def test_docs_show_the_forecast():
+    """What was measured stands in rows; the table by size is computed anew."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert benchmark("forecast").table() in page
+    assert benchmark("memory_table").table() in page
+
+
 def test_docs_show_the_measured_noise():
     """The tables are those that the rows in benchmarks/ give."""
     module, margins = benchmark("noise"), benchmark("margins")

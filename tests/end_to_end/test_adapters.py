@@ -105,6 +105,7 @@ def test_quantization_identifies_a_run(model_folder, pairs, tmp_path, monkeypatc
         run_rounds(Model(model_folder, load_options=loaded_in(4)), pairs, config(tmp_path / "P"))
 
 
+@pytest.mark.slow
 def test_references_of_other_precisions_are_kept_apart(model_folder, pairs, tmp_path):
     for name, options in (("32", {}), ("4", loaded_in(4)), ("8", loaded_in(8))):
         source = Model(model_folder, load_options=options)
@@ -314,8 +315,9 @@ def test_settings_that_peft_does_not_take(text, said, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_an_adapter_with_tokens_of_its_own(model_folder, tokenizer, pairs, tmp_path):
+def test_an_adapter_with_tokens_of_its_own(model_folder, tokenizer, pairs, tmp_path, caplog):
     """As a training with a new chat template leaves it: its tokenizer has more tokens than its base."""
+    caplog.set_level("INFO")  # else nothing is forecast
     base, longer = AutoModelForCausalLM.from_pretrained(model_folder), copy.deepcopy(tokenizer)
     longer.add_tokens(["<|im_start|>"])
     base.resize_token_embeddings(len(longer), mean_resizing=False)
@@ -325,6 +327,7 @@ def test_an_adapter_with_tokens_of_its_own(model_folder, tokenizer, pairs, tmp_p
     asked = [replace(pair, prompt=f"<|im_start|>{pair.prompt}") for pair in pairs]
     folder = tmp_path / "O"
     assert_trained(run_rounds(tmp_path / "sft", asked, config(folder)), folder)
+    assert "this run takes about" in caplog.text
     assert_scores(AutoPeftModelForCausalLM.from_pretrained(folder), folder, asked, longer)
 
 

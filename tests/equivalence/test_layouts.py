@@ -303,6 +303,10 @@ def test_filled_up_rows(shape, monkeypatch):
         monkeypatch.setattr(module, "round_length", lambda num_tokens, *_: num_tokens + -num_tokens % 16)
     for name in ("llama, grouped queries", "mixtral, layers of experts", "gpt2, learned positions"):
         assert_equal(ready(MODELS[name](), "packed"), make_tokens(SHAPES[shape]), "packed")
+    # As the command line makes it: with a task, PEFT names inputs that there are none of.
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(MODELS["llama, grouped queries"](), adapter)
+    assert_equal(ready(model, "packed"), make_tokens(SHAPES[shape]), "packed")
 
 
 @pytest.mark.parametrize("has_autocast", [False, True])

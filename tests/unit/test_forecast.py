@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers.modeling_utils
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config, LlamaConfig
@@ -15,21 +17,40 @@ from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.logps.batch import shared_prefix_batch
 from ropo.logps.shared_prefix import enable_response_logps, shared_prefix_logps
 from ropo.models.source import Model
-from ropo.run import forecast
+from ropo.report.costs import ASSUMED
+from ropo.run import forecast, probe
+from ropo.run.formats import formats_of
 from ropo.run.plan import PairSize, forward_operations
 from ropo_bench.toy import make_pairs, save_toy
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
+    """The initial model, its skeleton, and pairs."""
     folder = tmp_path_factory.mktemp("forecast") / "model"
     save_toy(folder, seed=0, num_texts=32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return folder, tokenizer, tokenize_pairs(make_pairs(40, seed=0), tokenizer, max_length=128).tokens
+    model = Model(folder, tokenizer=AutoTokenizer.from_pretrained(folder))
+    return model, model.skeleton(), tokenize_pairs(make_pairs(40, seed=0), model.tokenizer, max_length=128).tokens
 
 
 def options(tmp_path, **more):
-    return ROPOConfig(output_dir=str(tmp_path / "out"), max_length=128, per_device_train_batch_size=8, **more)
+    return ROPOConfig(
+        output_dir=str(tmp_path / "out"), max_length=128, per_device_train_batch_size=8, use_cpu=True, **more
+    )
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Nothing is timed; what would have been is listed: dtype, attention, layout, tokens."""
+    found = []
+
+    def seconds(model, layout, _pad, _device, some, **_):
+        found.append((model.dtype, model.config._attn_implementation, layout, sum(map(len, some))))
+        return 0.01 * sum(map(len, some)) / 64
+
+    monkeypatch.setattr(probe, "_seconds", seconds)
+    monkeypatch.setattr(probe, "_sampling_seconds", lambda *_, **__: 0.01)
+    return found
 
 
 MODELS = {"scorer": "models"}
@@ -38,6 +59,7 @@ LLAMA = LlamaConfig(
     num_key_value_heads=2,
 )  # fmt: skip
 GPT2 = GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["untied", "tied"])
@@ -80,10 +102,9 @@ def test_operations_of_a_pass_are_counted_as_they_are_done():
 
 
 def test_an_adapter_trains_few_weights():
-    adapter = LoraConfig(r=4, target_modules=["q_proj"])
-    adapted = get_peft_model(AutoModelForCausalLM.from_config(LLAMA), adapter)
+    adapted = get_peft_model(AutoModelForCausalLM.from_config(LLAMA), LORA)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert forecast.model_size(LLAMA, adapter).trained_weights == trained < 2000
+    assert forecast.model_size(LLAMA, LORA).trained_weights == trained < 2000
 
 
 @pytest.mark.parametrize(
@@ -106,65 +127,105 @@ def test_an_adapter_trains_few_weights():
 )
 def test_stages_and_steps_are_those_of_the_run(toy, tmp_path, more, is_audit, stages, steps):
     """40 pairs in batches of 8; a fold of two trains on 20 of them."""
-    folder, tokenizer, tokens = toy
-    config = AutoModelForCausalLM.from_pretrained(folder).config
-    plan = forecast.forecast(config, tokens, options(tmp_path, **more), tokenizer, is_audit=is_audit)
-    assert [stage.name for stage in plan.stages] == stages
+    plan = forecast.forecast(*toy, options(tmp_path, **more), is_audit=is_audit)
+    assert [stage.name for stage in plan.stages] == [*stages, "report"]
     assert sum(stage.steps for stage in plan.stages) == steps
     assert 0 < plan.seconds < 3600
-    assert 0 < plan.memory_bytes < 2**30
+    assert 0 < plan.memory.total < 2**30
+    assert set(plan.assumed) <= ASSUMED.keys()
+    is_trained = not is_audit or more.get("scorer") == "models"
+    assert (plan.memory.optimizer > 0) == is_trained
 
 
 def test_random_state_is_left_alone(toy, tmp_path):
-    folder, tokenizer, tokens = toy
-    config = AutoModelForCausalLM.from_pretrained(folder).config
     before = torch.random.get_rng_state()
-    forecast.reached_rate(config, tokens, options(tmp_path), tokenizer)
+    forecast.forecast(*toy, options(tmp_path))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert config.num_hidden_layers == AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers
+    assert toy[1].config.num_hidden_layers == toy[0].config().num_hidden_layers
 
 
-def test_it_is_told(toy, tmp_path, caplog):
-    folder, tokenizer, tokens = toy
-    with caplog.at_level(logging.INFO, logger="ropo.run.forecast"):
-        forecast.tell_forecast(Model(str(folder), tokenizer=tokenizer), tokens, options(tmp_path), is_audit=True)
-    assert "done yet: About" in caplog.text
-    assert "GiB of memory" in caplog.text
+def test_nothing_is_partitioned_under_zero3(toy, tmp_path, monkeypatch):
+    """Whatever `transformers` makes by itself is partitioned there, which every process must take part in."""
+    monkeypatch.setattr(transformers.modeling_utils, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ImportError, match="deepspeed"):
+        AutoModelForCausalLM.from_config(LLAMA)
+    assert forecast.forecast(*toy, options(tmp_path)).memory.total > 0
+
+
+@pytest.mark.parametrize("most", [2**28, 20_000])
+def test_few_weights_and_tokens_are_timed(toy, tmp_path, timed, monkeypatch, most):
+    """So many tokens as take a second, here at 6,400 a second; two layers, or one and few words of a large model."""
+    monkeypatch.setitem(probe._MOST_WEIGHTS, "cpu", most)
+    monkeypatch.setattr(probe, "_SECONDS", 0.03)
+    _, skeleton, tokens = toy
+    rates = probe.time_steps(type(skeleton), skeleton.config, tokens, options(tmp_path), pad_token_id=0)
+    assert 64 <= timed[-1][3] <= 256 < sum(map(len, tokens[:8]))
+    config = rates.config
+    expected = (2, skeleton.config.vocab_size) if most == 2**28 else (1, most // config.hidden_size)
+    assert (config.num_hidden_layers, config.vocab_size) == expected
+
+
+def test_checkpoints_adafactor_and_accumulation_change_the_memory(toy, tmp_path, timed):
+    def memory(**more):
+        return forecast.forecast(*toy, options(tmp_path, **more)).memory
+
+    before = memory()
+    assert memory(activation_checkpointing=True).activations < before.activations
+    assert memory(optim="adafactor").optimizer == 0
+    assert memory(gradient_accumulation_steps=4).activations > before.activations  # beside gradients that are there
+
+
+def test_disk_holds_models_and_checkpoints(toy, tmp_path, timed):
+    """40 pairs in batches of 8: five steps an epoch, and a checkpoint after each epoch but the last."""
+    one = forecast.forecast(*toy, options(tmp_path, num_folds=0, rho="0", save_strategy="no"))
+    assert one.disk_bytes == 2 * one.memory.weights
+    more = options(tmp_path, num_folds=0, rho="0", num_train_epochs=3, save_total_limit=1)
+    assert forecast.forecast(*toy, more).disk_bytes == (2 + 2 * 3) * one.memory.weights
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "auto"])
-def test_the_step_is_timed_as_the_model_will_be_loaded(toy, tmp_path, monkeypatch, caplog, dtype):
+def test_a_step_is_timed_as_the_model_will_be_loaded(toy, tmp_path, timed, dtype):
     """In the precision and with the attention that are asked for; weights of two bytes take half the memory."""
-    folder, tokenizer, tokens = toy
-    asked = Model(str(folder), tokenizer=tokenizer, load_options={"dtype": dtype, "attn_implementation": "eager"})
-    timed, plans = [], []
-
-    def seconds(model, layout, *_, **__):
-        timed.append((model.dtype, model.config._attn_implementation, layout))
-        return 1.0
-
-    whole = forecast.forecast
-    monkeypatch.setattr(forecast, "_seconds", seconds)
-    monkeypatch.setattr(forecast, "forecast", lambda *given, **more: plans.append(whole(*given, **more)) or plans[-1])
-    caplog.set_level(logging.INFO, logger="ropo.run.forecast")
-    for source in (Model(str(folder), tokenizer=tokenizer), asked):
-        forecast.tell_forecast(source, tokens, options(tmp_path), is_audit=True)
+    model, skeleton, tokens = toy
+    asked = Model(
+        model.name_or_path, tokenizer=model.tokenizer, load_options={"dtype": dtype, "attn_implementation": "eager"}
+    )
+    plans = [forecast.forecast(one, skeleton, tokens, options(tmp_path)) for one in (model, asked)]
     is_half = dtype != "auto"
-    assert timed[-1] == (torch.bfloat16 if is_half else torch.float32, "eager", "shared_prefix")
-    assert (plans[1].memory_bytes < 0.9 * plans[0].memory_bytes) == is_half
+    assert timed[-1][:3] == (torch.bfloat16 if is_half else torch.float32, "eager", "shared_prefix")
+    assert (plans[1].memory.weights == plans[0].memory.weights / 2) == is_half
 
 
-def test_a_model_that_it_cannot_size_stops_nothing(toy, tmp_path, caplog):
-    _, tokenizer, tokens = toy
-    source = Model(str(tmp_path / "nothing_here"), tokenizer=tokenizer)
+def test_a_model_whose_forward_reads_its_data_is_guessed(toy, tmp_path, timed, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("depends on the data")
+
+    counted = forecast.forecast(*toy, options(tmp_path))
+    monkeypatch.setattr(forecast, "kept_for_backward", fail)
+    guessed = forecast.forecast(*toy, options(tmp_path))
+    assert "activations" in guessed.assumed
+    assert "activations" not in counted.assumed
+    assert 0.5 < guessed.memory.activations / counted.memory.activations < 2
+
+
+def test_it_is_told(toy, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="ropo.run.forecast"):
-        forecast.tell_forecast(source, tokens, options(tmp_path), is_audit=False)
+        forecast.tell_forecast(*toy, options(tmp_path), is_audit=True)
+    assert "this run takes about" in caplog.text
+    assert "GB on each device" in caplog.text
+
+
+def test_a_model_that_it_cannot_size_stops_nothing(toy, tmp_path, caplog, monkeypatch):
+    model, _, tokens = toy
+    with caplog.at_level(logging.INFO, logger="ropo.run.forecast"):
+        forecast.tell_forecast(model, torch.nn.Linear(1, 1), tokens, options(tmp_path), is_audit=False)
     assert "cannot be told" in caplog.text
+    with pytest.raises(ValueError, match="cannot be told"):
+        forecast.forecast_everywhere(model, torch.nn.Linear(1, 1), tokens, options(tmp_path), is_audit=False)
 
 
 def test_a_missing_package_is_not_passed_over(toy, tmp_path, monkeypatch, caplog):
     """The run would stop for it, too."""
-    folder, tokenizer, tokens = toy
 
     def miss(*_, **__):
         raise ImportError("FlashAttention2 has been toggled on, but it cannot be used")
@@ -172,14 +233,21 @@ def test_a_missing_package_is_not_passed_over(toy, tmp_path, monkeypatch, caplog
     caplog.set_level("INFO")  # nothing is timed where nobody reads it
     monkeypatch.setattr(forecast, "forecast", miss)
     with pytest.raises(ImportError, match="FlashAttention2"):
-        forecast.tell_forecast(Model(str(folder), tokenizer=tokenizer), tokens, options(tmp_path), is_audit=False)
+        forecast.tell_forecast(*toy, options(tmp_path), is_audit=False)
 
 
-def test_nothing_is_timed_where_nobody_reads_it(toy, tmp_path, monkeypatch):
-    folder, tokenizer, tokens = toy
+@pytest.mark.parametrize("who", ["nobody", "another process"])
+def test_nothing_is_timed_where_nobody_reads_it(toy, tmp_path, monkeypatch, who):
     monkeypatch.setattr(forecast, "forecast", lambda *_, **__: pytest.fail("timed"))
-    forecast.logger.setLevel(logging.WARNING)
+    forecast.logger.setLevel(logging.WARNING if who == "nobody" else logging.INFO)
+    monkeypatch.setattr(PartialState, "is_main_process", property(lambda _: who == "nobody"))
     try:
-        forecast.tell_forecast(Model(str(folder), tokenizer=tokenizer), tokens, options(tmp_path), is_audit=False)
+        forecast.tell_forecast(*toy, options(tmp_path), is_audit=False)
     finally:
         forecast.logger.setLevel(logging.NOTSET)
+
+
+def test_a_quantized_base_is_said_to_be_slower(tmp_path):
+    formats = formats_of(options(tmp_path), torch.bfloat16, {"load_in_4bit": True})
+    run = forecast.run_size(options(tmp_path), is_audit=False)
+    assert "dequantization" in forecast._assumed(options(tmp_path), formats, run, is_counted=True)

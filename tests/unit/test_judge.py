@@ -124,10 +124,10 @@ def test_answers_are_read_strictly(text, answer):
 
 @pytest.mark.parametrize("part", ['{"better":', "{better:A,", "{,", "{better ", "<think>", "</think>", "<|", "```A"])
 def test_long_nonsense_takes_no_time(part):
-    start = time.monotonic()
+    start = time.process_time()
     assert parse_answer(part * (19_000 // len(part))) is None
     assert parse_answer("{" + part.strip("{") * (19_000 // len(part))) is None
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 # A chat model.

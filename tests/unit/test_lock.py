@@ -107,6 +107,7 @@ def test_a_lock_is_no_foreign_file(tmp_path, pairs, model_folder, monkeypatch):
     seen: list[Path] = []
     monkeypatch.setattr(align, "run_all", lambda _, setup, **__: seen.extend(setup.folder.parent.iterdir()))
     monkeypatch.setattr(align, "publish", lambda *_: None)
+    monkeypatch.setattr(align, "upload", lambda *_, **__: None)
     monkeypatch.setattr(align.RunResult, "load", lambda _: None)
     run_rounds(model_folder, pairs, ROPOConfig(output_dir=str(tmp_path / "O"), num_folds=0, rho="0", use_cpu=True))
     assert LOCK_FILE in {path.name for path in seen}

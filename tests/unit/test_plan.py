@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_run, training_bytes
+from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_stages
 
 MODEL = ModelSize(
     layer_weights=4_800_000,
@@ -24,7 +24,11 @@ MACHINE = Machine(flops=2e11)
 
 
 def plan(pairs=PAIRS, run=RunSize(), machine=MACHINE):  # noqa: B008 - frozen
-    return plan_run(MODEL, pairs, run, machine, tokens_at_once=2048)
+    return {stage.name: stage for stage in plan_stages(MODEL, pairs, run, machine)}
+
+
+def seconds(**given):
+    return sum(stage.seconds for stage in plan(**given).values())
 
 
 def test_operations_are_those_of_the_model():
@@ -45,56 +49,59 @@ def test_operations_are_those_of_the_model():
 
 def test_growth():
     """Twice the pairs, twice the work; twice the tokens, twice the layers' work and a little more attention."""
-    once, twice = plan(), plan(replace(PAIRS, num_pairs=2000))
-    assert twice.seconds == pytest.approx(2 * once.seconds)
-    longer = plan(replace(PAIRS, prompt_tokens=250))
-    assert 1.5 < longer.seconds / once.seconds < 1.75
-    assert plan(machine=replace(MACHINE, num_devices=8)).seconds == pytest.approx(once.seconds / 8)
+    once = seconds()
+    assert seconds(pairs=replace(PAIRS, num_pairs=2000)) == pytest.approx(2 * once)
+    assert 1.5 < seconds(pairs=replace(PAIRS, prompt_tokens=250)) / once < 1.75
+    assert seconds(machine=replace(MACHINE, num_devices=8)) == pytest.approx(once / 8)
 
 
 def test_stages():
     """Each stage reads the pairs as often as it says."""
     run = RunSize(scorer="models", rounds=2, rho=0.2, num_candidates=4, new_tokens=50, num_train_epochs=1)
-    stages = {stage.name: stage for stage in plan(run=run).stages}
-    tokens = 218 * 1000
+    stages, tokens = plan(run=run), 218 * 1000
     assert stages["reference"].tokens == tokens
     assert stages["audit"].tokens == pytest.approx((4 + 3) * tokens)
     assert stages["rounds"].tokens == pytest.approx((2 + 2) * tokens)
     assert stages["rounds"].steps == 250
     assert stages["sampling"].tokens == pytest.approx(200 * 125 + 200 * 4 * 50)
-    assert "audit" not in {stage.name for stage in plan(run=replace(run, num_folds=0)).stages}
+    assert "audit" not in plan(run=replace(run, num_folds=0))
 
 
-def test_an_audit_by_features_is_part_of_the_reference_pass():
-    """It trains nothing, and reads the pairs once if nobody else does."""
-    found = plan(run=RunSize(scorer="features"))
-    assert found.seconds == pytest.approx(plan(run=RunSize(num_folds=0)).seconds)
-    assert "with the reference, " in found.sentence()
-    alone = {stage.name: stage for stage in plan(run=RunSize(scorer="features", needs_reference=False)).stages}
+def test_an_audit_by_features_reads_the_pairs_in_the_reference_pass():
+    """It trains nothing, reads the pairs once if nobody else does, and adds the projected gradient of each response."""
+    audit = plan(run=RunSize(scorer="features"))["audit"]
+    of_features = 1000 * 2 * (41 + 52) * (1_000_000 / 256) * 64
+    assert (audit.tokens, audit.steps) == (0, 0)
+    assert audit.seconds == pytest.approx(of_features / 1e11)
+    alone = plan(run=RunSize(scorer="features", needs_reference=False))
     assert (alone["audit"].tokens, alone["audit"].steps) == (218 * 1000, 0)
     assert "reference" not in alone
 
 
+def test_each_kind_of_pass_has_a_speed_of_its_own():
+    run = RunSize(num_folds=0, rounds=2, rho=0.2, num_candidates=4, new_tokens=50)
+    before = plan(run=run)
+    scoring = plan(run=run, machine=replace(MACHINE, scoring_flops=2e11))
+    sampling = plan(run=run, machine=replace(MACHINE, sampling_flops=1e9))
+    assert scoring["reference"].seconds == pytest.approx(before["reference"].seconds / 2)
+    assert scoring["rounds"].seconds == pytest.approx(before["rounds"].seconds * 7 / 8)  # 3 + 1 parts, one of them half
+    assert sampling["sampling"].seconds > 20 * before["sampling"].seconds
+    assert sampling["rounds"] == before["rounds"]
+
+
+def test_what_is_not_arithmetic_is_added():
+    run, once = RunSize(num_folds=0, rounds=2), plan(run=RunSize(num_folds=0, rounds=2))
+    machine = replace(MACHINE, step_seconds=2, load_seconds=100, run_seconds=5, pair_seconds=0.001)
+    slow = plan(run=run, machine=machine)
+    assert slow["rounds"].seconds - once["rounds"].seconds == pytest.approx(250 * 2 + 4 * 100)
+    assert slow["report"].seconds == pytest.approx(5 + 1)
+    linear = seconds(run=RunSize(), machine=replace(MACHINE, has_linear_audit=True)) - seconds(run=RunSize())
+    assert linear == pytest.approx(6e-10 * 1000**3 + 6e-7 * 1000 * 1000)
+
+
 def test_steps_that_are_given_are_given_to_each_training():
-    stages = {
-        stage.name: stage for stage in plan(run=RunSize(scorer="models", rounds=2, num_folds=5, max_steps=7)).stages
-    }
+    stages = plan(run=RunSize(scorer="models", rounds=2, num_folds=5, max_steps=7))
     assert (stages["audit"].steps, stages["rounds"].steps) == (5 * 7, 2 * 7)
-
-
-def test_memory():
-    """Weights, gradients and optimizer; with an adapter only its own; more tokens at once, more activations."""
-    adapter = replace(MODEL, trained_weights=0)
-    whole = training_bytes(MODEL, MACHINE, tokens_at_once=0)
-    assert whole == 16 * MODEL.total_weights
-    assert training_bytes(adapter, MACHINE, tokens_at_once=0) == 4 * MODEL.total_weights
-    more = training_bytes(MODEL, MACHINE, tokens_at_once=2048) - whole
-    assert training_bytes(MODEL, MACHINE, tokens_at_once=4096) - whole == pytest.approx(2 * more)
-
-
-def test_sentence():
-    assert plan(run=RunSize(num_folds=0)).sentence().startswith("About ")
-    assert "GiB" in plan().sentence()
 
 
 def test_refusal():

@@ -66,6 +66,7 @@ class TrainArguments(LaunchArguments, ModelOptions):
     decisions: str | None = option(
         None, "A review.csv whose column verdict holds review decisions (right, wrong, drop)."
     )
+    dry_run: bool = option(False, "Check everything, print what the run will cost, and end; nothing is written.")  # noqa: FBT003
 
 
 _KINDS: Any = (TrainArguments, ROPOConfig)

@@ -11,11 +11,11 @@ from accelerate import PartialState
 
 from ropo.cli.arguments import check_sources, model_of, pairs_of, parse_train, review_of
 from ropo.cli.faults import DONE
-from ropo.cli.outcome import say_audit
+from ropo.cli.outcome import say_audit, say_plan
 from ropo.cli.words import typed_as
 from ropo.processes import ending_together
 from ropo.provenance import typed
-from ropo.run.align import run_audit
+from ropo.run.align import dry_run, run_audit
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ def run(words: Sequence[str]) -> int:
         logger.warning("An audit keeps no model, so eval_dataset_name does nothing here.")
     with ending_together(), typed(typed_as("audit", words)):
         check_sources(given)
+        if given.dry_run:
+            say_plan(dry_run(model_of(given), pairs_of(given), args, is_audit=True, review=review_of(given)))
+            return DONE
         result = run_audit(model_of(given), pairs_of(given), args, review=review_of(given))
     if PartialState().is_main_process:
         say_audit(result.summary, Path(str(args.output_dir)))

@@ -20,7 +20,7 @@ AUDIT: Groups = {
         "learning_rate", "num_train_epochs", "per_device_train_batch_size", "use_peft",
     ),
     "Device and memory": ("bf16", "use_cpu", "dtype", "load_in_4bit", "max_tokens_per_batch", "seed"),
-    "Output": ("output_dir", "config", "reference_cache_dir"),
+    "Output": ("output_dir", "config", "dry_run", "reference_cache_dir"),
 }  # fmt: skip
 TRAIN: Groups = {
     "Model and data": ("model_name_or_path", "dataset_name", "dataset_split", "eval_dataset_name", "max_length"),
@@ -30,7 +30,7 @@ TRAIN: Groups = {
         "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "use_peft",
         "load_in_4bit", "bf16", "use_cpu", "rounds", "num_candidates", "seed",
     ),
-    "Output": ("output_dir", "config", "report_to"),
+    "Output": ("output_dir", "config", "dry_run"),
 }  # fmt: skip
 EVERY: Groups = MappingProxyType(
     {

@@ -3,7 +3,10 @@
 In: the result of a run, and its folder. Out: lines on the standard output.
 """
 
+from dataclasses import asdict
 from pathlib import Path
+
+from accelerate import PartialState
 
 from ropo.data.problems import printable
 from ropo.evaluate.answers import Exported
@@ -12,6 +15,20 @@ from ropo.evaluate.options import ExportArguments
 from ropo.evaluate.win_rate import WinRate
 from ropo.noise.review_order import WIDE_INTERVAL
 from ropo.provenance import Json
+from ropo.report.costs import cost_table
+from ropo.run.forecast import Plan
+
+
+def say_plan(plan: Plan) -> None:
+    """Say what a run will cost.
+
+    Args:
+        plan: Of either.
+    """
+    if PartialState().is_main_process:
+        seconds = {stage.name: stage.seconds for stage in plan.stages}
+        memory = asdict(plan.memory)
+        print(cost_table(seconds, memory, disk_bytes=plan.disk_bytes, layout=plan.layout, assumed=plan.assumed))
 
 
 def say_audit(summary: Json, folder: Path) -> None:

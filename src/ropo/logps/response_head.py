@@ -261,9 +261,19 @@ def _num_at_once(vocabulary: int, device: str) -> int:
     return max(budget // (4 * max(vocabulary, 1)), 1)
 
 
-def _pieces(num_tokens: int, vocabulary: int, device: str) -> list[slice]:
+def piece_tokens(vocabulary: int, device: str) -> int:
+    """Most tokens whose logits are made in one go.
+
+    Args:
+        vocabulary: Logits of a token.
+        device: Type of the device.
+    """
     size = _num_at_once(vocabulary, device)
-    size = min(size, _PIECE_TOKENS.get(device, size))
+    return min(size, _PIECE_TOKENS.get(device, size))
+
+
+def _pieces(num_tokens: int, vocabulary: int, device: str) -> list[slice]:
+    size = piece_tokens(vocabulary, device)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 

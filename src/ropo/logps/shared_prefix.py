@@ -195,7 +195,7 @@ def _filled_up(inputs: dict[str, Any], read_R: Tensor, dtype: torch.dtype) -> tu
     Called where autocast acts, since a CPU needs it in half precision only.
 
     Args:
-        inputs: Tokens, their positions and a mask of ones, each of shape (1, T).
+        inputs: Tokens, their positions and a mask of ones, each of shape (1, T); None for what PEFT names in vain.
         read_R: Places in the row, each once.
         dtype: Of the model.
 
@@ -214,7 +214,8 @@ def _filled_up(inputs: dict[str, Any], read_R: Tensor, dtype: torch.dtype) -> tu
     if missing:
         fills = {"attention_mask": 1}
         inputs = {
-            name: nn.functional.pad(row_1T, (0, missing), value=fills.get(name, 0)) for name, row_1T in inputs.items()
+            name: None if row_1T is None else nn.functional.pad(row_1T, (0, missing), value=fills.get(name, 0))
+            for name, row_1T in inputs.items()
         }
     return inputs, read_R
 

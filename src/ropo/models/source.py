@@ -303,6 +303,8 @@ class Model:
 
     def config(self) -> PretrainedConfig:
         """The configuration of the initial model, as it will be loaded; that of its base if it is an adapter."""
+        if self.start is not None:  # which may have tokens of its own
+            return self.skeleton().config
         return read_config(POLICY, *self.base)
 
     def skeleton(self) -> PreTrainedModel:

@@ -2,10 +2,12 @@
 
 In: names of a model and a dataset, a `ROPOConfig`. Out: a `RunResult` or an `AuditResult`, and the output folder, whose
 files are a contract: for both `ledger.parquet`, `summary.json`, `report.html`, `problems.jsonl`, `audit/`; a Hugging
-Face model with its card and `rounds/NN/` from the one, `cleaned.jsonl` and `review.csv` from the other.
+Face model with its card and `rounds/NN/` from the one, `cleaned.jsonl` and `review.csv` from the other. `dry_run` says
+what either will cost and writes nothing.
 """
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.models.source import Model
 from ropo.run.evaluation import evaluate
+from ropo.run.forecast import Plan, forecast_everywhere
 from ropo.run.hub import open_repository, upload
+from ropo.run.identity import refuse_other_run
 from ropo.run.inputs import ReviewInputs
 from ropo.run.lock import owning
 from ropo.run.outputs import publish, publish_audit
-from ropo.run.prepare import Given, Prepared, prepare
+from ropo.run.prepare import Given, Prepared, check, prepare, tell_problems
 from ropo.run.result import AuditResult, RunResult
 from ropo.run.rounds import run_all
 from ropo.run.setup import Setup
@@ -68,9 +72,7 @@ def run_rounds(
         ValueError: If the output folder holds something else than this run, or a review decision is about another pair.
         UploadError: If `push_to_hub` is asked for and the hub does not take the model.
     """
-    check_kind(args, ROPOConfig, taker="run_rounds")
-    if args.audit_from is not None and not args.needs_audit:
-        raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
+    _check_kind(args, is_audit=False)
     given = Given(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review,
         eval_dataset=eval_dataset,
@@ -96,7 +98,7 @@ def run_rounds(
         if made.evaluation is not None:
             found = evaluate(made.evaluation, rounds, folder=made.folder / "evaluation")
         publish(rounds, made, found)
-        upload(repository, args, model=rounds[-1].model_folder)
+        upload(repository, args, rounds)
         return RunResult.load(made.folder)
 
 
@@ -130,9 +132,7 @@ def run_audit(
         DataError: As for `run_rounds`.
         ValueError: As for `run_rounds`; or if `num_folds` is 0.
     """
-    check_kind(args, ROPOConfig, taker="run_audit")
-    if not args.num_folds:
-        raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
+    _check_kind(args, is_audit=True)
     given = Given(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class, review=review
     )
@@ -144,6 +144,60 @@ def run_audit(
         audit.run(made.digest)
         publish_audit(audit, made)
         return AuditResult.load(made.folder)
+
+
+def dry_run(
+    model: str | Path | PreTrainedModel | Model,
+    dataset: Any,
+    args: ROPOConfig,
+    *,
+    is_audit: bool = False,
+    peft_config: PeftConfig | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    **others: Any,
+) -> Plan:
+    """Check what a run checks before it starts, and forecast what it will cost; nothing is written to `output_dir`.
+
+    Args:
+        model: As for `run_rounds`.
+        dataset: As for `run_rounds`.
+        args: Options.
+        is_audit: Of `run_audit` instead of `run_rounds`.
+        peft_config: As for `run_rounds`.
+        processing_class: As for `run_rounds`.
+        **others: `eval_dataset` and `review`, as for `run_rounds`.
+
+    Returns:
+        The plan, the same in every process.
+
+    Raises:
+        DataError: As for `run_rounds`.
+        ValueError: As for `run_rounds`; or if the model cannot be forecast.
+    """
+    _check_kind(args, is_audit=is_audit)
+    given = Given(
+        model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class,
+        **{"review": None, **others},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:  # of a model object
+        checked = check(given, args, is_audit=is_audit, scratch=Path(scratch))
+        refuse_other_run(Path(str(args.output_dir)), checked.identity)
+        tell_problems(checked.problems)
+        return forecast_everywhere(checked.model, checked.skeleton, checked.tokens, args, is_audit=is_audit)
+
+
+def _check_kind(args: ROPOConfig, *, is_audit: bool) -> None:
+    """Refuse options that ask for what the run has not.
+
+    Raises:
+        TypeError: If they are those of another trainer.
+        ValueError: If an audit has no folds, or a run reads margins that it does not use.
+    """
+    check_kind(args, ROPOConfig, taker="run_audit" if is_audit else "run_rounds")
+    if is_audit and not args.num_folds:
+        raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
+    if not is_audit and args.audit_from is not None and not args.needs_audit:
+        raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
 
 
 def _audit_of(made: Prepared, args: ROPOConfig) -> Audit:

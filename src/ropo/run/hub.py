@@ -5,7 +5,7 @@ is ever sent: no data, ledger, report or review decisions.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, constants
 from ropo.config import ROPOConfig
 from ropo.processes import meet
 from ropo.provenance import RunError
+from ropo.run.rounds import Round
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +58,20 @@ def open_repository(args: ROPOConfig) -> str | None:
     return found
 
 
-def upload(repository: str | None, args: ROPOConfig, *, model: Path) -> None:
+def upload(repository: str | None, args: ROPOConfig, rounds: Sequence[Round]) -> None:
     """Send the files of the finished model in the output folder, and the card.
 
     Args:
         repository: What `open_repository` gave.
         args: Options.
-        model: What the last training wrote; its names are those to send.
+        rounds: Finished ones; what the last one has trained are the files to send, by name.
 
     Raises:
         UploadError: If the hub refuses, or cannot be reached.
     """
     folder = Path(str(args.output_dir))
     if repository is not None:
+        model = rounds[-1].model_folder
         names = sorted(path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file())
         names = [*dict.fromkeys([*names, "README.md"])]
         words = f"`hf upload {repository} {folder} . {' '.join(f'--include {name}' for name in names)}`"

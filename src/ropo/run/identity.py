@@ -177,11 +177,11 @@ def _is_ours(entry: Path) -> bool:
     return entry.name in _MADE_BEFORE or is_leftover(entry)
 
 
-def claim(folder: Path, identity: Json) -> None:
-    """Make the output folder this run's, or make sure that it already is.
+def refuse_other_run(folder: Path, identity: Json) -> None:
+    """Make sure that the output folder holds no other run that has trained.
 
     Raises:
-        ValueError: If another run is there, or processes have read different things.
+        ValueError: If it does, or processes have read different things.
     """
     _check_same(identity)
     path = folder / "ropo_config.json"
@@ -195,9 +195,18 @@ def claim(folder: Path, identity: Json) -> None:
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."
             )
+
+
+def claim(folder: Path, identity: Json) -> None:
+    """Make the output folder this run's, or make sure that it already is.
+
+    Raises:
+        ValueError: If another run is there, or processes have read different things.
+    """
+    refuse_other_run(folder, identity)
     meet()
     if PartialState().is_main_process:
-        write_json(path, identity)
+        write_json(folder / "ropo_config.json", identity)
         remove_leftovers(folder, lock_file=LOCK_FILE)
     meet()
 

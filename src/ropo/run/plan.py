@@ -1,19 +1,19 @@
-"""What a run will cost before it starts: tokens, steps, operations, time and memory.
+"""How long a run will take before it starts: tokens, steps, operations and seconds of each stage.
 
-In: sizes of the model, mean lengths of the pairs, options of the run, what the machine reaches. Out: a `Plan`, one line
-per stage, and its sentences.
+In: sizes of the model, mean lengths of the pairs, options of the run, what the machine reaches. Out: a stage each.
 
 The one idea: with prompts read once and nothing padded, the arithmetic of a run can be counted, and its time is that
 arithmetic over the share of the machine's matrix rate that training reaches. It is an estimate: how long sampled
 responses become, and how many are sampled, is not known before.
 
-Add a stage: one line in `plan_run`, one row in its test.
+Add a stage: one line in `plan_stages`, one row in its test.
 """
 
 from dataclasses import dataclass
 
 _FORWARD, _TRAINING = 1, 3  # a backward pass costs two forward passes
 _NUM_CHECKS = 3  # how often held-out pairs are scored while a fold trains (`ropo.audit.models`)
+_NUM_OUTPUTS, _NUM_FEATURES = 64, 2048  # of the gradient that an audit reads (`ropo.logps.features.Sketch`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class ModelSize:
         hidden_size: Of the residual stream.
         intermediate_size: Of the MLP.
         trained_weights: Parameters that the optimizer moves; all of them, or those of an adapter.
-        total_weights: All parameters, the tied head once.
+        total_weights: All parameters, the tied head once, without an adapter.
     """
 
     layer_weights: int
@@ -40,6 +40,11 @@ class ModelSize:
     intermediate_size: int
     trained_weights: int
     total_weights: int
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, whose weights are not among all."""
+        return self.trained_weights != self.total_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +85,30 @@ class Machine:
     Attributes:
         flops: Operations a second that large matrix products reach on one device.
         share: Part of it that training reaches.
-        num_devices: Devices that hold the whole model and share the pairs.
+        scoring_flops: Operations a second of a pass without gradients; None for `flops` and `share`.
+        sampling_flops: Of sampling, token by token; None for `flops`, `share` and `bytes_per_second`.
+        num_devices: Devices that share the pairs.
         bytes_per_second: Of one device's memory; what sampling waits for. None: sampling is counted by its arithmetic.
         weight_bytes: Of one parameter while it is used.
-        optimizer_bytes: For each trained parameter: gradient and optimizer state. AdamW in float32: 12.
+        step_seconds: Of an optimizer step, beside its forward and backward passes.
+        load_seconds: To load the model once.
+        pair_seconds: Of the host's own work for each pair: folds, tables, report.
+        run_seconds: The same for each run, whatever its size.
+        has_linear_audit: Whether the linear models of an audit take time, which they do on the host.
     """
 
     flops: float
     share: float = 0.5
+    scoring_flops: float | None = None
+    sampling_flops: float | None = None
     num_devices: int = 1
     bytes_per_second: float | None = None
     weight_bytes: int = 4
-    optimizer_bytes: int = 12
+    step_seconds: float = 0.0
+    load_seconds: float = 0.0
+    pair_seconds: float = 0.0
+    run_seconds: float = 0.0
+    has_linear_audit: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,28 +120,6 @@ class Stage:
     steps: int
     operations: float
     seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a run will cost: its stages, and the memory that training needs on each device."""
-
-    stages: list[Stage]
-    memory_bytes: float
-
-    @property
-    def seconds(self) -> float:
-        """Of all stages."""
-        return sum(stage.seconds for stage in self.stages)
-
-    def sentence(self) -> str:
-        """All of it in one sentence."""
-        tokens, steps = (sum(getattr(stage, name) for stage in self.stages) for name in ("tokens", "steps"))
-        parts = ", ".join(f"{stage.name} {_cost(stage)}" for stage in self.stages)
-        return (
-            f"About {_duration(self.seconds)} ({parts}), {tokens:.2g} tokens, {steps} steps, "
-            f"{self.memory_bytes / 2**30:.1f} GiB of memory in training."
-        )
 
 
 def forward_operations(model: ModelSize, pairs: PairSize) -> float:
@@ -152,7 +147,7 @@ def forward_operations(model: ModelSize, pairs: PairSize) -> float:
     )
 
 
-def plan_run(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, *, tokens_at_once: float) -> Plan:
+def plan_stages(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine) -> list[Stage]:
     """Count a whole run.
 
     ::
@@ -168,10 +163,9 @@ def plan_run(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, 
         pairs: The pairs.
         run: Options.
         machine: What computes.
-        tokens_at_once: Tokens in one forward pass of training, which decide the memory of activations.
 
     Returns:
-        The plan.
+        The stages that the run has, in order.
 
     Raises:
         ValueError: If a size is not above 0.
@@ -183,76 +177,75 @@ def plan_run(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, 
         ("num_devices", machine.num_devices),
     ):
         if value <= 0:
-            raise ValueError(f"plan_run needs {name} above 0; got {value}.")
+            raise ValueError(f"plan_stages needs {name} above 0; got {value}.")
     n, once = pairs.num_pairs, forward_operations(model, pairs)
-    rate = machine.flops * machine.share * machine.num_devices
+    rate = machine.flops * machine.share
+    scoring_rate = machine.scoring_flops or rate
 
     def read_in_training(num_pairs: float) -> float:
         """Pairs that one training on so many reads; `max_steps` is what each training is given."""
         return run.max_steps * run.pairs_per_step if run.max_steps > 0 else num_pairs * run.num_train_epochs
 
-    def stage(name: str, *, trained: float = 0.0, scored: float = 0.0) -> Stage:
-        operations = (_TRAINING * trained + _FORWARD * scored) * once
+    def stage(
+        name: str, *, trained: float = 0.0, scored: float = 0.0, num_loads: int = 0, others: float = 0.0
+    ) -> Stage:
+        steps = -(-round(trained) // run.pairs_per_step)
+        seconds = once * (_TRAINING * trained / rate + _FORWARD * scored / scoring_rate) / machine.num_devices
         return Stage(
             name=name,
             tokens=(trained + scored) * pairs.unique_tokens,
-            steps=-(-round(trained) // run.pairs_per_step),
-            operations=operations,
-            seconds=operations / rate,
+            steps=steps,
+            operations=(_TRAINING * trained + _FORWARD * scored) * once,
+            seconds=seconds + steps * machine.step_seconds + num_loads * machine.load_seconds + others,
         )
 
-    stages = [stage("reference", scored=n)] if run.needs_reference else []
+    stages = [stage("reference", scored=n, num_loads=1)] if run.needs_reference else []
     if run.num_folds and run.scorer == "features":
-        stages.append(stage("audit", scored=0 if run.needs_reference else n))
+        alone = 0 if run.needs_reference else 1
+        others = _linear_seconds(n) if machine.has_linear_audit else 0.0
+        others += n * _feature_operations(model, pairs) / scoring_rate / machine.num_devices
+        stages.append(stage("audit", scored=alone * n, num_loads=1, others=others))
     elif run.num_folds:
         in_a_fold = read_in_training((run.num_folds - 1) / run.num_folds * n)
-        stages.append(stage("audit", trained=run.num_folds * in_a_fold, scored=_NUM_CHECKS * n))
+        trained = run.num_folds * in_a_fold
+        stages.append(stage("audit", trained=trained, scored=_NUM_CHECKS * n, num_loads=run.num_folds))
     if run.rounds:
-        stages.append(stage("rounds", trained=run.rounds * read_in_training(n), scored=run.rounds * n))
+        trained = run.rounds * read_in_training(n)
+        stages.append(stage("rounds", trained=trained, scored=run.rounds * n, num_loads=2 * run.rounds))
     if run.num_candidates and run.rho and run.rounds > 1:
         stages.append(_sampling(model, pairs, run, machine, (run.rounds - 1) * run.rho * n))
-    return Plan(stages=stages, memory_bytes=training_bytes(model, machine, tokens_at_once=tokens_at_once))
+    if machine.run_seconds:
+        stages.append(stage("report", others=machine.run_seconds + machine.pair_seconds * n))
+    return stages
+
+
+def _feature_operations(model: ModelSize, pairs: PairSize) -> float:
+    """Of the projected gradient by the head's output, for one pair, in the pass that reads the reference."""
+    num_responses = pairs.chosen_tokens + pairs.rejected_tokens
+    return 2 * num_responses * model.head_weights / model.hidden_size * _NUM_OUTPUTS
+
+
+def _linear_seconds(num_pairs: int) -> float:
+    """Of the linear models of an audit on one core: four bases, and fits that leave out folds."""
+    num_kept = min(num_pairs, _NUM_FEATURES)
+    return 6e-10 * num_kept**3 + 6e-7 * num_pairs * num_kept
 
 
 def _sampling(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, num_prompts: float) -> Stage:
     """Prompts once, then token by token; each step of a batch reads all weights once."""
     num_new = num_prompts * run.num_candidates * run.new_tokens
-    operations = 2 * model.layer_weights * (num_prompts * pairs.prompt_tokens + num_new)
-    operations += 2 * model.head_weights * num_new
-    seconds = operations / (machine.flops * machine.share * machine.num_devices)
+    of_prompts = 2 * model.layer_weights * num_prompts * pairs.prompt_tokens
+    of_new = 2 * (model.layer_weights + model.head_weights) * num_new
+    rate = machine.flops * machine.share
+    seconds = of_prompts / (machine.scoring_flops or rate) + of_new / (machine.sampling_flops or rate)
     if machine.bytes_per_second is not None:
         rows_at_once = 64
         reads = num_new / rows_at_once * (model.layer_weights + model.head_weights) * machine.weight_bytes
-        seconds += reads / machine.bytes_per_second / machine.num_devices
-    tokens = num_prompts * pairs.prompt_tokens + num_new
-    return Stage(name="sampling", tokens=tokens, steps=0, operations=operations, seconds=seconds)
-
-
-def training_bytes(model: ModelSize, machine: Machine, *, tokens_at_once: float) -> float:
-    """Memory of weights, gradients, AdamW and what a backward pass needs of its forward pass.
-
-    Per token and layer about 18 numbers of the hidden size and 5 of the MLP's are kept (normed and rotated copies,
-    queries, keys, values, outputs; gate, up and their product), each of `weight_bytes`; fewer with checkpointing.
-
-    Args:
-        model: The model.
-        machine: For the bytes.
-        tokens_at_once: Tokens in one forward pass.
-    """
-    numbers = model.num_layers * (18 * model.hidden_size + 5 * model.intermediate_size)
-    return (
-        model.total_weights * machine.weight_bytes
-        + model.trained_weights * machine.optimizer_bytes
-        + tokens_at_once * numbers * machine.weight_bytes
+        seconds += reads / machine.bytes_per_second
+    return Stage(
+        name="sampling",
+        tokens=num_prompts * pairs.prompt_tokens + num_new,
+        steps=0,
+        operations=of_prompts + of_new,
+        seconds=seconds / machine.num_devices,
     )
-
-
-def _cost(stage: Stage) -> str:
-    return _duration(stage.seconds) if stage.tokens else "with the reference, without training"
-
-
-def _duration(seconds: float) -> str:
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {name}"
-    return "1 second" if round(seconds) == 1 else f"{seconds:.0f} seconds"

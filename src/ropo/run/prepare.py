@@ -22,15 +22,14 @@ from ropo.data.load import Loaded
 from ropo.data.mixture import names_on_hub
 from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import with_verdicts
-from ropo.data.tokenize import TokenizedPairs, tokenize_pairs
+from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
 from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
 from ropo.models.quantized import in_words
-from ropo.models.sharding import whole_models
 from ropo.models.source import Model, Reference, find_model
 from ropo.pairs import Pair, PairLogps
 from ropo.processes import meet
-from ropo.provenance import hash_tensors, hash_value, read_json, write_aside, write_json
+from ropo.provenance import Json, hash_tensors, hash_value, read_json, write_aside, write_json
 from ropo.run.checks import check_run
 from ropo.run.evaluation import EvaluationSet, read_evaluation
 from ropo.run.forecast import tell_forecast
@@ -130,13 +129,43 @@ class _Tokenized:
         return PairDataset(pairs, [*self.pairs.tokens, *self.trusted.tokens], reference=reference)
 
 
-def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
-    """Read, check and tokenize the data, claim the output folder, score the reference.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What was read and found to fit, before anything is written.
+
+    Attributes:
+        labelled: The data with what is known of its labels.
+        model: The initial one.
+        skeleton: The same without weights.
+        tokenized: The data in tokens.
+        identity: Of the run.
+    """
+
+    labelled: _Labelled
+    model: Model
+    skeleton: PreTrainedModel
+    tokenized: _Tokenized
+    identity: Json
+
+    @property
+    def tokens(self) -> list[TokenizedPair]:
+        """Of the data that is trained on, without the trusted pairs."""
+        return self.tokenized.pairs.tokens
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Of the data, as it was read and in tokens."""
+        return [*self.labelled.problems, *self.tokenized.pairs.problems]
+
+
+def check(given: Given, args: ROPOConfig, *, is_audit: bool, scratch: Path | None = None) -> Checked:
+    """Read, check and tokenize the data, and look at the model's files and the output folder.
 
     Args:
         given: Model and data.
         args: Options.
         is_audit: No model is aligned after the audit.
+        scratch: Where a model object is saved; default the output folder.
 
     Raises:
         DataError: If rows cannot be read, or no pair is left.
@@ -148,7 +177,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
     refuse_what_is_not_ours(folder)
     _tell_launch(args, given.model)
     read = _read(given, args)
-    model = _model_of(given, folder)
+    model = _model_of(given, scratch or folder)
     _check_trained(model, args, is_audit=is_audit)
     if model.is_quantized and sharder(args) is not None:
         raise ValueError(
@@ -159,25 +188,40 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
     date = dated(model.tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
     tokenized = _tokenize(given, read, args, model, skeleton)
     identity = identity_of(args, model, digests=read.digests(), date=date)
-    claim(folder, identity)
+    return Checked(labelled=read, model=model, skeleton=skeleton, tokenized=tokenized, identity=identity)
+
+
+def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
+    """Check everything, claim the output folder, score the reference.
+
+    Args:
+        given: Model and data.
+        args: Options.
+        is_audit: No model is aligned after the audit.
+
+    Raises:
+        DataError: If rows cannot be read, or no pair is left.
+        ValueError: If options, model, data or output folder do not fit.
+    """
+    checked, folder = check(given, args, is_audit=is_audit), Path(str(args.output_dir))
+    model, tokenized = checked.model, checked.tokenized
+    claim(folder, checked.identity)
     tell_other_launch(folder, Launch.of(args))
-    problems = [*read.problems, *tokenized.pairs.problems]
-    _report_problems(folder, problems)
-    tell_idle(read.verdicts, tokenized.pairs.pairs)
+    _report_problems(folder, checked.problems)
+    tell_idle(checked.labelled.verdicts, tokenized.pairs.pairs)
     if args.audit_from is None:  # else most of what it counts is there
-        with whole_models():  # the main process alone times a model
-            tell_forecast(model, tokenized.pairs.tokens, args, is_audit=is_audit)
+        tell_forecast(model, checked.skeleton, checked.tokens, args, is_audit=is_audit)
     cache_dir = Path(args.reference_cache_dir or folder / "reference_cache")
     reference = model.reference(cache_dir=cache_dir, batching=batching(args, model.tokenizer))
-    digest, data = hash_value(identity), tokenized.dataset()
+    digest, data = hash_value(checked.identity), tokenized.dataset()
     if args.reads_reference:
         reads_features = args.reads_features and (is_audit or args.needs_audit)
         logps = _reference_logps(data, folder / "reference", reference, digest, reads_features=reads_features)
         data = tokenized.dataset(logps)
     return Prepared(
         folder=folder,
-        loaded=read.loaded,
-        problems=problems,
+        loaded=checked.labelled.loaded,
+        problems=checked.problems,
         lengths=tokenized.pairs.lengths,
         data=data,
         model=model,
@@ -332,6 +376,12 @@ def _report_problems(folder: Path, problems: Sequence[Problem]) -> None:
         with write_aside(folder / "problems.jsonl") as aside:
             lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
             aside.write_text("".join(lines), encoding="utf-8")
+    tell_problems(problems)
+
+
+def tell_problems(problems: Sequence[Problem]) -> None:
+    """Say the number of problems by kind."""
+    if PartialState().is_main_process:
         for kind, count in summarise(problems).items():
             spec = PROBLEMS[kind]
             about_all = next((one.message for one in problems if one.kind == kind and one.row is None), None)

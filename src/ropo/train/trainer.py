@@ -63,7 +63,7 @@ from ropo.train.sharding import another_accelerator, load_in_parts, settle, whol
 logger = logging.getLogger(__name__)
 
 # Most unique tokens in one forward pass on a CPU, unless the user says otherwise. More costs memory and gains nothing.
-_CPU_TOKENS = 2048
+CPU_TOKENS = 2048
 
 
 class TrainerOptions(TypedDict, total=False):
@@ -206,7 +206,7 @@ class ROPOTrainer(Trainer):
         """Batches of a dataset, in pieces where a piece is what the loss needs."""
         max_tokens = self.options.max_tokens_per_batch
         if max_tokens is None and self.options.device.type == "cpu":
-            max_tokens = _CPU_TOKENS
+            max_tokens = CPU_TOKENS
         if not self.training_objective.spec.allows_pieces or self.options.sharding != "none":
             max_tokens = None  # processes that gather weights for each other run as many forward passes as each other
         pad_token_id = pad_token_id_of(self.tokenizer)

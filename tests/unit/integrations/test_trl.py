@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from ropo.config import ROPOConfig
 from ropo.losses.margin_losses import ropo
@@ -32,6 +32,7 @@ COMMON = {
 }  # fmt: skip
 
 
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 PAGE = Path(__file__).parents[3] / "docs" / "trl.md"
 
 
@@ -63,7 +64,7 @@ def weighing(audited, **weights):
     return replace(audited, weights=changed)
 
 
-@pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])])
+@pytest.mark.parametrize("adapter", [None, LORA])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_where_nothing_is_filtered_it_is_trl(accumulation, adapter, model_folder, tokenizer, rows, tmp_path):
     """Two changed lines, the import and the name; the losses are the same numbers."""
@@ -226,6 +227,18 @@ def test_a_model_object_and_messages(model, tokenizer, pairs, tmp_path):
     assert sum(trainer.train_dataset["ropo_weight"]) == pytest.approx(16, abs=1e-3)
     assert trainer.audit.ledger.num_rows == 20
     assert (trainer.audit.folder / "initial_model").is_dir()
+
+
+def test_a_model_with_an_adapter_takes_a_finished_audit(model_folder, model, audited, rows, tmp_path):
+    """As after training an adapter on demonstrations; TRL measures margins against that adapter."""
+    with_adapter = get_peft_model(type(model).from_pretrained(model_folder), LORA)
+    audit = weighing(audited, w0=2.0, w1=0.0)
+    trainer = AuditedDPOTrainer(with_adapter, args=config(tmp_path / "O"), train_dataset=rows, audit=audit)
+    found = losses(trainer)
+    assert len(trainer.train_dataset) == 19
+    assert max(found) - min(found) > 0.01
+    with pytest.raises(ValueError, match="got one with an adapter"):
+        AuditedDPOTrainer(with_adapter, args=config(tmp_path / "P"), train_dataset=rows)
 
 
 @pytest.mark.parametrize(
