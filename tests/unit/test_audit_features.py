@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from ropo.audit import features
 from ropo.audit.features import BLOCKS
 from ropo.audit.run import Audit
+from ropo.audit.weights import Why
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.models.source import Model
@@ -152,6 +153,19 @@ def test_two_folds_are_too_few_to_try_a_filter(tmp_path, tokenizer, monkeypatch)
     audit = Case().audit(tmp_path / "2", tokenizer, num_folds=2)
     assert audit.scores.filter is None
     assert auroc(-audit.margins(), Case().is_flipped) > 0.9
+
+
+def test_margins_that_know_nothing_filter_nothing(tmp_path, tokenizer):
+    """By chance a comparison in six is in favour of a filter, which would drop every other right label."""
+    case, num_favoured = Case(share=0.0), 0
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        case.blocks = {name: rng.normal(size=(NUM_PAIRS, 8)).astype(np.float32) for name in case.blocks}
+        audit = case.audit(tmp_path / str(seed), tokenizer)
+        num_favoured += audit.scores.filter.helps
+        assert (audit.judgement.rho.value, audit.judgement.rho.why) == (0.0, Why.CANNOT_TELL)
+        assert set(audit.judgement.decisions) == {"keep"}
+    assert num_favoured
 
 
 def test_a_second_run_reads_the_stage_from_disk(tmp_path, tokenizer, monkeypatch):

@@ -63,6 +63,11 @@ class Obstacle(StrEnum):
     WIDE = "WIDE"  # too many rates explain the margins about equally well
     IN_SAMPLE = "IN_SAMPLE"  # the margins are of a model that was trained on the labels; only a caller knows
 
+    @property
+    def hides_labels(self) -> bool:
+        """Whether nothing shows that the margins know any label, so that one they contradict may as well be right."""
+        return self in (Obstacle.TOO_FEW, Obstacle.ONE_SIZE, Obstacle.REVERSED, Obstacle.NO_SIGNAL)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnotatorRate:
