@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -27,23 +28,7 @@ OPTIONS = {
     "per_device_train_batch_size": 2, "logging_steps": 1,
 }  # fmt: skip
 LONG = {"num_train_epochs": 30, "save_strategy": "steps", "save_steps": 10}
-# `accelerate` takes FSDP only where it sees several GPUs.
-AS_ON_GPUS = """
-import sys
-from accelerate import state
-from accelerate.utils import DistributedType
-
-begin = state.PartialState.__init__
-
-def as_on_gpus(self, *args, **options):
-    begin(self, *args, **options)
-    if self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type = DistributedType.MULTI_GPU
-
-state.PartialState.__init__ = as_on_gpus
-from ropo.cli.main import main
-sys.exit(main())
-"""
+LAUNCHER = Path(__file__).with_name("sharded_launcher.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -97,9 +82,8 @@ def workers_of(process):
 
 @pytest.mark.parametrize(("name", "said"), [("ddp", "each with the whole model"), ("fsdp2", "sharded by fsdp")])
 def test_accelerate_launches_the_configs(name, said, words, tmp_path):
-    (tmp_path / "launcher.py").write_text(AS_ON_GPUS)
     how = ("--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2", "--main_process_port", "0")
-    what = ("-m", "ropo") if name == "ddp" else (str(tmp_path / "launcher.py"),)
+    what = ("-m", "ropo") if name == "ddp" else (str(LAUNCHER),)
     code, output = run([sys.executable, "-m", "accelerate.commands.launch", *how, *what, *words()])
     assert code == 0, output
     assert re.search(f"2 processes on cpu, .*{said}.*, 4 pairs per step", output)

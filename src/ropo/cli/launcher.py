@@ -143,6 +143,8 @@ def arguments_of(given: LaunchArguments, command: str, words: Sequence[str]) -> 
     lacking = [name for name in ("machine_rank", "main_process_ip") if getattr(given, name) is None]
     if given.num_machines is not None and num_machines > 1 and lacking:
         raise ValueError(f"num_machines {num_machines} needs {lacking[0]}; got none. Add --{lacking[0]}.")
+    if num_machines == 1 and given.num_machines is None:  # a script for any number of machines says 1, and who is first
+        _refuse_idle(given)
     num_processes = given.num_processes or max(config.num_processes, 0) or _num_gpus() * num_machines
     if not num_processes:
         raise ValueError(f"accelerate_config {given.accelerate_config} needs num_processes where no GPU is. Add it.")
@@ -168,12 +170,20 @@ def arguments_of(given: LaunchArguments, command: str, words: Sequence[str]) -> 
 
 def _stay(given: LaunchArguments, config: Any) -> None:
     """Take over what a file for one process says."""
+    _refuse_idle(given)
     if (given.num_processes or 1) > 1 or (given.num_machines or 1) > 1:
         raise ValueError(f"accelerate_config {given.accelerate_config} starts one process; got more. Use ddp or fsdp2.")
     if config.mixed_precision not in (None, "no"):
         os.environ["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
     if config.gpu_ids not in (None, "all"):
         os.environ["CUDA_VISIBLE_DEVICES"] = str(config.gpu_ids)
+
+
+def _refuse_idle(given: LaunchArguments) -> None:
+    """Refuse what would do nothing on one machine."""
+    for name in ("machine_rank", "main_process_ip"):
+        if getattr(given, name):
+            raise ValueError(f"{name} needs num_machines; got it alone. Add --num_machines.")
 
 
 def _num_gpus() -> int:

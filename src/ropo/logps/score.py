@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Rows = list[tuple[int, float, float, int, int]]  # position, chosen, rejected, chosen tokens, rejected tokens
 
 # Positions per batch. On a CPU small batches keep activations in its cache; a GPU wants to be filled.
-_MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
+MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 # The plain layout holds the logits of all positions, three times: at most so many of them, 2 GiB in float32.
 _MAX_LOGITS = 2**29
 
@@ -105,7 +105,7 @@ def score_pairs(
 
 def _max_tokens(model: nn.Module, layout: str, device: torch.device, asked: int | None) -> int:
     """Most positions in a batch: what was asked for, but never more than the device and the logits allow."""
-    limit = _MAX_TOKENS.get(device.type, _MAX_TOKENS["cuda"])
+    limit = MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
     limit = min(limit, asked or limit)
     return min(limit, max(1, _MAX_LOGITS // vocabulary_size(model))) if layout == "plain" else limit
 

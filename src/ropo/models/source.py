@@ -54,7 +54,7 @@ from ropo.models.files import (
     read_config,
 )
 from ropo.models.quantized import compute_as_in_training
-from ropo.models.sharding import forget_engines, loads_in_parts
+from ropo.models.sharding import forget_engines, loads_in_parts, whole_models
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import hash_file, hash_value
 
@@ -271,12 +271,12 @@ class Model:
         if not self._is_adapter(trained):
             raise ValueError(f"Merging needs an adapter; {trained} holds a whole model already.")
         release_memory()
-        base: Any = self._weights(None)
-        if self.is_quantized:
-            base = base.dequantize(dtype=base.dtype)
-        whole: PreTrainedModel = load_adapter(
-            base, trained, is_trainable=False, advice=_again(trained)
-        ).merge_and_unload()
+        with whole_models():  # the main process merges alone
+            base: Any = self._weights(None)
+            if self.is_quantized:
+                base = base.dequantize(dtype=base.dtype)
+            adapted = load_adapter(base, trained, is_trainable=False, advice=_again(trained))
+        whole: PreTrainedModel = adapted.merge_and_unload()
         return whole
 
     def _is_adapter(self, trained: Path) -> bool:

@@ -20,6 +20,7 @@ from ropo.config import ROPOConfig
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
 from ropo.models.source import Model
+from ropo.processes import on_main
 from ropo.run.evaluation import evaluate
 from ropo.run.forecast import Plan, forecast_everywhere
 from ropo.run.hub import open_repository, upload
@@ -179,7 +180,8 @@ def dry_run(
         model=model, dataset=dataset, peft_config=peft_config, processing_class=processing_class,
         **{"review": None, **others},
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:  # of a model object
+    with tempfile.TemporaryDirectory() as own:
+        scratch = on_main(lambda: own)  # where the main process saves a model object, for all to load
         checked = check(given, args, is_audit=is_audit, scratch=Path(scratch))
         refuse_other_run(Path(str(args.output_dir)), checked.identity)
         tell_problems(checked.problems)

@@ -24,6 +24,7 @@ from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS, pad_token_id_of, split_by_tokens
 from ropo.logps.last_layer import last_mlp
+from ropo.logps.score import MAX_TOKENS
 from ropo.losses import LOSSES
 from ropo.models.adapters import add_adapter
 from ropo.models.source import Model
@@ -38,7 +39,6 @@ from ropo.train.trainer import CPU_TOKENS
 
 logger = logging.getLogger(__name__)
 
-_SCORED_TOKENS = {"cpu": 4096, "cuda": 32768}  # in one pass of `ropo.logps.score`
 _BYTES_LOADED_PER_SECOND = 0.5e9  # read, checked and hashed
 _LOAD_SECONDS = 0.5  # of a load beside its bytes
 _RUN_SECONDS, _PAIR_SECONDS = 1.0, 1e-3  # of folds, tables and the report
@@ -388,7 +388,7 @@ def _guessed(size: ModelSize, step: Pass, formats: Formats) -> Kept:
 
 def _scoring(size: ModelSize, formats: Formats, shards: Shards, kept: Kept, step: Pass) -> Memory:
     """Of a pass without gradients: one layer's activations at a time."""
-    share = _SCORED_TOKENS.get(step.device, _SCORED_TOKENS["cuda"]) / step.num_tokens
+    share = MAX_TOKENS.get(step.device, MAX_TOKENS["cuda"]) / step.num_tokens
     return scoring_memory(size, formats, shards, activations=share * kept.layer + kept.head)
 
 

@@ -40,7 +40,7 @@ from ropo.stages import Stages
 from ropo.train.checks import check_warmup
 from ropo.train.dataset import PairDataset, batching
 from ropo.train.launch import Launch, tell_other_launch
-from ropo.train.sharding import load_in_parts, sharder
+from ropo.train.sharding import load_in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -179,11 +179,6 @@ def check(given: Given, args: ROPOConfig, *, is_audit: bool, scratch: Path | Non
     read = _read(given, args)
     model = _model_of(given, scratch or folder)
     _check_trained(model, args, is_audit=is_audit)
-    if model.is_quantized and sharder(args) is not None:
-        raise ValueError(
-            f"Quantized weights need to be whole in each process; got load_in_4bit or load_in_8bit, sharded by "
-            f"{args.sharding}. Launch without sharding, or leave the bits out."
-        )
     skeleton = model.skeleton()  # what its files lack is told now
     date = dated(model.tokenizer, [folder] if args.audit_from is None else [Path(args.audit_from), folder])
     tokenized = _tokenize(given, read, args, model, skeleton)
@@ -353,7 +348,8 @@ def _check_trained(model: Model, args: ROPOConfig, *, is_audit: bool) -> None:
     """
     if model.is_quantized and args.sharding != "none":
         raise ValueError(
-            f"Quantized weights need processes that hold the whole model; got {args.sharding}. Leave out one of them."
+            f"Quantized weights need processes that hold the whole model; got {args.sharding}. Launch without it, or "
+            "leave out load_in_4bit and load_in_8bit."
         )
     trains = not is_audit or args.scorer == "models"
     if model.is_quantized and model.start is None and model.adapter is None and trains:

@@ -81,6 +81,11 @@ def test_processes_are_one_per_gpu_on_all_machines(monkeypatch):
         (["--accelerate_config", "ddp", "--num_processes", "0"], "num_processes needs"),
         (["--accelerate_config", "ddp", "--num_processes", "x"], "num_processes needs a whole number; got 'x'"),
         ([*WORDS, "--num_machines", "2"], "num_machines 2 needs machine_rank; got none"),
+        ([*WORDS, "--machine_rank", "1"], "machine_rank needs num_machines; got it alone"),
+        (
+            ["--accelerate_config", "one_gpu", "--main_process_ip", "h"],
+            "main_process_ip needs num_machines; got it alone",
+        ),
         ([*WORDS, "--num_machines", "2", "--machine_rank", "0"], "num_machines 2 needs main_process_ip; got none"),
         (
             [*WORDS, "--num_machines", "3", "--machine_rank", "0", "--main_process_ip", "h"],
