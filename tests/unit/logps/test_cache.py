@@ -102,7 +102,7 @@ def test_hash_sees_config_and_precision(model):
 def test_killed_pass_goes_on(model, tokens, tmp_path, monkeypatch, computed):
     """Every finished shard survives; the next pass computes the rest."""
     monkeypatch.setattr(cache, "_SECONDS_PER_SHARD", -1.0)
-    monkeypatch.setitem(score._MAX_TOKENS, "cpu", 200)
+    monkeypatch.setitem(score.MAX_TOKENS, "cpu", 200)
     flush = cache._ShardWriter.flush
     written = []
 
@@ -118,7 +118,7 @@ def test_killed_pass_goes_on(model, tokens, tmp_path, monkeypatch, computed):
     monkeypatch.setattr(cache._ShardWriter, "flush", flush)
     resumed = read(model, tokens, tmp_path)
     assert computed == [20, 20 - sum(written)]
-    monkeypatch.setitem(score._MAX_TOKENS, "cpu", 4096)
+    monkeypatch.setitem(score.MAX_TOKENS, "cpu", 4096)
     fresh = read(model, tokens, tmp_path / "fresh")
     torch.testing.assert_close(resumed.chosen, fresh.chosen, rtol=1e-5, atol=1e-4)
 
@@ -230,7 +230,7 @@ def test_features_that_are_missing_are_read_and_log_probs_stay(model, tokens, tm
 def test_a_killed_pass_over_features_goes_on(model, tokens, tmp_path, monkeypatch, computed):
     """Killed between the features of a batch and its log-probabilities, too."""
     monkeypatch.setattr(cache, "_SECONDS_PER_SHARD", -1.0)
-    monkeypatch.setitem(score._MAX_TOKENS, "cpu", 200)
+    monkeypatch.setitem(score.MAX_TOKENS, "cpu", 200)
     write, written = cache._ShardWriter._write, []
 
     def write_then_die(self, folder, rows, values):
