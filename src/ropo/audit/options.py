@@ -49,6 +49,12 @@ class AuditOptions(TrainOptions):
         "that share, where rho is given or a filter of all that is contradicted helps; else threshold.",
     )
 
+    adapt_beta: bool = option(
+        default=True,
+        text="Multiply beta by how much harder the labels pull that a filter keeps, so that the model goes about as "
+        "far from the reference as DPO would on all of them; no for beta as given.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rho = str(self.rho)

@@ -25,7 +25,17 @@ from ropo.audit.folds import folds_of
 from ropo.audit.models import by_models
 from ropo.audit.options import AuditOptions
 from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Question, Scorer, Scores
-from ropo.audit.weights import Choice, Floats, Labels, decide_all, resolve_alpha, resolve_rho, training_set
+from ropo.audit.weights import (
+    Choice,
+    Floats,
+    Labels,
+    Why,
+    decide_all,
+    resolve_alpha,
+    resolve_beta,
+    resolve_rho,
+    training_set,
+)
 from ropo.losses import LOSSES
 from ropo.models.source import Model, Reference, release_memory
 from ropo.noise.calibrate import Calibration, calibrate
@@ -44,6 +54,7 @@ NUM_DEALS = 4
 
 _JUDGEMENT_FILE = "judgement.json"
 _STAGE = "judge"
+_CHOICES = ("rho", "alpha", "beta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +66,7 @@ class Judgement:
         with_length: The same if pairs were judged by the lengths of their responses, too; None where it is the same.
         rho: The share of pairs to filter out.
         alpha: Of the training that follows.
+        beta: Of the same.
         noise_left: Expected share of wrong labels in what is trained on; 0 where it cannot be told.
         decisions: "keep", "drop" or "flip" for each pair.
         weights: Weight of each pair in training.
@@ -64,6 +76,7 @@ class Judgement:
     with_length: FlipEstimate | None
     rho: Choice
     alpha: Choice
+    beta: Choice
     noise_left: float
     decisions: list[str]
     weights: list[float]
@@ -72,15 +85,15 @@ class Judgement:
     def read(cls, path: Path) -> "Judgement":
         """What an audit has written."""
         found = read_json(path)
-        choices = {name: Choice.from_json(found[name]) for name in ("rho", "alpha")}
+        choices = {name: Choice.from_json(found[name]) for name in _CHOICES}
         rates = {name: found[name] and FlipEstimate.from_json(found[name]) for name in ("estimate", "with_length")}
         return cls(**{**found, **choices, **rates})
 
     def write(self, path: Path) -> None:
         """Write what `read` reads."""
         rates = {"estimate": self.estimate.to_json(), "with_length": self.with_length and self.with_length.to_json()}
-        plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        write_json(path, plain | {"rho": asdict(self.rho), "alpha": asdict(self.alpha), **rates})
+        choices = {name: asdict(getattr(self, name)) for name in _CHOICES}
+        write_json(path, {one.name: getattr(self, one.name) for one in fields(self)} | choices | rates)
 
 
 class Audit:
@@ -163,17 +176,28 @@ class Audit:
             with_length=self._estimate(scores.margins + scores.length) if scores.length.any() else None,
             rho=rho,
             alpha=resolve_alpha(self.args.fixed_alpha, is_audited=True),
+            beta=self._beta(scores.margins, decisions, weights, knows_labels=knows_labels),
             noise_left=noise_left,
             decisions=decisions.tolist(),
             weights=weights.tolist(),
         )
-        has_alpha = "alpha" in LOSSES[self.args.loss].params
-        for name, choice in (("rho", rho), *([("alpha", judgement.alpha)] if has_alpha else [])):
-            logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))
+        for name in _CHOICES:
+            choice = getattr(judgement, name)
+            if name != "alpha" or "alpha" in LOSSES[self.args.loss].params:
+                logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))
         if PartialState().is_main_process:
             is_open = torch.tensor([pair.verdict is None and pair.origin == "data" for pair in self.data.pairs])
             scores.write(self.folder, p_flip=torch.from_numpy(p_flip), is_open=is_open)
             judgement.write(self.folder / _JUDGEMENT_FILE)
+
+    def _beta(self, margins: Floats, decisions: NDArray[np.str_], weights: Floats, *, knows_labels: bool) -> Choice:
+        """The β of the training, by what the decisions add to the pull of the labels."""
+        if not (knows_labels and self.args.adapt_beta and self.args.reads_reference):
+            return Choice(value=self.args.beta, why=Why.GIVEN)
+        before = self._labels.sign * [pair.weight for pair in self.data.pairs]
+        return resolve_beta(
+            self.args.beta, margins, before=before, after=np.where(decisions == "flip", -weights, weights)
+        )
 
     def _estimate(self, margins: Floats) -> FlipEstimate:
         """The estimate from margins of the pairs that are not to be left out."""

@@ -72,7 +72,7 @@ class Labels:
 
 
 class Why(StrEnum):
-    """Why ρ or α is what it is; `ropo.report` has a clause for each."""
+    """Why ρ, α or β is what it is; `ropo.report` has a clause for each."""
 
     GIVEN = "given"
     ESTIMATED = "estimated"
@@ -81,6 +81,7 @@ class Why(StrEnum):
     CANNOT_TELL = "cannot_tell"
     AFTER_FILTER = "after_filter"
     NOT_ESTIMATED = "not_estimated"
+    SAME_DISTANCE = "same_distance"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,31 @@ def resolve_alpha(fixed: float | None, *, is_audited: bool) -> Choice:
     if not is_audited:
         return Choice(value=ALPHA_OF_PAPER, why=Why.NOT_ESTIMATED)
     return Choice(value=0.0, why=Why.AFTER_FILTER)
+
+
+def resolve_beta(given: float, margins: Floats, *, before: Floats, after: Floats) -> Choice:
+    """The β with which filtered labels move a model about as far from the reference as all labels would with `given`.
+
+    To first order the margin of a fine-tuned model is linear in its parameters, h_i = β·g_i·δ. So the gradient that
+    labels give along a direction δ is in proportion to their mean margin under it: flips pull back, and shorten the
+    way by 1 − 2ε if they are a share ε. Labels without them pull harder, by as much as their mean margin is larger,
+    and the optimum, at which β times the log-ratio has a given size, is farther away by that factor.
+
+    Args:
+        given: β of a training on all labels.
+        margins: Held-out margin of each pair as the data labels it, shape (pairs,).
+        before: Signed weight of each label without a filter, shape (pairs,); negative for one that is turned round.
+        after: The same as they are trained on.
+
+    Examples:
+        >>> resolve_beta(0.3, np.array([1.0, 1.0, 1.0, -1.0]), before=np.ones(4), after=np.array([1.0, 1.0, 1.0, 0.0]))
+        Choice(value=0.6, why=<Why.SAME_DISTANCE: 'same_distance'>, facts={'given': 0.3, 'factor': 2.0})
+    """
+    pulls = [float(weights @ margins / max(np.abs(weights).sum(), 1e-12)) for weights in (before, after)]
+    if pulls[0] <= 0 or pulls[1] == pulls[0]:
+        return Choice(value=given, why=Why.GIVEN)
+    factor = pulls[1] / pulls[0]
+    return Choice(value=given * factor, why=Why.SAME_DISTANCE, facts={"given": given, "factor": factor})
 
 
 def decide_all(

@@ -44,7 +44,7 @@ EVERY: Groups = MappingProxyType(
             "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
             "merge_adapter",
         ),
-        "Loss": ("loss", "beta", "alpha", "loss_args", "sft_weight", "router_aux_loss_coef"),
+        "Loss": ("loss", "beta", "adapt_beta", "alpha", "loss_args", "sft_weight", "router_aux_loss_coef"),
         "Scoring": ("length_is_evidence", "max_tokens_per_batch", "reference_cache_dir"),
         "Rounds and resampling": (
             "round_start", "sample_from", "max_new_tokens", "temperature", "top_p", "selection_rule", "max_abs_margin",

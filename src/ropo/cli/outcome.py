@@ -49,7 +49,8 @@ def say_training(summary: Json, folder: Path) -> None:
     say_rate(summary)
     print(
         f"Pairs: {summary['num_kept']} kept, {summary['num_dropped']} dropped, {summary['num_flipped']} flipped, "
-        f"{summary['num_resampled']} resampled. rho {summary['rho']:.3f}, alpha {summary['alpha']:.2f}."
+        f"{summary['num_resampled']} resampled. rho {summary['rho']:.3f}, alpha {summary['alpha']:.2f}, "
+        f"beta {summary['beta']:.3g}."
     )
     if evaluation := summary["evaluation"]:
         last = evaluation["rounds"][-1]

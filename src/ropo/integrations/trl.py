@@ -49,8 +49,8 @@ class AuditedDPOTrainer(DPOTrainer):
     """`trl.DPOTrainer` that audits its training set first and trains on what the audit keeps.
 
     Nothing else differs: model, reference, adapter, tokenization, metrics and checkpoints are TRL's. The number of
-    steps stays that of all pairs, as in `run_rounds`. Where the audit keeps every pair with weight 1 and α is 0, which
-    is its default, losses are exactly those of `DPOTrainer`.
+    steps stays that of all pairs and β follows the filter, as in `run_rounds`. Where the audit keeps every pair with
+    weight 1 and α is 0, which is its default, losses are exactly those of `DPOTrainer`.
 
     With other weights or an α above 0 the pairs of a batch go through the model one by one, and the loss is the mean
     over the batch of w·ℓ, so it is the same for every split of a batch into accumulated ones.
@@ -89,6 +89,9 @@ class AuditedDPOTrainer(DPOTrainer):
                 self.audit = _run_audit(arguments, args, config)
         _check_loss(args, self.audit.alpha.value)
         kept = _kept_of(dataset, self.audit)
+        factor = self.audit.beta.facts.get("factor", 1.0)
+        args.beta *= factor  # or the labels that are kept would lead farther away than all of them
+        logger.info("beta = %.3g, %.3g times the given one.", args.beta, factor)
         if args.max_steps <= 0:  # what a filter takes away must not shorten the training as well
             args.num_train_epochs *= kept.num_before / len(kept.dataset)
         if _WEIGHT in kept.dataset.column_names:

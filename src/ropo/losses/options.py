@@ -54,12 +54,13 @@ class LossOptions:
                 raise ValueError(f"alpha needs a number or 'auto'; got {self.alpha!r}.") from None
         self.bound_loss()
 
-    def bound_loss(self, alpha: float | None = None) -> BoundLoss:
+    def bound_loss(self, alpha: float | None = None, beta: float | None = None) -> BoundLoss:
         """The loss, with β and its options.
 
         Args:
             alpha: ROPO's α as a run has resolved it; at 0 its loss is DPO's, exactly. Other losses keep theirs. By
                 default as given, and the paper's where it is "auto".
+            beta: β as a run has resolved it; by default as given.
 
         Returns:
             The loss.
@@ -71,7 +72,7 @@ class LossOptions:
             options["alpha"] = alpha
         elif self.alpha not in (None, "auto"):
             options["alpha"] = float(self.alpha)
-        return replace(bind_loss(name, beta=self.beta, options=options), sft_weight=self.sft_weight)
+        return replace(bind_loss(name, beta=beta or self.beta, options=options), sft_weight=self.sft_weight)
 
     @property
     def fixed_alpha(self) -> float | None:

@@ -16,8 +16,9 @@ CLAUSES: Mapping[str, str] = {
     Why.CANNOT_TELL: "the margins cannot tell how many labels are flipped",
     Why.AFTER_FILTER: "what looks wrong is left to the filter",
     Why.NOT_ESTIMATED: "nothing was estimated, and it is the paper's",
+    Why.SAME_DISTANCE: "the labels that are kept pull harder than all of them, and would lead the model farther away",
 }
-"""Why ρ or α is what it is, as clauses that complete "since ..."."""
+"""Why ρ, α or β is what it is, as clauses that complete "since ..."."""
 
 OBSTACLES: Mapping[str, tuple[str, str]] = {
     Obstacle.TOO_FEW: ("too few pairs", "There are too few pairs to estimate a rate. Score some hundreds."),

@@ -41,7 +41,7 @@ Summary = Mapping[str, Any]
 
 
 def loss(summary: Summary) -> Json:
-    """The loss of training, and α with why."""
+    """The loss of training, with α and β and why."""
     config = summary.get("config") or {}
     name = clean(str(config.get("loss") or ""))
     return {
@@ -49,6 +49,9 @@ def loss(summary: Summary) -> Json:
         "has_alpha": name in ALPHA_LOSSES,
         "alpha": number(summary.get("alpha")),
         "alpha_why": clean(str(summary.get("alpha_why") or "")),
+        "beta": number(summary.get("beta")),
+        "given_beta": number(config.get("beta")),
+        "beta_why": clean(str(summary.get("beta_why") or "")),
         "noise_left": number(summary.get("noise_left")),
     }
 

@@ -6,6 +6,7 @@ In: the dict of `tables.build_tables`. Out: strings, with commands and options b
 from collections.abc import Mapping
 from typing import Any
 
+from ropo.audit.weights import Why
 from ropo.provenance import Json
 from ropo.report.advice import FEW, SMALL_RATE, advice, is_open
 from ropo.report.biases import LENGTH, kept_differ
@@ -29,6 +30,7 @@ def write_sentences(tables: Table) -> Json:
         "margins": margins(tables),
         "budget": budget(tables),
         "alpha": alpha(tables),
+        "beta": beta(tables),
         "done": done(tables),
         "trust": trust(tables),
         "knowledge": knowledge(tables),
@@ -172,6 +174,16 @@ def alpha(tables: Table) -> str:
         exactly = " With every pair kept, training is exactly DPO." if counts["keep"] == counts["num_pairs"] else ""
         return f"{would}α = 0: plain DPO{since}.{exactly}"
     return f"{would}α = {loss['alpha']:.3g}, the weight of the noise-tolerant part of the loss{since}."
+
+
+def beta(tables: Table) -> str:
+    """The β of training and why so; nothing where it is the given one."""
+    loss = tables["loss"]
+    if loss["beta_why"] != Why.SAME_DISTANCE or loss["beta"] is None:
+        return ""
+    would = "Training would use " if tables["task"] == "audit" else ""
+    times = f", {loss['beta'] / loss['given_beta']:.3g} times {loss['given_beta']:.3g}" if loss["given_beta"] else ""
+    return f"{would}β = {loss['beta']:.3g}{times}{_since(loss['beta_why'])}."
 
 
 def done(tables: Table) -> str:

@@ -15,7 +15,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.audit import Audit
-from ropo.audit.weights import resolve_alpha
+from ropo.audit.weights import Choice, Why, resolve_alpha
 from ropo.config import ROPOConfig
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
@@ -88,10 +88,12 @@ def run_rounds(
         if args.needs_audit:
             audit = _audit_of(made, args)
             digest = audit.run(digest)
-        alpha = resolve_alpha(args.fixed_alpha, is_audited=False) if audit is None else audit.judgement.alpha
+        alpha, beta = resolve_alpha(args.fixed_alpha, is_audited=False), Choice(value=args.beta, why=Why.GIVEN)
+        if audit is not None:
+            alpha, beta = audit.judgement.alpha, audit.judgement.beta
         setup = Setup(
-            folder=made.folder / "rounds", args=args, loss=args.bound_loss(alpha.value), alpha=alpha, model=made.model,
-            reference=made.reference, audit=audit, judge=judge,
+            folder=made.folder / "rounds", args=args, loss=args.bound_loss(alpha.value, beta.value), alpha=alpha,
+            beta=beta, model=made.model, reference=made.reference, audit=audit, judge=judge,
             evaluation=None if made.evaluation is None else made.evaluation.tokenized,
         )  # fmt: skip
         rounds = run_all(made.data, setup, digest=digest)

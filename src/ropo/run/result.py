@@ -77,6 +77,7 @@ class AuditResult(_Folder):
         estimate: The flip rate; ask `is_informative` first.
         rho: Share of pairs to filter out, and why.
         alpha: Of ROPO's loss in the training that follows, and why.
+        beta: Of the loss in the training that follows, and why.
         decisions: "keep", "drop" or "flip", shape (pairs,).
         weights: Weight in training, shape (pairs,).
         margins_nats: Held-out margin as the data labels the pair, shape (pairs,).
@@ -91,6 +92,7 @@ class AuditResult(_Folder):
     estimate: FlipEstimate
     rho: Choice
     alpha: Choice
+    beta: Choice
     decisions: NDArray[np.str_]
     weights: Floats
     margins_nats: Floats
@@ -120,6 +122,7 @@ class AuditResult(_Folder):
             estimate=judged.estimate,
             rho=judged.rho,
             alpha=judged.alpha,
+            beta=judged.beta,
             decisions=np.array(judged.decisions),
             weights=np.array(judged.weights, dtype=np.float64),
             margins_nats=scores.margins,
@@ -194,6 +197,7 @@ class RoundResult:
         estimate: The flip rate that it went by.
         rho: Share of pairs to filter out, and why.
         alpha: Of ROPO's loss, and why.
+        beta: Of the loss, and why.
         num_pairs: Pairs of the data.
         num_kept: Of these, kept.
         num_dropped: Of these, dropped; a new pair may have come in its place.
@@ -206,6 +210,7 @@ class RoundResult:
     estimate: FlipEstimate
     rho: Choice
     alpha: Choice
+    beta: Choice
     num_pairs: int
     num_kept: int
     num_dropped: int
@@ -255,7 +260,7 @@ def _round(folder: Path, entry: Json) -> RoundResult:
     here = folder / "rounds" / f"{entry['round']:02d}"
     decided = Decided.read(here / "decisions.json")
     counts: Json = {name: entry[name] for name in RoundResult.__dataclass_fields__ if name in entry}
-    counts |= {"rho": decided.rho, "alpha": decided.alpha}
+    counts |= {"rho": decided.rho, "alpha": decided.alpha, "beta": decided.beta}
     estimate = FlipEstimate.from_json(read_json(here / "flip_estimate.json"))
     return RoundResult(number=entry["round"], estimate=estimate, **counts)
 

@@ -257,6 +257,7 @@ class Round:
         decided = Decided(
             rho=rho,
             alpha=self.setup.alpha,
+            beta=self.setup.beta,
             decisions=[*decisions, *np.where(resampled > 0, "keep", "drop").tolist()],
             weights=[*weights, *faded.tolist()],
         )

@@ -23,8 +23,9 @@ class Setup:
     Attributes:
         folder: The rounds become `00`, `01`, ... in it.
         args: Options of the run.
-        loss: The loss of training, with α resolved.
+        loss: The loss of training, with α and β resolved.
         alpha: Its α, and why.
+        beta: Its β, and why.
         model: The initial one.
         reference: The frozen one, which reads only pairs that it has never seen.
         audit: What is known about the labels, finished; None to go by the margins of the trained model.
@@ -36,6 +37,7 @@ class Setup:
     args: ROPOConfig
     loss: BoundLoss
     alpha: Choice
+    beta: Choice
     model: Model
     reference: Reference
     audit: Audit | None
@@ -50,12 +52,14 @@ class Decided:
     Attributes:
         rho: The share of pairs to filter out.
         alpha: Of the loss.
+        beta: Of the loss.
         decisions: keep, drop, flip or resample for each pair.
         weights: Weight of each pair in the next training.
     """
 
     rho: Choice
     alpha: Choice
+    beta: Choice
     decisions: list[str]
     weights: list[float]
 
@@ -63,4 +67,4 @@ class Decided:
     def read(cls, path: Path) -> "Decided":
         """What a round has written."""
         found = read_json(path)
-        return cls(**{**found, **{name: Choice.from_json(found[name]) for name in ("rho", "alpha")}})
+        return cls(**{**found, **{name: Choice.from_json(found[name]) for name in ("rho", "alpha", "beta")}})

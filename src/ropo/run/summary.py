@@ -1,7 +1,7 @@
 """`summary.json`: what a run or an audit found and did, as plain values.
 
 In: finished rounds or a finished audit, and what was read. Out: JSON. Where a value has a reason, its name stands
-there (`obstacle`, `rho_why`, `alpha_why`), for programs, and for `obstacle` the sentence (`reason`), for people.
+there (`obstacle`, `rho_why`, ...), for programs, and for `obstacle` the sentence (`reason`), for people.
 """
 
 from collections import Counter
@@ -42,7 +42,18 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
     seconds = _audit_seconds(made.folder, audit)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}
-    names = ("flip_rate", "is_informative", "obstacle", "reason", "rho", "rho_why", "alpha", "alpha_why")
+    names = (
+        "flip_rate",
+        "is_informative",
+        "obstacle",
+        "reason",
+        "rho",
+        "rho_why",
+        "alpha",
+        "alpha_why",
+        "beta",
+        "beta_why",
+    )
     return {
         "task": "train",
         **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
@@ -71,7 +82,7 @@ def audit_summary(audit: Audit, made: Prepared) -> Json:
     return {
         "task": "audit",
         **_about_rate(judged.estimate),
-        **_chosen({"rho": judged.rho, "alpha": judged.alpha}),
+        **_chosen({"rho": judged.rho, "alpha": judged.alpha, "beta": judged.beta}),
         "num_pairs": sum(is_data),
         "num_kept": counts["keep"],
         "num_dropped": counts["drop"],
@@ -93,7 +104,7 @@ def _round_summary(this: Round) -> Json:
     return {
         "round": this.number,
         **_about_rate(this.estimate()),
-        **_chosen({"rho": found.rho, "alpha": found.alpha}),
+        **_chosen({"rho": found.rho, "alpha": found.alpha, "beta": found.beta}),
         "num_pairs": this.num_data,
         "num_kept": counts["keep"],
         "num_dropped": counts["drop"] + counts["resample"],
