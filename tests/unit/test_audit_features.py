@@ -168,6 +168,32 @@ def test_margins_that_know_nothing_filter_nothing(tmp_path, tokenizer):
     assert num_favoured
 
 
+@pytest.mark.parametrize(("share", "options"), [(0.2, {}), (0.3, {}), (0.2, {"decision_rule": "relabel"})])
+def test_beta_grows_by_what_the_decisions_add_to_the_labels(share, options, tmp_path, tokenizer):
+    """Labels of which a share ε is wrong pull with 1 - 2ε of the strength of right ones."""
+    case = Case(share=share)
+    judged = case.audit(tmp_path, tokenizer, **options).judgement
+    flips, weights = np.array(judged.decisions) == "flip", np.array(judged.weights)
+    pulls = [1 - 2 * case.is_flipped.mean(), 1 - 2 * np.average(case.is_flipped != flips, weights=weights)]
+    assert judged.beta.why is Why.SAME_DISTANCE
+    assert judged.beta.value == pytest.approx(0.3 * pulls[1] / pulls[0], rel=0.1)
+    assert judged.beta.facts == {"given": 0.3, "factor": pytest.approx(judged.beta.value / 0.3)}
+
+
+@pytest.mark.parametrize(
+    ("share", "options"),
+    [
+        (0.0, {"rho": "0"}),  # nothing is filtered
+        (0.2, {"adapt_beta": False}),
+        (0.2, {"loss": "simpo"}),  # there is no reference to be far from
+        (0.5, {"rho": "0.2"}),  # margins that do not know the labels do not know what a filter adds
+    ],
+)
+def test_beta_is_the_given_one(share, options, tmp_path, tokenizer):
+    judged = Case(share=share).audit(tmp_path, tokenizer, **options).judgement
+    assert (judged.beta.value, judged.beta.why) == (0.3, Why.GIVEN)
+
+
 def test_a_second_run_reads_the_stage_from_disk(tmp_path, tokenizer, monkeypatch):
     """With other features it would come out otherwise; another option makes it anew."""
     case = Case()

@@ -52,7 +52,7 @@ class AuditOptions(TrainOptions):
     adapt_beta: bool = option(
         default=True,
         text="Multiply beta by how much harder the labels pull that a filter keeps, so that the model goes about as "
-        "far from the reference as DPO would on all of them; no for beta as given.",
+        "far from the reference as DPO on all of them.",
     )
 
     def __post_init__(self) -> None:

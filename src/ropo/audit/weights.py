@@ -165,7 +165,7 @@ def resolve_beta(given: float, margins: Floats, *, before: Floats, after: Floats
     Args:
         given: β of a training on all labels.
         margins: Held-out margin of each pair as the data labels it, shape (pairs,).
-        before: Signed weight of each label without a filter, shape (pairs,); negative for one that is turned round.
+        before: Signed weight of each label without a filter, shape (pairs,); negative for one that is swapped.
         after: The same as they are trained on.
 
     Examples:

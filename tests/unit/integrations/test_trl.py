@@ -137,6 +137,13 @@ def test_a_weight_is_a_count(model, model_folder, tokenizer, audited, rows, tmp_
     assert abs(sums[0][0] - 20 * np.log(2)) > 0.1  # margins are not 0, so weights mean something
 
 
+def test_beta_follows_the_filter(model_folder, audited, rows, tmp_path):
+    found = replace(audited.beta, facts={"given": 0.3, "factor": 2.5})
+    args = config(tmp_path / "trl")
+    trainer = AuditedDPOTrainer(str(model_folder), args=args, train_dataset=rows, audit=replace(audited, beta=found))
+    assert (trainer.args.beta, trainer.beta, args.beta) == (0.25, 0.25, 0.1)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 6.0])
 def test_accumulation_changes_nothing(alpha, model_folder, audited, rows, tmp_path):
     audit = weighing(audited, w0=0.5, w3=2.0, w7=0.25)

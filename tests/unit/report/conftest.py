@@ -90,7 +90,7 @@ def example_summary() -> dict[str, Any]:
         "seconds": {"train": 12.25, "score": 1.5},
         "versions": {"python": "3.11.7", "ropo": "0.1.0"},
         "rounds": [before | counts, after | counts],
-        "config": {"loss": "ropo", "rho": "auto", "alpha": 14.0, "hub_token": "hf_secret"},
+        "config": {"loss": "ropo", "rho": "auto", "alpha": 14.0, "beta": 0.3, "hub_token": "hf_secret"},
         "command": "ropo train --dataset_name pairs.jsonl",
         "data_sha256": "d" * 64,
         "model": "some/model",
@@ -140,6 +140,8 @@ def audit_summary() -> dict[str, Any]:
         "rho_why": "estimated",
         "alpha": 5.4,
         "alpha_why": "given",
+        "beta": 0.75,
+        "beta_why": "same_distance",
         "noise_left": 0.1,
         "num_trusted": 0,
         "scorers": [
@@ -178,7 +180,7 @@ def audit_summary() -> dict[str, Any]:
         },
         "rounds": [],
         "weight_curve": None,
-        "config": {"loss": "ropo", "rho": "auto", "num_folds": 5},
+        "config": {"beta": 0.3, "loss": "ropo", "rho": "auto", "num_folds": 5},
         "command": "ropo audit --dataset_name pairs.jsonl",
     }
 

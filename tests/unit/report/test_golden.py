@@ -38,6 +38,7 @@ WEAK |= {
 }
 AT_MOST = {"flip_rate": {"estimate": 0.0, "low": 0.0, "high": 0.191}, "noise_left": None}
 AT_MOST |= {"alpha": 0.0, "alpha_why": Why.AFTER_FILTER, "rho": 0.0, "rho_why": Why.MAY_BE_CLEAN}
+WEAK, AT_MOST = ({**found, "beta": 0.3, "beta_why": Why.GIVEN} for found in (WEAK, AT_MOST))
 CLEAN = AT_MOST | {"flip_rate": {"estimate": 0.0, "low": 0.0, "high": 0.02}, "calibration": None}
 
 # Name of the report: (task, whether P(flipped) calls any pair, what its summary holds beside the example's)
@@ -238,7 +239,15 @@ EXPORTED = Exported(
     mean_chars=40.2,
     temperatures=(0.0, 0.7),
 )
-COUNTED = {"num_kept": 16, "num_dropped": 2, "num_flipped": 1, "num_resampled": 1, "rho": 0.2, "alpha": 5.4}
+COUNTED = {
+    "num_kept": 16,
+    "num_dropped": 2,
+    "num_flipped": 1,
+    "num_resampled": 1,
+    "rho": 0.2,
+    "alpha": 5.4,
+    "beta": 0.75,
+}
 
 
 def spoken(given):

@@ -123,6 +123,11 @@ def test_every_reason_has_a_clause(make_audit, why):
     assert f", since {CLAUSES[why]}." in sentences["alpha"]
 
 
+def test_a_beta_that_follows_the_filter_is_stated_with_its_factor(make_audit):
+    assert "β = 0.75, 2.5 times 0.3," in said(make_audit, beta=0.75, beta_why=Why.SAME_DISTANCE)[1]["beta"]
+    assert said(make_audit, beta=0.3, beta_why=Why.GIVEN)[1]["beta"] == ""
+
+
 def test_the_scorer_that_judges_stands_first(make_audit):
     others = [{"name": "length", "agreement": 0.9, "low": 0.88, "high": 0.92}]
     tables, _ = said(make_audit, scorers=[*others, {"name": "gradients", "agreement": 0.71, "is_taken": True}])
