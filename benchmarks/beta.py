@@ -6,8 +6,9 @@
 
 Two embedded tasks, 1,500 pairs, right labels and 25 % symmetric flips, two seeds; batches of 16, one epoch. Accuracy
 on 1,000 held-out pairs with right labels; gold reward and KL (nats per response) on 400 samples. "dpo" has no audit;
-"ropo" trains on what the filter keeps for as many steps as on all pairs; "ropo, one epoch" passes over what is kept
-once. Where the filter keeps every pair all three are one training. A task of files has no gold reward.
+"ropo" trains on what the filter keeps for as many steps as on all pairs, with the β that follows the filter; "β as
+given" leaves that out; "one epoch" as well, and passes over what is kept once. Where the filter keeps every pair all
+four are one training. A task of files has no gold reward.
 """
 
 import itertools
@@ -36,7 +37,8 @@ from ropo_bench.tasks import TASKS
 
 RESULTS = Path(__file__).with_suffix(".csv")
 RATES, SEEDS, NUM_PAIRS, NUM_HELD_OUT, NUM_SAMPLES, BATCH = (0.25, 0.0), (1, 2), 1500, 1000, 400, 16
-ROWS, LEARNING_RATES, BETAS = ("dpo", "ropo", "ropo, one epoch"), (1e-4, 4e-4), (0.1, 0.3, 1.0)
+AS_GIVEN, ONE_EPOCH = "ropo, β as given", "ropo, β as given, one epoch"
+ROWS, LEARNING_RATES, BETAS = ("dpo", "ropo", AS_GIVEN, ONE_EPOCH), (1e-4, 4e-4), (0.1, 0.3, 1.0)
 SMALL_RATE = 1e-5  # of one data set: what a learning rate that is too small does
 DATA = ("task", "flip_rate", "seed")
 CELL = (*DATA, "learning_rate", "beta", "row")
@@ -96,8 +98,8 @@ def measure(cell: dict[str, Any], files: str, scratch: Path) -> dict[str, Any]:
     if cell["row"] == "dpo":
         kept, options = len(pairs), {**options, "loss": "dpo", "num_folds": 0}
     else:
-        options["audit_from"] = str(audited)
-    if cell["row"] == "ropo, one epoch":
+        options |= {"audit_from": str(audited), "adapt_beta": cell["row"] == "ropo"}
+    if cell["row"] == ONE_EPOCH:
         options["max_steps"] = -(-kept // BATCH)
     trained = scratch / "_".join(["run", *map(str, cell.values())])
     run_rounds(task.model, pairs, config(task, seed, scratch, trained.name, **options))
