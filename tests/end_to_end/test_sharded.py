@@ -154,7 +154,7 @@ def test_two_processes_killed_and_resumed_give_what_one_gives(
 
 @pytest.mark.parametrize("layout", SHARDED)
 def test_what_a_process_holds_falls_with_their_number(layout, tokenizer, pairs, tmp_path):
-    """Weights, gradients, optimizer and everything else, of a Llama of 21 million parameters; prints the table."""
+    """Weights, gradients, optimizer and everything else, of a Llama of 23 million parameters; prints the table."""
     size = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=2048, **size)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
