@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 from accelerate import PartialState
+from numpy.typing import NDArray
 
 from ropo.audit.scorers import SCORED_FILES, Question, Scores
 from ropo.audit.weights import Floats
@@ -50,7 +51,9 @@ def by_features(question: Question) -> Scores:
 
 def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     tokens, folds, labels = question.data.tokens, question.folds, question.labels
-    sign = np.where(labels.sign < 0, -1.0, 1.0)[:, None]  # a label that is known to be wrong counts as its opposite
+    sign = np.where(labels.sign < 0, -1.0, 1.0).astype(np.float32)[
+        :, None
+    ]  # a label that is known to be wrong counts as its opposite
     weights = np.abs(labels.sign) * cluster_weights(labels.clusters, len(sign))
     length = sign * _length(tokens)
     fits: dict[str, HeldOut] = {}
@@ -104,9 +107,9 @@ def _length(tokens: Sequence[TokenizedPair]) -> Floats:
     return -np.diff(np.log(np.maximum(lengths, 1.0)), axis=1)
 
 
-def _ngrams(tokens: Sequence[TokenizedPair]) -> Floats:
+def _ngrams(tokens: Sequence[TokenizedPair]) -> NDArray[np.float32]:
     """How often each token and each two in a row occur, hashed, chosen minus rejected; shape (pairs, buckets)."""
-    counts = np.zeros((len(tokens), _NUM_BUCKETS))
+    counts = np.zeros((len(tokens), _NUM_BUCKETS), dtype=np.float32)
     for row, pair in enumerate(tokens):
         for sign, ids in ((1.0, pair.chosen), (-1.0, pair.rejected)):
             ids = np.asarray(ids, dtype=np.uint64)

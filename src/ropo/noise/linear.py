@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.linalg import eigh
+from scipy.linalg import eigh, svd
 from scipy.special import expit
 
 from ropo.noise.shares import PerPair, mean_of
@@ -34,6 +34,8 @@ nearly whole to one at which margins stay near 0. Held-out likelihood chooses.""
 _FREE = 1e4  # how much less a covariate is penalised than other features: its weight is left to the data
 _MAX_STEPS, _TOLERANCE = 300, 1e-3  # a fit has converged when no margin moves by more nats
 _TINY = 1e-30
+_LEAST = 1e-6  # components with a smaller share of the largest one are rounding, and the penalty leaves nothing of them
+_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -189,35 +191,55 @@ class LinearModels:
 
 
 class _Basis:
-    """Coordinates in which the features are uncorrelated, so that the penalty and the curvature are both diagonal."""
+    """Coordinates in which the features are uncorrelated, so that the penalty and the curvature are both diagonal.
+
+    Features are orthogonal to covariates, so each have coordinates of their own; those of covariates come last. In
+    single precision throughout: half the memory, and twice as fast, where a fit is asked for to 1e-3 nats.
+    """
 
     def __init__(self, features: Features, covariates: Covariates | None) -> None:
-        features = np.asarray(features, dtype=np.float64)
-        self._covariates = np.zeros((len(features), 0))
+        features = np.asarray(features, dtype=np.float32)
+        free = np.zeros((len(features), 0), dtype=np.float32)
         if covariates is not None:
-            self._covariates = np.sqrt(_FREE) * scaled_to_one(np.asarray(covariates, dtype=np.float64))
-            features = features - self._covariates @ np.linalg.lstsq(self._covariates, features, rcond=None)[0]
-        features = np.concatenate([scaled_to_one(features), self._covariates], axis=1)
-        is_wide = len(features) <= features.shape[1]
-        spectrum, vectors = eigh(features @ features.T if is_wide else features.T @ features, driver="evd")
-        is_kept = spectrum > 1e-10 * max(spectrum[-1], _TINY)
-        self.spectrum, vectors = spectrum[is_kept], vectors[:, is_kept]
-        roots = np.sqrt(self.spectrum)
-        # Half the memory, and twice as fast: a fit is asked for to 1e-3 nats.
-        self.coordinates = (vectors * roots if is_wide else features @ vectors).astype(np.float32)
-        num_features = features.shape[1] - self._covariates.shape[1]
-        self._of_covariates = self._covariates.T @ (vectors / roots) if is_wide else vectors[num_features:]
+            scaled = np.sqrt(_FREE) * scaled_to_one(np.asarray(covariates, dtype=np.float64))
+            vectors, sizes, _ = svd(scaled, full_matrices=False)
+            vectors, sizes = vectors[:, sizes > _TINY].astype(np.float32), sizes[sizes > _TINY]
+            features = features - vectors @ (vectors.T @ features)
+            free = vectors * sizes.astype(np.float32)
+        coordinates, spectrum = _principal(scaled_to_one(features))
+        self.num_free = free.shape[1]
+        self.spectrum = np.concatenate([spectrum, (free.astype(np.float64) ** 2).sum(axis=0)])
+        self.coordinates = np.concatenate([coordinates, free], axis=1)
 
     def margins(self, fits: np.ndarray) -> PerFit:
         return np.asarray(self.coordinates @ fits)
 
     def surface(self, fits: np.ndarray) -> PerFit:
-        return np.asarray(self._covariates @ (self._of_covariates @ fits), dtype=np.float32)
+        """What covariates add to the margins."""
+        start = len(self.spectrum) - self.num_free
+        return np.asarray(self.coordinates[:, start:] @ fits[start:])
+
+
+def _principal(features: Features) -> tuple[Float[np.ndarray, "pairs some"], Float[np.ndarray, " some"]]:
+    """Principal components of the features, not centred, and the squared norm of each over the pairs."""
+    is_wide = len(features) <= features.shape[1]
+    if is_wide:
+        gram = (features @ features.T).astype(np.float64)
+    else:  # by parts, whose sum is in double precision
+        parts = (features[start : start + _ROWS] for start in range(0, len(features), _ROWS))
+        gram = sum((part.T @ part for part in parts), start=np.zeros(2 * features.shape[1:]))
+    spectrum, vectors = eigh(gram.astype(np.float32), driver="evd", overwrite_a=True)
+    is_kept = spectrum > _LEAST * max(spectrum[-1], _TINY)
+    spectrum, vectors = spectrum[is_kept], vectors[:, is_kept]
+    if is_wide:
+        return (vectors * np.sqrt(spectrum)).astype(np.float32), spectrum
+    return features @ vectors.astype(np.float32), spectrum
 
 
 def scaled_to_one(features: Float[np.ndarray, "pairs some"]) -> Float[np.ndarray, "pairs some"]:
     """Features scaled to a mean squared norm of 1."""
-    return np.asarray(features / max(float(np.sqrt((features**2).sum(axis=1).mean())), _TINY))
+    squared_norm = float((features**2).sum(dtype=np.float64)) / max(len(features), 1)
+    return np.asarray(features / max(float(np.sqrt(squared_norm)), _TINY))
 
 
 def _solve(basis: _Basis, weights: PerFit, penalties: np.ndarray) -> np.ndarray:
