@@ -378,19 +378,19 @@ def test_an_audit_needs_a_label_that_nobody_has_judged(model_folder, pairs, tmp_
 
 def test_folds_are_even_and_repeatable():
     pairs = [Pair(prompt=f"{row % 50}?", chosen=" yes", rejected=" no", row=row) for row in range(60)]
-    fold_of = folds_of(pairs, 5, seed=1)
+    [fold_of, other] = folds_of(pairs, 5, seeds=[1, 2])
     assert np.bincount(list(fold_of.values())).tolist() == [10] * 5
-    assert folds_of(pairs[::-1], 5, seed=1) == fold_of
-    assert folds_of(pairs, 5, seed=2) != fold_of
+    assert folds_of(pairs[::-1], 5, seeds=[1]) == [fold_of]
+    assert other != fold_of
     with pytest.raises(ValueError, match="5 folds and 3 pairs"):
-        folds_of(pairs[:3], 5, seed=0)
+        folds_of(pairs[:3], 5, seeds=[0])
 
 
 def test_what_reads_the_same_shares_a_fold(pairs):
     """A model that has learned a pair has learned its label, whatever white space, case or marks stand around it."""
     twins = [replace(pair, prompt=f"{pair.prompt} ", id="", row=20 + pair.row) for pair in pairs]
     turned = [replace(p, chosen=p.rejected, rejected=f"{p.chosen}!", id="", row=40 + p.row) for p in pairs]
-    fold_of = folds_of([*pairs, *twins, *turned], 4, seed=0)
+    [fold_of] = folds_of([*pairs, *twins, *turned], 4, seeds=[0])
     assert len(fold_of) == 60
     for group in zip(pairs, twins, turned, strict=True):
         assert len({fold_of[pair.id] for pair in group}) == 1
@@ -403,7 +403,7 @@ def test_pairs_that_differ_in_an_operator_are_dealt_by_themselves():
         for i in range(30)
         for sign in "<>"
     ]
-    fold_of = folds_of(pairs, 4, seed=0)
+    [fold_of] = folds_of(pairs, 4, seeds=[0])
     assert np.bincount([fold_of[pair.id] for pair in pairs]).tolist() == [15] * 4
     assert any(fold_of[one.id] != fold_of[other.id] for one, other in zip(pairs[::2], pairs[1::2], strict=True))
 

@@ -8,8 +8,8 @@ from ropo.data.validate import text_id
 from ropo.pairs import Pair
 
 
-def folds_of(pairs: Sequence[Pair], num_folds: int, *, seed: int) -> dict[str, int]:
-    """Fold of every pair by its id, as evenly as can be; the order of the pairs does not matter.
+def folds_of(pairs: Sequence[Pair], num_folds: int, *, seeds: Sequence[int]) -> list[dict[str, int]]:
+    """Fold of every pair by its id, as evenly as can be, dealt with each seed; the order of the pairs does not matter.
 
     Pairs with the same text (duplicates, contradictions, all but for case, white space and punctuation, see `text_id`)
     share one: nothing scores a pair whose texts it has seen.
@@ -27,6 +27,7 @@ def folds_of(pairs: Sequence[Pair], num_folds: int, *, seed: int) -> dict[str, i
             f"num_folds needs at least as many different pairs; got {num_folds} folds and {len(names)} pairs. "
             "Use fewer folds, or 0 for none."
         )
-    order = np.random.default_rng(seed).permutation(len(names))
-    fold_of = {name: int(place) % num_folds for name, place in zip(names, order, strict=True)}
-    return {id_: fold_of[first[text]] for id_, text in texts.items()}
+    place_of = {name: place for place, name in enumerate(names)}
+    place = {id_: place_of[first[text]] for id_, text in texts.items()}
+    deals = [(np.random.default_rng(seed).permutation(len(names)) % num_folds).tolist() for seed in seeds]
+    return [{id_: deal[place[id_]] for id_ in texts} for deal in deals]

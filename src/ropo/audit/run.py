@@ -139,7 +139,8 @@ class Audit:
             there = Path(self.args.audit_from) / self.folder.name
             Stages(there).check(_STAGE, SCORED_FILES)
             return Scores.read(there)
-        deals = [folds_of(self.data.pairs, self.args.num_folds, seed=self.args.seed + i) for i in range(NUM_DEALS)]
+        seeds = [self.args.seed + i for i in range(NUM_DEALS)]
+        deals = folds_of(self.data.pairs, self.args.num_folds, seeds=seeds)
         question = Question(
             data=self.data,
             labels=self._labels,

@@ -248,7 +248,7 @@ def _read(given: Given, args: ROPOConfig) -> _Labelled:
         trusted_sha256=sha256,
     )
     if args.needs_audit:
-        folds_of([*read.pairs, *trusted], args.num_folds, seed=args.seed)  # raises if there are too few pairs
+        folds_of([*read.pairs, *trusted], args.num_folds, seeds=[args.seed])  # raises if there are too few pairs
     return read
 
 
