@@ -207,6 +207,10 @@ def test_docs_show_the_measured_noise():
     assert benchmark("known_flips").table() in page
 
 
+def test_docs_show_what_an_audit_costs():
+    assert benchmark("audit_cost").table() in (ROOT / "docs" / "performance.md").read_text()
+
+
 def test_docs_show_the_measured_beta():
     assert benchmark("beta").table() in (ROOT / "docs" / "results.md").read_text()
 
