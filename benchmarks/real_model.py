@@ -100,7 +100,7 @@ def main(model: str, data: Path, work: Path, *, test: Path | None, num_pairs: in
             continue
         for method, options in (("ropo", {}), ("dpo", {"loss": "dpo", "rho": "0", "num_folds": 0})):
             if is_missing(cell, method):
-                out = folder if method == "ropo" else folder.with_name(f"{folder.name}_dpo")
+                out = folder.with_name(f"{folder.name}_{method}")
                 args = ROPOConfig(output_dir=str(out), learning_rate=LEARNING_RATE, seed=seed, **common, **options)
                 run_rounds(model, given, args, peft_config=LoraConfig(**LORA), eval_dataset=test)
                 accuracy = read_json(out / "summary.json")["evaluation"]["accuracy"]

@@ -224,16 +224,14 @@ def _principal(features: Features) -> tuple[Float[np.ndarray, "pairs some"], Flo
     """Principal components of the features, not centred, and the squared norm of each over the pairs."""
     is_wide = len(features) <= features.shape[1]
     if is_wide:
-        gram = (features @ features.T).astype(np.float64)
+        gram = features @ features.T
     else:  # by parts, whose sum is in double precision
         parts = (features[start : start + _ROWS] for start in range(0, len(features), _ROWS))
-        gram = sum((part.T @ part for part in parts), start=np.zeros(2 * features.shape[1:]))
-    spectrum, vectors = eigh(gram.astype(np.float32), driver="evd", overwrite_a=True)
+        gram = sum((part.T @ part for part in parts), start=np.zeros(2 * features.shape[1:])).astype(np.float32)
+    spectrum, vectors = eigh(gram, driver="evd", overwrite_a=True)
     is_kept = spectrum > _LEAST * max(spectrum[-1], _TINY)
     spectrum, vectors = spectrum[is_kept], vectors[:, is_kept]
-    if is_wide:
-        return (vectors * np.sqrt(spectrum)).astype(np.float32), spectrum
-    return features @ vectors.astype(np.float32), spectrum
+    return (vectors * np.sqrt(spectrum) if is_wide else features @ vectors), spectrum
 
 
 def scaled_to_one(features: Float[np.ndarray, "pairs some"]) -> Float[np.ndarray, "pairs some"]:

@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from ropo.noise import linear
 from ropo.noise.linear import LinearModels
 
 STRENGTH = 3.0
@@ -139,6 +140,14 @@ def test_wide_and_tall_features_give_the_same(has_covariate):
     np.testing.assert_allclose(other.margins, one.margins, atol=2e-3)
     np.testing.assert_allclose(other.surface, one.surface, atol=2e-3)
     assert np.abs(one.margins).max() > 0.5
+
+
+def test_many_pairs_are_taken_by_parts(monkeypatch):
+    """The last part is shorter than the others."""
+    features, _ = flip(two_kinds(100, 12), 0.2)
+    whole = held_out(features, deal(100))
+    monkeypatch.setattr(linear, "_ROWS", 16)
+    np.testing.assert_allclose(held_out(features, deal(100)).margins, whole.margins, atol=1e-4)
 
 
 def test_on_right_labels_there_is_nothing_to_gain():
