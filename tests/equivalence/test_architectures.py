@@ -166,10 +166,9 @@ The load-balancing loss of the routers is added where the model's configuration 
 ## Vision-language models
 
 Pairs of text train the language model of a vision-language model: `model_name_or_path` may be one (Qwen2-VL and
-Gemma 3 are trained in tests, LLaVA with an adapter; of the families that can be made tiny, 26 were compared like those
-above, and all are packed). It is loaded and saved whole. What reads images is not called, gets no adapter and stays as
-it is. Models that answer only with an image (BLIP, Kosmos-2, Pix2Struct) are refused, and so are rows with images: the
-column or the part of the message is named.
+Gemma 3 are trained in tests, LLaVA with an adapter). It is loaded and saved whole. What reads images is not called,
+gets no adapter and stays as it is. Models that answer only with an image (BLIP, Kosmos-2, Pix2Struct) are refused, and
+so are rows with images: the column or the part of the message is named.
 """
 
 
