@@ -4,10 +4,10 @@
     python benchmarks/real_model.py MODEL PAIRS.jsonl WORK --test=TEST.jsonl  # audits, then trainings with LoRA
     ... --num_pairs=500 --max_length=256                                      # where time is short
 
-PAIRS are prompts with chosen and rejected whose labels are taken to be right. They are audited as they are, with 20 and
-30 % flipped at random, and, where the data has a column `stronger_model_is_chosen`, with the answer of the stronger
-model taken for the better one: that is how pairs are made in practice. The reference reads them once: swapped
-pairs hit the cache. DPO and ROPO then train a LoRA adapter for one epoch with the options as
+PAIRS (`film_pairs.py` makes some) are prompts with chosen and rejected whose labels are taken to be right. They are
+audited as they are, with 20 and 30 % flipped at random, and, where the data has a column `stronger_model_is_chosen`,
+with the answer of the stronger model taken for the better one: that is how pairs are made in practice. The reference
+reads them once: swapped pairs hit the cache. DPO and ROPO then train a LoRA adapter for one epoch with the options as
 shipped, and are asked about the pairs of TEST. Rows go to real_model.csv beside this file; what is there is not made
 again.
 """

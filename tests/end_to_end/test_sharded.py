@@ -133,7 +133,8 @@ def test_two_processes_killed_and_resumed_give_what_one_gives(
         "rounds/00/first_margins": 1e-4,
     }.items():  # fmt: skip
         found, wanted = (load_file(folder / f"{name}.safetensors") for folder in (two, one))
-        furthest = max((found[key] - values).nan_to_num().abs().max().item() for key, values in wanted.items())
+        differences = ((found[key].double() - values.double()).nan_to_num().abs() for key, values in wanted.items())
+        furthest = max(one.max().item() for one in differences)
         print(f"\n{layout}, {'LoRA' if use_peft else 'full'}, {name}: {furthest:.0e} nats from one process")  # noqa: T201
         for key, values in wanted.items():
             assert found[key].numpy() == pytest.approx(values.numpy(), abs=at_most, nan_ok=True), (name, key)
