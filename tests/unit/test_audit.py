@@ -106,6 +106,15 @@ def test_training_is_by_the_beta_that_the_audit_has_found(model_folder, pairs, t
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [([1, 1, 1], [0, 0, 1]), ([1, 1, 1], [1, 1, 1]), ([-1, -1, 1], [1, 1, 0])]
+)
+def test_labels_that_do_not_pull_harder_leave_beta_as_it_is(before, after):
+    """Whatever a rule does, beta neither falls nor turns negative."""
+    found = resolve_beta(0.3, np.array([2.0, 1.0, -1.0]), before=np.array(before, float), after=np.array(after, float))
+    assert (found.value, found.why) == (0.3, Why.GIVEN)
+
+
 @pytest.mark.parametrize("flip_rate", [0.1, 0.3])
 def test_with_the_beta_of_right_labels_the_optimum_lies_as_far_from_the_reference(flip_rate):
     """DPO of one direction: β·δ is the log-odds of its labels, here of preferences that are right in 60 of 100."""

@@ -51,9 +51,8 @@ def by_features(question: Question) -> Scores:
 
 def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     tokens, folds, labels = question.data.tokens, question.folds, question.labels
-    sign = np.where(labels.sign < 0, -1.0, 1.0).astype(np.float32)[
-        :, None
-    ]  # a label that is known to be wrong counts as its opposite
+    # A label that is known to be wrong counts as its opposite.
+    sign = np.where(labels.sign < 0, -1.0, 1.0).astype(np.float32)[:, None]
     weights = np.abs(labels.sign) * cluster_weights(labels.clusters, len(sign))
     length = sign * _length(tokens)
     fits: dict[str, HeldOut] = {}

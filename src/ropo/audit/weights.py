@@ -168,12 +168,15 @@ def resolve_beta(given: float, margins: Floats, *, before: Floats, after: Floats
         before: Signed weight of each label without a filter, shape (pairs,); negative for one that is swapped.
         after: The same as they are trained on.
 
+    Returns:
+        β, as given where the labels do not pull harder than before.
+
     Examples:
         >>> resolve_beta(0.3, np.array([1.0, 1.0, 1.0, -1.0]), before=np.ones(4), after=np.array([1.0, 1.0, 1.0, 0.0]))
         Choice(value=0.6, why=<Why.SAME_DISTANCE: 'same_distance'>, facts={'given': 0.3, 'factor': 2.0})
     """
     pulls = [float(weights @ margins / max(np.abs(weights).sum(), 1e-12)) for weights in (before, after)]
-    if pulls[0] <= 0 or pulls[1] == pulls[0]:
+    if not 0 < pulls[0] < pulls[1]:
         return Choice(value=given, why=Why.GIVEN)
     factor = pulls[1] / pulls[0]
     return Choice(value=given * factor, why=Why.SAME_DISTANCE, facts={"given": given, "factor": factor})

@@ -42,18 +42,8 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
     seconds = _audit_seconds(made.folder, audit)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}
-    names = (
-        "flip_rate",
-        "is_informative",
-        "obstacle",
-        "reason",
-        "rho",
-        "rho_why",
-        "alpha",
-        "alpha_why",
-        "beta",
-        "beta_why",
-    )
+    chosen = (f"{name}{end}" for name in ("rho", "alpha", "beta") for end in ("", "_why"))
+    names = ("flip_rate", "is_informative", "obstacle", "reason", *chosen)
     return {
         "task": "train",
         **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
