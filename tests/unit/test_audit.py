@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from scipy.special import logit
 
 from ropo.audit import options as audit_options
 from ropo.audit import run as audit_run
 from ropo.audit.folds import folds_of
 from ropo.audit.models import MAX_BETA, NUM_CHECKS
 from ropo.audit.scorers import Scores
-from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_beta, resolve_rho, resolve_rule
+from ropo.audit.weights import Choice, Why, resolve_alpha, resolve_rho, resolve_rule
 from ropo.config import ROPOConfig
 from ropo.data.load import load_pairs
 from ropo.data.mixture import Mixture
@@ -91,38 +90,6 @@ def test_where_nothing_speaks_for_flips_ropo_is_dpo_bit_for_bit(model_folder, pa
     assert auto == dpo
     run_rounds(model_folder, pairs, config(tmp_path / "given", alpha="14", rho="0"))
     assert hash_file(tmp_path / "given" / "model.safetensors") != dpo
-
-
-def test_training_is_by_the_beta_that_the_audit_has_found(model_folder, pairs, tmp_path, monkeypatch):
-    found = Choice(value=0.75, why=Why.SAME_DISTANCE, facts={"given": 0.3, "factor": 2.5})
-    with monkeypatch.context() as patch:
-        patch.setattr(audit_run.Audit, "_beta", lambda *_, **__: found)
-        result = run_rounds(model_folder, pairs, config(tmp_path / "found"))
-    assert (result.audit.beta, result.rounds[0].beta) == (found, found)
-    assert (result.summary["beta"], result.summary["beta_why"]) == (0.75, "same_distance")
-    run_rounds(model_folder, pairs, config(tmp_path / "given", beta=0.75, adapt_beta=False))
-    run_rounds(model_folder, pairs, config(tmp_path / "other"))
-    weights = [hash_file(tmp_path / name / "model.safetensors") for name in ("found", "given", "other")]
-    assert weights[0] == weights[1] != weights[2]
-
-
-@pytest.mark.parametrize(
-    ("before", "after"), [([1, 1, 1], [0, 0, 1]), ([1, 1, 1], [1, 1, 1]), ([-1, -1, 1], [1, 1, 0])]
-)
-def test_labels_that_do_not_pull_harder_leave_beta_as_it_is(before, after):
-    """Whatever a rule does, beta neither falls nor turns negative."""
-    found = resolve_beta(0.3, np.array([2.0, 1.0, -1.0]), before=np.array(before, float), after=np.array(after, float))
-    assert (found.value, found.why) == (0.3, Why.GIVEN)
-
-
-@pytest.mark.parametrize("flip_rate", [0.1, 0.3])
-def test_with_the_beta_of_right_labels_the_optimum_lies_as_far_from_the_reference(flip_rate):
-    """DPO of one direction: β·δ is the log-odds of its labels, here of preferences that are right in 60 of 100."""
-    margins = np.where(np.arange(1000) < 1000 * ((1 - flip_rate) * 0.6 + flip_rate * 0.4), 1.0, -1.0)
-    right = np.where(np.arange(1000) < 600, 1.0, -1.0)
-    beta = resolve_beta(0.3, margins, before=np.ones(1000), after=right * margins)
-    noisy, clean = (np.mean(labels > 0) for labels in (margins, right))
-    assert logit(clean) / beta.value == pytest.approx(logit(noisy) / 0.3, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from ropo.audit.models import by_models
 from ropo.audit.options import AuditOptions
 from ropo.audit.scorers import MARGINS_FILE, SCORED_FILES, Question, Scorer, Scores
 from ropo.audit.weights import (
+    CHOICES,
     Choice,
     Floats,
     Labels,
@@ -54,7 +55,6 @@ NUM_DEALS = 4
 
 _JUDGEMENT_FILE = "judgement.json"
 _STAGE = "judge"
-_CHOICES = ("rho", "alpha", "beta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +85,14 @@ class Judgement:
     def read(cls, path: Path) -> "Judgement":
         """What an audit has written."""
         found = read_json(path)
-        choices = {name: Choice.from_json(found[name]) for name in _CHOICES}
+        choices = {name: Choice.from_json(found[name]) for name in CHOICES}
         rates = {name: found[name] and FlipEstimate.from_json(found[name]) for name in ("estimate", "with_length")}
         return cls(**{**found, **choices, **rates})
 
     def write(self, path: Path) -> None:
         """Write what `read` reads."""
         rates = {"estimate": self.estimate.to_json(), "with_length": self.with_length and self.with_length.to_json()}
-        choices = {name: asdict(getattr(self, name)) for name in _CHOICES}
+        choices = {name: asdict(getattr(self, name)) for name in CHOICES}
         write_json(path, {one.name: getattr(self, one.name) for one in fields(self)} | choices | rates)
 
 
@@ -182,7 +182,7 @@ class Audit:
             decisions=decisions.tolist(),
             weights=weights.tolist(),
         )
-        for name in _CHOICES:
+        for name in CHOICES:
             choice = getattr(judgement, name)
             if name != "alpha" or "alpha" in LOSSES[self.args.loss].params:
                 logger.info("%s = %.4g (%s).", name, choice.value, choice.why.replace("_", " "))

@@ -84,6 +84,10 @@ class Why(StrEnum):
     SAME_DISTANCE = "same_distance"
 
 
+CHOICES = ("rho", "alpha", "beta")
+"""What an audit chooses for the training, each a `Choice`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """A value that follows from what is known, why it is that, and the numbers that it follows from, by name."""

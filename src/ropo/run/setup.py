@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ropo.audit import Audit
-from ropo.audit.weights import Choice
+from ropo.audit.weights import CHOICES, Choice
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPairs
 from ropo.judge.verdicts import Judge
@@ -67,4 +67,4 @@ class Decided:
     def read(cls, path: Path) -> "Decided":
         """What a round has written."""
         found = read_json(path)
-        return cls(**{**found, **{name: Choice.from_json(found[name]) for name in ("rho", "alpha", "beta")}})
+        return cls(**{**found, **{name: Choice.from_json(found[name]) for name in CHOICES}})

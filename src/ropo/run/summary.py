@@ -14,7 +14,7 @@ import torch
 
 from ropo.audit import Audit
 from ropo.audit.options import AuditOptions
-from ropo.audit.weights import Choice
+from ropo.audit.weights import CHOICES, Choice
 from ropo.data.problems import rows_left_out, summarise
 from ropo.losses import BoundLoss, gradient_weight
 from ropo.noise.estimate import FlipEstimate, Obstacle
@@ -42,7 +42,7 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
     seconds = _audit_seconds(made.folder, audit)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}
-    chosen = (f"{name}{end}" for name in ("rho", "alpha", "beta") for end in ("", "_why"))
+    chosen = (f"{name}{end}" for name in CHOICES for end in ("", "_why"))
     names = ("flip_rate", "is_informative", "obstacle", "reason", *chosen)
     return {
         "task": "train",
@@ -72,7 +72,7 @@ def audit_summary(audit: Audit, made: Prepared) -> Json:
     return {
         "task": "audit",
         **_about_rate(judged.estimate),
-        **_chosen({"rho": judged.rho, "alpha": judged.alpha, "beta": judged.beta}),
+        **_chosen({name: getattr(judged, name) for name in CHOICES}),
         "num_pairs": sum(is_data),
         "num_kept": counts["keep"],
         "num_dropped": counts["drop"],
@@ -94,7 +94,7 @@ def _round_summary(this: Round) -> Json:
     return {
         "round": this.number,
         **_about_rate(this.estimate()),
-        **_chosen({"rho": found.rho, "alpha": found.alpha, "beta": found.beta}),
+        **_chosen({name: getattr(found, name) for name in CHOICES}),
         "num_pairs": this.num_data,
         "num_kept": counts["keep"],
         "num_dropped": counts["drop"] + counts["resample"],
