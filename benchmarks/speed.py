@@ -1,4 +1,4 @@
-"""How fast pairs are trained on and scored, by us and by TRL's DPOTrainer, and what it takes in memory.
+"""How fast pairs are trained on and scored, by us, by TRL's DPOTrainer and by ms-swift's, and what it takes in memory.
 
     python benchmarks/speed.py ../shared/data/hh_harmless_base_test.jsonl.gz   # fill in what is missing in speed.csv
     python benchmarks/speed.py PAIRS --quick --output x.csv                    # two ways, a few steps: what CI runs
@@ -17,7 +17,8 @@ must report the same losses, or the benchmark stops. "as given" is the order of 
 length share a batch, which is given to TRL too where TRL is at its best. The first steps are not counted.
 
 Columns: training_per_second is pairs a second in training alone, pairs_per_second counts the pass over the reference
-too (TRL at its defaults reads it in every step; at its best it is computed before, and not counted). Tokens are unique
+too (TRL at its defaults reads it in every step, as ms-swift does always; at its best it is computed before, and not
+counted). ms-swift is measured where SWIFT_PYTHON names an interpreter that has it: `speed_swift.py`. Tokens are unique
 ones, each prompt counted once. matrix_share is the arithmetic that cannot be avoided (unique tokens x weights of the
 layers, the last MLP's only where a response token is predicted, response tokens x weights of the head; 2 operations
 forward, 4 backward, 2 for a reference) over what large matrix products of that precision reach on this machine at that
@@ -40,7 +41,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,8 +51,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from speed_clock import NUM_WARM_UP, Clock, Memory, now
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ropo import PairDataset, ROPOConfig, load_pairs, run_rounds
 from ropo.data.tokenize import tokenize_pairs
@@ -60,7 +61,7 @@ from ropo.logps.batch import LAYOUTS, Batching, batches_by_length
 from ropo.logps.choose import choose_layout
 from ropo.logps.score import score_pairs
 from ropo.logps.shared_prefix import FORWARDS
-from ropo.provenance import commit, machine, versions
+from ropo.provenance import commit, machine
 from ropo.train import trainer as ours
 from ropo_bench import toy
 from ropo_bench.rows import read_rows
@@ -71,9 +72,8 @@ RESULTS_GPU = RESULTS.with_name("speed_gpu.csv")
 COLUMNS = (
     "task", "way", "turn", "training_per_second", "pairs_per_second", "tokens_per_second", "matrix_share", "peak_mib",
     "seconds", "num_pairs", "num_tokens", "matrix_gflops", "threads", "num_parameters", "cores", "device", "torch",
-    "transformers", "trl", "date", "commit",
+    "transformers", "trl", "swift", "date", "commit",
 )  # fmt: skip
-NUM_WARM_UP = 2  # steps
 NUM_REPEATS = 2  # of the pairs in one pass, for "scoring" and "bare forward": such a pass reads thousands in earnest
 
 
@@ -86,7 +86,7 @@ class Way:
     layout: str | None = None
     order: str = "by length"
     has_bf16: bool = False
-    is_default: bool = False  # TRL as it comes: reference in every step, gradient checkpointing
+    is_default: bool = False  # a peer as it comes: reference in every step, gradient checkpointing
     options: Mapping[str, Any] | None = None  # of ROPOConfig
 
     @property
@@ -94,10 +94,22 @@ class Way:
         """Whether it belongs to the comparison of whole runs, which has fewer pairs."""
         return self.name.startswith("whole")
 
+    @property
+    def is_training(self) -> bool:
+        """Whether it trains on the pairs, and does nothing else."""
+        return self.measure in ("ours", "trl", "swift")
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the reference is read in every step."""
+        return self.is_default or self.measure == "swift"
+
 
 WAYS = (
     Way(name="TRL, defaults", measure="trl", order="as given", is_default=True),
     Way(name="TRL, best", measure="trl"),
+    Way(name="ms-swift, defaults", measure="swift", order="as given", is_default=True),
+    Way(name="ms-swift, best", measure="swift"),
     Way(name="ours, plain", measure="ours", layout="plain"),
     Way(name="ours, shared prefix", measure="ours", layout="shared_prefix"),
     Way(name="ours, packed", measure="ours", layout="packed"),
@@ -111,6 +123,11 @@ WAYS = (
     Way(name="whole, 5 folds", measure="whole", order="as given"),
 )
 QUICK = ("TRL, best", "ours, packed")
+SWIFT_PYTHON = "SWIFT_PYTHON"  # the environment variable that names the interpreter which has ms-swift
+SWIFT_OPTIONS = (
+    "per_device_train_batch_size", "num_train_epochs", "beta", "learning_rate", "max_length", "save_strategy",
+    "logging_steps", "logging_first_step", "report_to", "seed", "lr_scheduler_type",
+)  # fmt: skip
 LARGE = ("TRL, defaults", "TRL, best", "ours, plain", "ours, shared prefix", "ours, packed", "scoring", "bare forward")
 NUM_PAIRS = {"hh": 192, "toy": 800, "large": 160}
 NUM_PAIRS_WHOLE = 64
@@ -223,64 +240,6 @@ def common(task: Task, folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def now() -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class Clock(TrainerCallback):
-    """Seconds and peak memory of all steps but the first."""
-
-    def __init__(self) -> None:
-        self.start = self.seconds = 0.0
-        self.steps = 0
-        self.memory = Memory()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
-        if state.global_step == NUM_WARM_UP:
-            self.start = now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
-        self.seconds, self.steps = now() - self.start, state.global_step - NUM_WARM_UP
-
-    def found(self) -> dict[str, Any]:
-        """As a measurement reports it.
-
-        Raises:
-            RuntimeError: If no step was counted.
-        """
-        if self.steps < 1:
-            raise RuntimeError(f"A measurement needs more than {NUM_WARM_UP} steps; got none beyond. Give more pairs.")
-        return {"seconds": self.seconds, "steps": self.steps, "peak_mib": self.memory.peak_mib()}
-
-
-class Memory:
-    """The highest resident memory since this was made, less what was resident then; on a GPU, allocated memory."""
-
-    def __init__(self) -> None:
-        self.is_cuda = torch.cuda.is_available()
-        if self.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated() / 2**20
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the highest value so far (Linux)
-            self.before = self._read("VmRSS")
-
-    def peak_mib(self) -> float:
-        """The highest value so far."""
-        now = torch.cuda.max_memory_allocated() / 2**20 if self.is_cuda else self._read("VmHWM")
-        return now - self.before
-
-    @staticmethod
-    def _read(name: str) -> float:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name):
-                return int(line.split()[1]) / 1024
-        raise RuntimeError(f"/proc/self/status has no {name}")
-
-
 def train(trainer: Any, clock: Clock) -> list[float]:
     """Train; the losses of the log."""
     trainer.add_callback(clock)
@@ -336,6 +295,37 @@ def measure_trl(way: Way, task: Task) -> dict[str, Any]:
         )
         losses = train(trainer, clock)
     return {**clock.found(), "losses": losses}
+
+
+def measure_swift(way: Way, task: Task) -> dict[str, Any]:
+    """Train with ms-swift's trainer under `SWIFT_PYTHON`: as it comes or with nothing recomputed.
+
+    Its reference is read in every step; it refuses to read it before.
+    """
+    options: dict[str, Any] = {
+        **{name: value for name, value in common(task, "").items() if name in SWIFT_OPTIONS},
+        "rlhf_type": "dpo", "tuner_type": "full", "model_type": "llama", "template": "dummy", "torch_dtype": "float32",
+        "bf16": way.has_bf16, "attn_impl": "sdpa", "gradient_checkpointing": way.is_default,
+        "gradient_accumulation_steps": 1, "dataset_shuffle": False, "train_dataloader_shuffle": False,
+        "split_dataset_ratio": 0, "weight_decay": 0, "adam_beta2": 0.999, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        task.model.save_pretrained(folder / "model")
+        task.tokenizer.save_pretrained(folder / "model")
+        (folder / "options.json").write_text(json.dumps(options))
+        rows = [
+            {
+                "messages": [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.chosen}],
+                "rejected_response": pair.rejected,
+            }
+            for pair in task.pairs
+        ]
+        (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        script = Path(__file__).with_name("speed_swift.py")
+        words = [os.environ[SWIFT_PYTHON], str(script), str(folder)]
+        output = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+    return dict(json.loads(output.stdout.splitlines()[-1]))
 
 
 def score(way: Way, task: Task, tokens: list[Any]) -> Any:
@@ -396,11 +386,12 @@ def measure_whole(way: Way, task: Task) -> dict[str, Any]:
 MEASURES: dict[str, Callable[[Way, Task], dict[str, Any]]] = {
     "ours": measure_ours,
     "trl": measure_trl,
+    "swift": measure_swift,
     "score": measure_score,
     "forward": measure_forward,
     "whole": measure_whole,
 }
-OPERATIONS = {"ours": 6, "trl": 6, "score": 2, "forward": 2}  # per weight and token
+OPERATIONS = {"ours": 6, "trl": 6, "swift": 6, "score": 2, "forward": 2}  # per weight and token
 
 
 def matrix_gflops(*, has_bf16: bool) -> float:
@@ -437,7 +428,7 @@ def measure(name: str, task_name: str, source: str | None, num_pairs: int, threa
     seconds, operations = found["seconds"], OPERATIONS.get(way.measure, 0)
     if "reference_seconds" in found:
         seconds += found["reference_seconds"] * len(counted) / len(task.tokens)
-    if "reference_seconds" in found or way.is_default:
+    if "reference_seconds" in found or way.reads_reference:
         operations += 2
     num_tokens = sum(len(pair) for pair in counted)
     num_predicted = sum(len(pair.chosen) + len(pair.rejected) for pair in counted)
@@ -457,7 +448,8 @@ def measure(name: str, task_name: str, source: str | None, num_pairs: int, threa
         "num_parameters": num_parameters,
         "cores": machine()["cores"],
         "device": machine()["device"],
-        **{name: versions().get(name) for name in ("torch", "transformers")},
+        **{name: metadata.version(name) for name in ("torch", "transformers", "trl")},
+        **found.get("versions", {}),
         "losses": found["losses"],
     }
 
@@ -518,6 +510,7 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
     ways = [way for way in WAYS if not args.quick or way.name in QUICK]
     ways = [way for way in ways if (way.name in LARGE if task == "large" else not way.is_whole or task == "hh")]
     ways = [way for way in ways if way.name.startswith(tuple(args.only))]
+    ways = [way for way in ways if way.measure != "swift" or SWIFT_PYTHON in os.environ]
     for way in ways if turn % 2 == 0 else ways[::-1]:
         if (task, way.name, turn) in known:
             continue
@@ -533,7 +526,7 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
         losses[way.name] = found.pop("losses")
         rows.append(
             {
-                "task": task, "way": way.name, "turn": turn, **found, "trl": metadata.version("trl"),
+                "task": task, "way": way.name, "turn": turn, **found,
                 "date": datetime.now(UTC).date().isoformat(), "commit": commit(),
             }
         )  # fmt: skip
@@ -565,7 +558,7 @@ def _table(task: str, rows: list[dict[str, Any]]) -> str:
     for way in WAYS:
         if not (found := list(by_way[way.name].values())) or way.is_whole:
             continue
-        has_reference = way.measure == "ours" or way.is_default
+        has_reference = way.measure == "ours" or way.reads_reference
         cells = [
             _spread([float(row["training_per_second"]) for row in found]),
             _spread([float(row["pairs_per_second"]) for row in found]) if has_reference else "",
@@ -573,8 +566,8 @@ def _table(task: str, rows: list[dict[str, Any]]) -> str:
             f"{statistics.mean(float(row['peak_mib']) for row in found):.0f}",
             ratio(way.name, "pairs_per_second", "TRL, defaults") if has_reference else "",
             ratio(way.name, "training_per_second", "TRL, defaults") if way.measure == "ours" else "",
-            ratio(way.name, "training_per_second", "TRL, best") if way.measure in ("ours", "trl") else "",
-            ratio(way.name, "peak_mib", "TRL, best") if way.measure in ("ours", "trl") else "",
+            ratio(way.name, "training_per_second", "TRL, best") if way.is_training else "",
+            ratio(way.name, "peak_mib", "TRL, best") if way.is_training else "",
         ]
         lines.append(f"| {way.name} | {' | '.join(cells)} |")
     return "\n".join(lines)

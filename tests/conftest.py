@@ -13,14 +13,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is
 # Threads that wait for each other cost many times what these models do where the cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import sys
+from inspect import signature
+
+from beartype import beartype
 from jaxtyping import install_import_hook
+
+_CHECKS = {}
+
+
+def checked(function):
+    """What beartype makes of it, made once: a function that is defined inside of another is defined at every call.
+
+    Jaxtyping gives the signature alone, for which nothing but names and annotations count, and calls the function itself.
+    """
+    key = (function.__module__, function.__qualname__, str(signature(function)))
+    if key not in _CHECKS:
+        _CHECKS[key] = beartype(function)
+    return _CHECKS[key]
+
 
 # The pure rooms, where shapes are written down; dataclasses of other libraries have annotations of their own.
 # Not `noise.likelihood`: optimisers call its functions thousands of times for one estimate, which is checked itself.
 NOISE = [f"ropo.noise.{name}" for name in ("calibrate", "decide", "estimate", "linear", "review_order", "shares")]
 install_import_hook(
     ["ropo.pairs", "ropo.provenance", "ropo.logps", "ropo.losses", *NOISE, "ropo.evaluate.measures"],
-    "beartype.beartype",
+    f"sys.modules[{__name__!r}].checked",  # a string that is evaluated where `sys` is imported
 )
 
 from pathlib import Path
@@ -54,6 +72,14 @@ def _frozen():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_fsync():
+    """Tests end processes, not machines: what was written is there without waiting for a disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
