@@ -2,7 +2,7 @@
 
     python benchmarks/real_model.py MODEL PAIRS.jsonl WORK                    # audits, then python ... --table
     python benchmarks/real_model.py MODEL PAIRS.jsonl WORK --test=TEST.jsonl  # audits, then trainings with LoRA
-    ... --num_pairs=500 --max_length=256                                      # where time is short
+    ... --num_pairs=500 --max_length=256 --rates=0.2 --bf16                   # where time is short
 
 PAIRS (`film_pairs.py` makes some) are prompts with chosen and rejected whose labels are taken to be right. They are
 audited as they are, with 20 and 30 % flipped at random, and, where the data has a column `stronger_model_is_chosen`,
@@ -12,16 +12,18 @@ shipped, and are asked about the pairs of TEST. Rows go to real_model.csv beside
 again.
 """
 
+import argparse
 import gzip
 import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import LoraConfig
 
 from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit, run_rounds
@@ -34,7 +36,7 @@ from ropo_bench.rows import append_row, key_of, read_rows
 ROWS = Path(__file__).parent / "real_model.csv"
 COLUMNS = (
     "model", "data", "num_pairs", "noise", "flip_rate", "seed", "method", "estimate", "low", "high", "obstacle",
-    "taken", "agreement", "length", "ngrams", "auroc", "precision", "recall", "accuracy",
+    "taken", "agreement", "length", "ngrams", "auroc", "precision", "recall", "accuracy", "margin", "beta", "dtype",
     "version",
 )  # fmt: skip
 NAMED = ("model", "data", "noise", "flip_rate", "seed", "method")
@@ -84,27 +86,49 @@ def audited(folder: Path, is_flipped: np.ndarray) -> dict[str, Any]:
     return found | ({"auroc": auroc(-margins, truth)} if truth.any() else {})
 
 
-def main(model: str, data: Path, work: Path, *, test: Path | None, num_pairs: int | None, max_length: int) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        test: Pairs to ask a trained model about; None to train none.
+        num_pairs: How many of the data, from its start; None for all.
+        rates: Of the flips; None for all, and for the data as they are.
+        options: Of `ROPOConfig`.
+    """
+
+    test: Path | None
+    num_pairs: int | None
+    rates: tuple[float, ...] | None
+    options: dict[str, Any]
+
+
+def main(model: str, data: Path, work: Path, plan: Plan) -> None:
     """Fill in the missing rows."""
     logging.disable(logging.WARNING)
-    pairs = read_checked(data)[1][:num_pairs]
+    pairs = read_checked(data)[1][: plan.num_pairs]
     stronger = stronger_of(data, pairs)
-    common = {**OPTIONS, "max_length": max_length, "reference_cache_dir": str(work / "cache")}
+    common = {**OPTIONS, **plan.options, "reference_cache_dir": str(work / "cache")}
     for kind, rate, seed, given, is_flipped in noisy(pairs, stronger):
+        if plan.rates is not None and rate not in plan.rates:
+            continue
         cell = {"model": Path(model).name, "data": data.name, "noise": kind, "flip_rate": round(rate, 4), "seed": seed}
         folder = work / f"{kind}_{rate:.2f}_{seed}"
         if is_missing(cell, "audit"):
             run_audit(model, given, ROPOConfig(output_dir=str(folder), **common))
             append({**cell, "method": "audit", "num_pairs": len(given), **audited(folder, is_flipped)})
-        if test is None or seed not in TRAINED_SEEDS:
+        if plan.test is None or seed not in TRAINED_SEEDS:
             continue
         for method, options in (("ropo", {}), ("dpo", {"loss": "dpo", "rho": "0", "num_folds": 0})):
             if is_missing(cell, method):
                 out = folder.with_name(f"{folder.name}_{method}")
                 args = ROPOConfig(output_dir=str(out), learning_rate=LEARNING_RATE, seed=seed, **common, **options)
-                run_rounds(model, given, args, peft_config=LoraConfig(**LORA), eval_dataset=test)
-                accuracy = read_json(out / "summary.json")["evaluation"]["accuracy"]
-                append({**cell, "method": method, "num_pairs": len(given), "accuracy": accuracy})
+                run_rounds(model, given, args, peft_config=LoraConfig(**LORA), eval_dataset=plan.test)
+                summary = read_json(out / "summary.json")
+                last = summary["evaluation"]["rounds"][-1]
+                found = {"accuracy": last["accuracy"], "margin": last["margin"], "beta": summary["beta"]}
+                found["dtype"] = "bfloat16" if args.bf16 else "float32"
+                append({**cell, "method": method, "num_pairs": len(given), **found})
 
 
 def stronger_of(data: Path, pairs: list[Pair]) -> np.ndarray | None:
@@ -158,13 +182,21 @@ if __name__ == "__main__":
     if "--table" in sys.argv:
         print(table())
     else:
-        options = dict(word.removeprefix("--").split("=") for word in sys.argv[1:] if word.startswith("--"))
-        plain = [word for word in sys.argv[1:] if not word.startswith("--")]
-        main(
-            plain[0],
-            Path(plain[1]),
-            Path(plain[2]),
-            test=Path(options["test"]) if "test" in options else None,
-            num_pairs=int(options["num_pairs"]) if "num_pairs" in options else None,
-            max_length=int(options.get("max_length", 512)),
+        parser = argparse.ArgumentParser()
+        parser.add_argument("model")
+        parser.add_argument("pairs", type=Path)
+        parser.add_argument("work", type=Path)
+        parser.add_argument("--test", type=Path)
+        parser.add_argument("--num_pairs", type=int)
+        parser.add_argument("--max_length", type=int, default=512)
+        parser.add_argument("--rates", type=float, nargs="+")
+        parser.add_argument("--bf16", action="store_true")
+        args = parser.parse_args()
+        precision = {"bf16": True, "use_cpu": not torch.cuda.is_available()} if args.bf16 else {}
+        plan = Plan(
+            test=args.test,
+            num_pairs=args.num_pairs,
+            rates=None if args.rates is None else tuple(args.rates),
+            options={"max_length": args.max_length, **precision},
         )
+        main(args.model, args.pairs, args.work, plan)

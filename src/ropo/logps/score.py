@@ -92,7 +92,8 @@ def score_pairs(
             logps, features = result
             scored, mine = _rows(where, logps), rest
             if on_batch is not None:
-                on_batch(scored, features)
+                with torch.autocast(device.type, enabled=False):  # on a CPU it refuses to join what is in float16
+                    on_batch(scored, features)
             rows += scored
             progress.advance(len(where))
         for _ in range(num_idle):  # its share is smaller, yet the others need its part of the weights

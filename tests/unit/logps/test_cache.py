@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -249,6 +250,24 @@ def test_a_killed_pass_over_features_goes_on(model, tokens, tmp_path, monkeypatc
     _, fresh = read_both(model, tokens, tmp_path / "fresh")
     for name, block in fresh.blocks.items():
         np.testing.assert_allclose(resumed.blocks[name], block, rtol=1e-3, atol=2e-3 * np.abs(block).max())
+
+
+def test_a_shard_of_several_batches_in_half_precision(model, tokens, tmp_path, monkeypatch):
+    """What is done with finished batches is no part of the forward pass: on a CPU autocast refuses to join float16."""
+    monkeypatch.setitem(score.MAX_TOKENS, "cpu", 200)
+    alone, features = read_both(model, tokens, tmp_path / "one shard", use_bf16=True)
+    add = cache._ShardWriter.add
+
+    def add_every_second(self, rows, features):
+        self._last = time.monotonic() if not self._rows else 0.0
+        add(self, rows, features)
+
+    monkeypatch.setattr(cache._ShardWriter, "add", add_every_second)
+    logps, others = read_both(model, tokens, tmp_path / "shards", use_bf16=True)
+    assert len(list(tmp_path.glob("shards/*/features*/*.safetensors"))) > 1
+    assert torch.equal(logps.chosen, alone.chosen)
+    for name, block in features.blocks.items():
+        assert np.array_equal(others.blocks[name], block), name
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
