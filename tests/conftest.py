@@ -13,7 +13,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is
 # Threads that wait for each other cost many times what these models do where the cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import sys
 from inspect import signature
 
 from beartype import beartype
@@ -25,7 +24,7 @@ _CHECKS = {}
 def checked(function):
     """What beartype makes of it, made once: a function that is defined inside of another is defined at every call.
 
-    Jaxtyping gives the signature alone, for which nothing but names and annotations count, and calls the function itself.
+    Jaxtyping gives a function with the same signature, for which names and annotations alone count.
     """
     key = (function.__module__, function.__qualname__, str(signature(function)))
     if key not in _CHECKS:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ropo.audit import features
-from ropo.audit.features import BLOCKS
+from ropo.audit.features import KINDS
 from ropo.audit.run import Audit
 from ropo.audit.weights import Why
 from ropo.config import ROPOConfig
@@ -25,7 +25,6 @@ from ropo.run.align import run_audit
 from ropo.train.dataset import PairDataset
 
 NUM_PAIRS = 300
-SURFACE = ["length", "n-grams"]
 
 
 class Case:
@@ -91,38 +90,41 @@ def taken(audit):
     return next(row.name for row in audit.scores.rows if row.is_taken)
 
 
-@pytest.mark.parametrize(
-    ("known", "expected"),
-    [("hidden_middle", "hidden states"), ("gradient", "gradients")],
-)
-def test_what_predicts_unseen_labels_best_judges(known, expected, tmp_path, tokenizer):
-    """Which blocks know the better response decides which judges, and flips are found by any."""
+@pytest.mark.parametrize("known", KINDS)
+def test_whatever_predicts_unseen_labels_judges(known, tmp_path, tokenizer):
+    """One kind of features knows the better response and the others nothing: flips are found by any."""
     case, rng = Case(), np.random.default_rng(1)
     sign = np.where(case.is_flipped, -1.0, 1.0)[:, None]
     truth, noise = np.abs(rng.normal(2, 1, (NUM_PAIRS, 1))), rng.normal(size=(NUM_PAIRS, 8))
-    parts = (noise, truth) if known == "hidden_middle" else (truth, noise)
-    case.blocks = {
-        name: (sign * block).astype(np.float32)
-        for name, block in zip(("gradient", "hidden_middle", "hidden_last"), (*parts, noise[:, :2]), strict=True)
-    }
+    of = {name: truth if name == known else noise for name in KINDS}
+    blocks = {"gradient": of["gradients"], "hidden_middle": of["hidden states"], "hidden_last": noise[:, :2]}
+    case.blocks = {name: (sign * block).astype(np.float32) for name, block in blocks.items()}
+    if known == "n-grams":
+        words = [([50, 51], [60, 61]) if right > 0 else ([60, 61], [50, 51]) for right in sign[:, 0]]
+        case.tokens = [
+            replace(one, chosen=[*good, *one.chosen], rejected=[*bad, *one.rejected])
+            for one, (good, bad) in zip(case.tokens, words, strict=True)
+        ]
     audit = case.audit(tmp_path, tokenizer)
-    assert taken(audit) == expected
+    agreement = {row.name: row.agreement for row in audit.scores.rows}
+    assert max(KINDS, key=agreement.__getitem__) == known
+    assert agreement["together"] > agreement[known] - 0.02
     assert auroc(-audit.margins(), case.is_flipped) > 0.95
 
 
-def test_every_audit_shows_the_surface_and_never_takes_it(tmp_path, tokenizer):
+def test_every_audit_shows_what_each_kind_knows_and_never_goes_by_length(tmp_path, tokenizer):
     """Length agrees with nearly all labels here, and the features with two thirds."""
     case = Case(share=0.05, gap=0.3, longer=0.95)
     audit = case.audit(tmp_path, tokenizer)
     rows = {row.name: row for row in audit.scores.rows}
-    assert list(rows) == [*BLOCKS, *SURFACE]
+    assert list(rows) == ["together", *KINDS, "length"]
+    assert taken(audit) == "together"
     assert sum(row.is_taken for row in rows.values()) == 1
-    assert not any(rows[name].is_taken for name in SURFACE)
-    assert rows["length"].agreement > rows[taken(audit)].agreement + 0.1
+    assert rows["length"].agreement > rows["together"].agreement + 0.1
     found = json.loads((tmp_path / "audit" / "scorers.json").read_text())
     assert [row["name"] for row in found["rows"]] == list(rows)
     assert found["filter"].keys() == {"gain", "error"}
-    assert audit.scores.views.shape == (len(BLOCKS), NUM_PAIRS)
+    assert audit.scores.views.shape == (len(KINDS), NUM_PAIRS)
 
 
 def test_a_pair_is_not_judged_by_length_unless_length_is_evidence(tmp_path, tokenizer):
@@ -135,7 +137,8 @@ def test_a_pair_is_not_judged_by_length_unless_length_is_evidence(tmp_path, toke
     assert auroc(-with_it.margins(), case.is_flipped) < auroc(-without.margins(), case.is_flipped) - 0.02
     # The second reading is that of what the first leaves out, and there is none where nothing is left out.
     np.testing.assert_allclose(without.margins() + without.scores.length, with_it.margins(), atol=1e-9)
-    assert without.judgement.with_length == with_it.judgement.estimate
+    one, other = (each.to_json() for each in (without.judgement.with_length, with_it.judgement.estimate))
+    assert all(one[name] == pytest.approx(other[name]) for name in ("rate", "low", "high", "scale"))
     assert with_it.judgement.with_length is None
     assert without.judgement.estimate.rate > without.judgement.with_length.rate
 
@@ -156,9 +159,9 @@ def test_two_folds_are_too_few_to_try_a_filter(tmp_path, tokenizer, monkeypatch)
 
 
 def test_margins_that_know_nothing_filter_nothing(tmp_path, tokenizer):
-    """By chance a comparison in six is in favour of a filter, which would drop every other right label."""
+    """By chance some comparisons are in favour of a filter, which would drop every other right label."""
     case, num_favoured = Case(share=0.0), 0
-    for seed in range(8):
+    for seed in range(24):
         rng = np.random.default_rng(seed)
         case.blocks = {name: rng.normal(size=(NUM_PAIRS, 8)).astype(np.float32) for name in case.blocks}
         audit = case.audit(tmp_path / str(seed), tokenizer)
@@ -208,7 +211,8 @@ def test_a_second_run_reads_the_stage_from_disk(tmp_path, tokenizer, monkeypatch
 
 def test_swapping_a_pair_turns_its_margin_and_not_its_size(tmp_path, tokenizer, monkeypatch):
     """Its own label has no say; with the features its length and its words change their sign."""
-    monkeypatch.setattr(features, "BLOCKS", {"hidden states": ("hidden_middle",)})  # else labels choose between them
+    monkeypatch.setattr(features, "KINDS", ("hidden states",))  # else labels, its own too, weigh several
+    monkeypatch.setattr(features, "_features", lambda _, blocks: [blocks["hidden_middle"]])
     case, turned = Case(gap=3.0), Case(gap=3.0)
     turned.blocks = {name: block.copy() for name, block in case.blocks.items()}
     for block in turned.blocks.values():

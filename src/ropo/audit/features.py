@@ -1,11 +1,11 @@
-"""Held-out margins by linear models on what the reference pass reads of each pair: the scorer of every audit.
+"""Held-out margins by linear models on what the reference pass and the tokens say of each pair: the scorer of an audit.
 
-Nothing is trained and nothing is to be set: held-out likelihood on the data at hand chooses the features and the
-penalty. The lengths of the responses are taken out of the margins unless the user says that length is evidence:
-annotators who like long answers would otherwise be taken for right.
+Nothing is trained and nothing is to be set: held-out likelihood on the data at hand weighs the kinds of features and
+chooses the penalties. The lengths of the responses are taken out of the margins unless the user says that length is
+evidence: annotators who like long answers would otherwise be taken for right.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -22,10 +22,12 @@ from ropo.stages import Stages
 BLOCKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"gradients": ("gradient",), "hidden states": ("hidden_middle", "hidden_last")}
 )
-"""What may score the pairs, by name: blocks of `ropo.logps.features`, each scaled to one size."""
+"""What the model says of a pair, by name: blocks of `ropo.logps.features`, each scaled to one size."""
 
-LENGTH, NGRAMS = "length", "n-grams"
-"""What knows nothing but the surface of the texts: shown beside the others, and never taken."""
+LENGTH, NGRAMS, TOGETHER = "length", "n-grams", "together"
+
+KINDS = (*BLOCKS, NGRAMS)
+"""What is weighed; the lengths are shown beside it, and judge no label."""
 
 _NUM_BUCKETS = 2048  # of the hashed n-grams: as many numbers as the sketch of a gradient has
 
@@ -33,10 +35,10 @@ _STAGE = "linear"
 
 
 def by_features(question: Question) -> Scores:
-    """Fit linear models on each entry of `BLOCKS`, and take the one that predicts unseen labels best.
+    """Fit linear models on each of `KINDS`, and add up their margins by how well each predicts unseen labels.
 
-    That one is fitted again without the pairs that the first fit contradicts, if that helps. Margins are in nats up to
-    a scale, which the views of all entries share.
+    They are fitted again without the pairs that the first fits contradict, if that helps. Margins are in nats up to a
+    scale, which the views, one of each kind, share.
     """
     inputs = [question.digest, [_STAGE, question.args.length_is_evidence]]
 
@@ -52,41 +54,42 @@ def by_features(question: Question) -> Scores:
 def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     tokens, folds, labels = question.data.tokens, question.folds, question.labels
     # A label that is known to be wrong counts as its opposite.
-    sign = np.where(labels.sign < 0, -1.0, 1.0).astype(np.float32)[:, None]
+    sign = np.where(labels.sign < 0, -1.0, 1.0).astype(np.float32)
     weights = np.abs(labels.sign) * cluster_weights(labels.clusters, len(sign))
-    length = sign * _length(tokens)
-    fits: dict[str, HeldOut] = {}
-    best_loss = np.inf
-    for name, parts in BLOCKS.items():
-        features = sign * _joined([blocks[part] for part in parts if part in blocks])  # a model may lack one
-        models = LinearModels(features, folds, covariates=length, weights=weights)
-        fits[name] = fit = models.held_out()
-        if fit.loss <= best_loss:
-            taken, best, best_loss = name, (models, fit), fit.loss  # only one is kept: many pairs fill the memory
-    surface = {
-        LENGTH: LinearModels(length, folds, weights=weights).held_out(),
-        NGRAMS: LinearModels(sign * _ngrams(tokens), folds, covariates=length, weights=weights).held_out(),
-    }
+    length = sign[:, None] * _length(tokens)
+    models = LinearModels(
+        (sign[:, None] * one for one in _features(tokens, blocks)), folds, covariates=length, weights=weights
+    )
+    first = found = models.held_out()
     filter_ = None
     if folds.max() >= 2:  # the suspects of a fold are found by fits without two
-        refit, filter_ = best[0].without_suspects(best[1], is_known=~labels.is_open)
-        if filter_.helps:
-            fits[taken] = refit
-    evidence = 1.0 if question.args.length_is_evidence else 0.0
+        refit, filter_ = models.without_suspects(first, is_known=~labels.is_open)
+        found = refit if filter_.helps else first
+    surface = 0.0 if question.args.length_is_evidence else 1.0  # how much of it is no evidence
 
     def as_labelled(fit: HeldOut) -> Floats:
-        return sign[:, 0] * (fit.margins + evidence * fit.surface)
+        """By each kind, shape (kinds, pairs)."""
+        return np.asarray(sign * (fit.totals - surface * fit.surfaces))
 
-    margins = {name: as_labelled(fit) for name, fit in fits.items()}
-    rows = [question.row(name, margins[name], is_taken=name == taken) for name in BLOCKS]
-    rows += [question.row(name, as_labelled(fit)) for name, fit in surface.items()]
+    views = as_labelled(found)
+    margins = found.shares @ views
+    rows = [question.row(TOGETHER, margins, is_taken=True)]
+    rows += [question.row(name, one) for name, one in zip(KINDS, as_labelled(first), strict=True)]
+    alone = LinearModels([length], folds, weights=weights).held_out()
     return Scores(
-        margins=margins[taken],
-        length=sign[:, 0] * (1.0 - evidence) * fits[taken].surface,
-        views=np.stack([_scaled(one, margins[taken]) for one in margins.values()]),
-        rows=tuple(rows),
+        margins=margins,
+        length=sign * surface * found.surface,
+        views=np.stack([_scaled(one, margins) for one in views]),
+        rows=(*rows, question.row(LENGTH, sign * alone.margins)),
         filter=filter_,
     )
+
+
+def _features(tokens: Sequence[TokenizedPair], blocks: Mapping[str, np.ndarray]) -> Iterator[NDArray[np.floating]]:
+    """Of each of `KINDS`."""
+    for parts in BLOCKS.values():
+        yield _joined([blocks[part] for part in parts if part in blocks])  # a model may lack one
+    yield _ngrams(tokens)
 
 
 def _joined(blocks: Sequence[np.ndarray]) -> Floats:

@@ -1,22 +1,24 @@
 """Held-out margins of every pair by linear models, for all folds and all penalties in one go.
 
-In: features of the pairs, each chosen minus rejected, and folds. Out: `HeldOut`.
+In: features of the pairs of one or more kinds, each chosen minus rejected, and folds. Out: `HeldOut`.
 
 The one idea: to first order around the reference, the margin of a fine-tuned model is linear in its parameters, so DPO
 is logistic regression on the gradient of each pair. In the eigenbasis of the features every penalty is diagonal, and a
 fold is a column of weights in which its own pairs weigh nothing: what takes one training per fold takes one matrix
-product per step, and even the nested comparison of two trainings takes seconds.
+product per step, and even the nested comparison of two trainings takes seconds. Which kind of features knows the labels
+differs from data to data, so the margins of all kinds are added up with weights that held-out likelihood chooses.
 
 Shapes: a problem is one fit, a column. Pairs are dealt into folds several times; columns go deal by deal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.linalg import eigh, svd
+from scipy.optimize import minimize
 from scipy.special import expit
 
 from ropo.noise.shares import PerPair, mean_of
@@ -25,6 +27,7 @@ Features = Float[np.ndarray, "pairs numbers"]
 Covariates = Float[np.ndarray, "pairs covariates"]
 PerFit = Float[np.ndarray, "pairs problems"]
 PerDeal = Float[np.ndarray, "pairs some"]
+PerKind = Float[np.ndarray, "kinds pairs"]
 Folds = Int[np.ndarray, "deals pairs"]
 
 STRENGTHS: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -43,18 +46,30 @@ class HeldOut:
     """What linear models say about labels that they have not seen; means over the deals.
 
     Attributes:
-        margins: Log-odds that the label is right, up to a scale, without what the covariates add; shape (pairs,).
-        surface: What the covariates add; shape (pairs,).
-        loss: Mean negative log-likelihood of a label by both together, nats.
-        strength: The penalty with the highest held-out likelihood.
-        fits: The models, a column for each deal and fold.
+        totals: Log-odds that the label is right by each kind of features, up to a scale; shape (kinds, pairs).
+        surfaces: What the covariates add to them; shape (kinds, pairs).
+        shares: What the kinds are weighted with, not below 0; shape (kinds,).
+        loss: Mean negative log-likelihood of a label by all together, nats.
+        strengths: For each kind the penalty with the highest held-out likelihood.
+        fits: The models of each kind, a column for each deal and fold.
     """
 
-    margins: PerPair
-    surface: PerPair
+    totals: PerKind
+    surfaces: PerKind
+    shares: Float[np.ndarray, " kinds"]
     loss: float
-    strength: float
-    fits: np.ndarray
+    strengths: tuple[float, ...]
+    fits: tuple[np.ndarray, ...]
+
+    @property
+    def margins(self) -> PerPair:
+        """Log-odds by all kinds together, without what the covariates add; shape (pairs,)."""
+        return np.asarray(self.shares @ (self.totals - self.surfaces))
+
+    @property
+    def surface(self) -> PerPair:
+        """What the covariates add; shape (pairs,)."""
+        return np.asarray(self.shares @ self.surfaces)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +86,7 @@ class Filter:
 
 
 class LinearModels:
-    """Ridge logistic regressions on the features of pairs, each without one fold.
+    """Ridge logistic regressions on the features of pairs, each without one fold, one for each kind of features.
 
     ::
 
@@ -82,8 +97,11 @@ class LinearModels:
     (Frisch & Waugh 1933). So `margins` holds nothing that follows them, as in length-controlled win rates
     (arXiv:2404.04475).
 
+    Margins of several kinds are added up with weights not below 0, those of the highest held-out likelihood: stacked
+    regressions (Breiman 1996). A kind that knows nothing gets no weight.
+
     Args:
-        features: Chosen minus rejected, of each pair, in any unit.
+        features: Chosen minus rejected, of each pair, in any unit; an array for each kind, taken one after the other.
         folds: The fold of each pair, from 0 on, in each deal.
         covariates: What must not decide about a label, chosen minus rejected, such as a length; in any unit.
         weights: Of pairs in the fit; 0 leaves a pair out of it, though it gets a margin. All 1 by default.
@@ -94,34 +112,29 @@ class LinearModels:
 
     def __init__(
         self,
-        features: Features,
+        features: Iterable[Float[np.ndarray, "pairs _"]],
         folds: Folds,
         *,
         covariates: Covariates | None = None,
         weights: PerPair | None = None,
     ) -> None:
-        num_pairs = len(features)
-        if folds.ndim != 2 or folds.shape[1] != num_pairs or folds.max() < 1:
-            raise ValueError(
-                f"Held-out margins need two or more folds of {num_pairs} pairs, shape (deals, {num_pairs}); got "
-                f"{folds.shape} with folds up to {folds.max()}. Deal the pairs into more folds."
-            )
+        self._bases = []
+        for one in features:
+            if folds.ndim != 2 or folds.shape[1] != len(one) or folds.max() < 1:
+                raise ValueError(
+                    f"Held-out margins need two or more folds of {len(one)} pairs, shape (deals, {len(one)}); got "
+                    f"{folds.shape} with folds up to {folds.max()}. Deal the pairs into more folds."
+                )
+            self._bases.append(_Basis(one, covariates))
         self._folds, self._num_folds = folds, int(folds.max()) + 1
-        self._weights = np.ones(num_pairs) if weights is None else np.asarray(weights, dtype=np.float64)
-        self._basis = _Basis(features, covariates)
+        self._weights = np.ones(folds.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
         # Which pairs the fit of a column sees: those of all folds but one, deal by deal.
         self._seen = np.concatenate([deal[:, None] != np.arange(self._num_folds) for deal in folds], axis=1)
 
     def held_out(self, *, strengths: Sequence[float] = STRENGTHS) -> HeldOut:
         """Fit without each fold, and take the margins of its pairs from that fit; λ is chosen on the first deal."""
-        first = self._seen[:, : self._num_folds]
-        tried = self._solve(np.tile(first, len(strengths)), np.repeat(strengths, self._num_folds))
-        by_strength = [tried[:, i * self._num_folds :][:, : self._num_folds] for i in range(len(strengths))]
-        best = int(np.argmin([self._loss(np.add(*self._margins(fits))) for fits in by_strength]))
-        fits, strength = by_strength[best], float(strengths[best])
-        if len(self._folds) > 1:
-            fits = np.concatenate([fits, self._solve(self._seen[:, self._num_folds :], strength)], axis=1)
-        return self._held_out(fits, strength)
+        chosen = [self._choose(basis, strengths) for basis in self._bases]
+        return self._held_out([fits for fits, _ in chosen], tuple(strength for _, strength in chosen))
 
     def without_suspects(self, before: HeldOut, *, is_known: np.ndarray | None = None) -> tuple[HeldOut, Filter]:
         """Leave out what held-out margins contradict, fit again, and compare by labels that neither fit has seen.
@@ -137,26 +150,64 @@ class LinearModels:
         Returns:
             The new fits, and what leaving out has gained.
         """
-        suspects = self._suspects(before.strength)
+        suspects = self._suspects(before)
         if is_known is not None:
             suspects &= ~is_known[:, None]
-        fits = self._solve(self._seen & ~suspects, before.strength)
-        change = self._agreement(fits) - self._agreement(before.fits)
+        seen = self._seen & ~suspects
+        kinds = zip(self._bases, before.strengths, before.shares, before.fits, strict=True)
+        fits = [self._solve(basis, seen, strength) if share else old for basis, strength, share, old in kinds]
+        after = self._held_out(fits, before.strengths, before.shares)
+        change = self._agreement(after) - self._agreement(before)
         gain = mean_of(change, self._weights)
         error = np.sqrt(mean_of((change - gain) ** 2, self._weights)) / np.sqrt(self._weights.sum())
-        return self._held_out(fits, before.strength), Filter(gain=gain, error=float(error))
+        return after, Filter(gain=gain, error=float(error))
 
-    def _held_out(self, fits: np.ndarray, strength: float) -> HeldOut:
-        margins, surface = self._margins(fits)
-        loss = self._loss(margins + surface)
-        return HeldOut(margins=margins, surface=surface, loss=loss, strength=strength, fits=fits)
+    def _choose(self, basis: "_Basis", strengths: Sequence[float]) -> tuple[np.ndarray, float]:
+        """The fits to one kind of features by the penalty that predicts unseen labels best, and that penalty."""
+        first = self._seen[:, : self._num_folds]
+        tried = self._solve(basis, np.tile(first, len(strengths)), np.repeat(strengths, self._num_folds))
+        by_strength = [tried[:, i * self._num_folds :][:, : self._num_folds] for i in range(len(strengths))]
+        losses = [self._loss(self._by_deal(basis, fits)[0].mean(axis=1)) for fits in by_strength]
+        best = int(np.argmin(losses))
+        fits, strength = by_strength[best], float(strengths[best])
+        if len(self._folds) > 1:
+            fits = np.concatenate([fits, self._solve(basis, self._seen[:, self._num_folds :], strength)], axis=1)
+        return fits, strength
 
-    def _suspects(self, strength: float) -> np.ndarray:
+    def _held_out(
+        self, fits: Sequence[np.ndarray], strengths: tuple[float, ...], shares: np.ndarray | None = None
+    ) -> HeldOut:
+        both = [self._by_deal(basis, one) for basis, one in zip(self._bases, fits, strict=True)]
+        totals, surfaces = (np.stack([pair[i].mean(axis=1) for pair in both]) for i in range(2))
+        shares = self._best_shares(totals) if shares is None else shares
+        loss = self._loss(shares @ totals)
+        return HeldOut(
+            totals=totals, surfaces=surfaces, shares=shares, loss=loss, strengths=strengths, fits=tuple(fits)
+        )
+
+    def _best_shares(self, totals: PerKind) -> Float[np.ndarray, " kinds"]:
+        """Weights of the highest held-out likelihood; where none helps, the kind that harms least is taken as it is."""
+        num_kinds = len(totals)
+        if num_kinds == 1:
+            return np.ones(1)
+
+        def loss(shares: np.ndarray) -> tuple[float, np.ndarray]:
+            total = shares @ totals
+            return self._loss(total), -(totals @ (self._weights * expit(-total))) / self._weights.sum()
+
+        start = np.full(num_kinds, 1.0 / num_kinds)
+        found = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * num_kinds).x)
+        return found if found.any() else np.eye(num_kinds)[np.argmin([self._loss(one) for one in totals])]
+
+    def _suspects(self, before: HeldOut) -> np.ndarray:
         """Which pairs are contradicted by fits without their own fold and without that of the column."""
         both = list(combinations(range(self._num_folds), 2))
-        seen = [(deal != one) & (deal != other) for deal in self._folds for one, other in both]
-        fits = self._solve(np.stack(seen, axis=1), strength)
-        margins = self._basis.margins(fits) - self._basis.surface(fits)
+        seen = np.stack([(deal != one) & (deal != other) for deal in self._folds for one, other in both], axis=1)
+        margins = np.zeros(seen.shape, dtype=np.float32)
+        for basis, strength, share in zip(self._bases, before.strengths, before.shares, strict=True):
+            if share:
+                fits = self._solve(basis, seen, strength)
+                margins += np.float32(share) * (basis.margins(fits) - basis.surface(fits))
         suspects = np.zeros_like(self._seen)
         for number, deal in enumerate(self._folds):
             for place, (one, other) in enumerate(both, start=number * len(both)):
@@ -165,26 +216,23 @@ class LinearModels:
                     suspects[deal == own, column] = margins[deal == own, place] < 0
         return suspects
 
-    def _solve(self, seen: np.ndarray, penalties: float | np.ndarray) -> np.ndarray:
-        return _solve(self._basis, self._weights[:, None] * seen, np.broadcast_to(penalties, seen.shape[1:]))
+    def _solve(self, basis: "_Basis", seen: np.ndarray, penalties: float | np.ndarray) -> np.ndarray:
+        return _solve(basis, self._weights[:, None] * seen, np.broadcast_to(penalties, seen.shape[1:]))
 
-    def _by_deal(self, fits: np.ndarray) -> tuple[PerDeal, PerDeal]:
+    def _by_deal(self, basis: "_Basis", fits: np.ndarray) -> tuple[PerDeal, PerDeal]:
         """Of each pair and deal that there are fits of: the margin without its fold, and what covariates add to it."""
         folds = self._folds[: fits.shape[1] // self._num_folds]
         columns = folds.T + self._num_folds * np.arange(len(folds))
-        both = (self._basis.margins(fits), self._basis.surface(fits))
+        both = (basis.margins(fits), basis.surface(fits))
         margins, surface = (np.take_along_axis(values, columns, axis=1).astype(np.float64) for values in both)
         return margins, surface
 
-    def _margins(self, fits: np.ndarray) -> tuple[PerPair, PerPair]:
-        """Means over the deals: without what the covariates add, and what they add."""
-        margins, surface = (values.mean(axis=1) for values in self._by_deal(fits))
-        return margins - surface, surface
-
-    def _agreement(self, fits: np.ndarray) -> PerPair:
+    def _agreement(self, found: HeldOut) -> PerPair:
         """In what share of the deals the margin agrees with the label; 0 counts half."""
-        margins, surface = self._by_deal(fits)
-        return np.asarray((np.sign(margins - surface).mean(axis=1) + 1) / 2)
+        margins = np.zeros(self._folds.T.shape)
+        for basis, fits, share in zip(self._bases, found.fits, found.shares, strict=True):
+            margins += share * np.subtract(*self._by_deal(basis, fits))
+        return np.asarray((np.sign(margins).mean(axis=1) + 1) / 2)
 
     def _loss(self, margins: PerPair) -> float:
         return mean_of(np.logaddexp(0.0, -margins), self._weights)

@@ -27,9 +27,10 @@ SURFACE: Mapping[str, str] = {
     "length": "the lengths of the two responses",
     "n-grams": "the tokens of the two responses, single and in pairs",
 }
-"""What knows nothing but the surface of the texts, by name: judges no label, and is there to compare with."""
+"""What knows nothing but the surface of the texts, by name."""
 
 MEANINGS: Mapping[str, str] = {
+    "together": "gradients, hidden states and n-grams, weighted by how well each predicts labels it has not seen",
     "gradients": "linear models on the gradient of each pair by the head's weights",
     "hidden states": "linear models on the hidden states of each pair, halfway and at the end",
     "models": "models trained on the other folds",

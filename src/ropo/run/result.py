@@ -18,7 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from ropo.audit.features import BLOCKS
+from ropo.audit.features import KINDS
 from ropo.audit.run import Judgement
 from ropo.audit.scorers import MARGINS_FILE, ScorerRow, Scores
 from ropo.audit.weights import Choice
@@ -115,7 +115,7 @@ class AuditResult(_Folder):
         folder = _finished(folder, "AuditResult.load", needs="audit/judgement.json")
         judged, scores = Judgement.read(folder / "audit" / "judgement.json"), Scores.read(folder / "audit")
         tensors = load_file(folder / "audit" / MARGINS_FILE)
-        names = tuple(BLOCKS) if len(scores.views) == len(BLOCKS) else ()
+        names = KINDS if len(scores.views) == len(KINDS) else ()
         names = names or tuple(f"check {i + 1}" for i in range(len(scores.views)))
         return cls(
             folder=folder,

@@ -47,7 +47,7 @@ def auroc(score, is_flipped):
 
 
 def held_out(features, folds, **options):
-    return LinearModels(features, folds, **options).held_out(strengths=(STRENGTH,))
+    return LinearModels([features], folds, **options).held_out(strengths=(STRENGTH,))
 
 
 def direct(features, weights, folds):
@@ -81,9 +81,9 @@ def test_the_fits_are_those_of_another_solver(num_features):
 def test_held_out_likelihood_chooses_the_penalty():
     """Noise wants a strong one, a clear rule a weak one; the loss is that of the margins."""
     rng = np.random.default_rng(0)
-    noise = LinearModels(rng.normal(size=(200, 50)), deal(200)).held_out()
-    clear = LinearModels(known_truth(200, 5), deal(200)).held_out()
-    assert clear.strength < noise.strength
+    noise = LinearModels([rng.normal(size=(200, 50))], deal(200)).held_out()
+    clear = LinearModels([known_truth(200, 5)], deal(200)).held_out()
+    assert clear.strengths < noise.strengths
     assert clear.loss < 0.35 < noise.loss
     assert clear.loss == pytest.approx(np.logaddexp(0, -clear.margins).mean(), abs=1e-6)
 
@@ -113,13 +113,13 @@ def test_labels_that_follow_length_are_found():
     turn = np.where(is_flipped, -1.0, 1.0)[:, None]
     features = truth + 4 * length  # every number of it knows length
     assert 0.25 < is_flipped.mean() < 0.35
-    found = LinearModels(turn * features, deal(600), covariates=turn * length).held_out()
-    alone = LinearModels(turn * length, deal(600)).held_out().margins
+    found = LinearModels([turn * features], deal(600), covariates=turn * length).held_out()
+    alone = LinearModels([turn * length], deal(600)).held_out().margins
     assert (alone > 0).mean() > 0.7
     assert auroc(-found.margins, is_flipped) > 0.98
     assert abs(np.corrcoef(turn[:, 0] * found.margins, length[:, 0])[0, 1]) < 0.15
     assert auroc(-(found.margins + found.surface), is_flipped) < auroc(-found.margins, is_flipped) - 0.05
-    assert auroc(-LinearModels(turn * features, deal(600)).held_out().margins, is_flipped) < 0.85
+    assert auroc(-LinearModels([turn * features], deal(600)).held_out().margins, is_flipped) < 0.85
 
 
 def test_the_unit_of_a_covariate_does_not_matter():
@@ -155,7 +155,7 @@ def test_on_right_labels_there_is_nothing_to_gain():
     gains = []
     for seed in range(10):
         folds = deal(200, seed=seed)
-        models = LinearModels(known_truth(200, 100, seed=seed), folds)
+        models = LinearModels([known_truth(200, 100, seed=seed)], folds)
         _, tried = models.without_suspects(models.held_out(strengths=(STRENGTH,)))
         gains.append(tried.gain)
         assert tried.gain <= tried.error
@@ -164,10 +164,81 @@ def test_on_right_labels_there_is_nothing_to_gain():
 
 def test_without_flipped_pairs_more_is_known():
     features, is_flipped = flip(two_kinds(600, 200, seed=3), 0.2)
-    models = LinearModels(features, deal(600))
+    models = LinearModels([features], deal(600))
     judged = models.held_out()
     refit, tried = models.without_suspects(judged)
     assert tried.gain > tried.error > 0
+    assert auroc(-refit.margins, is_flipped) >= auroc(-judged.margins, is_flipped) > 0.95
+
+
+def two_halves(num_pairs=400, num_features=30, *, seed=0):
+    """Two kinds of features that know different things about the same labels, all right; neither knows all."""
+    rng = np.random.default_rng(seed)
+    kinds = [rng.normal(size=(num_pairs, num_features)) for _ in range(2)]
+    sign = np.sign(kinds[0][:, :1] + kinds[1][:, :1])
+    return [sign * one for one in kinds]
+
+
+def test_kinds_that_know_different_things_are_added_up():
+    kinds, folds = two_halves(), deal(400)
+    together = LinearModels(kinds, folds).held_out()
+    alone = [LinearModels([one], folds).held_out() for one in kinds]
+    assert together.loss < min(one.loss for one in alone) - 0.1
+    assert (together.margins > 0).mean() > max((one.margins > 0).mean() for one in alone) + 0.05
+    assert (together.shares > 0.5).all()
+    for one, total in zip(alone, together.totals, strict=True):
+        np.testing.assert_allclose(total, one.margins, atol=1e-6)
+    assert all((one.shares == 1).all() for one in alone)
+
+
+def test_weights_are_those_of_another_solver():
+    """Weighted pairs, and covariates in the margins by which the weights are chosen."""
+    rng = np.random.default_rng(1)
+    kinds, weights, length = two_halves(200), rng.uniform(0, 1, 200), rng.normal(size=(200, 1))
+    found = LinearModels(kinds, deal(200), covariates=length, weights=weights).held_out()
+
+    def loss(shares):
+        return np.average(np.logaddexp(0, -(shares @ found.totals)), weights=weights)
+
+    best = minimize(loss, np.ones(2), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12}).x
+    np.testing.assert_allclose(found.shares, best, rtol=1e-2)
+    assert found.loss == pytest.approx(loss(found.shares))
+    np.testing.assert_allclose(found.margins + found.surface, found.shares @ found.totals, atol=1e-9)
+    assert np.abs(found.surface).max() > 1e-3
+
+
+def test_a_kind_that_knows_nothing_gets_no_weight():
+    """Its margins do not follow the labels, and what is left is what the other says."""
+    noise = np.random.default_rng(2).normal(size=(400, 200))
+    known = known_truth(400, 10)
+    together, alone = (LinearModels(kinds, deal(400)).held_out() for kinds in ([noise, known], [known]))
+    assert together.shares[0] * together.totals[0].std() < 0.1 * together.margins.std()
+    assert np.corrcoef(together.margins, alone.margins)[0, 1] > 0.99
+
+
+def test_where_nothing_is_known_one_kind_is_taken_as_it_is():
+    """Held-out margins that go against the labels would get weights below 0; none is taken for its opposite."""
+    for seed in range(30):
+        kinds = [np.random.default_rng(10 * seed + i).normal(size=(100, 40)) for i in range(2)]
+        found = LinearModels(kinds, deal(100, seed=seed)).held_out(strengths=(0.3,))
+        losses = [np.logaddexp(0, -one).mean() for one in found.totals]
+        assert (found.shares >= 0).all()
+        if min(losses) > np.log(2) and (found.totals.mean(axis=1) < 0).all():
+            assert found.shares[np.argmin(losses)] == 1
+            assert found.shares.sum() == 1
+            return
+    pytest.fail("no draw in which both kinds contradict the labels")
+
+
+def test_suspects_are_what_all_kinds_together_contradict():
+    """One kind knows the labels and the other nothing: the other is fitted without the same pairs."""
+    features, is_flipped = flip(two_kinds(600, 200, seed=3), 0.2)
+    noise = np.random.default_rng(4).normal(size=(600, 200))
+    models = LinearModels([features, noise], deal(600))
+    judged = models.held_out()
+    refit, tried = models.without_suspects(judged)
+    assert tried.gain > tried.error > 0
+    assert np.array_equal(refit.shares, judged.shares)
     assert auroc(-refit.margins, is_flipped) >= auroc(-judged.margins, is_flipped) > 0.95
 
 
@@ -175,7 +246,7 @@ def test_a_known_label_is_never_left_out():
     """All known, nothing is left out; one open to doubt and contradicted, it alone is."""
     features, _ = flip(known_truth(200), 0.2)
     folds = deal(200)
-    models = LinearModels(features, folds)
+    models = LinearModels([features], folds)
     judged = models.held_out(strengths=(STRENGTH,))
     refit, tried = models.without_suspects(judged, is_known=np.ones(200, dtype=bool))
     assert (tried.gain, tried.error) == (0, 0)
@@ -201,13 +272,13 @@ def test_a_pair_without_weight_is_judged_and_teaches_nothing():
 )
 def test_folds_must_be_those_of_the_pairs(folds):
     with pytest.raises(Exception, match=r"folds of 30 pairs|Type-check error"):
-        LinearModels(np.ones((30, 2)), folds).held_out()
+        LinearModels([np.ones((30, 2))], folds).held_out()
 
 
 def test_a_stronger_penalty_makes_smaller_margins():
     features = known_truth(100)
     sizes = [
-        np.abs(LinearModels(features, deal(100)).held_out(strengths=(strength,)).margins).mean()
+        np.abs(LinearModels([features], deal(100)).held_out(strengths=(strength,)).margins).mean()
         for strength in (0.1, 3.0, 100.0)
     ]
     assert all(more > less for more, less in pairwise(sizes))
@@ -216,10 +287,10 @@ def test_a_stronger_penalty_makes_smaller_margins():
 def test_pairs_that_do_not_differ_are_not_judged():
     """All responses of one length, or features that are all the same: margins of 0, and no warning."""
     zeros = np.zeros((60, 1))
-    nothing = LinearModels(zeros, deal(60)).held_out()
+    nothing = LinearModels([zeros], deal(60)).held_out()
     assert not nothing.margins.any()
     assert nothing.loss == pytest.approx(np.log(2))
     features = np.random.default_rng(0).normal(size=(60, 8))
-    alike = LinearModels(features, deal(60), covariates=zeros).held_out()
-    np.testing.assert_allclose(alike.margins, LinearModels(features, deal(60)).held_out().margins, atol=3e-3)
+    alike = LinearModels([features], deal(60), covariates=zeros).held_out()
+    np.testing.assert_allclose(alike.margins, LinearModels([features], deal(60)).held_out().margins, atol=3e-3)
     assert not alike.surface.any()

@@ -4,7 +4,6 @@ import pyarrow as pa
 import pytest
 
 from ropo.audit import features
-from ropo.audit.features import BLOCKS
 from ropo.audit.run import SCORERS
 from ropo.audit.weights import Why
 from ropo.report.advice import advice, is_open
@@ -135,7 +134,7 @@ def test_the_scorer_that_judges_stands_first(make_audit):
 
 
 def test_every_name_in_the_table_has_a_meaning():
-    assert MEANINGS.keys() == {*BLOCKS, features.LENGTH, features.NGRAMS, *SCORERS} - {"features"}
+    assert MEANINGS.keys() == {features.TOGETHER, *features.KINDS, features.LENGTH, *SCORERS} - {"features"}
     assert SURFACE.keys() == {features.LENGTH, features.NGRAMS}
 
 
