@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ropo import Pair, ROPOConfig, __version__, flip_labels, run_audit
+from ropo import Pair, ReviewInputs, ROPOConfig, __version__, flip_labels, run_audit
 from ropo.evaluate.measures import auroc, average_precision, precision_recall
 from ropo.run.ledger import read_ledger
 from ropo_bench.rows import append_row, key_of, read_rows
@@ -80,9 +80,9 @@ def detect(cell: dict[str, Any], scratch: Path, folder: Path) -> dict[str, Any]:
     task, num_pairs, seed = cell["task"], cell["num_pairs"], cell["seed"]
     pairs, noisy, is_flipped = planted(task, num_pairs, cell["flip_rate"], seed, cell["kind"])
     start = time.monotonic()
-    more = {"trusted": pairs[num_pairs + NUM_HELD_OUT :]} if cell["extra"] == "trusted" else {}
+    review = ReviewInputs(trusted=pairs[num_pairs + NUM_HELD_OUT :]) if cell["extra"] == "trusted" else None
     options = ROPOConfig(output_dir=str(folder), seed=seed, reference_cache_dir=str(scratch / "cache"), **COMMON)
-    summary = run_audit(scratch / f"{task}_model", noisy, options, **more).summary
+    summary = run_audit(scratch / f"{task}_model", noisy, options, review=review).summary
     found, margins = judged(folder, is_flipped)
     clean = scratch / f"clean_{task}_{num_pairs}_{seed}.npy"
     if not cell["flip_rate"]:

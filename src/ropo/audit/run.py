@@ -157,7 +157,7 @@ class Audit:
 
     def _decide(self, scores: Scores) -> None:
         estimate, labels = self._estimate(scores.margins), self._labels
-        # Of margins that know nothing, one comparison in six favours a filter, which would drop every other pair.
+        # Of margins that know nothing, some comparisons favour a filter, which would drop every other pair.
         knows_labels = estimate.obstacle is None or not estimate.obstacle.hides_labels
         filter_helps = knows_labels and scores.filter is not None and scores.filter.helps
         rho = resolve_rho(
