@@ -40,7 +40,7 @@ def by_features(question: Question) -> Scores:
     They are fitted again without the pairs that the first fits contradict, if that helps. Margins are in nats up to a
     scale, which the views, one of each kind, share.
     """
-    inputs = [question.digest, [_STAGE, question.args.length_is_evidence]]
+    inputs = [question.digest, [_STAGE, *KINDS, question.args.length_is_evidence]]
 
     def make() -> None:
         blocks = question.features().blocks  # all processes read their share
