@@ -1,6 +1,7 @@
 """The planner counts what is really computed, and its costs grow as they must."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, forward_operations, plan_stages
+from ropo_bench.rows import read_rows
 
 MODEL = ModelSize(
     layer_weights=4_800_000,
@@ -95,8 +97,13 @@ def test_what_is_not_arithmetic_is_added():
     slow = plan(run=run, machine=machine)
     assert slow["rounds"].seconds - once["rounds"].seconds == pytest.approx(250 * 2 + 4 * 100)
     assert slow["report"].seconds == pytest.approx(5 + 1)
-    linear = seconds(run=RunSize(), machine=replace(MACHINE, has_linear_audit=True)) - seconds(run=RunSize())
-    assert linear == pytest.approx(6e-10 * 1000**3 + 6e-7 * 1000 * 1000)
+
+
+def test_linear_models_take_what_was_measured():
+    for row in read_rows(Path(__file__).parents[2] / "benchmarks" / "audit_cost.csv"):
+        pairs = replace(PAIRS, num_pairs=int(row["pairs"]))
+        both = [seconds(pairs=pairs, machine=replace(MACHINE, has_linear_audit=has)) for has in (True, False)]
+        assert both[0] - both[1] == pytest.approx(float(row["linear_s"]), rel=0.25)
 
 
 def test_steps_that_are_given_are_given_to_each_training():

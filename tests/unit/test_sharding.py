@@ -22,7 +22,7 @@ from ropo.provenance import hash_tensors
 from ropo.run import checks
 from ropo.run.checks import check_run
 from ropo.train import sharding
-from ropo.train.dataset import prepare_dataset
+from ropo.train.dataset import prepare_datasets
 from ropo.train.sharding import check_sharding, let_go, settle, sharder
 
 FLAG = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -191,7 +191,7 @@ def test_a_training_of_deepspeed_is_let_go(model):
 
 def test_a_trainer_of_zero3_scores_nothing(zero3, model, tokenizer, pairs):
     with pytest.raises(ValueError, match="ROPOTrainer needs reference log-probabilities"):
-        prepare_dataset(pairs, model, tokenizer, config(), needs_reference=True)
+        prepare_datasets(pairs, None, model, tokenizer, config(), needs_reference=True)
 
 
 def test_models_of_earlier_engines_are_let_go(monkeypatch):

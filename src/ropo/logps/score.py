@@ -6,7 +6,7 @@ pairs batch by batch, where a reader is given.
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import PartialState
@@ -45,8 +45,7 @@ def score_pairs(
     """Log-probabilities of all pairs under one model, in evaluation mode.
 
     With several processes each scores its share of the batches and all return everything. A batch that does not fit
-    into the device's memory is halved, and so are those after it; not of a sharded model, whose processes run as many
-    forward passes as each other.
+    into the device's memory is halved, and so are those after it, unless the model is sharded.
 
     Args:
         model: A causal language model on its device.
@@ -67,12 +66,13 @@ def score_pairs(
         return logps_of_rows([])
     model = batching.sharded(model)
     state, device = PartialState(), device_of(model)
-    layout, reason = choose_layout(model, tokens, pad_token_id=batching.pad_token_id, use_bf16=batching.use_bf16)
-    log_layout(layout, reason)
-    limit = _max_tokens(model, layout, device, batching.max_tokens)
-    batches = list(batches_by_length([len(pair) for pair in tokens], max_tokens=limit))
+    layout, batches = _choose_batches(model, tokens, batching)
     mine = batches[state.process_index :: state.num_processes]
-    num_idle = -(-len(batches) // state.num_processes) - len(mine) if is_sharded(model) else 0
+
+    def forward(where: Sequence[int]) -> tuple[PairLogps, Features] | None:
+        batch = LAYOUTS[layout]([tokens[i] for i in where], pad_token_id=batching.pad_token_id)
+        return _forward_if_it_fits(model, batch, layout, device, reader)
+
     rows: Rows = []
     was_training = model.training
     model.eval()
@@ -81,27 +81,35 @@ def score_pairs(
         torch.autocast(device.type, dtype=torch.bfloat16) if batching.use_bf16 else contextlib.nullcontext(),
         Progress(title, sum(map(len, mine)), unit=" pairs", is_shown=state.is_main_process) as progress,
     ):
-        while mine:
-            where, *rest = mine
-            batch = LAYOUTS[layout]([tokens[i] for i in where], pad_token_id=batching.pad_token_id)
-            result = _forward_if_it_fits(model, batch, layout, device, reader)
-            if result is None:
-                _check_halves(where, tokens)
-                mine = [half for some in mine for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half]
-                continue
-            logps, features = result
-            scored, mine = _rows(where, logps), rest
+        for where, (logps, features) in _finished(mine, forward, tokens):
+            scored = _rows(where, logps)
             if on_batch is not None:
                 with torch.autocast(device.type, enabled=False):  # on a CPU it refuses to join what is in float16
                     on_batch(scored, features)
             rows += scored
             progress.advance(len(where))
-        for _ in range(num_idle):  # its share is smaller, yet the others need its part of the weights
-            batch = LAYOUTS[layout]([tokens[batches[0][0]]], pad_token_id=batching.pad_token_id)
-            _forward_if_it_fits(model, batch, layout, device, reader)
+        for _ in range(_num_idle(model, len(batches))):  # the others need its part of the weights
+            forward(batches[0][:1])
     model.train(was_training)
     meet()  # one may have had the longer pairs
     return logps_of_rows(gather_object(rows) if state.num_processes > 1 else rows)
+
+
+def _choose_batches(
+    model: nn.Module, tokens: Sequence[TokenizedPair], batching: Batching
+) -> tuple[str, list[list[int]]]:
+    """The layout of the forward passes, which is logged, and the positions of the pairs of each."""
+    layout, reason = choose_layout(model, tokens, pad_token_id=batching.pad_token_id, use_bf16=batching.use_bf16)
+    log_layout(layout, reason)
+    limit = _max_tokens(model, layout, device_of(model), batching.max_tokens)
+    return layout, list(batches_by_length([len(pair) for pair in tokens], max_tokens=limit))
+
+
+def _num_idle(model: nn.Module, num_batches: int) -> int:
+    """How many forward passes fewer than another process this one needs; they matter if the model is sharded."""
+    state = PartialState()
+    num_own = len(range(state.process_index, num_batches, state.num_processes))
+    return -(-num_batches // state.num_processes) - num_own if is_sharded(model) else 0
 
 
 def _max_tokens(model: nn.Module, layout: str, device: torch.device, asked: int | None) -> int:
@@ -109,6 +117,22 @@ def _max_tokens(model: nn.Module, layout: str, device: torch.device, asked: int 
     limit = MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
     limit = min(limit, asked or limit)
     return min(limit, max(1, _MAX_LOGITS // vocabulary_size(model))) if layout == "plain" else limit
+
+
+def _finished(
+    batches: list[list[int]],
+    forward: Callable[[Sequence[int]], tuple[PairLogps, Features] | None],
+    tokens: Sequence[TokenizedPair],
+) -> Iterator[tuple[list[int], tuple[PairLogps, Features]]]:
+    """What `forward` makes of the batches, in turn; where memory is short, it and all after it are halved."""
+    while batches:
+        where, *rest = batches
+        if (result := forward(where)) is not None:
+            yield where, result
+            batches = rest
+        else:
+            _check_halves(where, tokens)
+            batches = [half for some in batches for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half]
 
 
 def _forward_if_it_fits(

@@ -218,10 +218,7 @@ def estimate_flips(
     if annotators is None:
         return estimate
     names = np.array(["" if name is None else str(name) for name in annotators])
-    if clusters is not None:  # copies by another annotator are no copies
-        copies = [f"{one} {name}" for one, name in zip(clusters, names, strict=True)]
-        sample = replace(sample, weights=cluster_weights(copies, num_pairs))
-    rates = _annotator_rates(names, sample, fits, level)
+    rates = _annotator_rates(names, sample, clusters, fits, level)
     by_name = {one.name: one.rate for one in rates}
     rate = np.array([by_name.get(name, fits[0].rate) for name in names])
     p_flip = np.where(sample.is_known, 0.0, estimate.link.p_flip(rate, estimate.scale, margins))
@@ -353,9 +350,16 @@ def _bound(margins: PerPair, weights: PerPair, level: float) -> float:
 
 
 def _annotator_rates(
-    names: Shaped[np.ndarray, " pairs"], sample: Labelled, fits: Sequence[Fit], level: float
+    names: Shaped[np.ndarray, " pairs"],
+    sample: Labelled,
+    clusters: Clusters | None,
+    fits: Sequence[Fit],
+    level: float,
 ) -> list[AnnotatorRate]:
     """The rate of each annotator, the worst first; none if fewer than two are named."""
+    if clusters is not None:  # copies by another annotator are no copies
+        copies = [f"{one} {name}" for one, name in zip(clusters, names, strict=True)]
+        sample = replace(sample, weights=cluster_weights(copies, len(names)))
     # The fits are the best one, then those at the ends of the interval of all: the scale is not known better than the
     # rate of all, and an annotator's interval reaches over those of all three.
     named = sorted({str(name) for name in names[~sample.is_known]} - {""})

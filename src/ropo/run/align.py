@@ -88,15 +88,7 @@ def run_rounds(
         if args.needs_audit:
             audit = _audit_of(made, args)
             digest = audit.run(digest)
-        alpha, beta = resolve_alpha(args.fixed_alpha, is_audited=False), Choice(value=args.beta, why=Why.GIVEN)
-        if audit is not None:
-            alpha, beta = audit.judgement.alpha, audit.judgement.beta
-        setup = Setup(
-            folder=made.folder / "rounds", args=args, loss=args.bound_loss(alpha.value, beta.value), alpha=alpha,
-            beta=beta, model=made.model, reference=made.reference, audit=audit, judge=judge,
-            evaluation=None if made.evaluation is None else made.evaluation.tokenized,
-        )  # fmt: skip
-        rounds = run_all(made.data, setup, digest=digest)
+        rounds = run_all(made.data, _setup(made, args, audit, judge), digest=digest)
         found = None
         if made.evaluation is not None:
             found = evaluate(made.evaluation, rounds, folder=made.folder / "evaluation")
@@ -202,6 +194,18 @@ def _check_kind(args: ROPOConfig, *, is_audit: bool) -> None:
         raise ValueError("An audit needs num_folds of 2 or more; got 0. A model cannot judge labels it was trained on.")
     if not is_audit and args.audit_from is not None and not args.needs_audit:
         raise ValueError("audit_from needs a run that audits; got num_folds 0, or rho 0 and a given alpha. Drop it.")
+
+
+def _setup(made: Prepared, args: ROPOConfig, audit: Audit | None, judge: Judge | None) -> Setup:
+    """What every round of a run is given."""
+    alpha, beta = resolve_alpha(args.fixed_alpha, is_audited=False), Choice(value=args.beta, why=Why.GIVEN)
+    if audit is not None:
+        alpha, beta = audit.judgement.alpha, audit.judgement.beta
+    return Setup(
+        folder=made.folder / "rounds", args=args, loss=args.bound_loss(alpha.value, beta.value), alpha=alpha, beta=beta,
+        model=made.model, reference=made.reference, audit=audit, judge=judge,
+        evaluation=None if made.evaluation is None else made.evaluation.tokenized,
+    )  # fmt: skip
 
 
 def _audit_of(made: Prepared, args: ROPOConfig) -> Audit:

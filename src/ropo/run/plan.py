@@ -77,6 +77,10 @@ class RunSize:
     new_tokens: float = 0.0
     needs_reference: bool = True
 
+    def read_in_training(self, num_pairs: float) -> float:
+        """Pairs that one training on so many reads; `max_steps` is what each training is given."""
+        return self.max_steps * self.pairs_per_step if self.max_steps > 0 else num_pairs * self.num_train_epochs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
@@ -170,21 +174,10 @@ def plan_stages(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machin
     Raises:
         ValueError: If a size is not above 0.
     """
-    for name, value in (
-        ("num_pairs", pairs.num_pairs),
-        ("flops", machine.flops),
-        ("share", machine.share),
-        ("num_devices", machine.num_devices),
-    ):
-        if value <= 0:
-            raise ValueError(f"plan_stages needs {name} above 0; got {value}.")
+    _check_sizes(pairs, machine)
     n, once = pairs.num_pairs, forward_operations(model, pairs)
     rate = machine.flops * machine.share
     scoring_rate = machine.scoring_flops or rate
-
-    def read_in_training(num_pairs: float) -> float:
-        """Pairs that one training on so many reads; `max_steps` is what each training is given."""
-        return run.max_steps * run.pairs_per_step if run.max_steps > 0 else num_pairs * run.num_train_epochs
 
     def stage(
         name: str, *, trained: float = 0.0, scored: float = 0.0, num_loads: int = 0, others: float = 0.0
@@ -206,17 +199,28 @@ def plan_stages(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machin
         others += n * _feature_operations(model, pairs) / scoring_rate / machine.num_devices
         stages.append(stage("audit", scored=alone * n, num_loads=1, others=others))
     elif run.num_folds:
-        in_a_fold = read_in_training((run.num_folds - 1) / run.num_folds * n)
+        in_a_fold = run.read_in_training((run.num_folds - 1) / run.num_folds * n)
         trained = run.num_folds * in_a_fold
         stages.append(stage("audit", trained=trained, scored=_NUM_CHECKS * n, num_loads=run.num_folds))
     if run.rounds:
-        trained = run.rounds * read_in_training(n)
+        trained = run.rounds * run.read_in_training(n)
         stages.append(stage("rounds", trained=trained, scored=run.rounds * n, num_loads=2 * run.rounds))
     if run.num_candidates and run.rho and run.rounds > 1:
         stages.append(_sampling(model, pairs, run, machine, (run.rounds - 1) * run.rho * n))
     if machine.run_seconds:
         stages.append(stage("report", others=machine.run_seconds + machine.pair_seconds * n))
     return stages
+
+
+def _check_sizes(pairs: PairSize, machine: Machine) -> None:
+    for name, value in (
+        ("num_pairs", pairs.num_pairs),
+        ("flops", machine.flops),
+        ("share", machine.share),
+        ("num_devices", machine.num_devices),
+    ):
+        if value <= 0:
+            raise ValueError(f"plan_stages needs {name} above 0; got {value}.")
 
 
 def _feature_operations(model: ModelSize, pairs: PairSize) -> float:
@@ -226,9 +230,12 @@ def _feature_operations(model: ModelSize, pairs: PairSize) -> float:
 
 
 def _linear_seconds(num_pairs: int) -> float:
-    """Of the linear models of an audit on one core: four bases, and fits that leave out folds."""
+    """Of the linear models of an audit on one core: three bases, and fits that leave out folds.
+
+    Fitted to benchmarks/audit_cost.csv, whose five sizes it meets within a quarter.
+    """
     num_kept = min(num_pairs, _NUM_FEATURES)
-    return 6e-10 * num_kept**3 + 6e-7 * num_pairs * num_kept
+    return 0.5 + 1e-10 * num_kept**3 + 4.4e-7 * num_pairs * num_kept
 
 
 def _sampling(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, num_prompts: float) -> Stage:

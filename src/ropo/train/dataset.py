@@ -112,32 +112,51 @@ def batching(args: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> Batching
     )
 
 
-def prepare_dataset(
+def prepare_datasets(
+    train: Any,
+    evaluation: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainOptions,
+    *,
+    needs_reference: bool,
+) -> tuple[PairDataset | None, PairDataset | None]:
+    """Whatever was given as data, as `PairDataset`s, with reference log-probabilities if they are needed.
+
+    Args:
+        train: Anything that `ropo.data.load.load_pairs` reads; a `PairDataset` or None is returned as it is.
+        evaluation: The same.
+        model: The reference.
+        tokenizer: Of the model.
+        args: Options; `max_samples` is about `train`.
+        needs_reference: Whether the loss reads them.
+
+    Raises:
+        DataError: If a row cannot be read and `on_bad_rows` says so.
+        ValueError: If both are None, no pair is left, the model lacks a token, or it would be scored under ZeRO-3.
+    """
+    train, evaluation = (
+        _prepare(source, model, tokenizer, args, needs_reference=needs_reference, most=most)
+        for source, most in ((train, args.max_samples), (evaluation, None))
+    )
+    if train is None and evaluation is None:
+        raise ValueError("ROPOTrainer needs train_dataset or eval_dataset; got neither.")
+    if train is not None and evaluation is not None:
+        evaluation = evaluation.with_annotators(train.annotators)
+    return train, evaluation
+
+
+def _prepare(
     source: Any,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     args: TrainOptions,
     *,
     needs_reference: bool,
-    is_trained: bool = True,
+    most: int | None,
 ) -> PairDataset | None:
-    """Whatever was given as data, as a `PairDataset`, with reference log-probabilities if they are needed.
-
-    Args:
-        source: Anything that `ropo.data.load.load_pairs` reads; a `PairDataset` or None is returned as it is.
-        model: The reference.
-        tokenizer: Of the model.
-        args: Options.
-        needs_reference: Whether the loss reads them.
-        is_trained: Whether it is trained on, so that `max_samples` is about it.
-
-    Raises:
-        DataError: If a row cannot be read and `on_bad_rows` says so.
-        ValueError: If no pair is left, the model lacks a token, or it would be scored under ZeRO-3.
-    """
     if source is None or isinstance(source, PairDataset):
         return source
-    most = args.max_samples if is_trained else None
     _, pairs, problems = read_checked(source, on_bad_rows=args.on_bad_rows, max_samples=most, seed=args.seed)
     tokenized = tokenize_pairs(pairs, tokenizer, max_length=args.max_length)
     if problems := [*problems, *tokenized.problems]:

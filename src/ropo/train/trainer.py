@@ -51,7 +51,7 @@ from ropo.train.callbacks import (
 )
 from ropo.train.checkpoints import find_checkpoint, newest_complete, remove_incomplete, remove_others
 from ropo.train.checks import check_training
-from ropo.train.dataset import PairCollator, PairDataset, prepare_dataset
+from ropo.train.dataset import PairCollator, PairDataset, prepare_datasets
 from ropo.train.failures import check_finite, how_to_save_memory
 from ropo.train.launch import Launch
 from ropo.train.metrics import ByPair, RunningMeans, gathered, of_margins
@@ -119,17 +119,10 @@ class ROPOTrainer(Trainer):
         if not getattr(model, "is_quantized", False) and not loads_in_parts():
             model.to(args.device)  # type: ignore[arg-type] # its decorator hides the device from mypy
         bound_loss = loss or args.bound_loss()
-        train_dataset, eval_dataset = (
-            prepare_dataset(
-                source, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference, is_trained=trains
-            )
-            for source, trains in ((train_dataset, True), (eval_dataset, False))
+        train_dataset, eval_dataset = prepare_datasets(
+            train_dataset, eval_dataset, model, self.tokenizer, args, needs_reference=bound_loss.spec.needs_reference
         )
-        if train_dataset is not None and eval_dataset is not None:
-            eval_dataset = eval_dataset.with_annotators(train_dataset.annotators)
         sample = eval_dataset if train_dataset is None else train_dataset
-        if sample is None:
-            raise ValueError("ROPOTrainer needs train_dataset or eval_dataset; got neither.")
         model = with_adapter(model, peft_config, seed=args.seed)
         self.options = args
         self.layout = self._choose_layout(model, sample, is_trained=train_dataset is not None)
