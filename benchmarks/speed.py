@@ -1,29 +1,31 @@
 """How fast pairs are trained on and scored, by us, by TRL's DPOTrainer and by ms-swift's, and what it takes in memory.
 
     python benchmarks/speed.py ../shared/data/hh_harmless_base_test.jsonl.gz   # fill in what is missing in speed.csv
+    python benchmarks/speed.py ... --model GEMMA                                # the task gemma, too
     python benchmarks/speed.py PAIRS --quick --output x.csv                    # two ways, a few steps: what CI runs
     python benchmarks/speed.py --table                                         # the tables of docs/performance.md
     python benchmarks/speed.py PAIRS --profile packed --threads 1              # where the time of six steps goes
 
 PAIRS is anything `ropo train` reads as text. Two tasks on a CPU. "hh": those pairs, and a Llama made in code with
-random weights and a vocabulary of 4096 learned from them. "toy": the short pairs and the tiny model of `ropo demo`. On
+random weights and a vocabulary of 4096 learned from them. "toy": the short pairs and the tiny model of `ropo demo`. A
+third where a model is named, "gemma": LoRA on it (Gemma 3 270M was meant) with those pairs, under bfloat16 autocast. On
 a GPU one other, "large", which needs no PAIRS: a Llama of 1.1 billion parameters with random weights, all under
 bfloat16 autocast, and pairs of random words, about 512 in the prompt and 256 in each response. Its rows go to
 speed_gpu.csv.
 
 Every measurement is a process of its own, one after the other, in turn, so that whatever slows the machine down slows
-all ways alike; a ratio compares runs of the same turn. All get the same pairs in the same batches of 8 (16 for toy) and
-must report the same losses, or the benchmark stops. "as given" is the order of the data; otherwise pairs of similar
-length share a batch, which is given to TRL too where TRL is at its best. The first steps are not counted.
+all ways alike; a ratio compares runs of the same turn. All get the same pairs in the same batches of 8 (toy 16, gemma
+4) and must report the same losses, or the benchmark stops. "as given" is the order of the data; otherwise pairs of
+similar length share a batch, which is given to TRL too where TRL is at its best. The first steps are not counted.
 
 Columns: training_per_second is pairs a second in training alone, pairs_per_second counts the pass over the reference
 too (TRL at its defaults reads it in every step, as ms-swift does always; at its best it is computed before, and not
 counted). ms-swift is measured where SWIFT_PYTHON names an interpreter that has it: `speed_swift.py`. Tokens are unique
 ones, each prompt counted once. matrix_share is the arithmetic that cannot be avoided (unique tokens x weights of the
 layers, the last MLP's only where a response token is predicted, response tokens x weights of the head; 2 operations
-forward, 4 backward, 2 for a reference) over what large matrix products of that precision reach on this machine at that
-time. peak_mib is the highest resident memory during
-training (on a GPU, allocated memory) less what was resident before: libraries, weights and data are not in it.
+forward, 4 backward, 2 with LoRA, and 2 for a reference) over what large matrix products of that precision reach on this
+machine at that time. peak_mib is the highest resident memory during training (on a GPU, allocated memory) less what was
+resident before: libraries, weights and data are not in it.
 
 "whole" ways run `ropo train` itself on 64 pairs, with everything it writes: two rounds of one epoch, 20 % filtered and
 sampled anew, four candidates each; pairs_per_second there is pairs of the data a second. "whole, TRL" is TRL at its
@@ -51,9 +53,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from speed_clock import NUM_WARM_UP, Clock, Memory, now
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ropo import PairDataset, ROPOConfig, load_pairs, run_rounds
 from ropo.data.tokenize import tokenize_pairs
@@ -118,9 +121,8 @@ WAYS = (
     Way(name="scoring", measure="score"),
     Way(name="bare forward", measure="forward"),
     Way(name="whole, TRL", measure="trl", order="as given", is_default=True),
-    Way(name="whole, no folds", measure="whole", order="as given", options={"num_folds": 0}),
-    Way(name="whole, 2 folds", measure="whole", order="as given", options={"num_folds": 2}),
-    Way(name="whole, 5 folds", measure="whole", order="as given"),
+    Way(name="whole, no audit", measure="whole", order="as given", options={"num_folds": 0}),
+    Way(name="whole", measure="whole", order="as given"),
 )
 QUICK = ("TRL, best", "ours, packed")
 SWIFT_PYTHON = "SWIFT_PYTHON"  # the environment variable that names the interpreter which has ms-swift
@@ -128,10 +130,12 @@ SWIFT_OPTIONS = (
     "per_device_train_batch_size", "num_train_epochs", "beta", "learning_rate", "max_length", "save_strategy",
     "logging_steps", "logging_first_step", "report_to", "seed", "lr_scheduler_type",
 )  # fmt: skip
+GEMMA = ("TRL, defaults", "TRL, best", "ms-swift, defaults", "ms-swift, best", "ours, plain", "ours, packed")
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 LARGE = ("TRL, defaults", "TRL, best", "ours, plain", "ours, shared prefix", "ours, packed", "scoring", "bare forward")
-NUM_PAIRS = {"hh": 192, "toy": 800, "large": 160}
+NUM_PAIRS = {"hh": 192, "toy": 800, "gemma": 16, "large": 160}
 NUM_PAIRS_WHOLE = 64
-NUM_PAIRS_QUICK = {"hh": 40, "toy": 256, "large": 40}
+NUM_PAIRS_QUICK = {"hh": 40, "toy": 256, "gemma": 12, "large": 40}
 LARGE_SHAPE = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
     "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
@@ -143,6 +147,7 @@ LARGE_WORDS = (512, 256, 256)  # of prompt, chosen and rejected, on average
 class Task:
     """A model, its tokenizer and pairs."""
 
+    name: str
     model: Any
     tokenizer: Any
     pairs: list[Any]
@@ -151,8 +156,18 @@ class Task:
     max_length: int
     learning_rate: float
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether all of it runs under bfloat16 autocast."""
+        return self.name in ("gemma", "large")
 
-def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task:
+    @property
+    def peft_config(self) -> LoraConfig | None:
+        """Of the adapter that is trained."""
+        return LoraConfig(**LORA, task_type="CAUSAL_LM") if self.name == "gemma" else None
+
+
+def make_task(name: str, source: str | None, num_pairs: int, order: str, folder: str | None = None) -> Task:
     """Make the model and take pairs spread over the data, whole batches, the same in every process."""
     batch_size, max_length = 8, 512
     if name == "toy":
@@ -161,6 +176,9 @@ def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task
     elif name == "large":
         tokenizer, model, pairs = make_large(num_pairs)
         max_length = LARGE_SHAPE["max_position_embeddings"]
+    elif name == "gemma":
+        pairs, batch_size, max_length = load_pairs(source).pairs, 4, 256
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     else:
         pairs = load_pairs(source).pairs
         tokenizer, model = make_tokenizer_and_model(pairs)
@@ -170,6 +188,7 @@ def make_task(name: str, source: str | None, num_pairs: int, order: str) -> Task
     if order == "by length":
         places = _by_length(places, [len(found.tokens[i]) for i in places], batch_size)
     return Task(
+        name=name,
         model=model.float(),
         tokenizer=tokenizer,
         pairs=[found.pairs[i] for i in places],
@@ -259,7 +278,9 @@ def measure_ours(way: Way, task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = ROPOConfig(loss="dpo", rho="0", num_folds=0, bf16=way.has_bf16, **common(task, folder))
         data = PairDataset(task.pairs, task.tokens, reference=reference)
-        trainer = ours.ROPOTrainer(task.model, args, train_dataset=data, processing_class=task.tokenizer)
+        trainer = ours.ROPOTrainer(
+            task.model, args, train_dataset=data, processing_class=task.tokenizer, peft_config=task.peft_config
+        )
         losses = train(trainer, clock)
     return {**clock.found(), "reference_seconds": reference_seconds, "losses": losses}
 
@@ -292,6 +313,7 @@ def measure_trl(way: Way, task: Task) -> dict[str, Any]:
             args=DPOConfig(bf16=way.has_bf16, **more, **common(task, folder)),
             train_dataset=Dataset.from_list(rows),
             processing_class=task.tokenizer,
+            peft_config=task.peft_config,
         )
         losses = train(trainer, clock)
     return {**clock.found(), "losses": losses}
@@ -308,7 +330,11 @@ def measure_swift(way: Way, task: Task) -> dict[str, Any]:
         "bf16": way.has_bf16, "attn_impl": "sdpa", "gradient_checkpointing": way.is_default,
         "gradient_accumulation_steps": 1, "dataset_shuffle": False, "train_dataloader_shuffle": False,
         "split_dataset_ratio": 0, "weight_decay": 0, "adam_beta2": 0.999, "threads": torch.get_num_threads(),
+        "truncation_strategy": "right",  # as the others do; it would leave such pairs out
     }  # fmt: skip
+    if task.name == "gemma":
+        options |= {"tuner_type": "lora", "model_type": "gemma3_text", "target_modules": LORA["target_modules"]}
+        options |= {"lora_rank": LORA["r"], "lora_alpha": LORA["lora_alpha"], "lora_dropout": 0}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         task.model.save_pretrained(folder / "model")
@@ -408,14 +434,14 @@ def matrix_gflops(*, has_bf16: bool) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def measure(name: str, task_name: str, source: str | None, num_pairs: int, threads: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One measurement, in this process."""
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(threads)
-    way = next(way for way in WAYS if way.name == name)
-    way = replace(way, has_bf16=way.has_bf16 or task_name == "large")
-    task = make_task(task_name, source, num_pairs, way.order)
+    torch.set_num_threads(args.threads)
+    way = next(way for way in WAYS if way.name == args.way)
+    task = make_task(args.task, args.pairs, args.count, way.order, args.model)
+    way = replace(way, has_bf16=way.has_bf16 or task.has_bf16)
     if torch.cuda.is_available():
         task.model.cuda()
     rate = matrix_gflops(has_bf16=way.has_bf16)
@@ -426,6 +452,8 @@ def measure(name: str, task_name: str, source: str | None, num_pairs: int, threa
     found = MEASURES[way.measure](way, task)
     counted = task.tokens if found["steps"] is None else task.tokens[NUM_WARM_UP * task.batch_size :]
     seconds, operations = found["seconds"], OPERATIONS.get(way.measure, 0)
+    if task.peft_config is not None and way.is_training:
+        operations -= 2  # no gradients of weights
     if "reference_seconds" in found:
         seconds += found["reference_seconds"] * len(counted) / len(task.tokens)
     if "reference_seconds" in found or way.reads_reference:
@@ -444,7 +472,7 @@ def measure(name: str, task_name: str, source: str | None, num_pairs: int, threa
         "num_pairs": len(counted),
         "num_tokens": num_tokens,
         "matrix_gflops": round(rate),
-        "threads": threads,
+        "threads": args.threads,
         "num_parameters": num_parameters,
         "cores": machine()["cores"],
         "device": machine()["device"],
@@ -462,7 +490,7 @@ def check_losses(found: dict[str, list[float]], task: str) -> None:
         if not ours or not theirs:
             continue
         worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        if worst > (0.02 if way.has_bf16 or task == "large" else 1e-3):
+        if worst > (0.02 if way.has_bf16 or task in ("gemma", "large") else 1e-3):
             raise SystemExit(f"{task}: {way.name} and TRL report losses that differ by {worst:.4f}: {ours}, {theirs}")
 
 
@@ -508,7 +536,8 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
     rows, losses = read_rows(args.output), {}
     known = {(row["task"], row["way"], int(row["turn"])) for row in rows}
     ways = [way for way in WAYS if not args.quick or way.name in QUICK]
-    ways = [way for way in ways if (way.name in LARGE if task == "large" else not way.is_whole or task == "hh")]
+    named = {"gemma": GEMMA, "large": LARGE}.get(task)
+    ways = [way for way in ways if (way.name in named if named else not way.is_whole or task == "hh")]
     ways = [way for way in ways if way.name.startswith(tuple(args.only))]
     ways = [way for way in ways if way.measure != "swift" or SWIFT_PYTHON in os.environ]
     for way in ways if turn % 2 == 0 else ways[::-1]:
@@ -516,7 +545,7 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
             continue
         count = NUM_PAIRS_WHOLE if way.is_whole else (NUM_PAIRS_QUICK if args.quick else NUM_PAIRS)[task]
         words = [args.pairs or "", f"--way={way.name}", f"--task={task}", f"--count={count}"]
-        words += [f"--threads={args.threads}"]
+        words += [f"--threads={args.threads}", *([f"--model={args.model}"] if args.model else [])]
         shown = None if args.verbose else subprocess.DEVNULL
         env = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}
         output = subprocess.run(
@@ -591,7 +620,7 @@ def pair_table() -> str:
     """Ways of ours beside each other, as ratios of runs of one turn."""
     rows = read_rows(RESULTS)
     rate = {(row["task"], row["way"], row["turn"]): float(row["training_per_second"]) for row in rows}
-    tasks = [task for task in NUM_PAIRS if any(row["task"] == task for row in rows)]
+    tasks = [task for task in NUM_PAIRS if any(row["task"] == task and row["way"] == "scoring" for row in rows)]
     lines = [f"| pairs a second, ratio | {' | '.join(tasks)} |", "|---|---|---|"]
     for name, other in (("ours, packed, bf16", "ours, packed"), ("scoring", "bare forward")):
         turns = sorted({row["turn"] for row in rows})
@@ -608,14 +637,23 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ({low}-{high})"
 
 
+def tasks_of(args: argparse.Namespace) -> list[str]:
+    """The tasks that the machine and what was given allow."""
+    if torch.cuda.is_available():
+        return ["large"]
+    return [*(["hh"] if args.pairs else []), "toy", *(["gemma"] if args.pairs and args.model else [])]
+
+
 def main() -> None:
     """Measure what is missing, or print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="?", help="where the pairs of the task hh come from; without it only toy is run")
+    parser.add_argument("--model", help="folder of the model of the task gemma; without it that is not run")
     parser.add_argument("--num_turns", type=int, default=3, help="repetitions")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     parser.add_argument("--quick", action="store_true", help="two ways, a few steps, one turn")
     parser.add_argument("--output", type=Path, help="the CSV instead of speed.csv; rows that are there are kept")
+    parser.add_argument("--tasks", nargs="+", choices=["hh", "toy", "gemma"], help="all that can be run by default")
     parser.add_argument("--only", nargs="+", default=[""], help="ways whose names begin so")
     parser.add_argument("--table", action="store_true", help="print the tables of the results")
     parser.add_argument("--profile", choices=list(LAYOUTS), help="profile a layout instead of measuring")
@@ -631,10 +669,10 @@ def main() -> None:
     elif args.profile:
         print(profile_steps(args.profile, args.pairs, args.threads))
     elif args.way:
-        print(json.dumps(measure(args.way, args.task, args.pairs, args.count, args.threads)))
+        print(json.dumps(measure(args)))
     else:
         for turn in range(1 if args.quick else args.num_turns):
-            for task in ("large",) if is_gpu else ("hh", "toy") if args.pairs else ("toy",):
+            for task in args.tasks or tasks_of(args):
                 run_turn(args, task, turn)
 
 
