@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -282,6 +283,20 @@ def test_one_wrong_verdict_among_many_moves_little(tmp_path, tokenizer):
     decisions = [np.array(one.judgement.decisions)[other] for one in (right, wrong)]
     assert (decisions[0] != decisions[1]).sum() <= 6
     assert auroc(-wrong.margins()[other], case.is_flipped[other]) > 0.95
+
+
+def test_the_model_is_loaded_once(model_folder, pairs, tmp_path, monkeypatch):
+    """The pass over the reference leaves its features on disk; an audit that was killed after it loads once more."""
+    load, num_loads = Model.load, []
+    monkeypatch.setattr(Model, "load", lambda self: num_loads.append(1) or load(self))
+    args = ROPOConfig(output_dir=str(tmp_path / "O"), max_length=96, use_cpu=True, disable_tqdm=True)
+    run_audit(model_folder, pairs, args)
+    assert len(num_loads) == 1
+    margins = load_file(tmp_path / "O" / "audit" / "margins.safetensors")["margins"]
+    shutil.rmtree(tmp_path / "O" / "audit")
+    run_audit(model_folder, pairs, args)
+    assert len(num_loads) == 2
+    np.testing.assert_array_equal(load_file(tmp_path / "O" / "audit" / "margins.safetensors")["margins"], margins)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ropo.audit.scorers import SCORED_FILES, Question, Scores
 from ropo.audit.weights import Floats
 from ropo.data.tokenize import TokenizedPair
+from ropo.models.source import release_memory
 from ropo.noise.linear import HeldOut, LinearModels, scaled_to_one
 from ropo.noise.shares import cluster_weights
 from ropo.stages import Stages
@@ -44,6 +45,7 @@ def by_features(question: Question) -> Scores:
 
     def make() -> None:
         blocks = question.features().blocks  # all processes read their share
+        release_memory()  # of the reference
         if PartialState().is_main_process:
             _score(question, blocks).write(question.folder)
 

@@ -38,7 +38,7 @@ from ropo.audit.weights import (
     training_set,
 )
 from ropo.losses import LOSSES
-from ropo.models.source import Model, Reference, release_memory
+from ropo.models.source import Model, Reference
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
 from ropo.provenance import hash_tensors, read_json, write_json
@@ -151,9 +151,7 @@ class Audit:
             model=self.model,
             digest=digest,
         )
-        scores = SCORERS[self.args.scorer](question)
-        release_memory()  # of a model that was trained, with its gradients
-        return scores
+        return SCORERS[self.args.scorer](question)
 
     def _decide(self, scores: Scores) -> None:
         estimate, labels = self._estimate(scores.margins), self._labels

@@ -1,6 +1,6 @@
 """Reference log-probabilities and features on disk, under a hash of everything that makes them.
 
-In: the reference model, tokenized pairs, a folder. Out: `PairLogps`, `PairFeatures`; the model runs only for pairs
+In: the reference model, tokenized pairs, a folder. Out: `PairLogps`, `CachedFeatures`; the model runs only for pairs
 never seen.
 
 A folder per reference (hash of its weights, its configuration and the precision) holds shards; a shard maps the
@@ -17,7 +17,7 @@ import logging
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,31 @@ def reference_logps(
     return _logps(_fill(folder, keys, model, ordered, batching), keys, tokens, is_swapped)
 
 
+@dataclass(frozen=True, slots=True)
+class CachedFeatures:
+    """Features of one reference and of one kind on disk, which are read without the reference.
+
+    Attributes:
+        folder: Where they are.
+    """
+
+    folder: Path
+
+    def of(self, tokens: Sequence[TokenizedPair]) -> PairFeatures:
+        """Features of pairs that are there, in their order.
+
+        They have 11 significant bits, as a share of the largest of their pair and block.
+
+        Raises:
+            DamagedFileError: If some are not there.
+        """
+        ordered, is_swapped = _in_order(tokens)
+        features = _features(self.folder, [_key(pair) for pair in ordered])
+        for block in features.blocks.values():
+            block[is_swapped] *= -1.0
+        return features
+
+
 def reference_features(
     model: nn.Module,
     tokens: Sequence[TokenizedPair],
@@ -98,7 +123,7 @@ def reference_features(
     *,
     sketch: Sketch,
     cache_dir: Path,
-) -> tuple[PairLogps, PairFeatures]:
+) -> tuple[PairLogps, CachedFeatures]:
     """Log-probabilities and features under the reference, in one pass over the pairs that lack either in the cache.
 
     Args:
@@ -109,18 +134,14 @@ def reference_features(
         cache_dir: Folder of the cache; made when it is missing.
 
     Returns:
-        Both in the order of `tokens`. Features are kept with 11 significant bits, as a share of the largest of their
-        pair and block.
+        Log-probabilities in the order of `tokens`, and where the features of these pairs are.
     """
     model = batching.sharded(model)
     folder, reader = cache_dir / reference_hash(model, use_bf16=batching.use_bf16), FeatureReader(model, sketch)
     ordered, is_swapped = _in_order(tokens)
     keys = [_key(pair) for pair in ordered]
     known = _fill(folder, keys, model, ordered, batching, reader)
-    features = _features(folder / reader.name, keys)
-    for block in features.blocks.values():
-        block[is_swapped] *= -1.0
-    return _logps(known, keys, tokens, is_swapped), features
+    return _logps(known, keys, tokens, is_swapped), CachedFeatures(folder / reader.name)
 
 
 def _fill(

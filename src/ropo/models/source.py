@@ -30,7 +30,7 @@ from transformers.models.auto import modeling_auto
 from ropo.data.read import instead_of_missing, looks_like_path
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import Batching
-from ropo.logps.cache import reference_features, reference_logps
+from ropo.logps.cache import CachedFeatures, reference_features, reference_logps
 from ropo.logps.features import Sketch
 from ropo.models.adapters import (
     ADAPTER_SETTINGS,
@@ -343,20 +343,28 @@ class Reference:
 
     def __init__(self, model: Model, *, cache_dir: Path, batching: Batching) -> None:
         self._model, self._cache_dir, self._batching = model, cache_dir, batching
+        self._features: tuple[Sequence[TokenizedPair], CachedFeatures] | None = None
 
     def logps(self, tokens: Sequence[TokenizedPair]) -> PairLogps:
         """Log-probabilities of pairs, in their order."""
         return reference_logps(self._model.load(), tokens, self._batching, cache_dir=self._cache_dir)
 
-    def read(self, tokens: Sequence[TokenizedPair]) -> tuple[PairLogps, PairFeatures]:
-        """Log-probabilities and features of pairs, in one pass over those that are not in the cache."""
-        return reference_features(
-            self._model.load(), tokens, self._batching, sketch=Sketch(), cache_dir=self._cache_dir
-        )
+    def logps_with_features(self, tokens: Sequence[TokenizedPair]) -> PairLogps:
+        """Log-probabilities of pairs; their features are read in the same pass, and stay in the cache."""
+        return self._read(tokens)[0]
 
     def features(self, tokens: Sequence[TokenizedPair]) -> PairFeatures:
-        """Features of pairs, in their order."""
-        return self.read(tokens)[1]
+        """Features of pairs, in their order; the model is loaded unless it has just read them."""
+        if self._features is not None and self._features[0] is tokens:
+            return self._features[1].of(tokens)
+        return self._read(tokens)[1].of(tokens)
+
+    def _read(self, tokens: Sequence[TokenizedPair]) -> tuple[PairLogps, CachedFeatures]:
+        logps, features = reference_features(
+            self._model.load(), tokens, self._batching, sketch=Sketch(), cache_dir=self._cache_dir
+        )
+        self._features = tokens, features
+        return logps, features
 
 
 def _of_any(names: str) -> str:

@@ -197,7 +197,7 @@ def plan_stages(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machin
         alone = 0 if run.needs_reference else 1
         others = _linear_seconds(n) if machine.has_linear_audit else 0.0
         others += n * _feature_operations(model, pairs) / scoring_rate / machine.num_devices
-        stages.append(stage("audit", scored=alone * n, num_loads=1, others=others))
+        stages.append(stage("audit", scored=alone * n, num_loads=alone, others=others))
     elif run.num_folds:
         in_a_fold = run.read_in_training((run.num_folds - 1) / run.num_folds * n)
         trained = run.num_folds * in_a_fold

@@ -123,10 +123,10 @@ class _Tokenized:
     def parts(self) -> list[TokenizedPairs]:
         return [self.pairs, self.trusted, *([] if self.evaluation is None else [self.evaluation.tokenized])]
 
-    def dataset(self, reference: PairLogps | None = None) -> PairDataset:
+    def dataset(self) -> PairDataset:
         """The data, then the trusted pairs."""
         pairs = [*self.pairs.pairs, *self.trusted.pairs]
-        return PairDataset(pairs, [*self.pairs.tokens, *self.trusted.tokens], reference=reference)
+        return PairDataset(pairs, [*self.pairs.tokens, *self.trusted.tokens])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,8 +211,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
     digest, data = hash_value(checked.identity), tokenized.dataset()
     if args.reads_reference:
         reads_features = args.reads_features and (is_audit or args.needs_audit)
-        logps = _reference_logps(data, folder / "reference", reference, digest, reads_features=reads_features)
-        data = tokenized.dataset(logps)
+        data.reference = _reference_logps(data, folder / "reference", reference, digest, reads_features=reads_features)
     return Prepared(
         folder=folder,
         loaded=checked.labelled.loaded,
@@ -395,7 +394,7 @@ def _reference_logps(
     path = folder / "reference_logps.safetensors"
 
     def make() -> None:
-        logps = reference.read(data.tokens)[0] if reads_features else reference.logps(data.tokens)
+        logps = (reference.logps_with_features if reads_features else reference.logps)(data.tokens)
         if PartialState().is_main_process:
             with write_aside(path) as aside:
                 save_file(asdict(logps), aside)

@@ -180,7 +180,9 @@ SKETCH = Sketch(num_outputs=6, num_inputs=5)
 
 
 def read_both(model, tokens, folder, sketch=SKETCH, **options):
-    return reference_features(model, tokens, Batching(pad_token_id=0, **options), sketch=sketch, cache_dir=folder)
+    batching = Batching(pad_token_id=0, **options)
+    logps, features = reference_features(model, tokens, batching, sketch=sketch, cache_dir=folder)
+    return logps, features.of(tokens)
 
 
 def assert_same(found, wanted):
@@ -324,7 +326,7 @@ logps, features = reference_features(
     cache_dir=folder,
 )
 assert len(list(folder.glob("*/features*/*.safetensors"))) == state.num_processes == 2
-torch.save((logps, features), f"{sys.argv[4]}.{state.process_index}")
+torch.save((logps, features.of(tokens)), f"{sys.argv[4]}.{state.process_index}")
 """
 
 
