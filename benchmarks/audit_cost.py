@@ -9,6 +9,7 @@ is the training stage of `run_rounds` alone, one epoch in batches of 16. Memory 
 """
 
 import logging
+import os
 import resource
 import sys
 import tempfile
@@ -80,6 +81,7 @@ if __name__ == "__main__":
     if "--table" in sys.argv:
         print(table())
     else:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of numpy and scipy, in the processes that are measured
         with tempfile.TemporaryDirectory() as made:
             task = TASKS["reviews"](Path(made), TaskOptions(num_pairs=max(SIZES), num_held_out=10, seed=1))
             for size in SIZES:

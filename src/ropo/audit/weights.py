@@ -6,6 +6,7 @@ The one idea: evidence and consequence are kept apart. What an estimate says is 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,21 +26,21 @@ ALPHA_OF_PAPER = 14.0
 _SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Labels:
     """What is known of each label before anything is learned; each of shape (pairs,).
 
     Attributes:
+        pairs: Whose labels they are.
         sign: +1 where the label stands, −1 where a person has called it wrong, 0 where the pair is to be left out.
         is_known: Whether it is known to be right or wrong; of trusted pairs it is.
         is_trusted: Which pairs are no part of the data.
-        clusters: The same name for copies of one pair, which are one piece of evidence.
     """
 
+    pairs: Sequence[Pair]
     sign: Floats
     is_known: NDArray[np.bool_]
     is_trusted: NDArray[np.bool_]
-    clusters: NDArray[np.str_]
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Labels":
@@ -47,11 +48,16 @@ class Labels:
         is_trusted = np.array([pair.origin == "trusted" for pair in pairs], dtype=bool)
         is_judged = np.array([pair.verdict in ("right", "wrong") for pair in pairs], dtype=bool)
         return cls(
+            pairs=pairs,
             sign=np.array([_SIGNS.get(pair.verdict, 1.0) for pair in pairs]),
             is_known=is_trusted | is_judged,
             is_trusted=is_trusted,
-            clusters=np.array([text_id(pair) for pair in pairs]),
         )
+
+    @cached_property
+    def clusters(self) -> NDArray[np.str_]:
+        """The same name for copies of one pair, which are one piece of evidence."""
+        return np.array([text_id(pair) for pair in self.pairs])
 
     @property
     def is_open(self) -> NDArray[np.bool_]:

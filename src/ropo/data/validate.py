@@ -85,7 +85,8 @@ def _near(pair: Pair, first_text: dict[str, tuple[Pair, Text]]) -> list[Problem]
     chosen, rejected = _normalised(pair.chosen), _normalised(pair.rejected)
     if chosen == rejected:
         return []
-    earlier, preferred = first_text.setdefault(text_id(pair), (pair, chosen))
+    name = pair_id(_normalised(pair.prompt), chosen, rejected)  # `text_id`
+    earlier, preferred = first_text.setdefault(name, (pair, chosen))
     if earlier is pair:
         return []
     kind, verb = (

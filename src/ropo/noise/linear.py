@@ -297,15 +297,20 @@ def _solve(basis: _Basis, weights: PerFit, penalties: np.ndarray) -> np.ndarray:
     # The second derivative of the loss is at most ¼ (Böhning & Lindsay 1988), and the eigenbasis makes steps diagonal.
     inverse = (1.0 / (basis.spectrum[:, None] / 4 * weights.max() + penalties)).astype(np.float32)
     fits: np.ndarray = np.zeros_like(inverse)
-    ahead = fits
+    ahead, margins = fits, np.zeros_like(weights)
+    margins_ahead = margins  # they are linear in the fits: one product a step makes both
     momentum: np.ndarray = np.ones(len(penalties), dtype=np.float32)
     for _ in range(_MAX_STEPS):
-        gradient = basis.coordinates.T @ (weights * expit(-basis.margins(ahead))) - penalties * ahead
+        gradient = basis.coordinates.T @ (weights * expit(-margins_ahead)) - penalties * ahead
         new = ahead + inverse * gradient
         step = new - fits
         momentum[(step * gradient).sum(axis=0) < 0] = 1.0
         following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        ahead, fits, momentum = new + (momentum - 1) / following * step, new, following
-        if np.abs(basis.margins(step)).max() < _TOLERANCE:
+        onward = (momentum - 1) / following
+        new_margins = basis.margins(new)
+        change = new_margins - margins
+        ahead, margins_ahead = new + onward * step, new_margins + onward * change
+        fits, margins, momentum = new, new_margins, following
+        if np.abs(change).max() < _TOLERANCE:
             break
     return fits

@@ -235,7 +235,7 @@ def _linear_seconds(num_pairs: int) -> float:
     Fitted to benchmarks/audit_cost.csv, whose five sizes it meets within a quarter.
     """
     num_kept = min(num_pairs, _NUM_FEATURES)
-    return 0.5 + 1e-10 * num_kept**3 + 4.4e-7 * num_pairs * num_kept
+    return 0.2 + 5e-11 * num_kept**3 + 5e-7 * num_pairs * num_kept
 
 
 def _sampling(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machine, num_prompts: float) -> Stage:
