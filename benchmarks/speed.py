@@ -327,7 +327,8 @@ def measure_swift(way: Way, task: Task) -> dict[str, Any]:
     options: dict[str, Any] = {
         **{name: value for name, value in common(task, "").items() if name in SWIFT_OPTIONS},
         "rlhf_type": "dpo", "tuner_type": "full", "model_type": "llama", "template": "dummy", "torch_dtype": "float32",
-        "bf16": way.has_bf16, "attn_impl": "sdpa", "gradient_checkpointing": way.is_default,
+        "bf16": way.has_bf16, "fp16": False, "use_cpu": not torch.cuda.is_available(), "attn_impl": "sdpa",
+        "gradient_checkpointing": way.is_default,
         "gradient_accumulation_steps": 1, "dataset_shuffle": False, "train_dataloader_shuffle": False,
         "split_dataset_ratio": 0, "weight_decay": 0, "adam_beta2": 0.999, "threads": torch.get_num_threads(),
         "truncation_strategy": "right",  # as the others do; it would leave such pairs out
@@ -638,10 +639,20 @@ def _spread(values: list[float]) -> str:
 
 
 def tasks_of(args: argparse.Namespace) -> list[str]:
-    """The tasks that the machine and what was given allow."""
+    """The tasks that were asked for; else those that the machine and what was given allow.
+
+    Raises:
+        SystemExit: If a task lacks what it needs, or a model is named that no task would take.
+    """
+    needed = {"hh": [args.pairs], "toy": [], "gemma": [args.pairs, args.model]}
+    if args.model and not (args.pairs and "gemma" in (args.tasks or ["gemma"])):
+        raise SystemExit("--model is of the task gemma, which needs PAIRS, too; leave it out, or give both.")
     if torch.cuda.is_available():
-        return ["large"]
-    return [*(["hh"] if args.pairs else []), "toy", *(["gemma"] if args.pairs and args.model else [])]
+        return args.tasks or ["large"]
+    for task in args.tasks or []:
+        if not all(needed[task]):
+            raise SystemExit(f"The task {task} needs PAIRS{' and --model' * (task == 'gemma')}; give both.")
+    return args.tasks or [task for task, given in needed.items() if all(given)]
 
 
 def main() -> None:
@@ -671,8 +682,9 @@ def main() -> None:
     elif args.way:
         print(json.dumps(measure(args)))
     else:
+        tasks = tasks_of(args)
         for turn in range(1 if args.quick else args.num_turns):
-            for task in args.tasks or tasks_of(args):
+            for task in tasks:
                 run_turn(args, task, turn)
 
 

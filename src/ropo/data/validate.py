@@ -48,7 +48,7 @@ def validate_pairs(pairs: Iterable[Pair]) -> list[Problem]:
     problems: list[Problem] = []
     first: dict[str, Pair] = {}  # by id
     first_order: dict[tuple[str, bool], Pair] = {}  # by id, and whether `first` calls chosen what this calls rejected
-    first_text: dict[str, tuple[Pair, Text]] = {}  # by id of the normalised text, with that of its chosen response
+    first_text: dict[str, Pair] = {}  # by `text_id`
     first_vote: dict[tuple[str, bool, str | None], Pair] = {}  # by annotator as well
     for pair in pairs:
         useless = _useless(pair)
@@ -80,18 +80,16 @@ def _repeats_prompt(pair: Pair) -> bool:
     return len(prompt) >= _LONG_PROMPT and chosen.startswith(prompt) and rejected.startswith(prompt)
 
 
-def _near(pair: Pair, first_text: dict[str, tuple[Pair, Text]]) -> list[Problem]:
+def _near(pair: Pair, first_text: dict[str, Pair]) -> list[Problem]:
     """Whether another pair, which is not this one to the letter, has the same normalised text."""
-    chosen, rejected = _normalised(pair.chosen), _normalised(pair.rejected)
-    if chosen == rejected:
-        return []
-    name = pair_id(_normalised(pair.prompt), chosen, rejected)  # `text_id`
-    earlier, preferred = first_text.setdefault(name, (pair, chosen))
+    earlier = first_text.setdefault(text_id(pair), pair)
     if earlier is pair:
         return []
-    kind, verb = (
-        ("near_duplicate", "is nearly") if preferred == chosen else ("near_contradiction", "is nearly, turned,")
-    )
+    chosen = _normalised(pair.chosen)
+    if chosen == _normalised(pair.rejected):  # neither order is the opposite of the other
+        return []
+    is_same = _normalised(earlier.chosen) == chosen
+    kind, verb = ("near_duplicate", "is nearly") if is_same else ("near_contradiction", "is nearly, turned,")
     return [Problem.of(pair, kind, f"the pair {verb} that of {earlier.place}.")]
 
 
