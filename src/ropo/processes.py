@@ -34,7 +34,7 @@ _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.005, 0.5  # between two looks 
 _SECONDS_PER_BEAT = 2.0
 _SILENT_SECONDS = 120.0  # loading a large file may keep a process from its heartbeat for a while
 _GRACE_SECONDS = 6.0  # for a process that computes to end by itself; whoever failed waits for half of it
-_FAILED, _NOTICED, _LEFT = "failed", "noticed", "left"
+_FAILED, _LEFT = "failed", "left"
 
 
 def meet() -> None:
@@ -124,6 +124,7 @@ class _Watch:
         self._prefix = f"ropo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_Watch._number}"
         self._store = self._connected()
         self._num_meetings = 0
+        self._failure = ""  # of any process, once this one knows it
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="ropo-watch", daemon=True)
         self._thread.start()
@@ -143,12 +144,19 @@ class _Watch:
         wait, place = _SHORTEST_WAIT_SECONDS, 1
         try:
             while self._store.add(key, place) < number:
-                if failure := _failure_in(self._store):
+                if failure := self._failure_in(self._store):
                     raise RunError(failure)
                 time.sleep(wait)
                 wait, place = min(2 * wait, _LONGEST_WAIT_SECONDS), 0
         except DistError as error:
-            raise RunError(_failure_of("the main process", "its connection is lost")) from error
+            raise RunError(self._failure or _LOST) from error
+
+    def _failure_in(self, store: Store) -> str:
+        """What was said of a failure, if anything. Kept, since whoever said it takes the store along once all know."""
+        self._failure = self._failure or _said_in(store)
+        if self._failure:
+            store.set(_noticed_by(self._rank), "")
+        return self._failure
 
     def leave(self) -> None:
         """End after a success: the main process, which may hold the store, goes last."""
@@ -159,7 +167,7 @@ class _Watch:
             else:
                 self._await(lambda: self._store.add(_LEFT, 0) >= self._size - 1, seconds=10 * _GRACE_SECONDS)
 
-    def tell(self, error: BaseException) -> str | None:
+    def tell(self, error: BaseException) -> str:
         """Say that this process has failed, unless another has said so before.
 
         Args:
@@ -175,14 +183,15 @@ class _Watch:
         try:
             if _is_of_collective(error):
                 own = _failure_of("another process", f"{name} has lost it ({why.splitlines()[0]})")
-                self._await(lambda: bool(_failure_in(self._store)), seconds=_GRACE_SECONDS / 2)
-            said = self._store.compare_set(_FAILED, "", own).decode()
-            self._store.add(_NOTICED, 1)
+                self._await(lambda: bool(self._failure_in(self._store)), seconds=_GRACE_SECONDS / 2)
+            self._store.compare_set(_FAILED, "", own)
+            self._failure_in(self._store)
+            everyone = [_noticed_by(rank) for rank in range(self._size)]
             # The store may be gone with this process.
-            self._await(lambda: self._store.add(_NOTICED, 0) >= self._size, seconds=_GRACE_SECONDS / 2)
+            self._await(lambda: self._store.check(everyone), seconds=_GRACE_SECONDS / 2)
         except DistError:
-            said = own if self._rank == 0 else _failure_of("the main process", "its connection is lost")
-        return said
+            self._failure = self._failure or (own if self._rank == 0 else _LOST)
+        return self._failure
 
     def end(self) -> None:
         """Look no more."""
@@ -209,11 +218,9 @@ class _Watch:
                 store.set(_beat_of(self._rank), f"{beat} {platform.node()}")
                 for rank in others:
                     self._listen(store, rank, heard)
-                failure = _failure_in(store)
-                if failure:
-                    store.add(_NOTICED, 1)
+                failure = self._failure_in(store)
             except DistError:
-                failure = _failure_of("the main process", "its connection is lost")
+                failure = self._failure or _LOST
         if failure and not self._is_over.wait(_GRACE_SECONDS):
             logger.error(failure)
             for act in self.last:
@@ -245,7 +252,11 @@ def _beat_of(rank: int) -> str:
     return f"beat {rank}"
 
 
-def _failure_in(store: Store) -> str:
+def _noticed_by(rank: int) -> str:
+    return f"noticed {rank}"
+
+
+def _said_in(store: Store) -> str:
     return store.get(_FAILED).decode() if store.check([_FAILED]) else ""
 
 
@@ -253,4 +264,5 @@ def _failure_of(name: str, why: str) -> str:
     return f"{name[0].upper()}{name[1:]} has failed, so all processes of this launch end: {why.rstrip('.')}."
 
 
+_LOST = _failure_of("the main process", "its connection is lost")
 _watch: _Watch | None = None

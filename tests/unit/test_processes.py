@@ -94,6 +94,22 @@ def test_one_fails_and_the_other_says_why(who):
     )
 
 
+def test_one_that_looks_late_says_why_too(monkeypatch):
+    """The store goes with the main process, as soon as the watch of the other has seen why."""
+
+    def fail(rank):
+        if rank == 0:
+            time.sleep(0.2)
+            raise OSError("the disk has gone.")
+        monkeypatch.setattr(processes, "_SHORTEST_WAIT_SECONDS", 0.6)
+        meet()
+
+    assert in_two(fail)[0][1] == (
+        "RunError",
+        f"Process 0 on {HOST} has failed, so all processes of this launch end: the disk has gone.",
+    )
+
+
 def test_failures_that_all_have_stay_what_they_are():
     def fail(rank):
         raise ValueError(f"bad option {rank}")
