@@ -635,7 +635,7 @@ def _spread(values: list[float]) -> str:
         return ""
     digits = max(0, 1 - math.floor(math.log10(statistics.mean(values))))
     mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} ({low}-{high})"
+    return f"{mean} ({low}-{high})" if len(values) > 1 else mean
 
 
 def tasks_of(args: argparse.Namespace) -> list[str]:

@@ -256,12 +256,14 @@ def difference_table(rows: Sequence[Row], method: str = "ropo") -> str:
 
 
 def shipped_table(rows: Sequence[Row]) -> str:
-    """ROPO beside DPO as shipped, at every learning rate of every cell."""
+    """ROPO beside DPO as shipped, at every learning rate of every cell, and how far DPO goes with right labels."""
     lines = [
-        "| cell | learning rate | accuracy, dpo | ropo − dpo | gold reward, dpo | ropo − dpo | KL, dpo | ropo |",
-        "|---|---|---|---|---|---|---|---|",
+        "| cell | learning rate | accuracy, dpo | ropo − dpo | gold reward, dpo | ropo − dpo | KL, dpo | ropo "
+        "| dpo, right labels |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     ropo, dpo = SHIPPED
+    right = next((cell for cell in cells_of(rows) if not cell.flip_rate), CellOfGrid("none", 0.0, []))
     rates = sorted({_learning_rate(row) for row in rows if row["method"] in SHIPPED})
     for cell, rate in itertools.product(cells_of(rows), rates):
         one, floor = f"{ropo} {rate:g}", f"{dpo} {rate:g}"
@@ -269,7 +271,7 @@ def shipped_table(rows: Sequence[Row]) -> str:
             f"{cell.mean(floor, key).write(n)} | {cell.difference(one, floor, key).write(n, signed=True)}"
             for key, n in _DIGITS
         ]
-        kl = " | ".join(cell.mean(name, "kl").write(1) for name in (floor, one))
+        kl = " | ".join(of.mean(name, "kl").write(1) for of, name in ((cell, floor), (cell, one), (right, floor)))
         lines.append(f"| {cell.title} | {rate:g} | {' | '.join(scores)} | {kl} |")
     return "\n".join(lines) if rates else ""
 

@@ -20,8 +20,10 @@ from ropo.noise.linear import HeldOut, LinearModels, scaled_to_one
 from ropo.noise.shares import cluster_weights
 from ropo.stages import Stages
 
+GRADIENTS = "gradients"
+
 BLOCKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"gradients": ("gradient",), "hidden states": ("hidden_middle", "hidden_last")}
+    {GRADIENTS: ("gradient",), "hidden states": ("hidden_middle", "hidden_last")}
 )
 """What the model says of a pair, by name: blocks of `ropo.logps.features`, each scaled to one size."""
 
@@ -38,8 +40,9 @@ _STAGE = "linear"
 def by_features(question: Question) -> Scores:
     """Fit linear models on each of `KINDS`, and add up their margins by how well each predicts unseen labels.
 
-    They are fitted again without the pairs that the first fits contradict, if that helps. Margins are in nats up to a
-    scale, which the views, one of each kind, share.
+    They are fitted again without the pairs that the first fits contradict, if that helps. Whether a training should do
+    without those pairs is asked of the gradients alone: to first order DPO is the regression on them. Margins are in
+    nats up to a scale, which the views, one of each kind, share.
     """
     inputs = [question.digest, [_STAGE, *KINDS, question.args.length_is_evidence]]
 
@@ -63,10 +66,10 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
         (sign[:, None] * one for one in _features(tokens, blocks)), folds, covariates=length, weights=weights
     )
     first = found = models.held_out()
-    filter_ = None
+    refit = None
     if folds.max() >= 2:  # the suspects of a fold are found by fits without two
-        refit, filter_ = models.without_suspects(first, is_known=~labels.is_open)
-        found = refit if filter_.helps else first
+        refit = models.without_suspects(first, trained=KINDS.index(GRADIENTS), is_known=~labels.is_open)
+        found = refit.held_out if refit.of_judges.helps else first
     surface = 0.0 if question.args.length_is_evidence else 1.0  # how much of it is no evidence
 
     def as_labelled(fit: HeldOut) -> Floats:
@@ -83,7 +86,8 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
         length=sign * surface * found.surface,
         views=np.stack([_scaled(one, margins) for one in views]),
         rows=(*rows, question.row(LENGTH, sign * alone.margins)),
-        filter=filter_,
+        refit=None if refit is None else refit.of_judges,
+        filter=None if refit is None else refit.of_training,
     )
 
 

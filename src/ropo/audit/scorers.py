@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from ropo.audit.options import AuditOptions
 from ropo.audit.weights import Floats, Labels
 from ropo.models.source import Model
-from ropo.noise.linear import Filter
+from ropo.noise.linear import Gain
 from ropo.noise.shares import cluster_weights, mean_of, wilson_interval
 from ropo.pairs import PairFeatures
-from ropo.provenance import read_json, write_aside, write_json
+from ropo.provenance import Json, read_json, write_aside, write_json
 from ropo.train.dataset import PairDataset
 
 MARGINS_FILE, ROWS_FILE = "margins.safetensors", "scorers.json"
@@ -93,14 +93,16 @@ class Scores:
         views: The same as seen at several moments or by several models, shape (views, pairs): where they differ, the
             pair is hard.
         rows: What was compared, the scorer that is taken among them.
-        filter: Whether a filter helps; None where it was not tried.
+        refit: What these margins gain where suspects are left out; None where it was not tried.
+        filter: What a training gains without them; None where it was not tried.
     """
 
     margins: Floats
     length: Floats
     views: Floats
     rows: tuple[ScorerRow, ...]
-    filter: Filter | None = None
+    refit: Gain | None = None
+    filter: Gain | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What there is of each pair, as it is written."""
@@ -110,8 +112,8 @@ class Scores:
         """Write `SCORED_FILES`, with further tensors if there are."""
         with write_aside(folder / MARGINS_FILE) as path:
             save_file({**self.tensors(), **more}, path)
-        rows = [asdict(row) for row in self.rows]
-        write_json(folder / ROWS_FILE, {"rows": rows, "filter": self.filter and asdict(self.filter)})
+        gains = {"refit": self.refit and asdict(self.refit), "filter": self.filter and asdict(self.filter)}
+        write_json(folder / ROWS_FILE, {"rows": [asdict(row) for row in self.rows], **gains})
 
     @classmethod
     def read(cls, folder: Path) -> "Scores":
@@ -120,8 +122,13 @@ class Scores:
         return cls(
             **{name: tensors[name].numpy() for name in _PER_PAIR},
             rows=tuple(ScorerRow(**row) for row in facts["rows"]),
-            filter=facts["filter"] and Filter(**facts["filter"]),
+            refit=_gain(facts["refit"]),
+            filter=_gain(facts["filter"]),
         )
+
+
+def _gain(found: Json | None) -> Gain | None:
+    return None if found is None else Gain(**found)
 
 
 Scorer = Callable[[Question], Scores]

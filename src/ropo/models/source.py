@@ -15,17 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftConfig
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto import modeling_auto
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.data.read import instead_of_missing, looks_like_path
 from ropo.data.tokenize import TokenizedPair
@@ -40,10 +30,10 @@ from ropo.models.adapters import (
     check_beginning,
     load_adapter,
 )
+from ropo.models.causal import CAUSAL_LM, NEEDS_MODEL
 from ropo.models.files import (
     SETTINGS,
     TOKENIZER_SETTINGS,
-    ModelKind,
     check_json,
     explained,
     for_config,
@@ -62,75 +52,7 @@ _WEIGHTS = (".safetensors", ".model", ".jinja")
 _NAMED = (*SETTINGS, *TOKENIZER_SETTINGS, "merges.txt")
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in every folder
-_NEEDS_MODEL = "model_name_or_path needs a folder with a model, or the id of one on the hub"
 _NEEDS_TOKENIZER = "model_name_or_path needs a model with its tokenizer"
-
-_OTHER_HEADS = {
-    name
-    for mapping in (
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
-    )
-    for name in mapping.values()
-} - set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-# Model types whose language model reads both ways unless its configuration says otherwise.
-_READS_BOTH_WAYS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"} - set(
-    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-)
-
-# Their language model is only called with an image.
-_NEEDS_IMAGE = {"blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5", "pix2struct"}
-
-
-def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
-    """Refuse what `transformers` would turn into a causal language model with a new head, or without a causal mask.
-
-    Raises:
-        ValueError: If the model was trained with another head, or its tokens see the ones that follow.
-    """
-    made_as = (config.architectures or [""])[0]
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if made_as in _OTHER_HEADS:
-        why = made_as
-    elif config.model_type in _READS_BOTH_WAYS and not is_causal:
-        why = f"{made_as or config.model_type}, whose tokens see the ones that follow: is_decoder is not set"
-    elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _reads_images(config):
-        why = made_as or config.model_type
-    else:
-        return
-    raise ValueError(
-        f"A run needs a causal language model; got {name_or_path!r} ({why}). Name one that was trained to predict the "
-        "next token."
-    )
-
-
-def _reads_images(config: PretrainedConfig) -> bool:
-    """Whether a causal language model is one part of the model, beside one that reads images and is not called."""
-    text = config.get_text_config(decoder=True)
-    is_one = text is not config and not (config.is_encoder_decoder or text.is_encoder_decoder)
-    return is_one and config.model_type not in _NEEDS_IMAGE and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-
-def _auto_class(config: PretrainedConfig) -> Any:
-    """Loaded whole, so that what is saved is the model that was given: nothing moves what reads images."""
-    is_part = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if is_part else AutoModelForCausalLM
-
-
-POLICY = ModelKind(
-    auto_class=_auto_class,
-    noun="A language model",
-    place=_NEEDS_MODEL,
-    check=_check_causal,
-    advice="Copy the model again, or correct its config.json (num_hidden_layers, tie_word_embeddings, ...).",
-)
-"""The model that is aligned, and the reference."""
 
 
 class Model:
@@ -285,11 +207,11 @@ class Model:
     def _weights(self, trained: Path | None) -> PreTrainedModel:
         """The whole model that a training wrote, or the one below any adapter."""
         if trained is not None and not self._is_adapter(trained):
-            return load_whole(replace(POLICY, advice=_again(trained)), str(trained), self.load_options)
+            return load_whole(replace(CAUSAL_LM, advice=_again(trained)), str(trained), self.load_options)
         name, options = self.base
         if self.is_quantized:  # which cannot be moved
             options = {"device_map": {"": str(PartialState().device)}, **options}
-        return self._with_room(load_whole(POLICY, name, options))
+        return self._with_room(load_whole(CAUSAL_LM, name, options))
 
     def _with_room(self, model: PreTrainedModel) -> PreTrainedModel:
         """The base with rows for tokens that were added when its adapter was trained, as `AutoPeftModel` makes them."""
@@ -305,7 +227,7 @@ class Model:
         """The configuration of the initial model, as it will be loaded; that of its base if it is an adapter."""
         if self.start is not None:  # which may have tokens of its own
             return self.skeleton().config
-        return read_config(POLICY, *self.base)
+        return read_config(CAUSAL_LM, *self.base)
 
     def skeleton(self) -> PreTrainedModel:
         """The initial model without weights and adapter, which costs no memory; its files are checked on the way.
@@ -314,7 +236,7 @@ class Model:
             ValueError: If its files do not hold a whole causal language model, or there is no such attention.
             ImportError: If the attention needs a package that is not installed.
         """
-        return self._with_room(make_skeleton(POLICY, *self.base))
+        return self._with_room(make_skeleton(CAUSAL_LM, *self.base))
 
     def fingerprint(self) -> str:
         """Name of the initial model's content; see `model_digest`."""
@@ -407,9 +329,9 @@ def find_model(model: str | Path) -> str:
     name, folder = str(model), Path(model)
     if folder.is_dir():
         if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-            raise ValueError(f"{_NEEDS_MODEL}; got {name!r}, which holds no config.json. Save the model there first.")
+            raise ValueError(f"{NEEDS_MODEL}; got {name!r}, which holds no config.json. Save the model there first.")
     elif isinstance(model, Path) or looks_like_path(name):
-        raise FileNotFoundError(f"{_NEEDS_MODEL}; got {name!r}: no such folder.{instead_of_missing(name)}")
+        raise FileNotFoundError(f"{NEEDS_MODEL}; got {name!r}: no such folder.{instead_of_missing(name)}")
     return name
 
 

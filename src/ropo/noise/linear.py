@@ -73,7 +73,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Filter:
+class Gain:
     """By how much more unseen labels models agree with that were fitted without suspects, and its standard error."""
 
     gain: float
@@ -83,6 +83,21 @@ class Filter:
     def helps(self) -> bool:
         """Whether the gain exceeds its standard error: without one the simpler model stays (Breiman et al. 1984)."""
         return self.gain > self.error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Refit:
+    """Fits without the pairs that the first ones contradict, and what that gains.
+
+    Attributes:
+        held_out: The new fits.
+        of_judges: What all kinds together gain, as they are weighted.
+        of_training: What the kind gains that a training works with.
+    """
+
+    held_out: HeldOut
+    of_judges: Gain
+    of_training: Gain
 
 
 class LinearModels:
@@ -136,15 +151,17 @@ class LinearModels:
         chosen = [self._choose(basis, strengths) for basis in self._bases]
         return self._held_out([fits for fits, _ in chosen], tuple(strength for _, strength in chosen))
 
-    def without_suspects(self, before: HeldOut, *, is_known: np.ndarray | None = None) -> tuple[HeldOut, Filter]:
+    def without_suspects(self, before: HeldOut, *, trained: int = 0, is_known: np.ndarray | None = None) -> Refit:
         """Leave out what held-out margins contradict, fit again, and compare by labels that neither fit has seen.
 
         This is ROPO's alternation of filtering and training (arXiv:2404.04102, section 3) on linear models, nested:
         which pairs are left out of the fit that scores a fold is found without that fold, so where all labels are right
-        nothing is gained.
+        nothing is gained. Suspects are found by all kinds of features together; what a training gains without them is
+        asked of the one that it is a regression on.
 
         Args:
             before: The fits with all pairs; of three folds or more.
+            trained: The kind of features that a training works with: a place among them.
             is_known: Pairs that are never suspects, shape (pairs,), bool.
 
         Returns:
@@ -154,13 +171,12 @@ class LinearModels:
         if is_known is not None:
             suspects &= ~is_known[:, None]
         seen = self._seen & ~suspects
-        kinds = zip(self._bases, before.strengths, before.shares, before.fits, strict=True)
+        alone = np.eye(len(before.shares))[trained]
+        kinds = zip(self._bases, before.strengths, before.shares + alone, before.fits, strict=True)
         fits = [self._solve(basis, seen, strength) if share else old for basis, strength, share, old in kinds]
         after = self._held_out(fits, before.strengths, before.shares)
-        change = self._agreement(after) - self._agreement(before)
-        gain = mean_of(change, self._weights)
-        error = np.sqrt(mean_of((change - gain) ** 2, self._weights)) / np.sqrt(self._weights.sum())
-        return after, Filter(gain=gain, error=float(error))
+        of_judges, of_training = (self._gain(before, after, shares) for shares in (before.shares, alone))
+        return Refit(held_out=after, of_judges=of_judges, of_training=of_training)
 
     def _choose(self, basis: "_Basis", strengths: Sequence[float]) -> tuple[np.ndarray, float]:
         """The fits to one kind of features by the penalty that predicts unseen labels best, and that penalty."""
@@ -227,11 +243,19 @@ class LinearModels:
         margins, surface = (np.take_along_axis(values, columns, axis=1).astype(np.float64) for values in both)
         return margins, surface
 
-    def _agreement(self, found: HeldOut) -> PerPair:
+    def _gain(self, before: HeldOut, after: HeldOut, shares: np.ndarray) -> Gain:
+        """How much more the second fits agree with, by kinds of features with these weights."""
+        change = self._agreement(after, shares) - self._agreement(before, shares)
+        gain = mean_of(change, self._weights)
+        error = np.sqrt(mean_of((change - gain) ** 2, self._weights)) / np.sqrt(self._weights.sum())
+        return Gain(gain=gain, error=float(error))
+
+    def _agreement(self, found: HeldOut, shares: np.ndarray) -> PerPair:
         """In what share of the deals the margin agrees with the label; 0 counts half."""
         margins = np.zeros(self._folds.T.shape)
-        for basis, fits, share in zip(self._bases, found.fits, found.shares, strict=True):
-            margins += share * np.subtract(*self._by_deal(basis, fits))
+        for basis, fits, share in zip(self._bases, found.fits, shares, strict=True):
+            if share:
+                margins += share * np.subtract(*self._by_deal(basis, fits))
         return np.asarray((np.sign(margins).mean(axis=1) + 1) / 2)
 
     def _loss(self, margins: PerPair) -> float:

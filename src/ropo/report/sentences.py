@@ -310,12 +310,19 @@ def knowledge(tables: Table) -> str:
 
 
 def _refit(tables: Table) -> str:
-    found = tables["filter"]
-    if found is None:
+    judges, training = tables["refit"], tables["filter"]
+    if judges is None or training is None:
         return ""
-    shown = f"{decimal(100 * found['gain'], 1)} points more of them (standard error {decimal(100 * found['error'], 1)})"
-    ending = "so they judge here" if found["helps"] else "which is not enough, so models of all pairs judge here"
-    return f" Models that were fitted without the pairs that others contradict agree with {shown}, {ending}."
+    which = "so they judge here" if judges["helps"] else "which is not enough, so models of all pairs judge here"
+    enough = "enough to leave them out" if training["helps"] else "not enough to leave all of them out"
+    return (
+        f" Models that were fitted without the pairs that others contradict agree with {_points(judges)}, {which}. "
+        f"To first order a training without those pairs agrees with {_points(training)}, {enough}."
+    )
+
+
+def _points(found: Table) -> str:
+    return f"{decimal(100 * found['gain'], 1)} points more labels (standard error {decimal(100 * found['error'], 1)})"
 
 
 def readings(tables: Table) -> str:

@@ -112,6 +112,7 @@ def build_tables(
         "contradicted": _contradicted(scores, seen.is_open),
         "calibration": from_summary.calibration(summary),
         "scorers": scorers,
+        "refit": summary.get("refit"),
         "filter": summary.get("filter"),
         "with_length": from_summary.with_length(summary),
         "suspects": suspects,

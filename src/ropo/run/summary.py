@@ -188,14 +188,15 @@ def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) 
 def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> Json:
     """What only an audit knows; empty values without one."""
     if audit is None:
-        names = ("num_contradicted", "calibration", "noise_left", "filter", "flip_rate_with_length")
+        names = ("num_contradicted", "calibration", "noise_left", "refit", "filter", "flip_rate_with_length")
         nothing = dict.fromkeys(names)
         return {"annotators": [], "scorers": [], "num_trusted": num_trusted, **nothing}
-    judged, calibration, filter_ = audit.judgement, audit.calibration(), audit.scores.filter
+    judged, calibration, scores = audit.judgement, audit.calibration(), audit.scores
     return {
         "annotators": [asdict(one) for one in judged.estimate.annotators],
-        "scorers": [asdict(row) for row in audit.scores.rows],
-        "filter": None if filter_ is None else {**asdict(filter_), "helps": filter_.helps},
+        "scorers": [asdict(row) for row in scores.rows],
+        "refit": scores.refit and {**asdict(scores.refit), "helps": scores.refit.helps},
+        "filter": scores.filter and {**asdict(scores.filter), "helps": scores.filter.helps},
         "flip_rate_with_length": None if judged.with_length is None else _flip_rate(judged.with_length),
         "num_trusted": judged.estimate.num_trusted,
         "num_contradicted": audit.num_contradicted,

@@ -1,5 +1,6 @@
 """Linear models: that they solve what they say, that no label judges itself, and that surface is told apart."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_on_right_labels_there_is_nothing_to_gain():
     for seed in range(10):
         folds = deal(200, seed=seed)
         models = LinearModels([known_truth(200, 100, seed=seed)], folds)
-        _, tried = models.without_suspects(models.held_out(strengths=(STRENGTH,)))
+        tried = models.without_suspects(models.held_out(strengths=(STRENGTH,))).of_training
         gains.append(tried.gain)
         assert tried.gain <= tried.error
     assert np.mean(gains) <= 0
@@ -166,9 +167,10 @@ def test_without_flipped_pairs_more_is_known():
     features, is_flipped = flip(two_kinds(600, 200, seed=3), 0.2)
     models = LinearModels([features], deal(600))
     judged = models.held_out()
-    refit, tried = models.without_suspects(judged)
-    assert tried.gain > tried.error > 0
-    assert auroc(-refit.margins, is_flipped) >= auroc(-judged.margins, is_flipped) > 0.95
+    refit = models.without_suspects(judged)
+    assert refit.of_training.gain > refit.of_training.error > 0
+    assert refit.of_judges == refit.of_training  # there is one kind
+    assert auroc(-refit.held_out.margins, is_flipped) >= auroc(-judged.margins, is_flipped) > 0.95
 
 
 def two_halves(num_pairs=400, num_features=30, *, seed=0):
@@ -236,10 +238,33 @@ def test_suspects_are_what_all_kinds_together_contradict():
     noise = np.random.default_rng(4).normal(size=(600, 200))
     models = LinearModels([features, noise], deal(600))
     judged = models.held_out()
-    refit, tried = models.without_suspects(judged)
-    assert tried.gain > tried.error > 0
-    assert np.array_equal(refit.shares, judged.shares)
-    assert auroc(-refit.margins, is_flipped) >= auroc(-judged.margins, is_flipped) > 0.95
+    refit = models.without_suspects(judged)
+    assert refit.of_judges.gain > refit.of_judges.error > 0
+    assert np.array_equal(refit.held_out.shares, judged.shares)
+    assert auroc(-refit.held_out.margins, is_flipped) >= auroc(-judged.margins, is_flipped) > 0.95
+
+
+def test_what_a_training_gains_is_asked_of_what_it_works_with():
+    """One kind knows the labels so well that flips do not mislead it; the other is misled, and gains without them."""
+    rng = np.random.default_rng(5)
+    wide = two_kinds(600, 200, seed=3)
+    narrow = np.concatenate([np.ones((600, 1)), 0.1 * rng.normal(size=(600, 2))], axis=1)
+    flipped = [flip(one, 0.3)[0] for one in (wide, narrow)]
+    models = LinearModels(flipped, deal(600))
+    judged = models.held_out()
+    wins, ties = (models.without_suspects(judged, trained=kind) for kind in (0, 1))
+    assert wins.of_training.gain > 2 * wins.of_training.error > 0
+    assert not ties.of_training.helps
+    assert wins.of_judges == ties.of_judges
+    assert not wins.of_judges.helps
+
+
+def test_a_kind_that_judges_nothing_is_fitted_again_where_a_training_works_with_it():
+    wide, narrow = two_kinds(400, 300, seed=3), np.ones((400, 1))
+    models = LinearModels([flip(one, 0.3)[0] for one in (wide, narrow)], deal(400))
+    judged = replace(models.held_out(), shares=np.array([0.0, 1.0]))
+    assert models.without_suspects(judged).of_training.gain > 0
+    assert models.without_suspects(judged, trained=1).of_training.gain == 0
 
 
 def test_a_known_label_is_never_left_out():
@@ -248,14 +273,14 @@ def test_a_known_label_is_never_left_out():
     folds = deal(200)
     models = LinearModels([features], folds)
     judged = models.held_out(strengths=(STRENGTH,))
-    refit, tried = models.without_suspects(judged, is_known=np.ones(200, dtype=bool))
-    assert (tried.gain, tried.error) == (0, 0)
-    np.testing.assert_allclose(refit.margins, judged.margins, atol=2e-3)
+    refit = models.without_suspects(judged, is_known=np.ones(200, dtype=bool))
+    assert (refit.of_judges.gain, refit.of_judges.error) == (0, 0)
+    np.testing.assert_allclose(refit.held_out.margins, judged.margins, atol=2e-3)
     worst = int(np.argmin(judged.margins))
     without = held_out(features, folds, weights=(np.arange(200) != worst).astype(float))
-    refit, tried = models.without_suspects(judged, is_known=np.arange(200) != worst)
-    np.testing.assert_allclose(refit.margins, without.margins, atol=2e-3)
-    assert np.abs(refit.margins - judged.margins).max() > 0.01
+    margins = models.without_suspects(judged, is_known=np.arange(200) != worst).held_out.margins
+    np.testing.assert_allclose(margins, without.margins, atol=2e-3)
+    assert np.abs(margins - judged.margins).max() > 0.01
 
 
 def test_a_pair_without_weight_is_judged_and_teaches_nothing():
