@@ -38,7 +38,7 @@ CELL = ("task", "kind", "num_pairs", "flip_rate", "seed", "extra")
 DETECTION_COLUMNS = (
     *CELL, "estimate", "low", "high", "is_informative", "auroc",
     "average_precision", "brier", "precision", "recall", "right_dropped", "clean_auroc", "claimed_precision",
-    "claimed_recall", "worst_annotator", "seconds", "version",
+    "claimed_recall", "worst_annotator", "refit_helps", "filter_helps", "seconds", "version",
 )  # fmt: skip
 
 
@@ -98,6 +98,8 @@ def detect(cell: dict[str, Any], scratch: Path, folder: Path) -> dict[str, Any]:
         "claimed_precision": calibration.get("precision"),
         "claimed_recall": calibration.get("recall"),
         "worst_annotator": annotators[0]["rate"] if annotators else None,
+        "refit_helps": int(summary["refit"]["helps"]),
+        "filter_helps": int(summary["filter"]["helps"]),
         "seconds": time.monotonic() - start,
         "version": __version__,
     }
@@ -164,8 +166,8 @@ def detection_table() -> str:
     found = [row for row in read_rows(DETECTION) if row["kind"] == "symmetric" and not row["extra"]]
     names = ("task", "pairs", "flipped", "seeds", "can tell", "covered", "estimate", "AUROC", "AUROC of clean models")
     lines = [
-        f"| {' | '.join(names)} | right pairs dropped | flips dropped |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(names)} | right pairs dropped | flips dropped | refit judges | filter helps |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task, size, rate in sorted({(row["task"], -int(row["num_pairs"]), float(row["flip_rate"])) for row in found}):
         cells = [
@@ -179,7 +181,7 @@ def detection_table() -> str:
         lines.append(
             f"| {task} | {-size:,} | {rate:.0%} | {len(cells)} | {len(told)} | {covered} | {shown} "
             f"| {_average(cells, 'auroc')} | {_average(cells, 'clean_auroc')} | {_average(cells, 'right_dropped')} "
-            f"| {_average(cells, 'recall')} |"
+            f"| {_average(cells, 'recall')} | {_count(cells, 'refit_helps')} | {_count(cells, 'filter_helps')} |"
         )
     return "\n".join(lines)
 
@@ -188,7 +190,10 @@ def pattern_table() -> str:
     """Noise that does not fall at random, one line per kind."""
     found = [row for row in read_rows(DETECTION) if row["kind"] != "symmetric" or row["extra"]]
     names = ("noise", "flipped", "seeds", "estimate", "AUROC", "precision", "recall", "precision claimed")
-    lines = [f"| {' | '.join(names)} | recall claimed | worst annotator |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| {' | '.join(names)} | recall claimed | worst annotator | refit judges | filter helps |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for kind, rate, extra in sorted({(row["kind"], float(row["flip_rate"]), row["extra"]) for row in found}):
         cells = [row for row in found if (row["kind"], float(row["flip_rate"]), row["extra"]) == (kind, rate, extra)]
         title = f"{kind}, {NUM_TRUSTED} trusted pairs" if extra == "trusted" else kind
@@ -204,13 +209,18 @@ def pattern_table() -> str:
                 "worst_annotator",
             )
         )
-        lines.append(f"| {title} | {rate:.0%} | {len(cells)} | {shown} |")
+        helps = f"{_count(cells, 'refit_helps')} | {_count(cells, 'filter_helps')}"
+        lines.append(f"| {title} | {rate:.0%} | {len(cells)} | {shown} | {helps} |")
     return "\n".join(lines)
 
 
 def _average(cells: list[dict[str, str]], key: str) -> str:
     values = [float(row[key]) for row in cells if row[key] not in ("", "nan")]
     return f"{np.mean(values):.3f}" if values else "-"
+
+
+def _count(cells: list[dict[str, str]], key: str) -> int:
+    return sum(row[key] == "1" for row in cells)
 
 
 if __name__ == "__main__":

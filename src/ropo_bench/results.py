@@ -196,16 +196,22 @@ def _is_behind(cell: CellOfGrid, name: str, names: Sequence[str]) -> bool:
 
 
 def relative_cost(cells: Sequence[CellOfGrid], name: str) -> float:
-    """Processor time of a run over that of DPO in the same cell, median; wall clock where a GPU did the work."""
+    """Processor time of a run over that of DPO in the same cell, median; wall clock where a GPU did the work.
+
+    Where there are, those measured by the same commit are compared: machines are not equally fast on all days.
+    """
     is_on_cpu = all(row["device"].startswith("cpu") for cell in cells for row in cell.by_method.get(name, {}).values())
     key = "cpu_seconds" if is_on_cpu else "seconds"
-    ratios = [
-        seconds / floor[seed]
+    both = [
+        (row, cell.by_method[dpo][seed])
         for cell in cells
-        for floor in [cell.scores(FLOOR, key)]
-        for seed, seconds in cell.scores(name, key).items()
-        if seed in floor
+        for seed, row in cell.by_method.get(name, {}).items()
+        for dpo in cell.by_method
+        if dpo.split(" ")[0] in (FLOOR, SHIPPED[1]) and seed in cell.by_method[dpo]
     ]
+    of_one_day = [(row, dpo) for row, dpo in both if row["commit"] == dpo["commit"]]
+    chosen = of_one_day or [(row, dpo) for row, dpo in both if dpo["method"] == FLOOR]
+    ratios = [float(row[key]) / float(dpo[key]) for row, dpo in chosen if row[key] and dpo[key]]
     return float(np.median(ratios)) if ratios else np.nan
 
 
