@@ -151,6 +151,27 @@ def test_length_is_evidence_for_linear_models_alone(options, tmp_path):
     ROPOConfig(output_dir=str(tmp_path), use_cpu=True, length_is_evidence=True)
 
 
+def test_gradients_say_what_a_training_gains_whatever_judges(tmp_path, tokenizer):
+    """N-grams know every label, so their refit gains nothing; gradients that flips have misled gain, and pairs go."""
+    case, rng = Case(share=0.3), np.random.default_rng(1)
+    sign = np.where(case.is_flipped, -1.0, 1.0)
+    gradient = np.concatenate([np.full((NUM_PAIRS, 1), 3.0), rng.normal(size=(NUM_PAIRS, 100))], axis=1)
+    nothing = rng.normal(size=(NUM_PAIRS, 2))
+    known = {"gradient": gradient, "hidden_middle": nothing, "hidden_last": nothing}
+    case.blocks = {name: (sign[:, None] * block).astype(np.float32) for name, block in known.items()}
+    case.tokens = [
+        TokenizedPair(prompt=[1], chosen=[50] if right > 0 else [60], rejected=[60] if right > 0 else [50])
+        for right in sign
+    ]
+    audit = case.audit(tmp_path, tokenizer)
+    assert not audit.scores.refit.helps
+    assert audit.scores.filter.helps
+    assert audit.judgement.rho.why in (Why.FILTER_HELPS, Why.ESTIMATED)
+    written = read_json(tmp_path / "audit" / "scorers.json")
+    for name in ("refit", "filter"):
+        assert written[name] == {"gain": getattr(audit.scores, name).gain, "error": getattr(audit.scores, name).error}
+
+
 def test_two_folds_are_too_few_to_try_a_filter(tmp_path, tokenizer, monkeypatch):
     assert Case().audit(tmp_path / "3", tokenizer, num_folds=3).scores.filter is not None
     monkeypatch.setattr(LinearModels, "without_suspects", lambda *_, **__: pytest.fail("tried"))
