@@ -122,7 +122,7 @@ class Scores:
         return cls(
             **{name: tensors[name].numpy() for name in _PER_PAIR},
             rows=tuple(ScorerRow(**row) for row in facts["rows"]),
-            refit=_gain(facts["refit"]),
+            refit=_gain(facts.get("refit")),  # an audit of an earlier version has none
             filter=_gain(facts["filter"]),
         )
 
