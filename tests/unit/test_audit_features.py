@@ -349,3 +349,10 @@ def test_two_processes_audit_as_one(model_folder, pairs, tmp_path):
     assert two["decisions"] == one["decisions"]
     assert two["decisions"].count("drop") == 16
     assert two["estimate"]["rate"] == pytest.approx(one["estimate"]["rate"], abs=1e-3)
+
+
+def test_gradients_that_follow_no_labels_are_not_asked(tmp_path, tokenizer):
+    """Here they are noise, and what they gain is chance: all kinds are asked, which hidden states rule."""
+    audit = Case(share=0.3).audit(tmp_path, tokenizer)
+    assert next(row for row in audit.scores.rows if row.name == "gradients").low < 0.5
+    assert audit.scores.filter == audit.scores.refit

@@ -41,8 +41,8 @@ def by_features(question: Question) -> Scores:
     """Fit linear models on each of `KINDS`, and add up their margins by how well each predicts unseen labels.
 
     They are fitted again without the pairs that the first fits contradict, if that helps. Whether a training should do
-    without those pairs is asked of the gradients alone: to first order DPO is the regression on them. Margins are in
-    nats up to a scale, which the views, one of each kind, share.
+    without those pairs is asked of the gradients alone, if they follow the labels: to first order DPO is the
+    regression on them. Margins are in nats up to a scale, which the views, one of each kind, share.
     """
     inputs = [question.digest, [_STAGE, *KINDS, question.args.length_is_evidence]]
 
@@ -78,16 +78,22 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
 
     views = as_labelled(found)
     margins = found.shares @ views
-    rows = [question.row(TOGETHER, margins, is_taken=True)]
-    rows += [question.row(name, one) for name, one in zip(KINDS, as_labelled(first), strict=True)]
+    by_kind = {name: question.row(name, one) for name, one in zip(KINDS, as_labelled(first), strict=True)}
+    filter_ = None
+    if refit is not None:  # of gradients that follow no labels the comparison would be chance
+        filter_ = refit.of_training if by_kind[GRADIENTS].low > 0.5 else refit.of_judges  # a coin
     alone = LinearModels([length], folds, weights=weights).held_out()
     return Scores(
         margins=margins,
         length=sign * surface * found.surface,
         views=np.stack([_scaled(one, margins) for one in views]),
-        rows=(*rows, question.row(LENGTH, sign * alone.margins)),
+        rows=(
+            question.row(TOGETHER, margins, is_taken=True),
+            *by_kind.values(),
+            question.row(LENGTH, sign * alone.margins),
+        ),
         refit=None if refit is None else refit.of_judges,
-        filter=None if refit is None else refit.of_training,
+        filter=filter_,
     )
 
 
