@@ -80,8 +80,8 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     margins = found.shares @ views
     by_kind = {name: question.row(name, one) for name, one in zip(KINDS, as_labelled(first), strict=True)}
     filter_ = None
-    if refit is not None:  # of gradients that follow no labels the comparison would be chance
-        filter_ = refit.of_training if by_kind[GRADIENTS].low > 0.5 else refit.of_judges  # a coin
+    if refit is not None:  # of gradients that agree with no more labels than a coin the comparison would be chance
+        filter_ = refit.of_training if by_kind[GRADIENTS].low > 0.5 else refit.of_judges
     alone = LinearModels([length], folds, weights=weights).held_out()
     return Scores(
         margins=margins,
