@@ -315,10 +315,10 @@ def _refit(tables: Table) -> str:
         return ""
     which = "so they judge here" if judges["helps"] else "which is not enough, so models of all pairs judge here"
     enough = "enough to leave them out" if training["helps"] else "not enough to leave all of them out"
-    return (
-        f" Models that were fitted without the pairs that others contradict agree with {_points(judges)}, {which}. "
-        f"To first order a training without those pairs agrees with {_points(training)}, {enough}."
-    )
+    text = f" Models that were fitted without the pairs that others contradict agree with {_points(judges)}, {which}."
+    if training == judges:  # gradients follow no labels, and were not asked
+        return text
+    return f"{text} To first order a training without those pairs agrees with {_points(training)}, {enough}."
 
 
 def _points(found: Table) -> str:

@@ -135,6 +135,7 @@ SUMMARIES = {
         },
         "a refit that does not help": {"refit": {"gain": 0.0213, "error": 0.004, "helps": False}},
         "a filter that does not help": {"filter": {"gain": 0.0213, "error": 0.004, "helps": False}},
+        "gradients that follow no labels": {"filter": {"gain": 0.021, "error": 0.004, "helps": True}},
         "with lengths none may be flipped": {"flip_rate_with_length": {"estimate": None, "low": 0.0, "high": 0.3}},
         "lengths are not told apart": {"flip_rate_with_length": None},
         "trusted pairs were given": {"num_trusted": 60},
