@@ -23,7 +23,7 @@ _SAY = 'python3 -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@" >> "
 STAND_INS = {
     "ropo": _SAY,
     "vllm": f"{_SAY}; exec /bin/sleep 60",
-    "scontrol": "printf 'node-a\\nnode-b\\n'",
+    "scontrol": "echo node-a; /bin/sleep 0.2; echo node-b",  # as slowly as for a large cluster
     "srun": """while [[ $1 == --* ]]; do shift; done
 for i in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$i "$@"; done""",
     "sleep": '/bin/sleep 0.5; touch "$OUTPUT.done"',  # of the node that serves: the training ends meanwhile
