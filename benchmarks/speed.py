@@ -36,16 +36,13 @@ import argparse
 import csv
 import json
 import logging
-import math
 import os
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -53,77 +50,26 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from speed_clock import NUM_WARM_UP, Clock, Memory, now
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from speed_tables import pair_table, table, whole_table
+from speed_tasks import LORA, Task, make_task
+from speed_ways import RESULTS, RESULTS_GPU, WAYS, Way
 
-from ropo import PairDataset, ROPOConfig, load_pairs, run_rounds
-from ropo.data.tokenize import tokenize_pairs
-from ropo.logps.batch import LAYOUTS, Batching, batches_by_length
+from ropo import PairDataset, ROPOConfig, run_rounds
+from ropo.logps.batch import LAYOUTS, Batching
 from ropo.logps.choose import choose_layout
 from ropo.logps.score import score_pairs
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.provenance import commit, machine
 from ropo.train import trainer as ours
-from ropo_bench import toy
 from ropo_bench.rows import read_rows
 
-HERE = Path(__file__).parent
-RESULTS = Path(__file__).with_suffix(".csv")
-RESULTS_GPU = RESULTS.with_name("speed_gpu.csv")
 COLUMNS = (
     "task", "way", "turn", "training_per_second", "pairs_per_second", "tokens_per_second", "matrix_share", "peak_mib",
     "seconds", "num_pairs", "num_tokens", "matrix_gflops", "threads", "num_parameters", "cores", "device", "torch",
     "transformers", "trl", "swift", "date", "commit",
 )  # fmt: skip
 NUM_REPEATS = 2  # of the pairs in one pass, for "scoring" and "bare forward": such a pass reads thousands in earnest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """One way to train or to score: whose, in which layout, order and precision."""
-
-    name: str
-    measure: str  # of MEASURES
-    layout: str | None = None
-    order: str = "by length"
-    has_bf16: bool = False
-    is_default: bool = False  # a peer as it comes: reference in every step, gradient checkpointing
-    options: Mapping[str, Any] | None = None  # of ROPOConfig
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it belongs to the comparison of whole runs, which has fewer pairs."""
-        return self.name.startswith("whole")
-
-    @property
-    def is_training(self) -> bool:
-        """Whether it trains on the pairs, and does nothing else."""
-        return self.measure in ("ours", "trl", "swift")
-
-    @property
-    def reads_reference(self) -> bool:
-        """Whether the reference is read in every step."""
-        return self.is_default or self.measure == "swift"
-
-
-WAYS = (
-    Way(name="TRL, defaults", measure="trl", order="as given", is_default=True),
-    Way(name="TRL, best", measure="trl"),
-    Way(name="ms-swift, defaults", measure="swift", order="as given", is_default=True),
-    Way(name="ms-swift, best", measure="swift"),
-    Way(name="ours, plain", measure="ours", layout="plain"),
-    Way(name="ours, shared prefix", measure="ours", layout="shared_prefix"),
-    Way(name="ours, packed", measure="ours", layout="packed"),
-    Way(name="ours, packed, as given", measure="ours", layout="packed", order="as given"),
-    Way(name="ours, packed, bf16", measure="ours", layout="packed", has_bf16=True),
-    Way(name="scoring", measure="score"),
-    Way(name="bare forward", measure="forward"),
-    Way(name="whole, TRL", measure="trl", order="as given", is_default=True),
-    Way(name="whole, no audit", measure="whole", order="as given", options={"num_folds": 0}),
-    Way(name="whole", measure="whole", order="as given"),
-)
 QUICK = ("TRL, best", "ours, packed")
 SWIFT_PYTHON = "SWIFT_PYTHON"  # the environment variable that names the interpreter which has ms-swift
 SWIFT_OPTIONS = (
@@ -131,121 +77,10 @@ SWIFT_OPTIONS = (
     "logging_steps", "logging_first_step", "report_to", "seed", "lr_scheduler_type",
 )  # fmt: skip
 GEMMA = ("TRL, defaults", "TRL, best", "ms-swift, defaults", "ms-swift, best", "ours, plain", "ours, packed")
-LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 LARGE = ("TRL, defaults", "TRL, best", "ours, plain", "ours, shared prefix", "ours, packed", "scoring", "bare forward")
 NUM_PAIRS = {"hh": 192, "toy": 800, "gemma": 16, "large": 160}
 NUM_PAIRS_WHOLE = 64
 NUM_PAIRS_QUICK = {"hh": 40, "toy": 256, "gemma": 12, "large": 40}
-LARGE_SHAPE = {
-    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
-}  # fmt: skip
-LARGE_WORDS = (512, 256, 256)  # of prompt, chosen and rejected, on average
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """A model, its tokenizer and pairs."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    pairs: list[Any]
-    tokens: list[Any]
-    batch_size: int
-    max_length: int
-    learning_rate: float
-
-    @property
-    def has_bf16(self) -> bool:
-        """Whether all of it runs under bfloat16 autocast."""
-        return self.name in ("gemma", "large")
-
-    @property
-    def peft_config(self) -> LoraConfig | None:
-        """Of the adapter that is trained."""
-        return LoraConfig(**LORA, task_type="CAUSAL_LM") if self.name == "gemma" else None
-
-
-def make_task(name: str, source: str | None, num_pairs: int, order: str, folder: str | None = None) -> Task:
-    """Make the model and take pairs spread over the data, whole batches, the same in every process."""
-    batch_size, max_length = 8, 512
-    if name == "toy":
-        tokenizer, pairs, batch_size = toy.make_tokenizer(), toy.make_pairs(num_pairs, seed=1), 16
-        model: Any = toy.make_model(tokenizer)
-    elif name == "large":
-        tokenizer, model, pairs = make_large(num_pairs)
-        max_length = LARGE_SHAPE["max_position_embeddings"]
-    elif name == "gemma":
-        pairs, batch_size, max_length = load_pairs(source).pairs, 4, 256
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    else:
-        pairs = load_pairs(source).pairs
-        tokenizer, model = make_tokenizer_and_model(pairs)
-    found = tokenize_pairs(pairs, tokenizer, max_length=max_length)
-    count = min(num_pairs, len(found.pairs)) // batch_size * batch_size
-    places = list(range(0, len(found.pairs), len(found.pairs) // count))[:count]
-    if order == "by length":
-        places = _by_length(places, [len(found.tokens[i]) for i in places], batch_size)
-    return Task(
-        name=name,
-        model=model.float(),
-        tokenizer=tokenizer,
-        pairs=[found.pairs[i] for i in places],
-        tokens=[found.tokens[i] for i in places],
-        batch_size=batch_size,
-        max_length=max_length,
-        learning_rate=1e-6 if name == "large" else 1e-4,  # of so many random weights all move at once
-    )
-
-
-def _by_length(places: list[int], lengths: list[int], batch_size: int) -> list[int]:
-    """Batches of similar length in any order: what the length-grouping sampler of `transformers` makes of a long run.
-
-    It sorts 50 batches at a time, but fewer where there are few pairs, which would fill up rows as no long run does.
-    """
-    batches = list(batches_by_length(lengths, max_tokens=batch_size * max(lengths), max_pairs=batch_size))
-    random.Random(0).shuffle(batches)
-    return [places[i] for batch in batches for i in batch]
-
-
-def make_tokenizer_and_model(pairs: Sequence[Any]) -> tuple[Any, Any]:
-    """Byte-level BPE learned from the pairs, and a Llama of 6.9 million parameters."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([f"{pair.prompt}{pair.chosen}{pair.rejected}" for pair in pairs], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
-    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, pad_token_id=0, eos_token_id=1, bos_token_id=1, **shape))
-    return tokenizer, model
-
-
-def make_large(num_pairs: int) -> tuple[Any, Any, list[Any]]:
-    """A vocabulary of numbered words, a Llama of `LARGE_SHAPE`, and pairs of random words of about `LARGE_WORDS`."""
-    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(LARGE_SHAPE["vocab_size"])}, unk_token="w0"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w1")
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(LlamaConfig(**LARGE_SHAPE, pad_token_id=0, eos_token_id=1, bos_token_id=1))
-    chance = random.Random(0)
-
-    def text(mean: int) -> str:
-        count = round(mean * chance.uniform(0.5, 1.5))
-        return " ".join(f"w{chance.randrange(2, LARGE_SHAPE['vocab_size'])}" for _ in range(count))
-
-    rows = []
-    for _ in range(num_pairs):
-        prompt, chosen, rejected = map(text, LARGE_WORDS)
-        rows.append({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"})
-    return tokenizer, model, load_pairs(rows).pairs
 
 
 def common(task: Task, folder: str) -> dict[str, Any]:
@@ -563,79 +398,6 @@ def run_turn(args: argparse.Namespace, task: str, turn: int) -> None:
         write_rows(args.output, rows)
         print({name: rows[-1][name] for name in COLUMNS[:7]}, flush=True)
     check_losses(losses, task)
-
-
-def table() -> str:
-    """One table per task: speeds and memory as mean and range over the turns, and ratios of runs of one turn."""
-    rows = [row for path in (RESULTS, RESULTS_GPU) for row in read_rows(path)]
-    tasks = [task for task in NUM_PAIRS if any(row["task"] == task for row in rows)]
-    return "\n\n".join(_table(task, [row for row in rows if row["task"] == task]) for task in tasks)
-
-
-def _table(task: str, rows: list[dict[str, Any]]) -> str:
-    by_way = {way.name: {row["turn"]: row for row in rows if row["way"] == way.name} for way in WAYS}
-
-    def ratio(name: str, column: str, other: str) -> str:
-        mine, theirs = by_way[name], by_way[other]
-        return _spread([float(mine[turn][column]) / float(theirs[turn][column]) for turn in mine if turn in theirs])
-
-    lines = [
-        f"| {task} | training, pairs/s | with reference, pairs/s | share of matrix rate | peak, MiB "
-        "| with reference, to TRL's defaults | with a cached reference, to TRL's defaults | training, to TRL's best "
-        "| memory, to TRL's best |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for way in WAYS:
-        if not (found := list(by_way[way.name].values())) or way.is_whole:
-            continue
-        has_reference = way.measure == "ours" or way.reads_reference
-        cells = [
-            _spread([float(row["training_per_second"]) for row in found]),
-            _spread([float(row["pairs_per_second"]) for row in found]) if has_reference else "",
-            _spread([float(row["matrix_share"]) for row in found]),
-            f"{statistics.mean(float(row['peak_mib']) for row in found):.0f}",
-            ratio(way.name, "pairs_per_second", "TRL, defaults") if has_reference else "",
-            ratio(way.name, "training_per_second", "TRL, defaults") if way.measure == "ours" else "",
-            ratio(way.name, "training_per_second", "TRL, best") if way.is_training else "",
-            ratio(way.name, "peak_mib", "TRL, best") if way.is_training else "",
-        ]
-        lines.append(f"| {way.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def whole_table() -> str:
-    """What a whole run costs, beside one TRL run (at its defaults) of as many epochs: two."""
-    rows = [row for row in read_rows(RESULTS) if row["task"] == "hh"]
-    trl = {row["turn"]: 2 / float(row["pairs_per_second"]) for row in rows if row["way"] == "whole, TRL"}
-    lines = ["| run | ms a pair | to two epochs of TRL's DPOTrainer |", "|---|---|---|"]
-    lines.append(f"| TRL, defaults, 2 epochs | {_spread([1000 * value for value in trl.values()])} | 1 |")
-    for way in WAYS:
-        found = {row["turn"]: 1 / float(row["pairs_per_second"]) for row in rows if row["way"] == way.name}
-        if way.is_whole and way.measure != "trl" and found:
-            ratios = [value / trl[turn] for turn, value in found.items() if turn in trl]
-            lines.append(f"| {way.name} | {_spread([1000 * v for v in found.values()])} | {_spread(ratios)} |")
-    return "\n".join(lines)
-
-
-def pair_table() -> str:
-    """Ways of ours beside each other, as ratios of runs of one turn."""
-    rows = read_rows(RESULTS)
-    rate = {(row["task"], row["way"], row["turn"]): float(row["training_per_second"]) for row in rows}
-    tasks = [task for task in NUM_PAIRS if any(row["task"] == task and row["way"] == "scoring" for row in rows)]
-    lines = [f"| pairs a second, ratio | {' | '.join(tasks)} |", "|---|---|---|"]
-    for name, other in (("ours, packed, bf16", "ours, packed"), ("scoring", "bare forward")):
-        turns = sorted({row["turn"] for row in rows})
-        cells = [_spread([rate[task, name, turn] / rate[task, other, turn] for turn in turns]) for task in tasks]
-        lines.append(f"| {name}, to {other} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    digits = max(0, 1 - math.floor(math.log10(statistics.mean(values))))
-    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} ({low}-{high})" if len(values) > 1 else mean
 
 
 def tasks_of(args: argparse.Namespace) -> list[str]:
