@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import (
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS
-from ropo.logps.choose import choose_layout
+from ropo.logps.choose import choose_layout, varies_in_training
+from ropo.logps.dropout import turn_dropout_off
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.logps.small_copy import small_copies
 
@@ -48,6 +49,11 @@ FEW = {
 }
 # Not text in, text out; no language model by themselves; or random (Reformer draws its buckets).
 LEFT_OUT = {"musicgen", "musicgen_melody", "trocr", "git", "whisper", "reformer"}
+
+# Where dropout is kept: in modules, in numbers of theirs by several names, in the configuration that layers read.
+WITH_DROPOUT = ("gpt2", "opt", "seed_oss", "gpt_bigcode", "bloom", "falcon", "persimmon", "starcoder2", "bart", "xlm")
+# Draw blocks of attention, or experts, whatever the configuration says.
+VARYING = {"big_bird", "phimoe"}
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,47 @@ def test_a_family_of_each_kind(family):
     assert row is not None
     assert row.layout == FEW[family], row.why
     assert row.error_nats < TOLERANCE_NATS
+
+
+def with_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration with much of every dropout but that of whole layers, which may happen to leave out none."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            with_dropout(value)
+        elif ("drop" in name and "layerdrop" not in name) and type(value) in (int, float):
+            setattr(config, name, 0.5)
+    return config
+
+
+def changes_in_training(family: str) -> tuple[float, float] | None:
+    """Largest change of log-probabilities by training, with and without dropout, in nats; None if there is no model."""
+    model_class, config = default_config(family)
+    try:
+        model = next(small_copies(model_class, with_dropout(config)))
+        tokens = make_tokens(model.get_input_embeddings().weight.shape[0])[:1]
+        wanted = logps_in("plain", model, tokens)
+    except Exception:
+        return None
+    before = model.config.to_dict()
+    found = []
+    for turn in (lambda _: None, turn_dropout_off):
+        turn(model)
+        found.append(float((logps_in("plain", model.train(), tokens) - wanted).abs().max()))
+    assert model.config.to_dict() == before  # as it is saved
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("family", WITH_DROPOUT)
+def test_dropout_is_off(family):
+    with_it, without = changes_in_training(family)
+    assert with_it > 0.01
+    assert without < 1e-4
+
+
+@pytest.mark.parametrize(("family", "varies"), [("llama", False), ("opt", False), ("phimoe", True)])
+def test_what_else_is_drawn_is_told(family, varies):
+    model_class, config = default_config(family)
+    assert varies_in_training(next(small_copies(model_class, config))) == varies
 
 
 def examine_all() -> list[Row]:
@@ -197,6 +244,15 @@ def test_all_families():
     assert len(rows) >= 60
     assert not [row for row in rows if row.error_nats >= TOLERANCE_NATS]
     assert TABLE.read_text("utf-8") == render(rows), "the table is old: run this file with python"
+
+
+@pytest.mark.slow
+def test_dropout_is_off_in_all_families():
+    """And those in which something else is left to chance are known."""
+    found = {family: changes_in_training(family) for family in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - LEFT_OUT}
+    changes = {family: one[1] for family, one in found.items() if one is not None}
+    assert len(changes) >= 120
+    assert {family for family, change in changes.items() if change > 1e-4} == VARYING
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainingArguments
 
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import tokenize_pairs
@@ -155,10 +155,15 @@ def test_habits_from_trl_are_answered(model, tokenizer, pairs, tmp_path):
         ROPOTrainer(model, config(tmp_path), train_dataset=pairs)
 
 
-def test_no_dropout_is_left(tokenizer, pairs, tmp_path):
-    """Neither as a module nor as a number that attention is called with: before training every margin is 0."""
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), attention_dropout=0.5, pad_token_id=0, **shape))
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_bigcode"])
+def test_no_dropout_is_left(family, tokenizer, pairs, tmp_path):
+    """Neither as a module nor as a number of any name: before training every margin is 0, in packed rows, too."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    more = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}.get(family, {"intermediate_size": 64})
+    config_class = CONFIG_MAPPING[family]
+    model = AutoModelForCausalLM.from_config(
+        config_class(vocab_size=len(tokenizer), attention_dropout=0.5, pad_token_id=0, **shape, **more)
+    )
     args = config(tmp_path, max_steps=1, learning_rate=1e-9)
     trainer = ROPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
     trainer.train()

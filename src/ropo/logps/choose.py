@@ -11,7 +11,7 @@ precision, adapters) is asked of the model itself, on the shortest pairs of use 
 import json
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS
+from ropo.logps.dropout import turn_dropout_off
 from ropo.logps.response_head import LogitMap
 from ropo.logps.sharded import class_of, device_of, is_sharded
 from ropo.logps.shared_prefix import (
@@ -44,6 +45,7 @@ _SMALL_PAIRS = ((19, 11, 14), (7, 17, 9))
 _LONG_PAIR = (190, 9, 14)
 # By how many nats one token of the prompt must change a response of a small copy, so that mistakes show.
 _LEAST_EFFECT = 0.5
+_ROUNDING = 1e-4  # nats, of a small copy in float32
 # Layers whose attention is causal, within a window or a chunk where they say so; others keep a state or look up blocks.
 _TREE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 # Rows that share nothing are compared on the longest pair where the plain layout has at most so many logits, 1 GiB.
@@ -111,6 +113,14 @@ def choose_layout(
     finally:
         model.train(was_training)
     return "plain", reasons[-1]
+
+
+def varies_in_training(model: nn.Module) -> bool:
+    """Whether log-probabilities of an architecture depend on chance in training, even without dropout.
+
+    Some draw experts or blocks of attention then. A model of which there is no small copy is taken to be as others are.
+    """
+    return _architecture_of(causal_lm_of(model)).varies_in_training
 
 
 @lru_cache
@@ -189,6 +199,11 @@ class _Architecture:
     def is_known(self) -> bool:
         """Whether there is a copy that answers."""
         return self._trial is not None
+
+    @cached_property
+    def varies_in_training(self) -> bool:
+        """Whether the copy says in training what it does not say otherwise."""
+        return self._trial is not None and self._trial.varies_in_training()
 
     def refusal(self, layout: str) -> str | None:
         """Why a layout is not right for this architecture, in one sentence, or None."""
@@ -303,6 +318,15 @@ class _Trial:
         except _FAILURES:
             pass
         return False
+
+    def varies_in_training(self) -> bool:
+        """Whether log-probabilities in training differ from the others by more than rounding, without dropout."""
+        turn_dropout_off(self.model)
+        self.model.train()
+        try:
+            return bool(((self.logps("plain", self.few) - self.plain()).abs() > _ROUNDING).any())
+        finally:
+            self.model.eval()
 
     def _effect_of_a_token(self) -> float:
         """Change of a response's log-probability by the last token but one of its prompt, in nats."""

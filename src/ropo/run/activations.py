@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
+from ropo.logps.dropout import turn_dropout_off
 from ropo.logps.response_head import piece_tokens
 from ropo.logps.shared_prefix import FORWARDS, enable_response_logps
 from ropo.models.adapters import add_adapter
-from ropo.train.model import turn_dropout_off
 
 _ROW = 128  # tokens of a row of the forward pass that is counted; the mask of longer ones would be counted, too
 

@@ -25,11 +25,11 @@ from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.logps.batch import LAYOUTS
 from ropo.logps.choose import choose_layout
+from ropo.logps.dropout import turn_dropout_off
 from ropo.logps.shared_prefix import FORWARDS
 from ropo.models.adapters import add_adapter
 from ropo.run.activations import with_layers
 from ropo.run.formats import is_checkpointed
-from ropo.train.model import turn_dropout_off
 from ropo.train.trainer import CPU_TOKENS
 
 _NUM_STEPS = 2  # that are timed, the fastest counts: the first one warms up

@@ -4,18 +4,23 @@ In: a model or its name, a tokenizer or none, the settings of an adapter or none
 """
 
 import copy
+import logging
 import re
 
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ropo.logps.choose import varies_in_training
+from ropo.logps.dropout import turn_dropout_off
 from ropo.logps.load_balance import LoadBalance, coefficient_of
 from ropo.logps.shared_prefix import balance_load, causal_lm_of, decoder_of
 from ropo.models.adapters import add_adapter, check_beginning
 from ropo.models.fit import check_adapter
 from ropo.models.quantized import compute_as_in_training
 from ropo.models.source import Model, find_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def make_ready(
@@ -42,6 +47,12 @@ def make_ready(
             )
         tokenizer = load_tokenizer(place)
     turn_dropout_off(model)
+    if varies_in_training(model):
+        logger.warning(
+            "In training a %s draws at random, beside its dropout, which is off: its margins vary from one pass to "
+            "another, and the first are not 0.",
+            causal_lm_of(model).config.model_type,
+        )
     compute_as_in_training(model)
     for name in parts_beside_language(model):  # no loss depends on them, which processes that share gradients wait for
         causal_lm_of(model).get_submodule(name).requires_grad_(requires_grad=False)
@@ -49,15 +60,6 @@ def make_ready(
         check_beginning(peft_config, is_quantized=getattr(model, "is_quantized", False))
         check_adapter(model, peft_config)
     return model, tokenizer
-
-
-def turn_dropout_off(model: nn.Module) -> None:
-    """A margin compares two probabilities of one text; dropout would make both depend on chance."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # a number that is given to the kernel
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None, *, seed: int) -> PreTrainedModel:
