@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     Cohere2Config,
@@ -259,6 +259,24 @@ def test_a_layout_may_be_chosen_while_features_are_read():
     assert choose_layout(model, tokens, pad_token_id=0)[0] == "packed"
     found = [read(model, layout, tokens)[1]["hidden_middle"] for layout in ("plain", "packed")]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_virtual_tokens_come_before_the_prompt():
+    """Of a prompt-tuned adapter: log-probabilities and hidden states are read at the tokens of the text."""
+    base = made("own head")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=32, num_layers=3)
+    model = get_peft_model(base, config).eval()
+    tokens = make_tokens()
+    batch = LAYOUTS["plain"](tokens, pad_token_id=0)
+    found, _ = FeatureReader(model, SKETCHES[0]).read(FORWARDS["plain"], batch)
+    virtual_VH = model.get_prompt(1)[0]
+    for i, pair in enumerate(tokens):
+        ids = torch.from_numpy(np.concatenate([pair.prompt, pair.chosen]).astype(np.int64))
+        embedded_TH = torch.cat([virtual_VH, base.get_input_embeddings()(ids)])
+        logps_TV = base(inputs_embeds=embedded_TH[None]).logits[0].log_softmax(-1)
+        predicted_TV = logps_TV[len(virtual_VH) + len(pair.prompt) - 1 : -1]
+        wanted = predicted_TV.gather(1, ids[len(pair.prompt) :, None]).sum()
+        torch.testing.assert_close(found.chosen[i], wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_a_model_without_a_head_is_refused():

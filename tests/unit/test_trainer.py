@@ -6,7 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import (
+    FourierFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainingArguments
 
@@ -305,6 +315,39 @@ def test_an_adapter_that_does_not_fit_costs_no_reference(model, tokenizer, pairs
 @pytest.mark.parametrize("begin", ["pissa", "olora", "orthogonal", False])
 def test_an_adapter_that_reads_weights_to_begin_is_let_through(begin, model):
     check_adapter(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=begin))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        LoHaConfig(target_modules=["q_proj"]),
+        OFTConfig(target_modules=["q_proj"], oft_block_size=8),
+        VeraConfig(target_modules=["q_proj"]),
+    ],
+    ids=lambda one: one.peft_type.value,
+)
+def test_adapters_that_begin_at_the_reference_are_let_through(adapter, model):
+    check_adapter(model, adapter)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        PromptTuningConfig(num_virtual_tokens=5),
+        PrefixTuningConfig(num_virtual_tokens=5),
+        MultitaskPromptTuningConfig(num_virtual_tokens=5),
+        FourierFTConfig(target_modules=["q_proj"], n_frequency=50),
+    ],
+    ids=lambda one: one.peft_type.value,
+)
+def test_an_adapter_that_begins_elsewhere_is_refused(adapter, model, tokenizer, pairs, tmp_path):
+    """As `init_lora_weights=False` is: margins are measured from the reference."""
+    adapter.task_type = "CAUSAL_LM"
+    with pytest.raises(ValueError, match=f"got peft_type {adapter.peft_type.value}"):
+        ROPOTrainer(
+            model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer, peft_config=adapter
+        )  # fmt: skip
 
 
 def test_only_a_refusal_of_the_adapter_refuses_it(model, monkeypatch):

@@ -7,16 +7,20 @@ import contextlib
 import copy
 import itertools
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs
+from ropo.logps.sharded import class_of
+from ropo.logps.shared_prefix import causal_lm_of
+from ropo.logps.small_copy import small_copies
 from ropo.models.adapters import add_adapter
 from ropo.models.source import Model
 from ropo.pairs import Pair
@@ -57,14 +61,15 @@ def check_positions(model: Model, *parts: TokenizedPairs) -> None:
 
 
 def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
-    """Refuse an adapter that the model cannot take: it is put on a copy without weights.
+    """Refuse an adapter that the model cannot take: it is put on a copy without weights, and on a small one with some.
 
     Args:
         model: With or without weights; it is left as it is.
         peft_config: Of the adapter.
 
     Raises:
-        ValueError: If a module is not there, or a number is out of range.
+        ValueError: If a module is not there, a number is out of range, or the adapter changes the model before it is
+            trained.
     """
     no_weights = {
         id(one): nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for one in model.parameters()
@@ -86,6 +91,31 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
             f"An adapter (peft_config, lora_*) needs to fit its model; got: {error} Linear layers of this model: "
             f"{', '.join(sorted(linear))}."
         ) from error
+    # Of a LoRA adapter, `init_lora_weights` says it (`check_beginning`).
+    if not isinstance(peft_config, LoraConfig) and (
+        peft_config.is_prompt_learning or _begins_elsewhere(model, peft_config)
+    ):
+        name = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
+        raise ValueError(
+            f"An adapter needs to begin at the reference, from which margins are measured; got peft_type {name}, "
+            "which changes the model before it is trained. Take LORA, or options with which it begins there."
+        )
+
+
+def _begins_elsewhere(model: nn.Module, peft_config: PeftConfig) -> bool:
+    """Whether a small copy of the model says something else with the adapter; no, where none takes the adapter."""
+    causal_lm = causal_lm_of(model)
+    for small in small_copies(class_of(causal_lm), causal_lm.config):
+        ids_BT = torch.arange(3, 15)[None]
+        try:
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # sizes of the copy are no user's fault
+                wanted = small(ids_BT, use_cache=False).logits
+                adapted: Any = add_adapter(small, copy.deepcopy(peft_config)).eval()
+                found = adapted(ids_BT, use_cache=False).logits[:, -ids_BT.shape[1] :]
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError):
+            continue
+        return not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    return False
 
 
 def check_ids(
