@@ -20,6 +20,7 @@ INJECTED_SHARE = 0.1
 """Labels that are flipped at a time for the bins."""
 
 NUM_BINS = 10
+_TINY = 1e-9  # stands for a rate of 0, at which recall has a limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,9 @@ def calibrate(
         return None
     groups = _groups(margins, weights, is_called, estimate, annotators)
     recall, precision = _claims(groups, 1.0)
-    ends = [_claims(groups, end / max(estimate.rate, 1e-9)) for end in (estimate.low, estimate.high)]
+    if max(one.rate for one in groups) <= _TINY:
+        precision = None
+    ends = [_claims(groups, end / max(estimate.rate, _TINY)) for end in (estimate.low, estimate.high)]
     recalls, precisions = zip(*((one[0], one[1] or 0.0) for one in ((recall, precision), *ends)), strict=True)
     shares = np.array([one.share for one in groups])
     if clusters is not None:
@@ -137,7 +140,7 @@ def _groups(
         cut = margins[own & is_called].max(initial=-np.inf)
         flipped, others = (mean_of(seen[own] <= cut, weights[own]) for seen in (-margins, margins))
         share = float(weights[own].sum() / weights.sum())
-        groups.append(_Group(share, rates.get(str(name), estimate.rate), flipped, others))
+        groups.append(_Group(share, max(rates.get(str(name), estimate.rate), _TINY), flipped, others))
     return groups
 
 
@@ -145,7 +148,7 @@ def _claims(groups: Sequence[_Group], factor: float) -> tuple[float, float | Non
     """The recall and the precision that follow if every rate is `factor` times the estimated one."""
     wrong, hits, called = 0.0, 0.0, 0.0
     for one in groups:
-        rate = min(one.rate * factor, 1.0)  # an annotator may be wrong more often than right
+        rate = min(max(one.rate * factor, _TINY), 1.0)  # an annotator may be wrong more often than right
         rate = 0.49 if 0.49 < rate < 0.51 else rate  # where flipped labels look like the others
         recall, alarms = (
             float(np.clip(((1 - rate) * this - rate * other) / (1 - 2 * rate), 0.0, 1.0))
@@ -154,7 +157,9 @@ def _claims(groups: Sequence[_Group], factor: float) -> tuple[float, float | Non
         wrong += one.share * rate
         hits += one.share * rate * recall
         called += one.share * (rate * recall + (1 - rate) * alarms)
-    return hits / max(wrong, 1e-12), hits / called if hits > 0 else None
+    if hits == 0:
+        return 0.0, None
+    return hits / wrong, hits / called if wrong > 2 * _TINY else 0.0
 
 
 def _bins(margins: PerPair, estimate: FlipEstimate, *, seed: int) -> tuple[CalibrationBin, ...]:

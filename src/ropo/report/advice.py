@@ -9,6 +9,7 @@ keeps silent. Add a piece of advice: one function, one line in `ADVICE`, one cas
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ropo.audit.weights import Why
 from ropo.report.biases import kept_differ
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range, probability, shown_name
 
@@ -25,6 +26,12 @@ def is_open(tables: Table) -> bool:
     if contradicted is None or not contradicted["num"] or (review is not None and review["num_likely"]):
         return False
     return not estimate["is_informative"] or estimate["high"] > SMALL_RATE
+
+
+def num_open_flips(tables: Table, rate: float) -> float:
+    """How many labels without a review decision a flip rate of all makes wrong; reviews find the wrong ones first."""
+    counts = tables["counts"]
+    return float(max(rate * (counts["num_pairs"] - counts["num_left_out"]) - counts["num_judged_wrong"], 0.0))
 
 
 def _advise_trusted_first(tables: Table) -> str | None:
@@ -44,7 +51,8 @@ def _advise_signal(tables: Table) -> str | None:
     estimate = tables["estimate"]
     if estimate["is_informative"]:
         return None
-    pieces = [] if estimate["rho"] == 0 else ["Keep all pairs (`--rho 0`) until there is a signal."]
+    is_kept = estimate["rho"] == 0 or estimate["rho_why"] == Why.FILTER_HELPS
+    pieces = [] if is_kept else ["Keep all pairs (`--rho 0`) until there is a signal."]
     if tables["margins"]["is_held_out"]:
         is_trained = any(row["name"] == "models" and row["is_taken"] for row in tables["scorers"])
         training = "longer training of the fold models (`--num_train_epochs`, `--learning_rate`), "
@@ -170,16 +178,18 @@ def _advise_parts(tables: Table) -> str | None:
 
 
 def _advise_rho(tables: Table) -> str | None:
-    estimate = tables["estimate"]
-    rho, shown = estimate["rho"], percent_range(estimate["low"], estimate["high"])
-    if not estimate["is_informative"] or rho is None:
+    estimate, rho = tables["estimate"], tables["estimate"]["rho"]
+    if not estimate["is_informative"] or rho is None or estimate["rho_why"] != Why.GIVEN:
         return None
-    if rho > estimate["high"] + 0.005:
+    num_open = max(tables["counts"]["num_pairs"] - tables["counts"]["num_judged"], 1)
+    low, high = (num_open_flips(tables, estimate[end]) / num_open for end in ("low", "high"))
+    shown = percent_range(low, high)
+    if rho > high + 0.005:
         return (
             f"ρ = {decimal(rho)} filters out more than the interval allows ({shown}): right pairs are being lost. "
             "`--rho auto` follows the estimate."
         )
-    if rho < estimate["low"] - 0.005:
+    if rho < low - 0.005:
         return (
             f"ρ = {decimal(rho)} filters out less than the interval suggests ({shown}): wrong pairs stay in. "
             "`--rho auto` follows the estimate."

@@ -8,7 +8,7 @@ from typing import Any
 
 from ropo.audit.weights import Why
 from ropo.provenance import Json
-from ropo.report.advice import FEW, SMALL_RATE, advice, is_open
+from ropo.report.advice import FEW, SMALL_RATE, advice, is_open, num_open_flips
 from ropo.report.biases import LENGTH, kept_differ
 from ropo.report.clauses import CLAUSES
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range
@@ -102,12 +102,12 @@ def _may_hide_flips(tables: Table) -> bool:
 
 def _likely(tables: Table) -> str:
     """What P(flipped) adds up to, and why the flip rate may say another number."""
-    review, estimate, counts = tables["review"], tables["estimate"], tables["counts"]
+    review, estimate = tables["review"], tables["estimate"]
     text = (
         f"Read these first: each is more likely flipped than right. Their P(flipped) add up to about "
         f"{counted(review['found_likely'], 'wrong label')}, those of all pairs to {count(review['found_all'])}."
     )
-    by_rate = estimate["rate"] * (counts["num_pairs"] - counts["num_judged"])
+    by_rate = num_open_flips(tables, estimate["rate"])
     if abs(by_rate - review["found_all"]) <= max(1.0, NUM_DIFFERING * by_rate):
         return text
     return f"{text} The flip rate makes it {count(by_rate)}: it is estimated before, and by itself."
@@ -153,7 +153,8 @@ def budget(tables: Table) -> str:
     estimate = tables["estimate"]
     if estimate["rho"] is None:
         return ""
-    what = "the share to filter out" if estimate["rho"] else "so nothing is filtered out"
+    of_open = " of the pairs without a review decision" if tables["counts"]["num_judged"] else ""
+    what = f"the share{of_open} to filter out" if estimate["rho"] else "so nothing is filtered out"
     return f"ρ = {decimal(estimate['rho']) if estimate['rho'] else 0}, {what}{_since(estimate['rho_why'])}."
 
 
@@ -259,7 +260,7 @@ def _tested(calibration: Table | None) -> list[str]:
 
 def _untested(tables: Table) -> list[str]:
     """Why no labels were flipped to test the estimate."""
-    estimate = tables["estimate"]
+    estimate, counts = tables["estimate"], tables["counts"]
     if not tables["margins"]["is_held_out"]:
         return [
             "The test with labels flipped on purpose needs models that have not seen the pairs. There were none: "
@@ -271,6 +272,13 @@ def _untested(tables: Table) -> list[str]:
         ]
     if estimate["rate"] == 0:
         return ["We did not test the estimate with labels flipped on purpose: it says that none is flipped."]
+    if counts["num_judged"]:
+        return [
+            "We did not test the estimate with labels flipped on purpose: those that were not reviewed are no sample "
+            "of all. The audit before the review did."
+        ]
+    if counts["keep"] == counts["num_pairs"]:
+        return ["We did not test the estimate with labels flipped on purpose: no label is called wrong."]
     return ["We did not test the estimate with labels flipped on purpose: there are too few pairs for it."]
 
 

@@ -9,6 +9,7 @@ Add a section: one function here (or in `from_summary`, `training`, `pair_tables
 `build_tables`, one block in each template.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,7 @@ def build_tables(
         "task": "audit" if summary.get("task") == "audit" else "train",
         "estimate": estimate,
         "loss": from_summary.loss(summary),
-        "counts": _counts(scores, pairs, seen.is_open),
+        "counts": _counts(scores, pairs, seen.in_order),
         "review": _review(scores["p_flip"][seen.is_open], is_informative=is_told),
         "contradicted": _contradicted(scores, seen.is_open),
         "calibration": from_summary.calibration(summary),
@@ -193,12 +194,15 @@ def _estimate(summary: Mapping[str, Any], num_pairs: int) -> Json:
     }
 
 
-def _counts(scores: Columns, pairs: Sequence[Pair], is_open: NDArray[np.bool_]) -> Json:
+def _counts(scores: Columns, pairs: Sequence[Pair], in_order: Sequence[Pair]) -> Json:
+    verdicts = Counter(pair.verdict for pair in in_order)
     counts = {decision: int((scores["decision"] == decision).sum()) for decision in DECISIONS}
     return {
         "num_pairs": len(scores["row"]),
         **counts,
-        "num_judged": int((~is_open).sum()),
+        "num_judged": len(in_order) - verdicts[None],
+        "num_judged_wrong": verdicts["wrong"],
+        "num_left_out": verdicts["drop"],
         "new_pairs": sum(pair.origin == "resampled" for pair in pairs),
         "weight_kept_mean": mean(scores["weight"][scores["decision"] == "keep"]),
     }

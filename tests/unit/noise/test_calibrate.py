@@ -49,6 +49,18 @@ def test_without_flips_in_reach_of_the_interval_all_called_pairs_may_be_right():
     assert calibrate(margins, found, margins <= 0.0).precision_range[0] == 0.0
 
 
+@pytest.mark.parametrize(("rate", "low"), [(0.0, 0.0), (0.0003, 0.0), (0.01, 0.005)])
+def test_recall_has_a_limit_where_no_label_is_wrong(rate, low):
+    """As where right labels are filtered by a given rho: flips would have been found, were there any."""
+    margins = np.random.default_rng(0).normal(2.0, 1.0, 2000)
+    estimate = dataclasses.replace(estimate_flips(margins), rate=rate, low=low, high=0.02)
+    found = calibrate(margins, estimate, margins <= np.quantile(margins, 0.1))
+    assert found.recall > 0.99
+    assert 0.99 < found.recall_range[0] <= found.recall_range[1] <= 1.0
+    assert (found.precision is None) == (rate == 0)
+    assert found.precision_range[1] < 0.25
+
+
 def test_bins_predict_what_is_observed():
     margins, _ = planted(0.2)
     bins = calibrate(margins, estimate_flips(margins), margins <= 0.0).bins

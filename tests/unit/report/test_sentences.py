@@ -1,15 +1,18 @@
 """Which sentences a report holds, by their rule or by the enum behind them; their words stand in the golden report."""
 
+from dataclasses import replace
+
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from ropo.audit import features
 from ropo.audit.run import SCORERS
 from ropo.audit.weights import Why
-from ropo.report.advice import advice, is_open
+from ropo.report.advice import advice, is_open, num_open_flips
 from ropo.report.clauses import CLAUSES
 from ropo.report.from_summary import MEANINGS, SURFACE
-from ropo.report.sentences import doubt, write_sentences
+from ropo.report.sentences import _untested, doubt, write_sentences
 from ropo.report.tables import build_tables
 from ropo.report.wording import NB_SPACE, percent, percent_range
 
@@ -67,8 +70,8 @@ def test_the_first_screen_counts_what_to_read_and_what_was_done(make_run):
 @pytest.mark.parametrize(
     ("summary", "rule"),
     [
-        ({"rho": 0.45, "flip_rate": RATE}, "rho"),
-        ({"rho": 0.05, "flip_rate": RATE}, "rho"),
+        ({"rho": 0.45, "rho_why": Why.GIVEN, "flip_rate": RATE}, "rho"),
+        ({"rho": 0.05, "rho_why": Why.GIVEN, "flip_rate": RATE}, "rho"),
         ({"flip_rate": {"estimate": 0.2, "low": 0.1, "high": 0.3}}, "width"),
         ({"flip_rate": RATE}, "information"),
         ({"problems": {"identical": 5, "truncated": 9}}, "problems"),
@@ -83,6 +86,49 @@ def test_rules_keep_silent_when_they_do_not_apply(make_audit):
     quiet = {"estimate": 0.2, "low": 0.18, "high": 0.22}
     silent = {"problems": {"truncated": 3}, "annotators": [], "token_lengths": None, "num_trusted": 50}
     assert advised(make_audit, flip_rate=quiet, rho=0.2, task="train", **silent) == {"review"}
+
+
+@pytest.mark.parametrize("why", [Why.ESTIMATED, Why.FILTER_HELPS])
+def test_no_advice_against_what_the_estimate_chose(make_audit, why):
+    assert "rho" not in advised(make_audit, rho=0.45, rho_why=why, flip_rate=RATE)
+    tables, _ = said(make_audit, rho=0.45, rho_why=why, is_informative=False)
+    assert ("--rho 0" in advice(tables)["signal"]) == (why != Why.FILTER_HELPS)
+
+
+def reviewed(make_audit, verdicts, **summary):
+    """The tables after the first pairs, from the most suspect downwards, have been judged so."""
+    run = make_audit()
+    pairs, margins = run["pairs"], run["ledger"]["held_out_margin"].to_numpy()
+    for i, verdict in zip(np.argsort(margins), verdicts, strict=False):
+        pairs[i] = replace(pairs[i], verdict=verdict)
+    return build_tables(**make_audit(pairs, summary))
+
+
+def test_wrong_labels_that_a_review_has_found_are_not_sought_again(make_audit):
+    """0.3 of 20 labels are 6; of these a review has found 4, and a pair that was left out is no label."""
+    tables = reviewed(make_audit, [*4 * ["wrong"], "right", "drop"], flip_rate={**RATE, "estimate": 0.3})
+    assert num_open_flips(tables, 0.3) == pytest.approx(0.3 * 19 - 4)
+    assert num_open_flips(tables, 0.1) == 0
+
+
+def test_a_given_rho_is_a_share_of_what_was_not_reviewed(make_audit):
+    given = {"rho_why": Why.GIVEN, "flip_rate": RATE}
+    for verdicts, rho, is_right in (([], 0.29, True), (5 * ["wrong"], 0.29, False), (5 * ["wrong"], 0.05, True)):
+        tables = reviewed(make_audit, verdicts, rho=rho, **given)
+        assert ("rho" not in advice(tables)) == is_right
+
+
+def test_why_no_labels_were_flipped_on_purpose(make_audit):
+    """A review leaves no sample of all labels, and where nothing is called there is nothing to test."""
+    untested = {"calibration": None, "flip_rate": {"estimate": 0.002, "low": 0.0, "high": 0.02}}
+    run = make_audit(summary=untested)
+    run["ledger"] = run["ledger"].set_column(run["ledger"].column_names.index("decision"), "decision", [20 * ["keep"]])
+    texts = [
+        _untested(build_tables(**make_audit(summary=untested))), _untested(build_tables(**run)),
+        _untested(reviewed(make_audit, ["right"], **untested)),
+    ]  # fmt: skip
+    assert len({text for [text] in texts}) == len(texts)
+    assert ["few" in text for [text] in texts] == [True, False, False]
 
 
 def test_margins_of_the_trained_model_are_no_test_of_labels(make_run, make_audit):
