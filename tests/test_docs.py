@@ -204,7 +204,9 @@ def test_docs_show_the_measured_noise():
     assert margins.table() in page
     assert benchmark("families").table() in page
     assert benchmark("real_model").table() in page
-    assert benchmark("known_flips").table() in page
+    module = benchmark("known_flips")
+    assert module.table() in page
+    assert module.training_table() in page
 
 
 def test_docs_show_what_an_audit_costs():
