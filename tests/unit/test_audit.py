@@ -67,6 +67,20 @@ def test_no_model_judges_what_it_was_trained_on(model_folder, pairs, tmp_path, m
     assert sorted(row for *_, judged in seen for row in judged) == list(range(21))
 
 
+@pytest.mark.parametrize(
+    "options", [{"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}, {"per_device_eval_batch_size": 8}]
+)
+def test_fold_models_judge_all_their_pairs_three_times(options, model_folder, pairs, tmp_path):
+    """Whatever is said of evaluations and of the last batch of a training."""
+    common = {"scorer": "models", "num_folds": 2, "max_steps": 4, "dataloader_drop_last": True}
+    wanted = run_audit(model_folder, pairs, config(tmp_path / "wanted", **common))
+    result = run_audit(model_folder, pairs, config(tmp_path / "O", **common, **options))
+    assert list(result.margins_by_scorer) == [f"check {number}" for number in range(1, NUM_CHECKS + 1)]
+    for name, margins in result.margins_by_scorer.items():
+        assert np.isfinite(margins).all()
+        np.testing.assert_allclose(margins, wanted.margins_by_scorer[name], atol=1e-3)
+
+
 def test_checks_are_different_moments_of_one_training(model_folder, pairs, tmp_path):
     run_audit(model_folder, pairs, config(tmp_path / "O", scorer="models", num_train_epochs=3))
     report = json.loads((tmp_path / "O" / "report.json").read_text())

@@ -102,6 +102,7 @@ def test_scored_while_the_model_trains(strategy, model_folder, pairs, unseen, tm
     Six pairs make batches of four and two, whose means would not be that of the pairs.
     """
     options = {"num_train_epochs": 2, "rounds": 1, "rho": "0", "per_device_eval_batch_size": 4, "logging_steps": 1}
+    options |= {"dataloader_drop_last": True}  # of a training, whose batches are full
     plain = run_rounds(model_folder, pairs, config(tmp_path / "plain", **options), eval_dataset=unseen)
     args = config(tmp_path / "O", eval_strategy=strategy, eval_steps=5, eval_on_start=True, **options)
     found = run_rounds(model_folder, pairs, args, eval_dataset=unseen).summary["evaluation"]["rounds"][0]

@@ -63,7 +63,7 @@ def _fold_margins(question: Question, fold: int, training: PairDataset, scored: 
         trainer = ROPOTrainer(
             question.model.load(is_trainable=True),
             args.of_stage(
-                folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size, eval_strategy="no"
+                folder / _CHECKPOINTS.format(fold), per_device_eval_batch_size=eval_batch_size, evaluates=False
             ),
             train_dataset=training,
             eval_dataset=scored,

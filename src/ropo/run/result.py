@@ -115,8 +115,8 @@ class AuditResult(_Folder):
         folder = _finished(folder, "AuditResult.load", needs="audit/judgement.json")
         judged, scores = Judgement.read(folder / "audit" / "judgement.json"), Scores.read(folder / "audit")
         tensors = load_file(folder / "audit" / MARGINS_FILE)
-        names = KINDS if len(scores.views) == len(KINDS) else ()
-        names = names or tuple(f"check {i + 1}" for i in range(len(scores.views)))
+        is_of_models = any(row.name == "models" and row.is_taken for row in scores.rows)
+        names = [f"check {i + 1}" for i in range(len(scores.views))] if is_of_models else KINDS
         return cls(
             folder=folder,
             estimate=judged.estimate,

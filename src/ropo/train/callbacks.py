@@ -150,7 +150,9 @@ class Checks(TrainerCallback):
             self.margins += [self._last_margins()] * self._num_due(state)
 
     def _num_due(self, state: TrainerState) -> int:
-        """Checks that fall on this step; several where there are fewer steps than checks."""
+        """Checks that fall on this step; several where there are fewer steps than checks, and none before the first."""
+        if state.global_step == 0:
+            return 0
         done, before = (step * self.number // state.max_steps for step in (state.global_step, state.global_step - 1))
         return done - before
 

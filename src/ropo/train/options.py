@@ -235,7 +235,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
         seed: int | None = None,
         num_train_epochs: float | None = None,
         per_device_eval_batch_size: int | None = None,
-        eval_strategy: str | None = None,
+        evaluates: bool = True,
     ) -> Self:
         """The options of one training of a run.
 
@@ -247,7 +247,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             seed: Random seed; by default the run's, and so on.
             num_train_epochs: Passes over the pairs.
             per_device_eval_batch_size: Pairs in a batch of evaluation.
-            eval_strategy: When an evaluation set is scored on the way.
+            evaluates: Whether an evaluation set is scored when these options say; else only when the trainer is asked.
 
         Returns:
             The options; these stay as they are.
@@ -257,7 +257,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             "seed": seed,
             "num_train_epochs": num_train_epochs,
             "per_device_eval_batch_size": per_device_eval_batch_size,
-            "eval_strategy": eval_strategy,
+            **({} if evaluates else {"eval_strategy": "no", "eval_on_start": False}),
         }
         made = copy.copy(self)  # `replace` would look for devices again
         made.push_to_hub = False  # checkpoints stay here

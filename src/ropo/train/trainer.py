@@ -392,15 +392,16 @@ class ROPOTrainer(Trainer):
         return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in `Trainer`; an evaluation set that is not the training set brings its own collator."""
+        """As in `Trainer`; of all pairs, and an evaluation set that is not the training set brings its own collator."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        before = self.data_collator, self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False  # which is of the batches of a step
         if isinstance(dataset, PairDataset):
-            self.data_collator, before = self._collator(dataset), self.data_collator
-            try:
-                return super().get_eval_dataloader(dataset)
-            finally:
-                self.data_collator = before
-        return super().get_eval_dataloader(eval_dataset)
+            self.data_collator = self._collator(dataset)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator, self.args.dataloader_drop_last = before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of every metric in METRICS over the pairs since the last time."""
