@@ -278,6 +278,10 @@ def test_the_command_line(model_folder, dataset, tmp_path, pairs, tokenizer, cap
     assert "Linear layers of the base: 4 bits (nf4, its scales in 8), products in float32." in said
     assert PeftConfig.from_pretrained(first).r == 2
     assert_scores(Model(first / "merged").load(), first, pairs, tokenizer)
+    assert train(model_folder, dataset, first, "--load_in_4bit", "--lora_r", 2) == 0
+    assert (first / "merged").exists()  # of the same adapter
+    assert train(model_folder, dataset, first, "--load_in_4bit", "--lora_r", 2, "--rounds", 2) == 0
+    assert not (first / "merged").exists()  # of the one before
     assert train(first, dataset, second, "--use_peft", "--load_in_4bit") == 0
     assert "is trained further, and the reference is that model with it" in capsys.readouterr().out
     assert PeftConfig.from_pretrained(second).base_model_name_or_path == str(model_folder)

@@ -200,7 +200,7 @@ def test_plain_text_and_models_without_chat_template(model_folder, alpaca_eval, 
     assert "got mt_bench" in capsys.readouterr().err
 
 
-def test_an_adapter_answers(model, model_folder, tokenizer, alpaca_eval, tmp_path):
+def test_an_adapter_answers(model, model_folder, tokenizer, alpaca_eval, tmp_path, capsys):
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     for name, parameter in adapted.named_parameters():
@@ -214,6 +214,11 @@ def test_an_adapter_answers(model, model_folder, tokenizer, alpaca_eval, tmp_pat
         json.loads((tmp_path / "O" / name / "model_outputs.json").read_text()) for name in ("tiny_model", "adapter")
     ]
     assert [row["output"] for row in found[0]] != [row["output"] for row in found[1]]
+    with torch.no_grad():  # its model is trained again, in the same folder
+        model.lm_head.weight.mul_(-1)
+    model.save_pretrained(model_folder)
+    assert export(tmp_path / "adapter", "alpaca_eval", alpaca_eval, tmp_path / "O", "--temperature", "0") == 2
+    assert "got another model" in capsys.readouterr().err
 
 
 def test_misuse_of_export(model_folder, alpaca_eval, mt_bench, tmp_path, capsys):

@@ -300,6 +300,19 @@ def test_one_more_round(model_folder, pairs, tmp_path):
     assert [this["round"] for this in summary["rounds"]] == [0, 1]
 
 
+def test_fewer_rounds_are_those_of_a_shorter_run(model_folder, pairs, tmp_path):
+    """New pairs that the last round made for a round after it stay on the disk, and out of the results."""
+    run_rounds(model_folder, pairs, config(tmp_path / "long", rounds=3, num_candidates=3))
+    run_rounds(model_folder, pairs, config(tmp_path / "fresh", rounds=2, num_candidates=3))
+    found = run_rounds(model_folder, pairs, config(tmp_path / "long", rounds=2, num_candidates=3))
+    fresh = read_json(tmp_path / "fresh" / "summary.json")
+    assert found.summary["rounds"] == fresh["rounds"]
+    assert hash_file(tmp_path / "long" / "ledger.parquet") == hash_file(tmp_path / "fresh" / "ledger.parquet")
+    assert (tmp_path / "long" / "rounds" / "01" / "resampled.jsonl").read_text()
+    again = run_rounds(model_folder, pairs, config(tmp_path / "long", rounds=3, num_candidates=3)).summary
+    assert again["rounds"][1]["num_resampled"] > 0
+
+
 def test_other_settings_are_refused(model_folder, pairs, tmp_path):
     folder = tmp_path / "run"
     run_rounds(model_folder, pairs, config(folder, num_candidates=0, rounds=1))

@@ -29,6 +29,7 @@ from ropo.logps.score import score_pairs
 from ropo.losses import LOSSES
 from ropo.models.fit import check_adapter
 from ropo.pairs import Pair, PairLogps
+from ropo.provenance import read_json
 from ropo.run.align import run_audit, run_rounds
 from ropo.train import trainer as ours
 from ropo.train.dataset import PairDataset
@@ -178,6 +179,15 @@ def test_no_dropout_is_left(family, tokenizer, pairs, tmp_path):
     trainer = ROPOTrainer(model, args, train_dataset=pairs, processing_class=tokenizer)
     trainer.train()
     assert trainer.gather_first_margins()[:4].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("rho", "num_steps"), [("0", 3), ("0.5", 4)])
+def test_pairs_that_the_data_gives_no_weight_make_no_steps(rho, num_steps, model_folder, pairs, tmp_path):
+    """As if they were not there; six of the others are kept, in two batches, which are read 10 / 6 times."""
+    weighted = [replace(pair, weight=float(pair.row % 2)) for pair in pairs]
+    run_rounds(model_folder, weighted, config(tmp_path / "O", rho=rho, loss="dpo", num_folds=2))
+    log = read_json(tmp_path / "O" / "rounds" / "00" / "training_log.json")
+    assert log[-1]["step"] == num_steps
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -10,7 +10,6 @@ it was and ends in the same file.
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,15 +25,13 @@ from ropo.data.tokenize import encode_prompts
 from ropo.evaluate.export import EXPORTS, Answer, Question, read_questions, write_answers
 from ropo.evaluate.options import LIKELIEST, ExportArguments
 from ropo.models.fit import check_ids
-from ropo.models.source import Model, find_model, model_digest
+from ropo.models.source import Model, find_model
 from ropo.pairs import Text
 from ropo.processes import meet
 from ropo.provenance import Json, read_json, versions, write_json
 from ropo.sampling.engine import Engine, Sampling
 from ropo.sampling.engines import ENGINES, Reach, open_engine
 from ropo.sampling.generate import Sample, sample_responses
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +79,7 @@ def export_answers(args: ExportArguments) -> Exported:
     reach = _reach(args, source)
     if args.generation_engine == "transformers":  # the others read the model themselves
         _check_model(source, questions, args)
-    digest = model_digest(model, args.model_revision)
+    digest = source.fingerprint()
     folder = Path(str(args.output_dir)) / "export" / name
     temperatures = {question.id: spec.temperature_of(question, args.temperature) for question in questions}
     started = _claim(folder, _identity(args, questions, digest, temperatures))

@@ -55,7 +55,8 @@ def publish(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | No
         checks = None if rounds[0].audit is None else _by_row(rounds[0].audit)
         pairs = [*made.loaded.pairs, *new]
         with _published(folder) as aside:
-            _copy_model(rounds[-1].model_folder, aside, published=folder)
+            if _copy_model(rounds[-1].model_folder, aside, published=folder):
+                shutil.rmtree(folder / MERGED, ignore_errors=True)  # it holds another adapter
             (aside / "README.md").write_text(_card(summary, rounds[-1].model_folder), encoding="utf-8")
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=log, checks=checks)
@@ -140,13 +141,20 @@ def _published(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _copy_model(model: Path, aside: Path, *, published: Path) -> None:
-    """Copy every file that is not published already: weights need not be on the disk a third time for a moment."""
+def _copy_model(model: Path, aside: Path, *, published: Path) -> bool:
+    """Copy every file that is not published already: weights need not be on the disk a third time for a moment.
+
+    Returns:
+        Whether weights were among them.
+    """
+    has_weights = False
     for path in sorted(model.rglob("*")):
         name = path.relative_to(model)
         if path.is_file() and not ((published / name).is_file() and cmp(path, published / name, shallow=False)):
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, aside / name)
+            has_weights |= path.suffix == ".safetensors"
+    return has_weights
 
 
 def _ledger_of(this: Round) -> pa.Table:

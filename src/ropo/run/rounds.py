@@ -16,7 +16,6 @@ folds (`num_folds` 0) w is decided by the losses of the model just trained, as i
 """
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,6 @@ import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from scipy.special import expit, logit
 from transformers import PreTrainedModel
 
 from ropo.audit.weights import Labels, decide_all, resolve_rho, training_set
@@ -38,7 +36,7 @@ from ropo.logps.score import score_pairs
 from ropo.noise.estimate import FlipEstimate, Obstacle, estimate_flips
 from ropo.pairs import Pair, PairLogps
 from ropo.processes import meet
-from ropo.provenance import read_json, write_aside, write_json
+from ropo.provenance import Json, read_json, write_aside, write_json
 from ropo.resample.new_pairs import NewPairs, Scored, Scorer, Scoring, resample_pairs
 from ropo.resample.select import SELECTION_RULES, Criteria
 from ropo.run.setup import Decided, Setup
@@ -51,8 +49,6 @@ from ropo.train.objective import losses_of, margins_of
 from ropo.train.sharding import let_go
 from ropo.train.tracking import tracked
 from ropo.train.trainer import ROPOTrainer
-
-logger = logging.getLogger(__name__)
 
 _CHECKPOINTS = "checkpoints"
 _TRAIN_FILES = ["model", "training_log.json", "first_margins.safetensors"]
@@ -78,18 +74,18 @@ class Round:
         self.folder = setup.folder / f"{number:02d}"
         self.num_data = sum(pair.origin == "data" for pair in data.pairs)
         self.num_read = sum(pair.origin != "resampled" for pair in data.pairs)
+        self.is_last = number == setup.args.rounds - 1  # no training follows it, so it does not resample
         self.stages = Stages(self.folder)
         self.model_folder = self.folder / "model"
         self.trained = ""  # digest of what its model was made from, once it is
 
-    def run(self, dataset: PairDataset, *, start: Path | None, digest: str, is_last: bool) -> str:
+    def run(self, dataset: PairDataset, *, start: Path | None, digest: str) -> str:
         """Run every stage of the round.
 
         Args:
             dataset: What to train on: the kept and flipped pairs and the resampled ones, with weights.
             start: Folder of the model to carry on with; None starts from the initial model.
             digest: Of everything that made `dataset` and `start`.
-            is_last: No training follows the last round, so it does not resample.
 
         Returns:
             Digest of the round, for the next one.
@@ -99,7 +95,7 @@ class Round:
         digest = self.trained = self.stages.run("train", inputs, self._train_files, train, scratch=_CHECKPOINTS)
         digest = self.stages.run("score", digest, ["scores.safetensors"], self._score)
         digest = self.stages.run("decide", digest, _DECIDE_FILES, self._decide)
-        if not is_last:
+        if not self.is_last:
             made_by = digest
             digest = self.stages.run("resample", digest, _RESAMPLE_FILES, lambda: self._resample(made_by))
             self._clear_up()
@@ -132,13 +128,19 @@ class Round:
         return FlipEstimate.from_json(read_json(self.folder / "flip_estimate.json"))
 
     def new_pairs(self) -> list[Pair]:
-        """Pairs that this round made; none before its resampling or in the last round."""
+        """Pairs that this round made; none in the last round."""
         return [pair for pair, _ in self._resampled()]
+
+    def resampling(self) -> Json:
+        """What is told of its resampling; nothing in the last round."""
+        found: Json = {} if self.is_last else read_json(self.folder / "resampling.json")
+        return found
 
     def _resampled(self) -> list[tuple[Pair, SampledIds | None]]:
         """New pairs with the tokens that were drawn, since their texts may give others."""
-        path = self.folder / "resampled.jsonl"
-        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
+        if self.is_last:  # a longer run in this folder may have left some
+            return []
+        rows = [json.loads(line) for line in (self.folder / "resampled.jsonl").read_text("utf-8").split("\n") if line]
         drawn = [row.pop("sampled", None) for row in rows]
         return [
             (Pair(**row), one and SampledIds(name=one["name"], ids=tuple(one["ids"])))
@@ -176,7 +178,7 @@ class Round:
             self.folder / _CHECKPOINTS,
             seed=self.args.seed + self.number,
             # As many steps as on all pairs of the data: what a filter takes away must not shorten the training as well.
-            num_train_epochs=self.args.num_train_epochs * max(1.0, self.num_read / len(dataset)),
+            num_train_epochs=self.args.num_train_epochs * max(1.0, self._num_given / len(dataset)),
         )
         trainer = ROPOTrainer(
             self.model.load(start, is_trainable=True),
@@ -216,6 +218,11 @@ class Round:
         meet()
 
     @property
+    def _num_given(self) -> int:
+        """Pairs that there are to train on, but for those that the data gives no weight."""
+        return sum(weight > 0 for weight in self.data.weights[: self.num_read])
+
+    @property
     def _train_files(self) -> list[str]:
         is_read = self._needs_halfway and not self.stages.holds("resample", _RESAMPLE_FILES)
         return [*_TRAIN_FILES, *([_HALFWAY] if is_read else [])]
@@ -252,7 +259,7 @@ class Round:
         # policy sides with it.
         resampled = margins[read:]
         faded = np.where(resampled > 0, self.args.resampled_decay * np.array(self.data.weights[read:]), 0.0)
-        p_resampled = expit(logit(estimate.rate) - estimate.scale * resampled)
+        p_resampled = estimate.p_flip_at(resampled)
         self._write_tensors("flips.safetensors", {"p_flip": torch.from_numpy(np.concatenate([p_flip, p_resampled]))})
         decided = Decided(
             rho=rho,
@@ -401,6 +408,6 @@ def run_all(
             scored, trained_on = rounds[-1].next_datasets()
         this = Round(number, setup, scored)
         start = rounds[-1].model_folder if rounds and setup.args.round_start == "carry_on" else None
-        digest = this.run(trained_on, start=start, digest=digest, is_last=number == setup.args.rounds - 1)
+        digest = this.run(trained_on, start=start, digest=digest)
         rounds.append(this)
     return rounds

@@ -90,7 +90,7 @@ def audit_summary(audit: Audit, made: Prepared) -> Json:
 def _round_summary(this: Round) -> Json:
     found = this.decided()
     counts = Counter(found.decisions[: this.num_data])
-    told = read_json(path) if (path := this.folder / "resampling.json").exists() else {}
+    told = this.resampling()
     return {
         "round": this.number,
         **_about_rate(this.estimate()),
