@@ -45,6 +45,14 @@ def test_two_sources_of_verdicts_must_agree(tmp_path):
         known_labels(pairs, ReviewInputs(trusted=[turned(ROWS[3])], decisions=table))
 
 
+def test_a_table_of_other_data_is_named_beside_trusted_pairs(audit, tmp_path):
+    """And no contradiction, since it is about another pair."""
+    table = tmp_path / "review.csv"
+    table.write_text(f"row,pair_id,verdict\n3,{pair_id('another', 'good', 'bad')},right\n")
+    with pytest.raises(ValueError, match=r"verdict on row 3 is about pair .*made from"):
+        audit(trusted=[ROWS[3], ROWS[5]], decisions=table)
+
+
 @pytest.fixture
 def audit(tmp_path):
     """An audit that is refused before the model is looked for."""

@@ -108,6 +108,9 @@ def test_a_run_is_what_its_folder_holds(model_folder, pairs, tmp_path):
     assert "prompt" not in found.audit.suspects(3).column_names
     with pytest.raises(FileNotFoundError, match=r"has no cleaned\.jsonl"):
         found.audit.cleaned()
+    run_audit(model_folder, pairs, args)
+    with pytest.raises(FileNotFoundError, match="results of a training"):
+        RunResult.load(found.folder)
 
 
 def test_without_an_audit_there_is_none(model_folder, pairs, tmp_path):

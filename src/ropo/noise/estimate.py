@@ -366,10 +366,9 @@ def _annotator_rates(
     if len(named) < 2 or not fits[0].scale:
         return []
     grid, drop = _ANNOTATOR_RATES, chi2.ppf(level, df=1) / 2
-    is_right = sample.is_trusted | (sample.reviews > 0)
     rates = []
     for name in named:
-        own = names == name
+        own = (names == name) & ~sample.is_trusted  # whoever labelled those, they are no part of the data
         is_open = own & ~sample.is_known
         ends = []
         for fit in (fits[0], *(one for one in fits[1:] if one.scale)):
@@ -378,7 +377,7 @@ def _annotator_rates(
             labels = log_label(grid[:, None], fit.p_right(sample.margins[None, is_open]))
             profile = profile + (sample.weights[is_open] * labels).sum(axis=1)
             profile += xlogy(sample.weights[own & (sample.reviews < 0)].sum(), grid)
-            profile += xlog1py(sample.weights[own & is_right].sum(), -grid)
+            profile += xlog1py(sample.weights[own & (sample.reviews > 0)].sum(), -grid)
             inside = grid[profile >= profile.max() - drop]
             ends.append((float(grid[profile.argmax()]), float(inside[0]), float(inside[-1])))
         best, low, high = ends[0][0], min(end[1] for end in ends), max(end[2] for end in ends)

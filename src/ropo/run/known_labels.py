@@ -47,9 +47,11 @@ def known_labels(
         logger.warning("Trusted pairs:\n%s", render(found))
     said = verdicts_of(known, pairs)
     for row, (name, verdict) in said.items():
-        if verdicts.setdefault(row, (name, verdict)) != (name, verdict):
+        other, before = verdicts.setdefault(row, (name, verdict))
+        # A verdict on another pair of that row is told where verdicts meet their pairs.
+        if other == name and before != verdict:
             raise ValueError(
-                f"Row {row} needs one verdict; got {verdicts[row][1]} by --decisions and {verdict} by --trusted. "
+                f"Row {row} needs one verdict; got {before} by --decisions and {verdict} by --trusted. "
                 "Correct one of the two."
             )
     if said:

@@ -248,6 +248,11 @@ class RunResult(_Folder):
         """
         folder = _finished(folder, "RunResult.load", needs="rounds/00/decisions.json")
         summary = read_json(folder / "summary.json")
+        if summary["task"] == "audit":
+            raise FileNotFoundError(
+                f"RunResult.load needs the results of a training; those in {folder} are of an audit that came after it. "
+                "Repeat the command of the training, which writes its results again."
+            )
         return cls(
             folder=folder,
             rounds=tuple(_round(folder, entry) for entry in summary["rounds"]),

@@ -215,6 +215,21 @@ def test_an_estimate_is_read_back_from_json_without_what_it_says_of_single_pairs
     assert not len(read.p_flip)
 
 
+def test_trusted_pairs_are_no_labels_of_an_annotator():
+    """Even where they name one: they are no part of the data, so no rate may fall by them."""
+    margins, names = flipped_margins(1000, 0.3), ["a", "b"] * 500
+    right = np.abs(flipped_margins(200, 0.0, seed=1))
+    rates = []
+    for of_trusted in ("a", "nobody"):
+        found = estimate_flips(
+            np.concatenate([margins, right]), annotators=[*names, *200 * [of_trusted]],
+            is_trusted=np.arange(1200) >= 1000,
+        )  # fmt: skip
+        rates.append(found.annotators)
+    assert rates[0] == rates[1]
+    assert [one.num_pairs for one in rates[0]] == [500, 500]
+
+
 def test_non_finite_margins_are_refused_with_their_positions():
     margins = flipped_margins(100, 0.2)
     margins[[3, 17]] = [np.nan, np.inf]
