@@ -36,7 +36,7 @@ def easiest_first(
     """
     difficulty = np.zeros(len(pairs))
     for split in range(_NUM_SPLITS):
-        args = config(f"split_{split}", num_folds=2, rho="auto", seed=seed + 1000 * split)
+        args = config(f"split_{split}", scorer="models", num_folds=2, rho="auto", seed=seed + 1000 * split)
         run_audit(model, pairs, args)
         ledger = read_ledger(Path(str(args.output_dir)) / "ledger.parquet").to_pandas()
         ledger = ledger[ledger["origin"] == "data"].sort_values("row")

@@ -25,7 +25,7 @@ class TaskOptions:
 
     Attributes:
         num_pairs: Training pairs.
-        num_held_out: Pairs to test on; no prompt of theirs is trained on.
+        num_held_out: Pairs to test on; no pair of theirs is trained on.
         seed: Which pairs are which.
         source: A file or folder of the user's data, for tasks that need one.
         model: Folder or hub id of the initial model; task `own` only.

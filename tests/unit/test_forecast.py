@@ -247,6 +247,11 @@ def test_nothing_is_timed_where_nobody_reads_it(toy, tmp_path, monkeypatch, who)
         forecast.logger.setLevel(logging.NOTSET)
 
 
+def test_an_audit_that_is_only_read_costs_nothing(tmp_path):
+    for audit_from, num_folds in ((None, 5), (str(tmp_path / "A"), 0)):
+        assert forecast.run_size(options(tmp_path, audit_from=audit_from), is_audit=False).num_folds == num_folds
+
+
 def test_a_quantized_base_is_said_to_be_slower(tmp_path):
     formats = formats_of(options(tmp_path), torch.bfloat16, {"load_in_4bit": True})
     run = forecast.run_size(options(tmp_path), is_audit=False)

@@ -2,12 +2,16 @@
 
 import json
 import logging
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
@@ -22,9 +26,11 @@ from transformers import (
 
 from ropo.cli.main import main
 from ropo.config import ROPOConfig
+from ropo.data.tokenize import TokenizedPair
 from ropo.judge.reward_model import RewardModelJudge
 from ropo.models import files as model_files
 from ropo.models.files import not_finite
+from ropo.models.fit import check_positions
 from ropo.models.source import Model
 from ropo.run.align import run_rounds
 from ropo.train.trainer import ROPOTrainer
@@ -302,6 +308,32 @@ def test_pairs_for_evaluation_need_positions_too(model_folder, dataset, tmp_path
     for option in ("--eval_dataset_name", "--trusted"):
         assert main([*words("train", model_folder, dataset, tmp_path), option, str(longer)]) == 2
         assert "128 positions; got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "most"),
+    [
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, 64),
+        ("bart", {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4}, 64),
+        ("roberta", {"intermediate_size": 64, "pad_token_id": 1}, 62),  # positions begin behind that of the padding
+        ("llama", {"intermediate_size": 64}, None),
+    ],
+)
+def test_positions_end_where_the_table_of_an_architecture_does(family, shape, most, caplog):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "is_decoder": True, **shape}
+    config = CONFIG_MAPPING[family](vocab_size=300, max_position_embeddings=64, **shape)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    for length in (*((most, most + 1) if most else (64, 65, 90)),):
+        parts = {"prompt": [3] * (length - 4), "chosen": [5] * 4, "rejected": [7]}
+        pair = TokenizedPair(**{name: np.array(ids, dtype=np.int32) for name, ids in parts.items()})
+        asked = partial(check_positions, Model("M"), skeleton, SimpleNamespace(tokens=[pair]))
+        if most and length > most:
+            with pytest.raises(ValueError, match=f"M has {most} positions; got a pair of {length} tokens"):
+                asked()
+        else:
+            asked()
+    assert ("made for 64 positions" in caplog.text) == (most is None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -460,9 +460,25 @@ def test_a_warm_up_ends(tmp_path):
     with pytest.raises(ValueError, match=r"warmup_steps .* 13 steps .*; got 1e\+09"):
         check_warmup(args, num_pairs=100)
     check_warmup(config(tmp_path, warmup_steps=12, num_folds=0, rho=0, alpha="14"), num_pairs=100)
+    args = config(tmp_path, warmup_steps=12, scorer="models")
     with pytest.raises(ValueError, match="the 10 steps"):  # a fold has four fifths
-        check_warmup(config(tmp_path, warmup_steps=12), num_pairs=config(tmp_path).fewest_trained_on(100))
+        check_warmup(args, num_pairs=args.fewest_trained_on(100))
+    args = config(tmp_path, warmup_steps=12)  # no model of a fold is trained
+    check_warmup(args, num_pairs=args.fewest_trained_on(100))
     check_warmup(config(tmp_path, warmup_steps=0.5), num_pairs=1)
+
+
+@pytest.mark.parametrize(("loss", "is_refused"), [("dr_dpo", True), ("plc_dpo", True), ("dpo", False)])
+def test_batches_of_other_sizes_are_refused_where_margins_are_collected(loss, is_refused, tmp_path, monkeypatch):
+    args = config(tmp_path, loss=loss, train_sampling_strategy="batch_rebalance")
+    check_training(args)
+    monkeypatch.setattr(ROPOConfig, "world_size", 2)
+    monkeypatch.setattr("ropo.train.checks.refuse_other_launch", lambda _: None)
+    if is_refused:
+        with pytest.raises(ValueError, match=f"{loss} needs .*batch_rebalance"):
+            check_training(args)
+    else:
+        check_training(args)
 
 
 # A grid of a benchmark.

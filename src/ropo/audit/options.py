@@ -83,8 +83,9 @@ class AuditOptions(TrainOptions):
         return self.scorer == "features" and self.audit_from is None
 
     def fewest_trained_on(self, num_pairs: int) -> int:
-        """Pairs that the shortest training reads, of those of the run: the models of an audit leave one fold out."""
-        return num_pairs * (self.num_folds - 1) // self.num_folds if self.needs_audit else num_pairs
+        """Pairs that the shortest training reads, of those of the run: fold models leave one fold out."""
+        trains_folds = self.needs_audit and self.scorer == "models" and self.audit_from is None
+        return num_pairs * (self.num_folds - 1) // self.num_folds if trains_folds else num_pairs
 
     @property
     def needs_audit(self) -> bool:

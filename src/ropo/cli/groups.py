@@ -72,14 +72,15 @@ REFUSED = (
 )  # fmt: skip
 """Options of `TrainingArguments` that a run refuses; the refusal says what there is instead."""
 
-IDLE = (  # that do nothing in a run: they belong to what is refused, to labels of tokens, or to other programs
+IDLE = (  # that do nothing in a run, since they belong to what is refused, to labels of tokens or to other programs
     "hub_strategy", "hub_always_push",
     "metric_for_best_model", "greater_is_better", "eval_do_concat_batches",
     "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
     "prediction_loss_only", "label_names", "length_column_name", "average_tokens_across_devices",
     "include_num_input_tokens_seen", "do_train", "do_eval", "do_predict", "local_rank", "parallelism_config",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "restore_callback_states_from_checkpoint",
+    "restore_callback_states_from_checkpoint",
 )  # fmt: skip
+OLD_NAMES = ("gradient_checkpointing", "gradient_checkpointing_kwargs")  # of activation_checkpointing; shown as that
 ONLY_IN_TRAIN = (
     "eval_dataset_name", "eval_dataset_split", "rounds", "num_candidates", "audit_from", "merge_adapter",
 )  # fmt: skip

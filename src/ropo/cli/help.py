@@ -26,7 +26,7 @@ import transformers
 
 from ropo.cli import bench, demo, losses, validate
 from ropo.cli.arguments import DataclassParser, training_parser
-from ropo.cli.groups import AUDIT, EVERY, IDLE, ONLY_IN_TRAIN, REFUSED, TEXTS, TRAIN, Groups
+from ropo.cli.groups import AUDIT, EVERY, IDLE, OLD_NAMES, ONLY_IN_TRAIN, REFUSED, TEXTS, TRAIN, Groups
 from ropo.cli.main import PAGES as FOLDER
 from ropo.cli.parser import SentenceParser
 from ropo.cli.words import TRAINING
@@ -170,7 +170,7 @@ def _short(command: str, options: Mapping[str, argparse.Action]) -> str:
 
 def _every(command: str, options: Mapping[str, argparse.Action]) -> str:
     page = PAGES[command]
-    left_out = {*REFUSED, *IDLE}
+    left_out = {*REFUSED, *IDLE, *OLD_NAMES}
     added = dict(EVERY)
     if command == "audit":
         left_out |= {*ONLY_IN_TRAIN, *added.pop("Rounds and resampling")}

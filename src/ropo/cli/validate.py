@@ -66,7 +66,7 @@ def run(words: Sequence[str]) -> int:
         print("No pair is left to train on.")
         return NOT_ACCEPTABLE
     if source is not None and tokenized is not None:
-        check_positions(source, tokenized)  # as the training does, which could not go on
+        check_positions(source, skeleton, tokenized)  # as the training does, which could not go on
         check_ids(skeleton, tokenizer, ids_of(tokenized.pairs, tokenized.tokens), name_or_path=source.name_or_path)
     must_fix = any(problem.severity in ("fatal", "error") for problem in problems)
     return NOT_ACCEPTABLE if must_fix else DONE

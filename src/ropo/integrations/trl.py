@@ -53,7 +53,7 @@ class AuditedDPOTrainer(DPOTrainer):
     weight 1 and α is 0, which is its default, losses are exactly those of `DPOTrainer`.
 
     With other weights or an α above 0 the pairs of a batch go through the model one by one, and the loss is the mean
-    over the batch of w·ℓ, so it is the same for every split of a batch into accumulated ones.
+    over the batch of w·ℓ, so it is the same for every split of a batch into accumulated ones of equal size.
 
     Args:
         *given: What `DPOTrainer` takes, by place.

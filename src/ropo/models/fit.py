@@ -27,37 +27,68 @@ from ropo.pairs import Pair
 
 logger = logging.getLogger(__name__)
 
-# Model types with a table of positions, learned or computed.
-_HAVE_TABLE = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
+_FEW_POSITIONS = 40  # of the copy that is asked whether its positions end
+_MOST_UNUSED = 4  # positions of a table that no token gets, as where they begin behind the padding's
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
 
 
-def check_positions(model: Model, *parts: TokenizedPairs) -> None:
+def check_positions(model: Model, skeleton: PreTrainedModel, *parts: TokenizedPairs) -> None:
     """A model with a table of positions has none for longer texts; others go on, less well.
 
     Args:
         model: The initial one.
+        skeleton: The same without weights.
         parts: The pairs, cut to `max_length`.
 
     Raises:
         ValueError: If a pair is longer than the table of the model's positions.
     """
-    config = model.config()
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) for part in parts for ids in part.tokens)
-    if not isinstance(limit, int) or longest <= limit:
+    if not isinstance(limit, int) or limit < 1 or longest <= limit - _MOST_UNUSED:
         return
-    if config.model_type in _HAVE_TABLE:
+    num_unused = _unused_positions(skeleton)
+    if num_unused is not None and longest > limit - num_unused:
         raise ValueError(
-            f"{model.name_or_path} has {limit} positions; got a pair of {longest} tokens. Set max_length to {limit}."
+            f"{model.name_or_path} has {limit - num_unused} positions; got a pair of {longest} tokens. Set max_length "
+            f"to {limit - num_unused}."
         )
-    logger.warning(
-        "%s was made for %d positions (max_position_embeddings); the longest pair has %d tokens. It may know little of "
-        "what lies beyond: set max_length to %d, or look whether its card says that it can.",
-        model.name_or_path,
-        limit,
-        longest,
-        limit,
-    )
+    if longest > limit:
+        logger.warning(
+            "%s was made for %d positions (max_position_embeddings); the longest pair has %d tokens. It may know "
+            "little of what lies beyond: set max_length to %d, or look whether its card says that it can.",
+            model.name_or_path,
+            limit,
+            longest,
+            limit,
+        )
+
+
+def _unused_positions(model: PreTrainedModel) -> int | None:
+    """By how many tokens a text must be shorter than a model's table of positions; None if there is no such table.
+
+    A small copy with few positions is asked, since it depends on the code of an architecture.
+    """
+    causal_lm = causal_lm_of(model)
+    config = copy.deepcopy(causal_lm.config)
+    config.get_text_config().max_position_embeddings = _FEW_POSITIONS
+    for small in small_copies(class_of(causal_lm), config):
+        if not _reads(small, 1):
+            continue
+        if _reads(small, _FEW_POSITIONS + 1):
+            return None
+        return next((num for num in range(_MOST_UNUSED) if _reads(small, _FEW_POSITIONS - num)), None)
+    return None
+
+
+def _reads(model: nn.Module, num_tokens: int) -> bool:
+    """Whether a model reads a text of so many tokens."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.full((1, num_tokens), 3), use_cache=False)
+    except _FAILURES:
+        return False
+    return True
 
 
 def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
@@ -112,7 +143,7 @@ def _begins_elsewhere(model: nn.Module, peft_config: PeftConfig) -> bool:
                 wanted = small(ids_BT, use_cache=False).logits
                 adapted: Any = add_adapter(small, copy.deepcopy(peft_config)).eval()
                 found = adapted(ids_BT, use_cache=False).logits[:, -ids_BT.shape[1] :]
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError):
+        except _FAILURES:
             continue
         return not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
     return False

@@ -182,7 +182,7 @@ def run_size(args: ROPOConfig, *, is_audit: bool) -> RunSize:
         num_train_epochs=args.num_train_epochs,
         max_steps=args.max_steps,
         pairs_per_step=per_step,
-        num_folds=args.num_folds if args.needs_audit or is_audit else 0,
+        num_folds=args.num_folds if (args.needs_audit or is_audit) and args.audit_from is None else 0,
         scorer=args.scorer,
         rho=args.fixed_rho or 0.0,
         num_candidates=args.num_candidates,

@@ -279,7 +279,7 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
             on_bad_rows=args.on_bad_rows,
         )
     tokenized = _Tokenized(pairs=pairs, trusted=trusted, evaluation=evaluation)
-    check_positions(model, *tokenized.parts())
+    check_positions(model, skeleton, *tokenized.parts())
     for part in tokenized.parts():
         check_ids(skeleton, tokenizer, ids_of(part.pairs, part.tokens), name_or_path=model.name_or_path)
     return tokenized

@@ -250,8 +250,8 @@ class RunResult(_Folder):
         summary = read_json(folder / "summary.json")
         if summary["task"] == "audit":
             raise FileNotFoundError(
-                f"RunResult.load needs the results of a training; those in {folder} are of an audit that came after it. "
-                "Repeat the command of the training, which writes its results again."
+                f"RunResult.load needs the results of a training; those in {folder} are of an audit that came after "
+                "it. Repeat the command of the training, which writes its results again."
             )
         return cls(
             folder=folder,

@@ -17,6 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_liger_kernel_available
 
+from ropo.losses import LOSSES
 from ropo.options import short
 from ropo.spelling import did_you_mean
 from ropo.train.launch import refuse_other_launch
@@ -47,6 +48,7 @@ def check_training(args: TrainOptions) -> None:
         )
     refuse_other_launch(args)
     check_sharding(args)
+    _check_equal_batches(args)
     _check_loggers(args)
     _check_liger(args)
     _check_optimizer(args)
@@ -74,6 +76,16 @@ def check_warmup(args: TrainOptions, *, num_pairs: int) -> None:
         raise ValueError(
             f"warmup_steps needs fewer than the {num_steps} steps of the shortest training; got "
             f"{args.warmup_steps:g}, with which the learning rate never reaches learning_rate. Give a share below 1."
+        )
+
+
+def _check_equal_batches(args: TrainOptions) -> None:
+    spec = LOSSES[args.loss]
+    is_rebalanced = args.train_sampling_strategy == "batch_rebalance" and args.world_size > 1
+    if is_rebalanced and (spec.needs_whole_batch or "moments" in spec.inputs):
+        raise ValueError(
+            f"{args.loss} needs as many pairs in each process, whose margins it collects; got train_sampling_strategy "
+            "batch_rebalance. Set it to group_by_length."
         )
 
 

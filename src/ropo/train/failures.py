@@ -49,9 +49,9 @@ def how_to_save_memory(pieces: Sequence[Batch], *, allows_pieces: bool) -> str:
     tokens = max(piece["input_ids"].numel() for piece in pieces)
     text = f"Training ran out of the device's memory in a forward and backward pass over {tokens:,} tokens. "
     if max(len(piece["position"]) for piece in pieces) == 1:
-        return text + "It was a single pair: lower max_length, use bf16 and gradient_checkpointing, or use_peft."
+        return text + "It was a single pair: lower max_length, use bf16 and activation_checkpointing, or use_peft."
     if allows_pieces:
         text += f"Set max_tokens_per_batch to {tokens // 2} or less: a step and its loss stay the same. "
     else:
         text += "Halve per_device_train_batch_size and double gradient_accumulation_steps. "
-    return text + "Or use bf16, gradient_checkpointing or use_peft."
+    return text + "Or use bf16, activation_checkpointing or use_peft."

@@ -144,7 +144,7 @@ def test_selective_keeps_the_easiest_half_in_order(noisy, monkeypatch, tmp_path)
 
     def audit(model, pairs, args):
         seeds.append(args.seed)
-        assert (args.num_folds, args.loss) == (2, "dpo")
+        assert (args.scorer, args.num_folds, args.loss) == ("models", 2, "dpo")
 
     class Ledger:
         def to_pandas(self):
