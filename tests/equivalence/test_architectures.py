@@ -3,6 +3,7 @@
 `python tests/equivalence/test_architectures.py` writes the table in docs/architectures.md; the slow test compares.
 """
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def changes_in_training(family: str) -> tuple[float, float] | None:
     found = []
     for turn in (lambda _: None, turn_dropout_off):
         turn(model)
-        found.append(float((logps_in("plain", model.train(), tokens) - wanted).abs().max()))
+        found.append(float((logps_in("plain", copy.deepcopy(model).train(), tokens) - wanted).abs().max()))
     assert model.config.to_dict() == before  # as it is saved
     return found[0], found[1]
 
