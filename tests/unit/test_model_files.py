@@ -32,7 +32,7 @@ from ropo.models import files as model_files
 from ropo.models.files import not_finite
 from ropo.models.fit import check_positions
 from ropo.models.source import Model
-from ropo.run.align import run_rounds
+from ropo.run.align import run_audit, run_rounds
 from ropo.train.trainer import ROPOTrainer
 from ropo_bench import own
 from ropo_bench.task import TaskOptions
@@ -526,6 +526,38 @@ def test_a_model_object_is_checked_too(model, tokenizer, pairs, tmp_path):
     args = ROPOConfig(output_dir=str(tmp_path / "O"), use_cpu=True, report_to="none", num_folds=0, rho=0.0)
     with pytest.raises(ValueError, match=r"finite .*initial_model .*lm_head.weight"):
         run_rounds(model, pairs, args, processing_class=tokenizer)
+
+
+def test_a_model_object_is_known_by_its_configuration_too(model, tokenizer, pairs, tmp_path):
+    """The same weights with another one are another model, whose run this folder does not hold."""
+    args = ROPOConfig(output_dir=str(tmp_path / "O"), use_cpu=True, report_to="none", num_folds=2, max_length=64)
+    first = run_audit(model, pairs, args, processing_class=tokenizer)
+    assert run_audit(model, pairs, args, processing_class=tokenizer).rho == first.rho
+    model.config.rms_norm_eps = 0.5
+    with pytest.raises(ValueError, match="began with another model"):
+        run_audit(model, pairs, args, processing_class=tokenizer)
+
+
+def test_where_the_initial_weights_are_says_nothing_of_trained_ones(model_folder, tmp_path, monkeypatch):
+    model = Model(str(model_folder), load_options={"variant": "fp16", "revision": "v2", "attn_implementation": "eager"})
+    seen = []
+    monkeypatch.setattr("ropo.models.source.load_whole", lambda *given: seen.append(given[1:]))
+    model._weights(tmp_path / "trained")
+    assert seen == [(str(tmp_path / "trained"), {"dtype": "float32", "attn_implementation": "eager"})]
+    with pytest.raises(ValueError, match="needs dtype; got torch_dtype"):
+        Model("m", load_options={"torch_dtype": "bfloat16"})
+
+
+def test_an_adapter_remembers_the_revision_of_its_model():
+    given = LoraConfig(target_modules=["q_proj"])
+    assert Model("someone/tiny", adapter=given, load_options={"revision": "v2"}).adapter.revision == "v2"
+    assert given.revision is None
+
+
+def test_code_that_is_trusted_names_a_model(model_folder):
+    before = Model(str(model_folder)).fingerprint()
+    (model_folder / "modeling_tiny.py").write_text("SCALE = 2\n")
+    assert Model(str(model_folder)).fingerprint() != before
 
 
 @pytest.mark.parametrize("is_cached", [True, False])

@@ -19,6 +19,7 @@ from ropo.losses import LOSSES
 from ropo.losses.options import LossOptions
 from ropo.options import Rule, check_options, identifying, option, read_yaml, rules_of
 from ropo.resample.options import ResampleOptions
+from ropo.run.checks import check_run
 from ropo.sampling.options import EngineOptions
 from ropo.train.checks import check_training, check_warmup
 from ropo.train.options import OF_TRANSFORMERS
@@ -96,6 +97,9 @@ def test_every_switch_is_on_or_off(name, tmp_path):
         ({"save_steps": 0}, "save_steps needs a number above 0; got 0"),
         ({"save_total_limit": 0}, "save_total_limit needs 1 or more; got 0"),
         ({"warmup_steps": -1}, "warmup_steps needs 0 or more; got -1"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha needs to be left out; got 5"),
+        ({"data_seed": 1}, "data_seed needs train_sampling_strategy random; got group_by_length"),
+        ({"scorer": "models", "num_folds": 0}, "scorer models needs an audit; got num_folds 0"),
         ({"weight_decay": -1}, "weight_decay needs 0 or more; got -1"),
         ({"adam_beta1": 1.0}, r"adam_beta1 needs a number in \[0, 1\); got 1.0"),
         ({"adam_epsilon": 0.0}, "adam_epsilon needs a number above 0"),  # a gradient of 0 would be 0/0
@@ -466,6 +470,18 @@ def test_a_warm_up_ends(tmp_path):
     args = config(tmp_path, warmup_steps=12)  # no model of a fold is trained
     check_warmup(args, num_pairs=args.fewest_trained_on(100))
     check_warmup(config(tmp_path, warmup_steps=0.5), num_pairs=1)
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_no_evaluation_decides_about_the_model_of_a_run(schedule, tmp_path):
+    args = config(tmp_path, lr_scheduler_type=schedule, eval_strategy="epoch")
+    with pytest.raises(ValueError, match=f"got lr_scheduler_type {schedule}"):
+        check_run(args, has_evaluation=True)
+
+
+def test_what_a_run_waits_for_does_not_identify_it(tmp_path):
+    other = {"ddp_timeout": 9000, "dataloader_pin_memory": False, "log_on_each_node": False}
+    assert config(tmp_path, **other).identity() == config(tmp_path).identity()
 
 
 @pytest.mark.parametrize(("loss", "is_refused"), [("dr_dpo", True), ("plc_dpo", True), ("dpo", False)])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     FourierFTConfig,
     IA3Config,
     LoHaConfig,
@@ -16,6 +17,7 @@ from peft import (
     PrefixTuningConfig,
     PromptTuningConfig,
     VeraConfig,
+    get_peft_model,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainingArguments
@@ -25,6 +27,7 @@ from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
+from ropo.logps.dropout import turn_dropout_off
 from ropo.logps.score import score_pairs
 from ropo.losses import LOSSES
 from ropo.models.fit import check_adapter
@@ -348,6 +351,7 @@ def test_adapters_that_begin_at_the_reference_are_let_through(adapter, model):
         PrefixTuningConfig(num_virtual_tokens=5),
         MultitaskPromptTuningConfig(num_virtual_tokens=5),
         FourierFTConfig(target_modules=["q_proj"], n_frequency=50),
+        LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]]),
     ],
     ids=lambda one: one.peft_type.value,
 )
@@ -358,6 +362,20 @@ def test_an_adapter_that_begins_elsewhere_is_refused(adapter, model, tokenizer, 
         ROPOTrainer(
             model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer, peft_config=adapter
         )  # fmt: skip
+
+
+def test_an_adapter_that_wants_to_be_called_is_refused(model, tokenizer, pairs, tmp_path):
+    adapter = AdaLoraConfig(target_modules=["q_proj"], total_step=20)
+    with pytest.raises(ValueError, match="got ADALORA"):
+        ROPOTrainer(model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer, peft_config=adapter)
+
+
+def test_the_dropout_of_an_adapter_stays(model_folder):
+    """In a later round and from a given adapter as in the first: it was asked for."""
+    lora = LoraConfig(target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), lora)
+    turn_dropout_off(model)
+    assert {one.p for name, one in model.named_modules() if name.endswith("lora_dropout.default")} == {0.1}
 
 
 def test_only_a_refusal_of_the_adapter_refuses_it(model, monkeypatch):

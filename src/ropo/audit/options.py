@@ -66,6 +66,8 @@ class AuditOptions(TrainOptions):
             raise ValueError(
                 "num_folds needs 2 or more, or 0 for none; got 1. One fold would leave nothing to train on."
             )
+        if self.scorer != "features" and not self.num_folds:
+            raise ValueError(f"scorer {self.scorer} needs an audit; got num_folds 0. Leave one of them out.")
         if self.length_is_evidence and not (self.scorer == "features" and self.num_folds):
             raise ValueError(
                 f"length_is_evidence needs an audit by scorer features; got scorer {self.scorer} and num_folds "

@@ -68,7 +68,7 @@ EVERY: Groups = MappingProxyType(
 REFUSED = (
     "label_smoothing_factor", "torch_compile", "torch_compile_backend", "torch_compile_mode", "remove_unused_columns",
     "save_only_model", "ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint", "resume_from_checkpoint",
-    "load_best_model_at_end",
+    "load_best_model_at_end", "neftune_noise_alpha",
 )  # fmt: skip
 """Options of `TrainingArguments` that a run refuses; the refusal says what there is instead."""
 
@@ -78,7 +78,7 @@ IDLE = (  # that do nothing in a run, since they belong to what is refused, to l
     "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
     "prediction_loss_only", "label_names", "length_column_name", "average_tokens_across_devices",
     "include_num_input_tokens_seen", "do_train", "do_eval", "do_predict", "local_rank", "parallelism_config",
-    "restore_callback_states_from_checkpoint",
+    "restore_callback_states_from_checkpoint", "bf16_full_eval", "fp16_full_eval",
 )  # fmt: skip
 OLD_NAMES = ("gradient_checkpointing", "gradient_checkpointing_kwargs")  # of activation_checkpointing; shown as that
 ONLY_IN_TRAIN = (

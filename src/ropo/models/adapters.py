@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    AdaLoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -147,6 +154,8 @@ def check_beginning(peft_config: PeftConfig | None, *, is_quantized: bool) -> No
     Raises:
         ValueError: If it is so.
     """
+    if isinstance(peft_config, AdaLoraConfig):
+        raise ValueError("An adapter needs to be trained as it is; got ADALORA, which wants to be called after steps.")
     begin = getattr(peft_config, "init_lora_weights", True)
     if begin not in _BEGINNINGS:
         raise ValueError(

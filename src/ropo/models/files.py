@@ -36,6 +36,8 @@ TOKENIZER_SETTINGS = (
 )  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IN_OTHER_FILES = ("variant", "subfolder", "gguf_file", "key_mapping")  # options that say which weights are read
+OF_INITIAL_FILES = (*_IN_OTHER_FILES, "revision")
+"""Options that say where the initial weights are; what a training has written is not there."""
 _FOR_CONFIG = ("revision", "trust_remote_code")
 _NO_CODE = {"trust_remote_code": False}  # left out, `transformers` asks at the terminal whether to run it
 _NUM_NAMES = 3  # in a message

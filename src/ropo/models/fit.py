@@ -122,10 +122,9 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
             f"An adapter (peft_config, lora_*) needs to fit its model; got: {error} Linear layers of this model: "
             f"{', '.join(sorted(linear))}."
         ) from error
-    # Of a LoRA adapter, `init_lora_weights` says it (`check_beginning`).
-    if not isinstance(peft_config, LoraConfig) and (
-        peft_config.is_prompt_learning or _begins_elsewhere(model, peft_config)
-    ):
+    # Of a usual LoRA adapter, `init_lora_weights` says it (`check_beginning`).
+    is_usual = isinstance(peft_config, LoraConfig) and not peft_config.layer_replication
+    if not is_usual and (peft_config.is_prompt_learning or _begins_elsewhere(model, peft_config)):
         name = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
         raise ValueError(
             f"An adapter needs to begin at the reference, from which margins are measured; got peft_type {name}, "

@@ -4,6 +4,7 @@ In: a folder or hub id and how to load it. Out: a causal language model on this 
 would stop a run only after hours.
 """
 
+import copy
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from ropo.models.adapters import (
 )
 from ropo.models.causal import CAUSAL_LM, NEEDS_MODEL
 from ropo.models.files import (
+    OF_INITIAL_FILES,
     SETTINGS,
     TOKENIZER_SETTINGS,
     check_json,
@@ -48,7 +50,7 @@ from ropo.models.sharding import forget_engines, loads_in_parts, whole_models
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import hash_file, hash_value
 
-_WEIGHTS = (".safetensors", ".model", ".jinja")
+_WEIGHTS = (".safetensors", ".model", ".jinja", ".py")  # code, too, where it is trusted
 _NAMED = (*SETTINGS, *TOKENIZER_SETTINGS, "merges.txt")
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in every folder
@@ -89,9 +91,20 @@ class Model:
         # Left alone, `transformers` takes the precision of the files, mostly bfloat16, and in that a step of a usual
         # learning rate is rounded away.
         self.load_options = {"dtype": "float32", **(load_options or {})}
-        self.adapter = adapter
+        if "torch_dtype" in self.load_options:
+            raise ValueError("load_options needs dtype; got torch_dtype, its old name. Use dtype.")
+        self.adapter = self._at_revision(adapter)
         self._tokenizer = tokenizer
         check_beginning(adapter, is_quantized=self.is_quantized)
+
+    def _at_revision(self, adapter: PeftConfig | None) -> PeftConfig | None:
+        """The settings of a new adapter, in which PEFT looks for the revision of the model that it belongs to."""
+        revision = self.load_options.get("revision")
+        if adapter is None or revision is None or adapter.revision is not None:
+            return adapter
+        found = copy.deepcopy(adapter)
+        found.revision = revision
+        return found
 
     @property
     def is_quantized(self) -> bool:
@@ -207,7 +220,8 @@ class Model:
     def _weights(self, trained: Path | None) -> PreTrainedModel:
         """The whole model that a training wrote, or the one below any adapter."""
         if trained is not None and not self._is_adapter(trained):
-            return load_whole(replace(CAUSAL_LM, advice=_again(trained)), str(trained), self.load_options)
+            options = {name: value for name, value in self.load_options.items() if name not in OF_INITIAL_FILES}
+            return load_whole(replace(CAUSAL_LM, advice=_again(trained)), str(trained), options)
         name, options = self.base
         if self.is_quantized:  # which cannot be moved
             options = {"device_map": {"": str(PartialState().device)}, **options}

@@ -3,11 +3,11 @@
 In: a `ROPOConfig`. Out: nothing, or a refusal before anything is read.
 """
 
-from transformers import IntervalStrategy
+from transformers import IntervalStrategy, SchedulerType
 
 from ropo.config import ROPOConfig
 from ropo.run.hub import check_upload
-from ropo.train.checks import check_training
+from ropo.train.checks import AFTER_EVALUATION, check_training
 from ropo.train.sharding import sharder
 
 # Options of `Trainer` with which a training that is stopped would end in other weights, or be taken for finished.
@@ -50,6 +50,12 @@ def check_run(args: ROPOConfig, *, has_evaluation: bool) -> None:
         )
     if args.eval_on_start and args.eval_strategy == "no":
         raise ValueError("eval_on_start needs eval_strategy steps or epoch; got no. Add it.")
+    schedule = SchedulerType(args.lr_scheduler_type).value
+    if schedule in AFTER_EVALUATION:
+        raise ValueError(
+            f"A run trains the same model whatever it is evaluated on; got lr_scheduler_type {schedule}, which follows "
+            "an evaluation. Take another, or use ROPOTrainer."
+        )
     for name, is_asked in (
         ("save_strategy best", args.save_strategy == "best"),
         ("load_best_model_at_end", args.load_best_model_at_end),

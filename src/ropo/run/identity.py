@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ropo.audit.scorers import SCORED_FILES
 from ropo.config import ROPOConfig
 from ropo.data.template import date_of, writes_date
-from ropo.models.source import Model
+from ropo.models.source import Model, model_digest
 from ropo.processes import meet, on_main
 from ropo.provenance import (
     DamagedFileError,
@@ -42,6 +42,7 @@ _IDENTITY_REMEDY = "It says which run this folder holds. Restore it from a copy,
 # What stands in a run's identity by a digest, in words.
 _DIGESTS = {
     "data": "pairs", "tokenizer": "tokenizer", "trusted": "trusted pairs", "verdicts": "review decisions",
+    "judge": "judge_model",
 }  # fmt: skip
 # Options that say which pairs there are, and what judges which.
 _SCORED_BY = ("scorer", "length_is_evidence", "num_folds", "seed", "max_length")
@@ -70,11 +71,12 @@ def identity_of(
     """
     found = {
         "options": args.identity(),
-        "model": [model.fingerprint(), model.load_options],
+        "model": [model.fingerprint(), _as_told(model.load_options)],
         "tokenizer": _fingerprint(model.tokenizer),
         **digests,
         "adapter": None if model.adapter is None else model.adapter.to_dict(),
         **({} if date is None else {"date": date}),
+        **({"judge": model_digest(str(args.judge_model), None)[:16]} if args.judge == "reward_model" else {}),
     }
     identity: Json = json.loads(json.dumps(found, sort_keys=True, default=_as_json))
     identity["audit_from"] = None if args.audit_from is None else _margins_of(Path(args.audit_from), identity)
@@ -88,6 +90,12 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     found = {} if backend is None else {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     cut = found or sorted(tokenizer.get_vocab().items())
     return hash_value([cut, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token])[:16]
+
+
+def _as_told(load_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes a model, however it is written: what is not set, or left at what it is anyway, is left out."""
+    told = {name: value for name, value in load_options.items() if value is not None and value is not False}
+    return {**told, "dtype": str(told.get("dtype")).removeprefix("torch.")}
 
 
 def _as_json(value: Any) -> Any:

@@ -44,6 +44,8 @@ from ropo.train.sharding import load_in_parts
 
 logger = logging.getLogger(__name__)
 
+_WRITTEN_BY_SAVING = ("architectures", "dtype", "transformers_version")  # into the configuration of a model object
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
@@ -313,9 +315,10 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
         )
     if tokenizer is None:
         raise ValueError("A run needs processing_class when it is given a model object; got none. Pass the tokenizer.")
-    path, weights = folder / INITIAL_MODEL, hash_tensors(model.state_dict())
+    path = folder / INITIAL_MODEL
+    content = {"weights": hash_tensors(model.state_dict()), "config": _hash_config(model)}
     owner = path.with_suffix(".json")
-    is_there = path.exists() and owner.exists() and read_json(owner) == {"weights": weights}
+    is_there = path.exists() and owner.exists() and read_json(owner) == content
     if path.exists() and not is_there and has_trained(folder):
         raise ValueError(f"{folder} holds a run that began with another model. Use another output_dir.")
     meet()
@@ -323,9 +326,19 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
         with write_aside(path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-        write_json(owner, {"weights": weights})
+        write_json(owner, content)
     meet()
     return str(path)
+
+
+def _hash_config(model: PreTrainedModel) -> str:
+    """Of what its configuration says of the model and of how it answers, but for what saving writes into it."""
+    parts: list[Any] = [model.config, *([model.generation_config] if model.can_generate() else [])]
+    found = [
+        {name: value for name, value in part.to_dict().items() if name[0] != "_" and name not in _WRITTEN_BY_SAVING}
+        for part in parts
+    ]
+    return hash_value(json.loads(json.dumps(found, default=str)))[:16]
 
 
 def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel | Model) -> None:

@@ -180,11 +180,12 @@ class Round:
             # As many steps as on all pairs of the data: what a filter takes away must not shorten the training as well.
             num_train_epochs=self.args.num_train_epochs * max(1.0, self._num_given / len(dataset)),
         )
+        evaluation = self._evaluation()  # by the reference, which must be gone before the policy comes
         trainer = ROPOTrainer(
             self.model.load(start, is_trainable=True),
             args,
             train_dataset=dataset,
-            eval_dataset=self._evaluation(),
+            eval_dataset=evaluation,
             processing_class=self.model.tokenizer,
             peft_config=self.model.adapter if start is None else None,
             loss=self.loss,

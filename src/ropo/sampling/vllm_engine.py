@@ -175,6 +175,8 @@ def check_vllm(num_processes: int) -> None:
 def _largest_rank(adapter: Path) -> int:
     """What to tell vLLM about the rank of an adapter."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(f"Engine vllm needs a LoRA adapter; got {kind}. Use engine transformers.")
     rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     for allowed in _LORA_RANKS:
         if rank <= allowed:

@@ -26,8 +26,10 @@ from ropo.train.sharding import check_sharding
 
 logger = logging.getLogger(__name__)
 
+AFTER_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+"""Schedules whose steps need the result of an evaluation."""
+
 _NUM_STEPS = 8  # that a schedule is tried for
-_AFTER_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules whose steps need a result
 _WITHOUT_OPTIONS = ("constant", "constant_with_warmup")  # schedules that read no `lr_scheduler_kwargs`
 
 
@@ -192,7 +194,7 @@ def _check_scheduler(args: TrainOptions) -> None:
             num_training_steps=_NUM_STEPS,
             scheduler_specific_kwargs=dict(options or {}),  # type: ignore[arg-type] # a text was read before
         )
-        for _ in range(0 if name in _AFTER_EVALUATION else _NUM_STEPS):
+        for _ in range(0 if name in AFTER_EVALUATION else _NUM_STEPS):
             optimizer.step()
             scheduler.step()
             if not math.isfinite(optimizer.param_groups[0]["lr"]):

@@ -40,7 +40,7 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "lr_scheduler_type": Rule(choices=choices_of(SchedulerType)),
         "lr_scheduler_kwargs": Rule(keys=()),
         "optim": Rule(choices=choices_of(OptimizerNames)),
-        "hub_strategy": Rule(choices=choices_of(HubStrategy)),
+        "hub_strategy": Rule(choices=choices_of(HubStrategy), identifies=False),
         "activation_checkpointing_kwargs": Rule(keys=_FOR_CHECKPOINTS),
         "gradient_checkpointing_kwargs": Rule(keys=_FOR_CHECKPOINTS),
         "liger_kernel_config": Rule(keys=()),
@@ -48,7 +48,7 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "fsdp_config": Rule(keys=(), may_be_file=True),
         "deepspeed": Rule(keys=(), may_be_file=True),
         "dataloader_multiprocessing_context": Rule(choices=("fork", "spawn", "forkserver")),
-        "dataloader_prefetch_factor": Rule(low=1),
+        "dataloader_prefetch_factor": Rule(low=1, identifies=False),
         "per_device_train_batch_size": Rule(low=1),
         "per_device_eval_batch_size": Rule(low=1),
         "gradient_accumulation_steps": Rule(low=1),
@@ -62,11 +62,10 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
         "adam_beta1": Rule(low=0, below=1),
         "adam_beta2": Rule(low=0, below=1),
         "adam_epsilon": Rule(above=0),
-        "neftune_noise_alpha": Rule(low=0),
         "seed": Rule(low=0),
         "data_seed": Rule(low=0, high=2**32 - 1),
         "ddp_bucket_cap_mb": Rule(low=1),
-        "ddp_timeout": Rule(low=1),
+        "ddp_timeout": Rule(low=1, identifies=False),
         # With another value of these the same numbers are computed.
         "logging_steps": Rule(above=0, identifies=False),
         "logging_strategy": Rule(choices=choices_of(IntervalStrategy), identifies=False),
@@ -83,7 +82,7 @@ OF_TRANSFORMERS: Mapping[str, Rule] = MappingProxyType(
                 "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm", "log_level",
                 "log_level_replica", "logging_first_step", "hub_token", "push_to_hub",
                 "hub_model_id", "hub_private_repo", "hub_revision", "local_rank", "do_train",
-                "do_eval", "do_predict",
+                "do_eval", "do_predict", "dataloader_persistent_workers", "dataloader_pin_memory", "log_on_each_node",
             ),
             _FREE,
         ),
@@ -190,6 +189,16 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             raise ValueError("remove_unused_columns needs false; got true. A row of training is a place, not columns.")
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise ValueError("dataloader_persistent_workers needs dataloader_num_workers of 1 or more; got 0.")
+        if self.neftune_noise_alpha:
+            raise ValueError(
+                f"neftune_noise_alpha needs to be left out; got {self.neftune_noise_alpha:g}. Noise on a policy's "
+                "embeddings would make its margins depend on chance."
+            )
+        if self.data_seed is not None and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"data_seed needs train_sampling_strategy random; got {self.train_sampling_strategy}, whose order "
+                "follows seed. Leave it out, or change the other."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor needs 0; got {self.label_smoothing_factor}. It belongs to language-model "
