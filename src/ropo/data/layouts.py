@@ -79,15 +79,20 @@ def layout_of(row: Record, names: Mapping[str, str], *, is_conversation: Callabl
             "can stand without it."
         )
     prompt, chosen, rejected = (names[name] for name in ("prompt", "chosen", "rejected"))
-    is_named = (prompt, chosen, rejected) != ("prompt", "chosen", "rejected")
+    is_named = (chosen, rejected) != ("chosen", "rejected")
     own = Layout(
         columns=(prompt, chosen, rejected), texts=lambda one: (one.get(prompt), one.get(chosen), one.get(rejected))
     )
     if is_named or (prompt in row and chosen in row) or is_conversation(row.get(chosen)):
         return "own", own
+
+    def renamed(one: Record) -> Record:
+        return one if prompt == "prompt" else {**one, "prompt": one.get(prompt)}
+
     for name, find in LAYOUTS.items():
-        if found := find(row):
-            return name, found
+        if found := find(renamed(row)):
+            read = tuple(prompt if column == "prompt" else column for column in found.columns)
+            return name, Layout(columns=read, texts=lambda one: found.texts(renamed(one)))
     if not {chosen, rejected} & set(row):
         for columns, what in _NO_PAIRS:
             if columns <= set(row):
@@ -127,7 +132,12 @@ def _question(row: Record) -> Layout | None:
         return None
     columns, prompt = found
     if "system" not in row:
-        texts = lambda one: (prompt(one), one.get("chosen"), one.get("rejected"))  # noqa: E731
+
+        def texts(one: Record) -> tuple[Any, Any, Any]:
+            if one.get("system"):
+                raise BadRow("mixed_formats", "a row has `system`, and those before had none: write it there, too.")
+            return prompt(one), one.get("chosen"), one.get("rejected")
+
         return Layout(columns=(*columns, "chosen", "rejected"), texts=texts)
 
     def with_system(one: Record) -> tuple[Any, Any, Any]:
@@ -212,7 +222,7 @@ def _prompt_of(row: Record) -> tuple[tuple[str, ...], Callable[[Record], Any]] |
     found = [name for name in _QUESTIONS if name in row]
     if len(found) > 1:
         raise ValueError(f"A dataset needs one prompt; got {' and '.join(found)}. Choose by --prompt_column.")
-    if found == ["instruction"] and "input" in row:
+    if found == ["instruction"]:  # writers may leave out an input that is empty
         return ("instruction", "input"), _instruction
     name = found[0] if found else "input"
     return ((name,), lambda one: one.get(name)) if name in row else None

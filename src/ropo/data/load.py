@@ -31,7 +31,7 @@ T = TypeVar("T")
 _FIELDS = ("prompt", "chosen", "rejected", "annotator", "weight")
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _MARKER = re.compile(r"\n\n(Human|Assistant):")
-_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]\s*:")
+_MESSAGES_AS_TEXT = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +151,12 @@ class _RowReader:
         Raises:
             BadRow: If it is none; a row that follows is then read as if this one were not there.
         """
+        name, layout = self.layout_name, self._layout
         if isinstance(record, Mapping):
             self.columns.update(record)
-            if self._layout is None:
-                self.layout_name, self._layout = layout_of(record, self._names, is_conversation=_is_conversation)
-        fields = _fields(record, self._names, self._layout)
+            if layout is None:
+                name, layout = layout_of(record, self._names, is_conversation=_is_conversation)
+        fields = _fields(record, self._names, layout)
         origin, verdict = getattr(record, "origin", "data"), getattr(record, "verdict", None)
         pair, form = _pair(fields, row=row, form=self.format, origin=origin, verdict=verdict)
         is_weighted = fields["weight"] not in (None, "")
@@ -163,7 +164,7 @@ class _RowReader:
             has, got = ("none", short(fields["weight"])) if is_weighted else ("one", "none")
             raise BadRow("bad_weight", f"a row needs a weight if all have one; those before have {has}; got {got}.")
         self.digest.update(_canonical(pair))
-        self.format, self._is_weighted = form, is_weighted
+        self.format, self._is_weighted, self.layout_name, self._layout = form, is_weighted, name, layout
         return pair
 
     @property

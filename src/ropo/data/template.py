@@ -146,6 +146,16 @@ def render(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizer
 
     def apply(conversation: Conversation) -> Rendered | BadRow:
         messages: Messages = [_with_parsed_arguments(message) for message in conversation.messages]
+        found, contents = rendered(messages, conversation), _contents(messages)
+        if not contents or (isinstance(found, Rendered) and any(_is_in(text, found.text) for text in contents)):
+            return found
+        # Templates of vision-language models may want a list of parts, and find nothing in a text.
+        other = rendered([_in_parts(message) for message in messages], conversation)
+        if isinstance(other, BadRow) or "'type': 'text'" in other.text:  # that of a list, as Python writes it
+            return found
+        return other if all(_is_in(text, other.text) for text in contents) else found
+
+    def rendered(messages: Messages, conversation: Conversation) -> Rendered | BadRow:
         held = tuple(dict.fromkeys(name for text in _strings(messages) for name in pattern.findall(text)))
         marked = None
         try:
@@ -208,6 +218,16 @@ def _strings(value: Any) -> Iterator[str]:
         yield from (text for one in value.values() for text in _strings(one))
     elif isinstance(value, list | tuple):
         yield from (text for one in value for text in _strings(one))
+
+
+def _contents(messages: Messages) -> list[str]:
+    """The texts of messages that are no lists of parts."""
+    return [message["content"] for message in messages if isinstance(message.get("content"), str)]
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
 
 
 def _left_out(messages: Messages, text: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ropo.data.encode import Encoded, TokenIds, encode
-from ropo.data.problems import BadRow, Problem
+from ropo.data.problems import BadRow, Problem, short
 from ropo.data.template import Conversation, Rendered, control_tokens, date_of, render
 from ropo.pairs import Pair, Text
 
@@ -149,6 +149,8 @@ def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) 
         text = prompt if isinstance(prompt, str) else rendered[i]
         if isinstance(text, BadRow):
             refused.append(f"in prompt {i}, {text}")
+        elif isinstance(text, Rendered) and (lost := [one for one in text.left_out if " (user): content" in one]):
+            refused.append(f"in prompt {i}, the template leaves out {lost[0]}")
         else:
             texts.append(text)
     if refused:
@@ -221,7 +223,8 @@ class _Reader:
                 continue
             texts = [next(rendered) for _ in three]
             refused = next((one for one in texts if isinstance(one, BadRow)), None)
-            found.append(refused or [one for one in texts if isinstance(one, Rendered)])
+            written: list[str | Rendered] = [one for one in texts if isinstance(one, Rendered)]
+            found.append(refused or _changed_prompt(three[0], written) or written)
         return found
 
     def _read(self, texts: Sequence[str | Rendered], encoded: Sequence[Encoded], drawn: SampledIds | None) -> _ReadPair:
@@ -311,6 +314,22 @@ def _conversations(pair: Pair) -> list[Conversation]:
     ]
 
 
+def _changed_prompt(asked: Conversation, texts: Sequence[str | Rendered]) -> BadRow | None:
+    """Whether a template writes the prompt, up to its last message, otherwise once an answer follows.
+
+    A model would be trained on another prompt than the one that it answers, and a part of it would be taken for the
+    response. What it writes after that message may differ: some begin an answer otherwise than they record one.
+    """
+    alone, *whole = (text.text for text in texts if isinstance(text, Rendered))
+    last = asked.messages[-1].get("content")
+    said = last.strip() if isinstance(last, str) else ""
+    first, other = min(alone, *whole), max(alone, *whole)  # what these two share all share
+    num_shared = next((i for i, both in enumerate(zip(first, other, strict=False)) if both[0] != both[1]), len(first))
+    if not said or said not in alone or said in alone[:num_shared]:
+        return None
+    return BadRow("template_refuses", f"it writes the prompt otherwise once an answer follows: {short(said)}")
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in dict.fromkeys(names))
 
@@ -338,7 +357,8 @@ def _fit(read: _ReadPair, *, max_length: int) -> tuple[TokenizedPair | None, lis
     if not len(fitted.chosen) or not len(fitted.rejected):
         return None, [("completion_emptied", "a response has no tokens")]
     if np.array_equal(fitted.chosen, fitted.rejected):
-        return None, [("identical", f"chosen and rejected have the same tokens (of at most {budget})")]
+        message = f"chosen and rejected have the same tokens (of at most {budget})"
+        return None, [("identical", message), *read.warnings]
     cut = [name for name in ("chosen", "rejected") if len(getattr(ids, name)) > budget]
     lost = [("truncated", f"{name} lost {count(name, budget)} of {count(name)} tokens") for name in cut]
     return fitted, [*lost, *read.warnings]

@@ -272,9 +272,10 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
         check_adapter(skeleton, peft_config)
     evaluation = None
     if given.eval_dataset is not None:
-        columns = DataSource.of(given.dataset).columns or {}
+        named = DataSource.of(given.dataset).columns or {}
+        columns = {name: column for name, column in named.items() if name not in ("annotator", "weight")}
         evaluation = read_evaluation(
-            DataSource.of(given.eval_dataset, columns={name: columns[name] for name in columns if name != "weight"}),
+            DataSource.of(given.eval_dataset, columns=columns),
             trained_on=[*read.pairs, *read.trusted],
             tokenizer=tokenizer,
             max_length=args.max_length,

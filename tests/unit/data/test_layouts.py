@@ -249,6 +249,34 @@ def test_values_of_another_type_are_problems(row):
     assert [problem.kind for problem in load_pairs([row]).problems] == ["wrong_type"]
 
 
+def test_a_bad_first_row_decides_nothing():
+    good = {"system": "s", "question": "q", "chosen": "a", "rejected": "b"}
+    bad = {name: value for name, value in good.items() if name != "rejected"}
+    loaded = load_pairs([bad, good, good | {"question": "r"}])
+    assert loaded.layout == "question"
+    assert [pair.row for pair in loaded.pairs] == [1, 2]
+    assert [problem.row for problem in loaded.problems] == [0]
+
+
+def test_what_only_later_rows_have_is_no_less_read():
+    """Writers leave out what is empty."""
+    answers = {"chosen": "a", "rejected": "b"}
+    loaded = load_pairs([{"instruction": "Say hi", **answers}, {"instruction": "Say", "input": "x", **answers}])
+    assert [pair.prompt for pair in loaded.pairs] == ["Say hi", "Say\nx"]
+    loaded = load_pairs([{"question": "q", **answers}, {"question": "q", "system": "s", **answers}])
+    assert [(problem.kind, problem.row) for problem in loaded.problems] == [("mixed_formats", 1)]
+
+
+def test_a_named_prompt_leaves_the_responses_to_the_layout():
+    rows = [{"instruction": "x", "question": "q", "response_a": "a", "response_b": "b", "winner": "b"}]
+    with pytest.raises(ValueError, match="prompt_column"):
+        load_pairs(rows)
+    loaded = load_pairs(rows, columns={"prompt": "question"})
+    [pair] = loaded.pairs
+    assert (loaded.layout, pair.prompt, pair.chosen) == ("paired", "q", "b")
+    assert loaded.ignored_columns == ("instruction",)
+
+
 def test_our_own_columns_come_first():
     """Whatever stands beside them, and whatever the user names."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}

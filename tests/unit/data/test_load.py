@@ -317,6 +317,8 @@ BAD_ROWS = {
         "message 0 of chosen needs from to be one of human, user, gpt, assistant, system; got str 'robot'",
     ),
     "list as text": ("wrong_type", row(chosen="[{'role': 'assistant', 'content': 'a'}]"), "a list written as text"),
+    "message as text": ("wrong_type", row(chosen='{"from": "gpt", "value": "a"}'), "a list written as text"),
+    "ShareGPT as text": ("wrong_type", row(chosen='[{"value": "a", "from": "gpt"}]'), "a list written as text"),
     "text and messages": ("wrong_type", row(chosen=[assistant("a")]), "chosen: messages, rejected: text"),
     "another layout": (
         "mixed_formats",

@@ -116,6 +116,48 @@ def test_a_template_that_refuses_a_conversation(tokenizer):
     assert found.tokens[1].prompt.tolist() == expected.prompt.tolist()
 
 
+def test_a_template_that_writes_the_prompt_otherwise_once_an_answer_follows(tokenizer):
+    """Mistral's shows the system message before the last message alone: the question would be learned as an answer."""
+    moving = copy.deepcopy(tokenizer)
+    moving.chat_template = (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.last and system is defined %}{{ system + ' ' }}{% endif %}{{ m.content }}[/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    said = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
+    fine = Pair(prompt=[{"role": "user", "content": "hi"}], chosen=said[0], rejected=said[1], row=0)
+    system = replace(fine, prompt=[{"role": "system", "content": "be kind"}, *fine.prompt], row=1, id="")
+    found = tokenize_pairs([fine, system], moving, max_length=64)
+    assert [pair.row for pair in found.pairs] == [0]
+    assert kinds(found) == [("template_refuses", 1)]
+    assert "once an answer follows: str 'hi'" in found.problems[0].message
+
+
+@pytest.mark.parametrize(
+    "of_parts", ["{% for part in m.content %}{{ part.text }}{% endfor %}", "{{ m.content[0].text }}"]
+)
+def test_a_template_that_wants_content_in_parts(of_parts, tokenizer):
+    """As those of vision-language models do, which find nothing in a text, or fail."""
+    in_parts = copy.deepcopy(tokenizer)
+    in_parts.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", of_parts)
+    assert in_parts.chat_template != tokenizer.chat_template
+    said = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
+    pair = Pair(prompt=[{"role": "user", "content": "hi"}], chosen=said[0], rejected=said[1], row=0)
+    found, wanted = (tokenize_pairs([pair], one, max_length=64) for one in (in_parts, tokenizer))
+    assert kinds(found) == []
+    assert found.tokens[0].prompt.tolist() == wanted.tokens[0].prompt.tolist()
+    assert found.tokens[0].chosen.tolist() == wanted.tokens[0].chosen.tolist()
+    assert encode_prompts([pair.prompt], in_parts) == encode_prompts([pair.prompt], tokenizer)
+
+
+def test_a_prompt_without_its_question_is_not_answered(tokenizer):
+    blind = copy.deepcopy(tokenizer)
+    blind.chat_template = "{% for m in messages %}<s>{{ m['role'] }}</s>{% endfor %}"
+    with pytest.raises(ValueError, match=r"in prompt 0, the template leaves out .*'hi'"):
+        encode_prompts([[{"role": "user", "content": "hi"}]], blind)
+
+
 def test_conversation_needs_a_template(tokenizer):
     messages = [{"role": "user", "content": "x"}]
     template, tokenizer.chat_template = tokenizer.chat_template, None
