@@ -32,6 +32,7 @@ def test_pairs_for_evaluation_need_no_annotators(model_folder, data, tmp_path):
     named = tmp_path / "named.jsonl"
     lines = [json.loads(line) for line in data.read_text().splitlines()]
     named.write_text("".join(json.dumps({**line, "worker": f"w{i % 3}"}) + "\n" for i, line in enumerate(lines)))
+    data.write_text("".join(json.dumps({**line, "prompt": "Q" + line["prompt"]}) + "\n" for line in lines))
     more = ["--annotator_column=worker", f"--eval_dataset_name={data}"]
     assert run("train", model_folder, named, tmp_path / "O", *more) == 0
 
