@@ -205,8 +205,8 @@ def best_setting(config: BenchConfig, method: str, trials: Path) -> dict[str, An
     if not rows:
         raise RunError(f"{method} diverged with every setting that was tried; see {trials}. Leave it out.")
     for key, tie in NEARLY_BEST.items():
-        best = max(float(row[key]) for row in rows)
-        rows = [row for row in rows if float(row[key]) >= best - tie]
+        values = [float(row[key] or "-inf") for row in rows]  # gold is unknown where a judge knew none
+        rows = [row for row, value in zip(rows, values, strict=True) if value >= max(values) - tie]
     # Where no sample ended there is no distance: such a model has gone farther than any.
     found: dict[str, Any] = json.loads(min(rows, key=lambda row: float(row["kl"] or "inf"))["options"])
     return found

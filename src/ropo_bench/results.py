@@ -95,6 +95,10 @@ class CellOfGrid:
         """One score of a method by seed; diverged runs count as not-a-number."""
         return {seed: float(row.get(key) or "nan") for seed, row in self.by_method.get(method, {}).items()}
 
+    def has_diverged(self, method: str, key: str) -> bool:
+        """Whether a seed has no such score."""
+        return bool(np.isnan(list(self.scores(method, key).values())).any())
+
     def mean(self, method: str, key: str) -> Interval:
         """A score of a method over seeds."""
         return interval_of(self.scores(method, key).values())
@@ -116,15 +120,17 @@ class CellOfGrid:
         return {seed: (one[seed] - floor[seed]) / gap for seed in one if seed in floor}
 
     def best(self, methods: Sequence[str], key: str) -> str | None:
-        """The method with the highest mean."""
-        means = {name: self.mean(name, key).mean for name in methods}
-        means = {name: value for name, value in means.items() if np.isfinite(value)}
+        """The method with the highest mean; one that diverged with a seed is none of them."""
+        whole = [name for name in methods if self.scores(name, key) and not self.has_diverged(name, key)]
+        means = {name: self.mean(name, key).mean for name in whole}
         return max(means, key=means.__getitem__) if means else None
 
     def is_tie(self, method: str, other: str, key: str) -> bool:
-        """Whether the interval of the difference holds 0, or there is one seed only."""
+        """Whether the interval of the difference holds 0, or there is one seed only; not where a seed diverged."""
+        if method == other or self.has_diverged(method, key):
+            return method == other
         gap = self.difference(method, other, key)
-        return method == other or not abs(gap.mean) > gap.half
+        return not abs(gap.mean) > gap.half
 
 
 def cells_of(rows: Sequence[Row]) -> list[CellOfGrid]:

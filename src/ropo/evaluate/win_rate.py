@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from ropo.data.problems import short
+from ropo.data.problems import printable, short
 from ropo.data.validate import DataError
 from ropo.evaluate.export import encodable, read_objects
 from ropo.evaluate.measures import Mean, share_of
@@ -169,7 +169,7 @@ def read_outputs(path: Path, *, option: str) -> Outputs:
     for where, row in read_objects(path, option=option):
         for name in ("instruction", "output"):
             if not isinstance(row.get(name), str):
-                got = short(row[name]) if name in row else f"fields {', '.join(map(str, row)) or 'none'}"
+                got = short(row[name]) if name in row else f"fields {', '.join(map(printable, row)) or 'none'}"
                 raise DataError(
                     f"{where}: outputs need a text in `{name}`; got {got}. Write AlpacaEval's format, as `ropo export "
                     "--benchmark alpaca_eval` does."
@@ -188,7 +188,7 @@ def read_outputs(path: Path, *, option: str) -> Outputs:
                 f"{where}: outputs need an instruction once; got {short(row['instruction'])} again. Leave one out."
             )
         texts[row["instruction"]] = row["output"]
-        names.append(str(row.get("generator") or path.stem))
+        names.append(printable(str(row.get("generator") or path.stem)))
     if not texts:
         raise DataError(f"{path}: outputs need at least one row; got none.")
     if len(set(names)) > 1:

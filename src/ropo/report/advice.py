@@ -28,6 +28,12 @@ def is_open(tables: Table) -> bool:
     return not estimate["is_informative"] or estimate["high"] > SMALL_RATE
 
 
+def is_whole(tables: Table) -> bool:
+    """Whether every pair is kept with its full weight."""
+    counts = tables["counts"]
+    return bool(counts["keep"] == counts["num_pairs"] and counts["weight_kept_mean"] == 1.0)
+
+
 def num_open_flips(tables: Table, rate: float) -> float:
     """How many labels without a review decision a flip rate of all makes wrong; reviews find the wrong ones first."""
     counts = tables["counts"]
@@ -73,7 +79,7 @@ def _advise_clean(tables: Table) -> str | None:
     estimate, loss = tables["estimate"], tables["loss"]
     if not estimate["is_informative"] or not estimate["may_be_clean"]:
         return None
-    if estimate["rho"] == 0 and loss["alpha"] == 0 and loss["has_alpha"]:
+    if estimate["rho"] == 0 and loss["alpha"] == 0 and loss["has_alpha"] and not loss["has_terms"]:
         if estimate["high"] > SMALL_RATE:
             return "The interval reaches 0, so nothing is filtered out: training is exactly DPO."
         return "The interval reaches 0, so nothing has to be done about the labels: training is exactly DPO."
@@ -118,7 +124,7 @@ def _advise_cleaned(tables: Table) -> str | None:
     counts = tables["counts"]
     if tables["task"] != "audit":
         return None
-    if counts["keep"] == counts["num_pairs"]:
+    if is_whole(tables):
         return "`ropo train` on the data as it is does the same as on `cleaned.jsonl`: every pair is kept."
     turned = ", with the flipped ones swapped" if counts["flip"] else ""
     return (

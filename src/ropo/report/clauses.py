@@ -57,7 +57,7 @@ OBSTACLES: Mapping[str, tuple[str, str]] = {
 
 def reason(estimate: FlipEstimate) -> str:
     """Why an estimate is or is not informative, and what to do about it, in one to four sentences."""
-    if estimate.obstacle is Obstacle.IN_SAMPLE:
+    if estimate.obstacle in (Obstacle.IN_SAMPLE, Obstacle.REVERSED):  # which give no bound
         return OBSTACLES[estimate.obstacle][1]
     if estimate.obstacle is None:
         text = f"The margins place the flip rate between {100 * estimate.low:.1f} % and {100 * estimate.high:.1f} %."

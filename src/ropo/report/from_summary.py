@@ -54,6 +54,7 @@ def loss(summary: Summary) -> Json:
         "given_beta": number(config.get("beta")),
         "beta_why": clean(str(summary.get("beta_why") or "")),
         "noise_left": number(summary.get("noise_left")),
+        "has_terms": bool(config.get("sft_weight") or config.get("router_aux_loss_coef")),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ropo.audit.weights import Why
 from ropo.provenance import Json
-from ropo.report.advice import FEW, SMALL_RATE, advice, is_open, num_open_flips
+from ropo.report.advice import FEW, SMALL_RATE, advice, is_open, is_whole, num_open_flips
 from ropo.report.biases import LENGTH, kept_differ
 from ropo.report.clauses import CLAUSES
 from ropo.report.wording import count, counted, decimal, listed, percent, percent_range
@@ -171,8 +171,8 @@ def alpha(tables: Table) -> str:
     since = _since(loss["alpha_why"])
     would = "Training would use " if tables["task"] == "audit" else ""
     if loss["alpha"] == 0:
-        counts = tables["counts"]
-        exactly = " With every pair kept, training is exactly DPO." if counts["keep"] == counts["num_pairs"] else ""
+        is_dpo = is_whole(tables) and not loss["has_terms"]
+        exactly = " With every pair kept, training is exactly DPO." if is_dpo else ""
         return f"{would}α = 0: plain DPO{since}.{exactly}"
     return f"{would}α = {loss['alpha']:.3g}, the weight of the noise-tolerant part of the loss{since}."
 

@@ -138,7 +138,9 @@ def build_tables(
 
 
 def _seen(ledger: pa.Table, summary: Mapping[str, Any], pairs: Sequence[Pair]) -> _Seen:
-    scores = last_round(ledger)
+    scores, is_told = last_round(ledger), bool(_estimate(summary, 0)["is_informative"])
+    if not is_told:  # P(flipped) without a rate is no probability
+        scores["p_flip"] = np.full(len(scores["row"]), np.nan)
     originals = {pair.row: pair for pair in pairs if pair.origin == "data"}
     missing = [int(row) for row in scores["row"] if int(row) not in originals]
     if missing:
@@ -152,14 +154,15 @@ def _seen(ledger: pa.Table, summary: Mapping[str, Any], pairs: Sequence[Pair]) -
         originals=originals,
         in_order=in_order,
         is_open=np.array([pair.verdict is None for pair in in_order]),
-        is_informative=_estimate(summary, len(in_order))["is_informative"],
+        is_informative=is_told,
     )
 
 
 def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
     """Columns of the ledger for the original pairs in the last round, in the order of the input.
 
-    `margin` is the held-out margin where the ledger has it, since P(flipped) comes from that; `is_held_out` says so.
+    Decision and weight are those that the last training has had, of the round before if there is one. `margin` is the
+    held-out margin where the ledger has it, since P(flipped) comes from that; `is_held_out` says so.
     """
     columns = {name: ledger[name].to_numpy(zero_copy_only=False) for name in ledger.column_names}
     is_data = columns["origin"] == "data"
@@ -169,6 +172,10 @@ def last_round(ledger: pa.Table) -> dict[str, NDArray[Any]]:
     positions = np.flatnonzero(is_last)
     positions = positions[np.argsort(columns["row"][positions], kind="stable")]
     found = {name: column[positions] for name, column in columns.items()}
+    if (rounds := np.unique(columns["round"][is_data])).size > 1:
+        before = np.flatnonzero(is_data & (columns["round"] == rounds[-2]))
+        before = before[np.argsort(columns["row"][before], kind="stable")]
+        found |= {name: columns[name][before] for name in ("decision", "weight")}
     held_out = np.asarray(found.pop("held_out_margin", np.full(len(positions), np.nan)), dtype=np.float64)
     is_held_out = bool(np.isfinite(held_out).any())
     margin = held_out if is_held_out else found["margin"]

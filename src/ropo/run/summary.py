@@ -38,7 +38,7 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
     """
     audit = rounds[0].audit
     per_round = [_round_summary(this) for this in rounds]
-    final = per_round[-1]
+    final, trained_by = per_round[-1], per_round[-2:][0]  # what the last training was decided by
     seconds = _audit_seconds(made.folder, audit)
     for this in rounds:
         seconds |= {f"round {this.number} {name}": value for name, value in this.stages.seconds.items()}
@@ -46,7 +46,8 @@ def train_summary(rounds: Sequence[Round], made: Prepared, evaluation: Evaluatio
     names = ("flip_rate", "is_informative", "obstacle", "reason", *chosen)
     return {
         "task": "train",
-        **{name: final[name] for name in (*names, "num_pairs", "num_kept", "num_dropped", "num_flipped")},
+        **{name: final[name] for name in names},
+        **{name: trained_by[name] for name in ("num_pairs", "num_kept", "num_dropped", "num_flipped")},
         "num_resampled": final["num_resampled_trained_on"],
         **_about_labels(audit, num_trusted=rounds[0].num_read - rounds[0].num_data),
         **_about_run(rounds[0].args, made, seconds, rounds[0].loss),
@@ -129,7 +130,7 @@ def _flip_rate(estimate: FlipEstimate) -> Json:
     return {
         "estimate": estimate.rate if estimate.is_informative else None,
         "low": estimate.low if is_held_out else None,
-        "high": estimate.high if is_held_out else None,
+        "high": estimate.high if is_held_out and estimate.obstacle is not Obstacle.REVERSED else None,
     }
 
 

@@ -111,6 +111,14 @@ def test_the_setting_is_nearly_best_in_both_scores_and_of_these_the_nearest(tmp_
     assert best_setting(config(), "dpo", path) == {"beta": 2}
 
 
+def test_a_trial_without_a_gold_reward_is_none_of_the_best(tmp_path):
+    """A judge may know nothing of its answers."""
+    path = tmp_path / "trials.csv"
+    for number, gold in enumerate((np.nan, 0.5)):
+        append_row(path, row(accuracy=0.9, gold=gold, kl=1.0, options=json.dumps({"beta": number})))
+    assert best_setting(config(), "dpo", path) == {"beta": 1}
+
+
 def test_a_method_that_always_diverged_is_named(tmp_path):
     append_row(tmp_path / "trials.csv", row(accuracy=np.nan))
     with pytest.raises(RuntimeError, match="dpo diverged with"):

@@ -103,6 +103,19 @@ def test_a_diverged_seed_is_not_averaged(tmp_path):
     assert cells_of(found)[1].mean("rdpo", "accuracy").count == 2
 
 
+@pytest.mark.parametrize("num_diverged", [2, 3])
+def test_a_method_that_diverged_is_not_the_best_and_ties_with_none(num_diverged, tmp_path):
+    """However good the seeds are that are left."""
+    found = [dict(row) for row in rows(tmp_path)]
+    for row in found:
+        if row["method"] == "rdpo":
+            row["accuracy"] = "" if int(row["seed"]) <= num_diverged else "0.99"
+    cell = cells_of(found)[1]
+    assert cell.best(["dpo", "ropo", "rdpo"], "accuracy") == "ropo"
+    assert not cell.is_tie("rdpo", "ropo", "accuracy")
+    assert "**-**" not in cell_tables(found)
+
+
 def test_tables_say_what_the_rows_say(found):
     summary = {line.split(" | ")[0].strip("| "): line for line in summary_table(found).split("\n")}
     assert "| rdpo | flip rate | 0.50 ±0.00 |" in summary["rdpo"]

@@ -16,6 +16,19 @@ def comparisons(*said, output="long text", baseline="short"):
     return [Comparison(instruction=str(n), output=output, baseline=baseline, p_better=p) for n, p in enumerate(said)]
 
 
+def test_names_in_a_file_of_outputs_are_shown_as_text(tmp_path):
+    """No terminal obeys them, and half a character does not end a comparison that a judge was paid for."""
+    path = tmp_path / "o.json"
+    path.write_text(json.dumps([{"instruction": "q", "output": "a", "generator": "m\x1b[2J\ud83d"}]))
+    name = read_outputs(path, option="outputs").name
+    assert name.isprintable()
+    assert name.encode("utf-8")
+    path.write_text(json.dumps([{"instruction": "q", "out\x1b[2J": "a"}]))
+    with pytest.raises(DataError) as refused:
+        read_outputs(path, option="outputs")
+    assert "\x1b" not in str(refused.value)
+
+
 def test_ties_count_half_and_silence_is_left_out():
     found = win_rate(comparisons(1.0, 0.9, 0.5, 0.5, 0.0, None))
     assert found.counts == {"win": 2, "loss": 1, "tie": 2, "undecided": 1, "identical": 0}

@@ -56,12 +56,12 @@ def make_run() -> Callable[..., dict[str, Any]]:
 
     def build(pairs: list[Pair] | None = None, summary: dict[str, Any] | None = None, **other: Any) -> dict[str, Any]:
         pairs = pairs or example_pairs()
-        first = [(p.id, p.row, 0, m / 2, 1.0, 1.0, 0.5, "keep", "data") for p, m in zip(pairs, MARGINS, strict=True)]
-        last = []
+        first, last = [], []  # a run resamples but after its last training
         for pair, margin, p_flip in zip(pairs, MARGINS, P_FLIP, strict=True):
             decision = DECISIONS.get(pair.row, "keep")
             weight = float(decision in ("keep", "flip"))
-            last.append((pair.id, pair.row, 1, margin, 1.0, weight, p_flip, decision, "data"))
+            first.append((pair.id, pair.row, 0, margin / 2, 1.0, weight, 0.5, decision, "data"))
+            last.append((pair.id, pair.row, 1, margin, 1.0, 1.0, p_flip, "keep", "data"))
         new = Pair(prompt=pairs[12].prompt, chosen="Yes.", rejected=pairs[12].chosen, row=12, origin="resampled")
         run = {
             "ledger": ledger_of([*first, *last, (new.id, 12, 1, 1.5, 0.2, 1.0, 0.05, "keep", "resampled")]),

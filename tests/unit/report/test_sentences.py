@@ -140,6 +140,25 @@ def test_alpha_is_not_stated_for_losses_without_one(make_audit, make_run):
     assert said(make_audit, config={"loss": "simpo"}, alpha=0.0)[1]["alpha"] == ""
 
 
+def test_weights_and_further_terms_are_no_plain_dpo(make_audit):
+    """Where every pair is kept, but not with its full weight, or the loss has another term."""
+    told = []
+    for weight, more in ((1.0, {}), (0.8, {}), (1.0, {"sft_weight": 1.0})):
+        run = make_audit(summary={"alpha": 0.0, "config": {"loss": "ropo", **more}})
+        for name, value in (("decision", "keep"), ("weight", weight)):
+            run["ledger"] = run["ledger"].set_column(run["ledger"].column_names.index(name), name, [20 * [value]])
+        tables = build_tables(**run)
+        told.append(("exactly" in tables["sentences"]["alpha"], "the same as" in advice(tables)["cleaned"]))
+    assert told == [(True, True), (False, False), (False, True)]
+
+
+def test_without_a_rate_no_pair_has_a_probability(make_audit):
+    """Nor do those that a given rho drops."""
+    tables, _ = said(make_audit, is_informative=False)
+    assert {row["p_flip"] for row in tables["dropped"]["rows"]} == {None}
+    assert {row["p_flip_mean"] for row in tables["decisions"]} == {None}
+
+
 def test_clean_labels_mean_that_every_pair_is_kept(make_audit):
     clean = {"flip_rate": {"estimate": 0.0, "low": 0.0, "high": 0.03}, "rho": 0.0, "alpha": 0.0}
     run = make_audit(summary=clean | {"rho_why": Why.MAY_BE_CLEAN, "alpha_why": Why.AFTER_FILTER})
