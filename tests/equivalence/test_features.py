@@ -268,15 +268,21 @@ def test_virtual_tokens_come_before_the_prompt():
     model = get_peft_model(base, config).eval()
     tokens = make_tokens()
     batch = LAYOUTS["plain"](tokens, pad_token_id=0)
-    found, _ = FeatureReader(model, SKETCHES[0]).read(FORWARDS["plain"], batch)
+    found, features = FeatureReader(model, SKETCHES[0]).read(FORWARDS["plain"], batch)
     virtual_VH = model.get_prompt(1)[0]
     for i, pair in enumerate(tokens):
-        ids = torch.from_numpy(np.concatenate([pair.prompt, pair.chosen]).astype(np.int64))
-        embedded_TH = torch.cat([virtual_VH, base.get_input_embeddings()(ids)])
-        logps_TV = base(inputs_embeds=embedded_TH[None]).logits[0].log_softmax(-1)
-        predicted_TV = logps_TV[len(virtual_VH) + len(pair.prompt) - 1 : -1]
-        wanted = predicted_TV.gather(1, ids[len(pair.prompt) :, None]).sum()
-        torch.testing.assert_close(found.chosen[i], wanted, rtol=1e-4, atol=1e-3)
+        wanted, middle = [], []
+        for response in (pair.chosen, pair.rejected):
+            ids = torch.from_numpy(np.concatenate([pair.prompt, response]).astype(np.int64))
+            embedded_TH = torch.cat([virtual_VH, base.get_input_embeddings()(ids)])
+            said = base(inputs_embeds=embedded_TH[None], output_hidden_states=True)
+            where = slice(len(virtual_VH) + len(pair.prompt) - 1, -1)
+            logps_TV = said.logits[0, where].log_softmax(-1)
+            wanted.append(logps_TV.gather(1, ids[len(pair.prompt) :, None]).sum())
+            middle.append(said.hidden_states[2][0, where].mean(0))
+        torch.testing.assert_close(found.chosen[i], wanted[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.rejected[i], wanted[1], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(features["hidden_middle"][i], middle[0] - middle[1], rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_without_a_head_is_refused():

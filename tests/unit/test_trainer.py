@@ -17,7 +17,6 @@ from peft import (
     PrefixTuningConfig,
     PromptTuningConfig,
     VeraConfig,
-    get_peft_model,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainingArguments
@@ -27,7 +26,6 @@ from ropo.data.tokenize import tokenize_pairs
 from ropo.data.validate import DataError
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
-from ropo.logps.dropout import turn_dropout_off
 from ropo.logps.score import score_pairs
 from ropo.losses import LOSSES
 from ropo.models.fit import check_adapter
@@ -370,12 +368,20 @@ def test_an_adapter_that_wants_to_be_called_is_refused(model, tokenizer, pairs, 
         ROPOTrainer(model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer, peft_config=adapter)
 
 
-def test_the_dropout_of_an_adapter_stays(model_folder):
-    """In a later round and from a given adapter as in the first: it was asked for."""
+@pytest.mark.parametrize("start", ["restart", "carry_on"])
+def test_the_dropout_of_a_new_adapter_is_that_of_all_rounds(start, model_folder, pairs, tmp_path, monkeypatch):
+    """It was asked for."""
+    found, train = [], ROPOTrainer.train_or_resume
+
+    def watching(self, made_from, **how):
+        found.append({one.p for name, one in self.model.named_modules() if name.endswith("lora_dropout.default")})
+        train(self, made_from, **how)
+
+    monkeypatch.setattr(ROPOTrainer, "train_or_resume", watching)
     lora = LoraConfig(target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), lora)
-    turn_dropout_off(model)
-    assert {one.p for name, one in model.named_modules() if name.endswith("lora_dropout.default")} == {0.1}
+    args = config(tmp_path / "O", rounds=2, round_start=start, num_folds=0, rho="0.2", max_steps=1)
+    run_rounds(model_folder, pairs, args, peft_config=lora)
+    assert found == [{0.1}, {0.1}]
 
 
 def test_only_a_refusal_of_the_adapter_refuses_it(model, monkeypatch):

@@ -7,7 +7,6 @@ it is, and saved so.
 import re
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,22 +15,12 @@ _CHANCE = re.compile("drop|jitter")
 
 
 def turn_dropout_off(model: nn.Module) -> None:
-    """Set to 0 all that makes a training forward depend on chance, but for an adapter's dropout, which was asked for.
+    """Set to 0 all that makes a training forward depend on chance.
 
     A margin compares two probabilities of one text, and with dropout both would depend on chance. Models keep its rate
     in modules, in numbers that are given to a function or a kernel, or read it from their configuration each time.
     """
-    of_adapters = {
-        id(part)
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for name, child in layer.named_children()
-        if name != "base_layer"
-        for part in child.modules()
-    }
     for module in model.modules():
-        if id(module) in of_adapters:
-            continue
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
@@ -39,6 +28,14 @@ def turn_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
         if _reads_chance(module):
             module.config = _Calm(module.config)  # type: ignore[assignment, arg-type]
+
+
+def turn_adapter_dropout_on(model: Any) -> None:
+    """Give the LoRA adapters of a PEFT model the dropout of their configuration again, where that was asked for."""
+    for layer in model.modules():
+        for name, module in getattr(layer, "lora_dropout", {}).items():
+            if isinstance(module, nn.Dropout):
+                module.p = model.peft_config[name].lora_dropout
 
 
 def _reads_chance(module: nn.Module) -> bool:

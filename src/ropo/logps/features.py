@@ -139,7 +139,8 @@ class FeatureReader:
 
     def _plain_logps(self, batch: Batch) -> PairLogps:
         logits_NV = plain_logits(self._model, batch)
-        last_NH = _at_source(batch, self._seen["last"])
+        self._seen = {name: of_tokens(values_BTH, batch) for name, values_BTH in self._seen.items()}
+        last_NH = _at(batch["source"], self._seen["last"])
         projection_VK, _ = self._projections(last_NH, lambda: logits_NV.shape[1])
         # A model whose map from its head's output to its logits is not known counts as one that has none.
         logit_map = getattr(self._causal_lm, "_ropo_logit_map", LogitMap())
@@ -173,15 +174,14 @@ class FeatureReader:
             "hidden_last": _sum_by_pair(last_NH * mean_N1, response_N // 2),
         }
         if self._middle is not None:
-            middle_NH = _at_source(batch, self._seen["middle"]).float()
+            middle_NH = _at(batch["source"], self._seen["middle"]).float()
             features["hidden_middle"] = _sum_by_pair(middle_NH * mean_N1, response_N // 2)
         return features
 
 
-def _at_source(batch: Batch, hidden_BTH: Tensor) -> Tensor:
-    """Hidden states that predict a response token, though a model may be spread over several devices."""
-    source_N = batch["source"]
-    return of_tokens(hidden_BTH, batch)[source_N.to(hidden_BTH.device)].to(source_N.device)
+def _at(source_N: Tensor, hidden_BTH: Tensor) -> Tensor:
+    """Hidden states at places in the flattened positions, though a model may be spread over several devices."""
+    return hidden_BTH.flatten(0, 1)[source_N.to(hidden_BTH.device)].to(source_N.device)
 
 
 def _sum_by_pair(values_NH: Tensor, pair_N: Tensor) -> Tensor:

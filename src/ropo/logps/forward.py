@@ -34,13 +34,13 @@ def plain_logps(model: nn.Module, batch: Batch) -> PairLogps:
 def plain_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own logits where a response token is predicted, shape (N, V), float32; arguments of `plain_logps`."""
     logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    found: Tensor = of_tokens(logits_BTV, batch)[batch["source"]].float()
+    found: Tensor = of_tokens(logits_BTV, batch).flatten(0, 1)[batch["source"]].float()
     return found
 
 
 def of_tokens(values_BTX: Tensor, batch: Batch) -> Tensor:
-    """What a model puts out at the tokens of a batch, shape (B·T, X): virtual tokens of an adapter come before them."""
-    return values_BTX[:, -batch["input_ids"].shape[1] :].flatten(0, 1)
+    """What a model puts out at the tokens of a plain batch, before which an adapter may put virtual ones."""
+    return values_BTX[:, -batch["input_ids"].shape[1] :]
 
 
 def sum_by_response(logps_N: Tensor, response_N: Tensor, *, num_pairs: int) -> PairLogps:

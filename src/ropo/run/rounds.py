@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from ropo.audit.weights import Labels, decide_all, resolve_rho, training_set
 from ropo.data.tokenize import SampledIds, TokenizedPairs, encode_prompts, tokenize_pairs
+from ropo.logps.dropout import turn_adapter_dropout_on
 from ropo.logps.score import score_pairs
 from ropo.noise.estimate import FlipEstimate, Obstacle, estimate_flips
 from ropo.pairs import Pair, PairLogps
@@ -190,6 +191,8 @@ class Round:
             peft_config=self.model.adapter if start is None else None,
             loss=self.loss,
         )
+        if start is not None and self.model.adapter is not None:  # as in the round that began it
+            turn_adapter_dropout_on(trainer.model)
         if self._needs_halfway:
             trainer.save_halfway(self.folder / _HALFWAY)
         trainer.train_or_resume(made_from, title=f"Round {self.number}: training")
