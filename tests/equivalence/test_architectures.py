@@ -138,10 +138,10 @@ def with_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def changes_in_training(family: str) -> tuple[float, float] | None:
     """Largest change of log-probabilities by training, with and without dropout, in nats; None if there is no model."""
-    model_class, config = default_config(family)
     try:
+        model_class, config = default_config(family)
         model = next(small_copies(model_class, with_dropout(config)))
-        tokens = make_tokens(model.get_input_embeddings().weight.shape[0])[:1]
+        tokens = make_tokens(model.get_input_embeddings().weight.shape[0])[:2]
         wanted = logps_in("plain", model, tokens)
     except Exception:
         return None
