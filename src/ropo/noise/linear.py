@@ -109,8 +109,8 @@ class LinearModels:
 
     Features change their sign with the order of the responses, so there is no intercept. Covariates compete with the
     features for what they share, and win: features are regressed on them, and what is left is fitted beside them
-    (Frisch & Waugh 1933). So `margins` holds nothing that follows them, as in length-controlled win rates
-    (arXiv:2404.04475).
+    (Frisch & Waugh 1933). So `margins` holds nothing that is linear in them, as in length-controlled win
+    rates (arXiv:2404.04475).
 
     Margins of several kinds are added up with weights not below 0, those of the highest held-out likelihood: stacked
     regressions (Breiman 1996). A kind that knows nothing gets no weight.
@@ -155,8 +155,8 @@ class LinearModels:
         """Leave out what held-out margins contradict, fit again, and compare by labels that neither fit has seen.
 
         This is ROPO's alternation of filtering and training (arXiv:2404.04102, section 3) on linear models, nested:
-        which pairs are left out of the fit that scores a fold is found without that fold, so where all labels are right
-        nothing is gained. Suspects are found by all kinds of features together; what a training gains without them is
+        which pairs are left out of the fit that scores a fold is found without that fold, so no label has a say in its own
+        judgement. Suspects are found by all kinds of features together; what a training gains without them is
         asked of the one that it is a regression on.
 
         Args:
