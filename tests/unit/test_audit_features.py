@@ -180,6 +180,14 @@ def test_two_folds_are_too_few_to_try_a_filter(tmp_path, tokenizer, monkeypatch)
     assert auroc(-audit.margins(), Case().is_flipped) > 0.9
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_feature_that_is_no_number_names_its_pair(value, tmp_path, tokenizer):
+    case = Case()
+    case.blocks["hidden_last"][7, 2] = value
+    with pytest.raises(ValueError, match=r"got hidden_last that are not of 1 pairs, the first of row 7\."):
+        case.audit(tmp_path, tokenizer)
+
+
 def test_margins_that_know_nothing_filter_nothing(tmp_path, tokenizer):
     """By chance some comparisons are in favour of a filter, which would drop every other right label."""
     case, num_favoured = Case(share=0.0), 0

@@ -18,6 +18,7 @@ from ropo.data.tokenize import TokenizedPair
 from ropo.models.source import release_memory
 from ropo.noise.linear import HeldOut, LinearModels, scaled_to_one
 from ropo.noise.shares import cluster_weights
+from ropo.pairs import Pair
 from ropo.stages import Stages
 
 GRADIENTS = "gradients"
@@ -58,6 +59,7 @@ def by_features(question: Question) -> Scores:
 
 def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     tokens, folds, labels = question.data.tokens, question.folds, question.labels
+    _check_finite(blocks, question.data.pairs)
     # A label that is known to be wrong counts as its opposite.
     sign = np.where(labels.sign < 0, -1.0, 1.0).astype(np.float32)
     weights = np.abs(labels.sign) * cluster_weights(labels.clusters, len(sign))
@@ -95,6 +97,20 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
         refit=None if refit is None else refit.of_judges,
         filter=filter_,
     )
+
+
+def _check_finite(blocks: Mapping[str, np.ndarray], pairs: Sequence[Pair]) -> None:
+    """One number that is none would spoil every margin.
+
+    Raises:
+        ValueError: If a pair has one.
+    """
+    for name, block in blocks.items():
+        if len(bad := np.flatnonzero(~np.isfinite(block).all(axis=1))):
+            raise ValueError(
+                f"An audit needs finite features; got {name} that are not of {len(bad)} pairs, the first of "
+                f"{pairs[bad[0]].place}. Look at these pairs, or run the model in another precision."
+            )
 
 
 def _features(tokens: Sequence[TokenizedPair], blocks: Mapping[str, np.ndarray]) -> Iterator[NDArray[np.floating]]:

@@ -155,9 +155,9 @@ class LinearModels:
         """Leave out what held-out margins contradict, fit again, and compare by labels that neither fit has seen.
 
         This is ROPO's alternation of filtering and training (arXiv:2404.04102, section 3) on linear models, nested:
-        which pairs are left out of the fit that scores a fold is found without that fold, so no label has a say in its own
-        judgement. Suspects are found by all kinds of features together; what a training gains without them is
-        asked of the one that it is a regression on.
+        which pairs are left out of the fit that scores a fold is found without that fold, so no label has a say in its
+        own judgement. Suspects are found by all kinds of features together; what a training gains without them is asked
+        of the one that it is a regression on.
 
         Args:
             before: The fits with all pairs; of three folds or more.
