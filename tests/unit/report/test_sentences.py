@@ -9,12 +9,14 @@ import pytest
 from ropo.audit import features
 from ropo.audit.run import SCORERS
 from ropo.audit.weights import Why
+from ropo.noise.estimate import Obstacle, estimate_flips
 from ropo.report.advice import advice, is_open, num_open_flips
-from ropo.report.clauses import CLAUSES
+from ropo.report.clauses import CLAUSES, reason
 from ropo.report.from_summary import MEANINGS, SURFACE
 from ropo.report.sentences import _untested, doubt, write_sentences
 from ropo.report.tables import build_tables
 from ropo.report.wording import NB_SPACE, percent, percent_range
+from ropo.run.summary import _flip_rate
 
 RATE = {"estimate": 0.29, "low": 0.26, "high": 0.32}
 
@@ -150,6 +152,16 @@ def test_weights_and_further_terms_are_no_plain_dpo(make_audit):
         tables = build_tables(**run)
         told.append(("exactly" in tables["sentences"]["alpha"], "the same as" in advice(tables)["cleaned"]))
     assert told == [(True, True), (False, False), (False, True)]
+
+
+def test_labels_that_look_reversed_have_no_bound(make_audit):
+    """A half is the end of the scale there, and no finding."""
+    estimate = estimate_flips(-np.abs(np.random.default_rng(0).normal(2.0, 1.0, 500)))
+    assert estimate.obstacle is Obstacle.REVERSED
+    rate = _flip_rate(estimate)
+    assert rate["high"] is None
+    found = make_audit(summary={"is_informative": False, "reason": reason(estimate), "flip_rate": rate})
+    assert "50" not in build_tables(**found)["sentences"]["interval"]
 
 
 def test_without_a_rate_no_pair_has_a_probability(make_audit):
