@@ -73,10 +73,11 @@ def calibrate(
     ::
 
         flipped = (1−ε)·R + ε·F,   others = (1−ε)·F + ε·R      R recall on wrong labels, F false alarms on right ones
-        R = [(1−ε)·flipped − ε·others] / (1−2ε),   precision = ε·R / [ε·R + (1−ε)·F]
+        R = [(1−ε)·flipped − ε·others] / (1−2ε),   precision = ε·R / others
 
-    Called is what has a margin no larger than that of some pair that was, by the same annotator if annotators have
-    rates of their own; these then stand for ε, and R and F are counted together. Flips are assumed to fall at random.
+    Called is what is no less suspicious than some pair that was: by its margin or, where the decisions follow the rates
+    of annotators, by its P(flipped). These rates then stand for ε, and hits are counted together. Flips are assumed to
+    fall at random.
 
     Args:
         margins: Held-out margins of the pairs that are open to doubt, shape (pairs,).
@@ -131,35 +132,40 @@ def _groups(
     estimate: FlipEstimate,
     annotators: Sequence[str | None] | None,
 ) -> list[_Group]:
-    """The annotators with a rate of their own, and all others."""
+    """Annotators with `MIN_PAIRS` pairs and a rate of their own, each; all other pairs together."""
     rates = {one.name: one.rate for one in estimate.annotators}
     names = np.array([str(name) if str(name) in rates else "" for name in annotators or [""] * len(margins)])
+    own_rates = np.array([rates.get(str(name), estimate.rate) for name in names])
+    _, where = np.unique(names, return_inverse=True)
+    where = np.where(np.bincount(where, weights=weights)[where] < MIN_PAIRS, -1, where)  # too few to count among
+    goes_by_margin = is_called[margins <= margins[is_called].max()].all()  # else by P(flipped) at each annotator's rate
+
+    def suspicion(of: PerPair) -> PerPair:
+        return -of if goes_by_margin else estimate.link.p_flip(own_rates, estimate.scale, of)
+
+    least = suspicion(margins)[is_called].min()
     groups = []
-    for name in np.unique(names):
-        own = names == name
-        cut = margins[own & is_called].max(initial=-np.inf)
-        flipped, others = (mean_of(seen[own] <= cut, weights[own]) for seen in (-margins, margins))
-        share = float(weights[own].sum() / weights.sum())
-        groups.append(_Group(share, max(rates.get(str(name), estimate.rate), _TINY), flipped, others))
+    for place in np.unique(where):
+        own = where == place
+        flipped, others = (mean_of((suspicion(of) >= least)[own], weights[own]) for of in (-margins, margins))
+        share, rate = float(weights[own].sum() / weights.sum()), mean_of(own_rates[own], weights[own])
+        groups.append(_Group(share, max(rate, _TINY), flipped, others))
     return groups
 
 
 def _claims(groups: Sequence[_Group], factor: float) -> tuple[float, float | None]:
     """The recall and the precision that follow if every rate is `factor` times the estimated one."""
-    wrong, hits, called = 0.0, 0.0, 0.0
+    wrong, hits = 0.0, 0.0
     for one in groups:
         rate = min(max(one.rate * factor, _TINY), 1.0)  # an annotator may be wrong more often than right
         rate = 0.49 if 0.49 < rate < 0.51 else rate  # where flipped labels look like the others
-        recall, alarms = (
-            float(np.clip(((1 - rate) * this - rate * other) / (1 - 2 * rate), 0.0, 1.0))
-            for this, other in ((one.flipped, one.others), (one.others, one.flipped))
-        )
+        recall = float(np.clip(((1 - rate) * one.flipped - rate * one.others) / (1 - 2 * rate), 0.0, 1.0))
         wrong += one.share * rate
         hits += one.share * rate * recall
-        called += one.share * (rate * recall + (1 - rate) * alarms)
     if hits == 0:
         return 0.0, None
-    return hits / wrong, hits / called if wrong > 2 * _TINY else 0.0
+    called = sum(one.share * one.others for one in groups)
+    return hits / wrong, min(hits / called, 1.0) if called and wrong > 2 * _TINY else 0.0
 
 
 def _bins(margins: PerPair, estimate: FlipEstimate, *, seed: int) -> tuple[CalibrationBin, ...]:
