@@ -188,6 +188,39 @@ def test_a_feature_that_is_no_number_names_its_pair(value, tmp_path, tokenizer):
         case.audit(tmp_path, tokenizer)
 
 
+def test_one_pair_with_features_fifty_times_as_large_blinds_no_audit(tmp_path, tokenizer):
+    """Alone it would set the scale on which all pairs are penalised."""
+    losses = []
+    for seed in range(3):
+        case, runaway = Case(seed, gap=1.0), Case(seed, gap=1.0)
+        runaway.blocks["hidden_middle"][7] = 50 * np.random.default_rng(9).normal(size=20)
+        found = [one.audit(tmp_path / f"{seed} {i}", tokenizer).margins() for i, one in enumerate((case, runaway))]
+        rest = np.arange(NUM_PAIRS) != 7
+        losses.append(-np.diff([auroc(-margins[rest], case.is_flipped[rest]) for margins in found]))
+        assert abs(found[1][7]) < 2 * np.abs(found[0]).max()
+    assert np.mean(losses) < 0.01
+
+
+def test_one_response_of_a_thousand_tokens_does_not_tilt_what_lengths_explain(tmp_path, tokenizer):
+    """Its words would stand for its length, and n-grams for a length that is no evidence (correlation .7)."""
+    found = []
+    for seed in range(3):
+        case = Case(seed, share=0.0, longer=0.8, gap=0.5)
+        ids = case.tokens[7]
+        case.tokens[7] = replace(ids, chosen=[*ids.chosen, *[5] * 1000])
+        length = np.log([len(one.chosen) / len(one.rejected) for one in case.tokens])
+        ngrams = case.audit(tmp_path / str(seed), tokenizer).scores.views[KINDS.index("n-grams")]
+        rest = np.arange(NUM_PAIRS) != 7
+        found.append(abs(np.corrcoef(ngrams[rest], length[rest])[0, 1]))
+    assert np.mean(found) < 0.2
+
+
+def test_pairs_are_shrunk_by_what_is_largest_in_them():
+    blocks = [np.ones((5, 4)) * [[1], [1], [1], [0], [6]], np.ones((5, 9)) * [[9], [1], [1], [1], [0]]]
+    np.testing.assert_allclose(features._shrinkage(blocks), [1 / 3, 1, 1, 1, 1 / 2])
+    np.testing.assert_array_equal(features._shrinkage([np.zeros((3, 2), np.float16)]), 1)
+
+
 def test_margins_that_know_nothing_filter_nothing(tmp_path, tokenizer):
     """By chance some comparisons are in favour of a filter, which would drop every other right label."""
     case, num_favoured = Case(share=0.0), 0
@@ -242,7 +275,7 @@ def test_a_second_run_reads_the_stage_from_disk(tmp_path, tokenizer, monkeypatch
 def test_swapping_a_pair_turns_its_margin_and_not_its_size(tmp_path, tokenizer, monkeypatch):
     """Its own label has no say; with the features its length and its words change their sign."""
     monkeypatch.setattr(features, "KINDS", ("hidden states",))  # else labels, its own too, weigh several
-    monkeypatch.setattr(features, "_features", lambda _, blocks: [blocks["hidden_middle"]])
+    monkeypatch.setattr(features, "_features", lambda blocks, _, factors: [factors * blocks["hidden_middle"]])
     case, turned = Case(gap=3.0), Case(gap=3.0)
     turned.blocks = {name: block.copy() for name, block in case.blocks.items()}
     for block in turned.blocks.values():

@@ -37,8 +37,20 @@ def test_training_is_by_the_beta_that_the_audit_has_found(model_folder, pairs, t
 )
 def test_labels_that_do_not_pull_harder_leave_beta_as_it_is(before, after):
     """Whatever a rule does, beta neither falls nor turns negative."""
-    found = resolve_beta(0.3, np.array([2.0, 1.0, -1.0]), before=np.array(before, float), after=np.array(after, float))
+    margins, before, after = (np.tile(np.array(one, float), 20) for one in ([2.0, 1.0, -1.0], before, after))
+    found = resolve_beta(0.3, margins, before=before, after=after)
     assert (found.value, found.why) == (0.3, Why.GIVEN)
+
+
+def test_a_pull_that_may_be_none_is_not_divided_by():
+    """Labels that are coin flips pull by chance alone; what a filter leaves of them pulls 20 times as hard."""
+    factors = []
+    for seed in range(200):
+        margins = np.random.default_rng(seed).normal(size=400)
+        kept = np.where(margins > 0, 1.0, 0.0)
+        factors.append(resolve_beta(1.0, margins, before=np.ones(400), after=kept).value)
+    assert np.mean(np.array(factors) > 1) < 0.1
+    assert max(factors) < 15
 
 
 @pytest.mark.parametrize("flip_rate", [0.1, 0.3])

@@ -33,6 +33,9 @@ LENGTH, NGRAMS, TOGETHER = "length", "n-grams", "together"
 KINDS = (*BLOCKS, NGRAMS)
 """What is weighed; the lengths are shown beside it, and judge no label."""
 
+_MOST = 3.0
+"""How many times the median size the features of a pair may have; docs/noise.md has what was measured."""
+
 _NUM_BUCKETS = 2048  # of the hashed n-grams: as many numbers as the sketch of a gradient has
 
 _STAGE = "linear"
@@ -63,10 +66,10 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     # A label that is known to be wrong counts as its opposite.
     sign = np.where(labels.sign < 0, -1.0, 1.0).astype(np.float32)
     weights = np.abs(labels.sign) * cluster_weights(labels.clusters, len(sign))
-    length = sign[:, None] * _length(tokens)
-    models = LinearModels(
-        (sign[:, None] * one for one in _features(tokens, blocks)), folds, covariates=length, weights=weights
-    )
+    ngrams = _ngrams(tokens)
+    factors = (sign * _shrinkage([*blocks.values(), ngrams]))[:, None]
+    length = factors * _length(tokens)
+    models = LinearModels(_features(blocks, ngrams, factors), folds, covariates=length, weights=weights)
     first = found = models.held_out()
     refit = None
     if folds.max() >= 2:  # the suspects of a fold are found by fits without two
@@ -113,16 +116,28 @@ def _check_finite(blocks: Mapping[str, np.ndarray], pairs: Sequence[Pair]) -> No
             )
 
 
-def _features(tokens: Sequence[TokenizedPair], blocks: Mapping[str, np.ndarray]) -> Iterator[NDArray[np.floating]]:
-    """Of each of `KINDS`."""
+def _shrinkage(blocks: Sequence[np.ndarray]) -> NDArray[np.float32]:
+    """What each pair is multiplied with so that no block of it is larger than `_MOST` times the median, shape (pairs,).
+
+    Gradients and counts are sums over tokens, so a response that repeats itself for a thousand tokens is fifty times as
+    large as others: alone it would set the scale on which all pairs are penalised, and tilt what lengths explain.
+    """
+    factors = np.ones(len(blocks[0]), dtype=np.float32)
+    for block in blocks:
+        sizes = np.sqrt(np.einsum("ij,ij->i", block, block, dtype=np.float32, casting="same_kind"))
+        usual = float(np.median(sizes[sizes > 0])) if sizes.any() else 1.0
+        factors = np.minimum(factors, _MOST * usual / np.maximum(sizes, _MOST * usual))
+    return factors
+
+
+def _features(
+    blocks: Mapping[str, np.ndarray], ngrams: NDArray[np.float32], factors: NDArray[np.float32]
+) -> Iterator[NDArray[np.floating]]:
+    """Of each of `KINDS`, times a factor for each pair, shape (pairs, 1); the blocks of a kind count for the same."""
     for parts in BLOCKS.values():
-        yield _joined([blocks[part] for part in parts if part in blocks])  # a model may lack one
-    yield _ngrams(tokens)
-
-
-def _joined(blocks: Sequence[np.ndarray]) -> Floats:
-    """Blocks side by side, each of which counts for as much as the others."""
-    return np.concatenate([scaled_to_one(block) for block in blocks], axis=1)
+        there = [factors * blocks[part] for part in parts if part in blocks]  # a model may lack one
+        yield np.concatenate([scaled_to_one(block) for block in there], axis=1)
+    yield factors * ngrams
 
 
 def _scaled(margins: Floats, like: Floats) -> Floats:

@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 
 ALPHA_OF_PAPER = 14.0
 
+_SURE = 1.6449  # standard errors from 0 that chance reaches in 5 % of cases
+
 _SIGNS: Mapping[str | None, float] = {"wrong": -1.0, "drop": 0.0}
 
 
@@ -179,14 +181,18 @@ def resolve_beta(given: float, margins: Floats, *, before: Floats, after: Floats
         after: The same as they are trained on.
 
     Returns:
-        β, as given where the labels do not pull harder than before.
+        β, as given where the labels do not pull harder than before, or where the pull of all of them may be none: what
+        is divided by it would be a factor of any size.
 
     Examples:
-        >>> resolve_beta(0.3, np.array([1.0, 1.0, 1.0, -1.0]), before=np.ones(4), after=np.array([1.0, 1.0, 1.0, 0.0]))
+        >>> margins = np.array([1.0, 1.0, 1.0, -1.0] * 5)
+        >>> resolve_beta(0.3, margins, before=np.ones(20), after=np.where(margins > 0, 1.0, 0.0))
         Choice(value=0.6, why=<Why.SAME_DISTANCE: 'same_distance'>, facts={'given': 0.3, 'factor': 2.0})
     """
-    pulls = [float(weights @ margins / max(np.abs(weights).sum(), 1e-12)) for weights in (before, after)]
-    if not 0 < pulls[0] < pulls[1]:
+    sizes = [max(float(np.abs(weights).sum()), 1e-12) for weights in (before, after)]
+    pulls = [float(weights @ margins) / size for weights, size in zip((before, after), sizes, strict=True)]
+    error = float(np.linalg.norm(before * (np.sign(before) * margins - pulls[0]))) / sizes[0]
+    if not _SURE * error < pulls[0] < pulls[1]:
         return Choice(value=given, why=Why.GIVEN)
     factor = pulls[1] / pulls[0]
     return Choice(value=given * factor, why=Why.SAME_DISTANCE, facts={"given": given, "factor": factor})
