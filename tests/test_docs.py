@@ -202,6 +202,7 @@ def test_docs_show_the_measured_noise():
     for table in (module.detection_table(), module.pattern_table()):
         assert table in page
     assert margins.table() in page
+    assert benchmark("runaway").table() in page
     assert benchmark("families").table() in page
     for table in (benchmark("real_model").table(), benchmark("real_model").training_table()):
         assert table in page

@@ -33,7 +33,7 @@ LENGTH, NGRAMS, TOGETHER = "length", "n-grams", "together"
 KINDS = (*BLOCKS, NGRAMS)
 """What is weighed; the lengths are shown beside it, and judge no label."""
 
-_MOST = 3.0
+MOST = 3.0
 """How many times the median size the features of a pair may have; docs/noise.md has what was measured."""
 
 _NUM_BUCKETS = 2048  # of the hashed n-grams: as many numbers as the sketch of a gradient has
@@ -117,7 +117,7 @@ def _check_finite(blocks: Mapping[str, np.ndarray], pairs: Sequence[Pair]) -> No
 
 
 def _shrinkage(blocks: Sequence[np.ndarray]) -> NDArray[np.float32]:
-    """What each pair is multiplied with so that no block of it is larger than `_MOST` times the median, shape (pairs,).
+    """What each pair is multiplied with so that no block of it is larger than `MOST` times the median, shape (pairs,).
 
     Gradients and counts are sums over tokens, so a response that repeats itself for a thousand tokens is fifty times as
     large as others: alone it would set the scale on which all pairs are penalised, and tilt what lengths explain.
@@ -126,7 +126,7 @@ def _shrinkage(blocks: Sequence[np.ndarray]) -> NDArray[np.float32]:
     for block in blocks:
         sizes = np.sqrt(np.einsum("ij,ij->i", block, block, dtype=np.float32, casting="same_kind"))
         usual = float(np.median(sizes[sizes > 0])) if sizes.any() else 1.0
-        factors = np.minimum(factors, _MOST * usual / np.maximum(sizes, _MOST * usual))
+        factors = np.minimum(factors, MOST * usual / np.maximum(sizes, MOST * usual))
     return factors
 
 
