@@ -104,7 +104,7 @@ def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert set(summary["flip_rate"]) == {"estimate", "low", "high"}
     assert summary["num_pairs"] == 20
     assert summary["num_kept"] + summary["num_dropped"] + summary["num_flipped"] == 20
-    assert summary["problems"] == {"truncated": 2}
+    assert summary["problems"] == {"truncated": 2, "text_without_template": 1}
     assert summary["config"]["rho"] == "0.3"
     assert {"torch", "transformers", "ropo"} <= set(summary["versions"])
     assert {"reference", "audit linear", "audit judge", "round 0 train", "round 1 decide"} <= set(summary["seconds"])
@@ -113,7 +113,7 @@ def test_train_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert summary["data_sha256"] in card
     assert "learning_rate: 0.003" in card
     assert "<html" in (output / "report.html").read_text()
-    assert len((output / "problems.jsonl").read_text().splitlines()) == 2
+    assert len((output / "problems.jsonl").read_text().splitlines()) == 3
     assert {path.name for path in (output / "rounds" / "00").iterdir()} >= {
         "manifest.json", "model", "scores.safetensors", "flip_estimate.json", "decisions.json", "resampled.jsonl",
     }  # fmt: skip

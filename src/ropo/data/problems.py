@@ -147,6 +147,11 @@ PROBLEMS: Mapping[str, ProblemSpec] = MappingProxyType(
             meaning="The chat template writes the date: all texts of a run get that of its start.",
             remedy="Nothing; write a date into tokenizer.chat_template if runs of different days are to be equal.",
         ),
+        "text_without_template": ProblemSpec(
+            severity="warning",
+            meaning="The model comes with a chat template, and plain text is read without it.",
+            remedy="Nothing for a base model; for one that chats give messages, as it is asked later.",
+        ),
         "templated_text": ProblemSpec(
             severity="warning",
             meaning="The plain text begins with a control token, as if a chat template had been applied to it already.",

@@ -184,6 +184,7 @@ class _Reader:
     max_length: int
     num_conversations: int = 0
     num_without_end: int = 0
+    num_plain: int = 0
     _control: dict[int, str] = field(init=False)
     _unknown: int | None = field(init=False)
 
@@ -205,7 +206,9 @@ class _Reader:
         ]  # fmt: skip
 
     def about_all(self) -> Iterator[Problem]:
-        """What the chat template does to every conversation."""
+        """What the chat template does to every conversation, and that it does nothing to plain text."""
+        if self.num_plain and self.tokenizer.chat_template:
+            yield Problem(kind="text_without_template", row=None, message=f"{self.num_plain} pairs")
         if self.num_without_end:
             message = f"{self.num_without_end} of {self.num_conversations} conversations"
             yield Problem(kind="template_without_end", row=None, message=message)
@@ -247,6 +250,7 @@ class _Reader:
         is_more = tuple(name for name, one in zip(_NAMES, encoded, strict=True) if one.is_cut)
         if is_plain:
             warnings = self._of_plain(ids, num_before=encoded[0].num_before)
+            self.num_plain += drawn is None and all(kind != "templated_text" for kind, _ in warnings)
         else:
             warnings = self._of_rendered([one for one in texts if isinstance(one, Rendered)], encoded)
         return _ReadPair(ids=ids, is_more=is_more, warnings=[*warnings, *self._unread(ids)])
