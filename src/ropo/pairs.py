@@ -40,6 +40,20 @@ def pair_id(prompt: Text, first: Text, second: Text) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def said(message: Mapping[str, Any]) -> str:
+    """What a message says, for people: its content, then its tool calls as JSON.
+
+    Examples:
+        >>> said({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]})
+        '{"tool_calls": [{"function": {"name": "weather"}}]}'
+    """
+    calls = message.get("tool_calls")
+    parts = [str(message.get("content") or "")]
+    if calls:
+        parts.append(json.dumps({"tool_calls": calls}, ensure_ascii=False, default=str))
+    return "\n".join(filter(None, parts))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """One preference: for `prompt`, somebody preferred `chosen` to `rejected` (perhaps wrongly).

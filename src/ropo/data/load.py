@@ -281,6 +281,8 @@ def _message(value: object, what: str) -> dict[str, Any]:
         message = {"role": _SPEAKERS[speaker], "content": content, **message}
     if isinstance(message.get("content"), list):
         message["content"] = "".join(_part(part, what) for part in message["content"])
+    if message.get("role") == "assistant" and message.get("tool_calls"):
+        message.setdefault("content", "")  # the API of OpenAI and whoever follows it write null
     if not all(isinstance(message.get(key), str) for key in ("role", "content")):
         raise BadRow("wrong_type", f"{what} needs role and content as text; got {short(value)}.")
     return message

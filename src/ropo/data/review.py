@@ -18,7 +18,7 @@ from unicodedata import normalize
 
 from ropo.data.csv_rows import csv_lines, delimiter_of
 from ropo.data.problems import printable, short, visible
-from ropo.pairs import Pair, Text
+from ropo.pairs import Pair, Text, said
 from ropo.provenance import file_kind
 
 VERDICTS = ("right", "wrong", "drop")
@@ -71,7 +71,7 @@ def _no_formula(text: str) -> str:
 def _plain(text: Text) -> str:
     if isinstance(text, str):
         return text
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
+    return "\n\n".join(f"{message['role']}: {said(message)}" for message in text)
 
 
 def read_verdicts(path: Path) -> dict[int, tuple[str, str]]:

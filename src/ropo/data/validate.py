@@ -16,7 +16,7 @@ from typing import Any
 from ropo.data.load import Loaded
 from ropo.data.mixture import load_mixture
 from ropo.data.problems import Problem, printable, render, rows_left_out, short
-from ropo.pairs import Pair, Text, pair_id
+from ropo.pairs import Pair, Text, pair_id, said
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _bare(text: Text) -> Text:
 
 
 def _is_empty(text: Text) -> bool:
-    return not text if isinstance(text, str) else not any(message["content"] for message in text)
+    return not text if isinstance(text, str) else not any(said(message) for message in text)
 
 
 class DataError(ValueError):

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from ropo.data.problems import visible
-from ropo.pairs import Text
+from ropo.pairs import Text, said
 from ropo.provenance import Json
 
 MAX_CHARACTERS = 5000  # of one text; ten suspects of three texts then stay well below a megabyte of page
@@ -58,7 +58,7 @@ def turns(text: Text) -> list[tuple[str, str]]:
 def _content(message: Json) -> str:
     content = message.get("content")
     if isinstance(content, str):
-        return content
+        return said(message)
     if isinstance(content, list):
         pieces = [item.get("text") if isinstance(item, dict) else item for item in content]
         if all(isinstance(piece, str) for piece in pieces):

@@ -14,7 +14,7 @@ import pytest
 
 from ropo.data.load import FORMATS, load_pairs
 from ropo.data.validate import validate_pairs
-from ropo.pairs import Pair
+from ropo.pairs import Pair, said
 
 SHARED = Path(os.environ.get("ROPO_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
 HH = SHARED / "hh_harmless_base_test.jsonl.gz"
@@ -588,3 +588,31 @@ def test_real_transcripts():
         ("empty_response", 925),
         ("empty_response", 1103),
     ]
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}], ids=["null", "empty", "none"])
+def test_a_message_that_calls_a_tool_needs_no_text(content):
+    """The API of OpenAI writes null; such a turn says something, as a turn of a prompt and as a response."""
+    calling = {"role": "assistant", **content, "tool_calls": [CALL]}
+    told = {"role": "tool", "content": "sunny"}
+    rows = [
+        {"prompt": [user("rain?"), calling, told], "chosen": [assistant("No.")], "rejected": [assistant("Yes.")]},
+        {"prompt": [user("rain?")], "chosen": [calling], "rejected": [assistant("Yes.")]},
+    ]
+    loaded = load_pairs(rows)
+    assert not loaded.problems
+    assert not validate_pairs(loaded.pairs)
+    assert loaded.pairs[1].chosen == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    assert said(loaded.pairs[1].chosen[0]) == json.dumps({"tool_calls": [CALL]})
+
+
+def test_a_message_without_text_and_calls_is_refused():
+    rows = [
+        {"prompt": [user("rain?")], "chosen": [{"role": "assistant", "content": None}], "rejected": [assistant("a")]}
+    ]
+    assert [problem.kind for problem in load_pairs(rows).problems] == ["wrong_type"]
+    rows[0]["chosen"] = [{"role": "assistant", "content": None, "tool_calls": []}]
+    assert [problem.kind for problem in load_pairs(rows).problems] == ["wrong_type"]
