@@ -117,10 +117,6 @@ def render(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizer
     Arguments of tool calls that are JSON in a string, as OpenAI's interface gives them, are parsed: templates expect
     an object.
 
-    Args:
-        conversations: Any number.
-        tokenizer: With a chat template.
-
     Returns:
         For each conversation its text, or a problem of kind "template_refuses" if the template raises anything.
 
