@@ -397,3 +397,23 @@ def test_gradients_that_follow_no_labels_are_not_asked(tmp_path, tokenizer):
     audit = Case(share=0.3).audit(tmp_path, tokenizer)
     assert next(row for row in audit.scores.rows if row.name == "gradients").low < 0.5
     assert audit.scores.filter == audit.scores.refit
+
+
+def test_a_label_of_an_annotator_who_is_often_wrong_needs_more_for_it(tmp_path, tokenizer):
+    """All flips are by b, who is wrong in two of three labels: contradicted labels of others are mostly right."""
+    found = {"named": [], "nameless": []}  # precision and recall
+    for seed in range(3):
+        case, rng = Case(seed, share=0.0, gap=1.2, num_pairs=600), np.random.default_rng(seed)
+        case.is_flipped = (np.arange(600) % 3 == 0) & (rng.random(600) < 0.67)
+        turn = np.where(case.is_flipped, -1, 1)[:, None]
+        case.blocks = {name: turn * block for name, block in case.blocks.items()}
+        nameless = case.judged({})
+        nameless.pairs = [replace(pair, annotator=None) for pair in case.pairs]
+        for name, each in (("named", case), ("nameless", nameless)):
+            audit = each.audit(tmp_path / f"{seed} {name}", tokenizer)
+            assert audit.judgement.rho.why is Why.FILTER_HELPS
+            is_dropped = np.array(audit.judgement.decisions) == "drop"
+            found[name].append((case.is_flipped[is_dropped].mean(), is_dropped[case.is_flipped].mean()))
+    precision, recall = np.mean(found["named"], axis=0) - np.mean(found["nameless"], axis=0)
+    assert precision > 0.02
+    assert recall > 0.02

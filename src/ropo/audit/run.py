@@ -32,6 +32,7 @@ from ropo.audit.weights import (
     Labels,
     Why,
     decide_all,
+    evidence_for,
     resolve_alpha,
     resolve_beta,
     resolve_rho,
@@ -158,16 +159,18 @@ class Audit:
         # Of margins that know nothing, some comparisons favour a filter, which would drop every other pair.
         knows_labels = estimate.obstacle is None or not estimate.obstacle.hides_labels
         filter_helps = knows_labels and scores.filter is not None and scores.filter.helps
-        rho = resolve_rho(
-            self.args.fixed_rho,
-            estimate,
-            contradicted=float((scores.margins[labels.is_open] < 0).mean()) if filter_helps else 0.0,
-            of_open=labels.share_of_open,
-        )
         p_flip = estimate.p_flip_at(scores.margins)  # also of what is to be left out, which nobody has called wrong
         stays = labels.sign != 0
         p_flip[stays] = np.where(labels.sign[stays] < 0, 1.0, estimate.p_flip)
-        decisions, weights = decide_all(self.data, scores.margins, p_flip, rho=rho, rule=self.args.decision_rule)
+        evidence = evidence_for(scores.margins, p_flip, estimate)
+        rho = resolve_rho(
+            self.args.fixed_rho,
+            estimate,
+            contradicted=float((evidence[labels.is_open] < 0).mean()) if filter_helps else 0.0,
+            of_open=labels.share_of_open,
+        )
+        ranked = evidence if rho.why is Why.FILTER_HELPS else scores.margins
+        decisions, weights = decide_all(self.data, ranked, p_flip, rho=rho, rule=self.args.decision_rule)
         p_wrong = np.where(decisions == "flip", 1.0 - p_flip, p_flip)  # of the labels that are trained on
         noise_left = float(np.sum(weights * p_wrong) / max(weights.sum(), 1e-12)) if estimate.is_informative else 0.0
         judgement = Judgement(

@@ -110,6 +110,22 @@ class Choice:
         return cls(value=found["value"], why=Why(found["why"]), facts=found.get("facts", {}))
 
 
+def evidence_for(margins: Floats, p_flip: Floats, estimate: FlipEstimate) -> Floats:
+    """What speaks for each label, below 0 where more speaks against it, shape (pairs,): its held-out margin.
+
+    Where annotators have rates of their own, a label of one who is often wrong needs more in its favour: it is then how
+    far P(flipped) is below that of a label of which nothing is known but the rate of all. For equal rates this has the
+    sign and the order of the margins.
+
+    Args:
+        margins: Held-out, shape (pairs,).
+        p_flip: P(flipped) at the rate of each pair's annotator, shape (pairs,).
+        estimate: Of the flip rate.
+    """
+    has_rates = estimate.is_informative and estimate.rate > 0 and bool(estimate.annotators)
+    return estimate.rate - p_flip if has_rates else margins
+
+
 def resolve_rho(
     fixed: float | None,
     estimate: FlipEstimate,
@@ -122,7 +138,7 @@ def resolve_rho(
     Args:
         fixed: What the user gave, or None to follow the estimate.
         estimate: Of the flip rate.
-        contradicted: Share of labels that held-out margins contradict, if models are better without them.
+        contradicted: Share of labels that held-out margins contradict (`evidence_for`), if models are better without.
         of_open: What a share of all labels is of those without a review decision, see `Labels.share_of_open`.
 
     Returns:
