@@ -637,3 +637,33 @@ def test_sft_is_the_mean_over_the_tokens_of_the_chosen_response():
     torch.testing.assert_close(sft(policy), torch.tensor([2, 3], dtype=torch.float64) * math.log(2))
     with pytest.raises(ValueError, match="token counts"):
         sft(PairLogps(chosen=chosen, rejected=chosen))
+
+
+def gradient_of(loss, h, weight):
+    h = h.clone().requires_grad_(True)
+    (loss(h) * weight).sum().backward()
+    return h.grad
+
+
+@pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0, 1.0], [0.01, 1.0, 1.0, 0.5], [2.0, 0.3, 1.0, 0.0]])
+def test_dr_dpo_by_weights_has_the_gradient_of_its_value(weight):
+    """A pair that weighs next to nothing changes nothing; once it halved the gradient of the others."""
+    h, weight = float64([5.0, -1.0, -1.0, 0.3]), float64(weight)
+    found = gradient_of(lambda one: dr_dpo(one, weight=weight), h, weight)
+    free = h.clone().requires_grad_(True)
+    value = -torch.log((weight * torch.exp(-dpo(free))).sum() / weight.sum())
+    (weight.sum() * value).backward()
+    assert close(found, free.grad)
+    assert close(dr_dpo(h, weight=weight), value.detach().expand(4))
+
+
+def test_rappo_drops_as_much_weight_as_pairs():
+    """One pair by weights of ½ is two pairs; one of next to no weight takes no other's place."""
+    h, ratio = float64([-5.0, -2.0, -1.0, 3.0]), float64([-1.0, -1.0, -1.0, 1.0])
+    plain = rappo(h[1:], reference_ratio=ratio[1:])
+    weighted = rappo(h, reference_ratio=ratio, weight=float64([1e-9, 1.0, 1.0, 1.0]))
+    torch.testing.assert_close(weighted[1:], plain, rtol=0, atol=1e-6)
+    halves = rappo(h, reference_ratio=ratio, weight=float64([0.5, 0.5, 1.0, 1.0]))
+    assert halves[:2].tolist() == [0.0, 0.0]
+    assert halves[2] > dpo(h)[2]
+    assert close(rappo(h, reference_ratio=ratio, weight=torch.ones(4)), rappo(h, reference_ratio=ratio))

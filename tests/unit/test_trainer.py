@@ -1,9 +1,11 @@
 """One training stage: what a step minimises, what is logged, what stops it, what survives a restart."""
 
+import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import (
@@ -27,7 +29,7 @@ from ropo.data.validate import DataError
 from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_logps
 from ropo.logps.score import score_pairs
-from ropo.losses import LOSSES
+from ropo.losses import LOSSES, bind_loss
 from ropo.models.fit import check_adapter
 from ropo.pairs import Pair, PairLogps
 from ropo.provenance import read_json
@@ -35,6 +37,7 @@ from ropo.run.align import run_audit, run_rounds
 from ropo.train import trainer as ours
 from ropo.train.dataset import PairDataset
 from ropo.train.metrics import METRICS
+from ropo.train.objective import losses_of as losses_at
 from ropo.train.sharding import settle
 from ropo.train.trainer import ROPOTrainer
 
@@ -92,6 +95,8 @@ def test_every_loss_is_weighted(loss, model, tokenizer, pairs, tmp_path):
     given = {}
     if "reference_ratio" in LOSSES[loss].inputs:
         given["reference_ratio"] = trainer.train_dataset.reference.chosen - trainer.train_dataset.reference.rejected
+    if "weight" in LOSSES[loss].inputs:
+        given["weight"] = torch.tensor(weights)
     of_pairs = trainer.training_objective.loss_of_margin(trainer.gather_first_margins(), **given)
     assert losses_of(trainer)[0] == pytest.approx((of_pairs * torch.tensor(weights)).mean().item(), rel=1e-4)
 
@@ -277,7 +282,7 @@ def test_evaluation_in_pieces(model, tokenizer, pairs, tmp_path):
     [
         ({"max_tokens_per_batch": 0}, "1 or more; got 0"),
         ({"max_tokens_per_batch": 512, "loss": "dr_dpo"}, "dr_dpo needs the whole batch"),
-        ({"max_tokens_per_batch": 512, "loss": "re_po"}, "re_po needs the whole batch"),
+        ({"max_tokens_per_batch": 512, "loss": "rappo"}, "rappo needs the whole batch"),
     ],
 )
 def test_pieces_are_refused(options, message, tmp_path):
@@ -424,7 +429,7 @@ def test_non_finite_loss_names_the_pairs(model, tokenizer, pairs, tmp_path):
     ("options", "message"),
     [
         ({}, r"over {tokens:,} tokens\. Set max_tokens_per_batch to {half} or less"),
-        ({"loss": "dr_dpo"}, r"over {tokens:,} tokens\. Halve per_device_train_batch_size"),
+        ({"loss": "dr_dpo"}, r"over {tokens:,} tokens\. This loss sees the pairs of a step at once: lower max_length"),
         ({"per_device_train_batch_size": 1}, "It was a single pair: lower max_length"),
     ],
 )
@@ -488,6 +493,67 @@ def test_re_po_learns_who_is_reliable(model, tokenizer, pairs, tmp_path):
     assert learned["good"] > 0.89
 
 
+def test_re_po_learns_the_same_however_a_step_is_divided(model, tokenizer, pairs, tmp_path):
+    """Reliability moves once an optimizer step; it moved with every batch of it (.898 by one, .872 by 32)."""
+    tokenized, found = tokenize_pairs(pairs, tokenizer, max_length=128), []
+    reference = reference_logps(model, tokenized.tokens, BATCHING, cache_dir=tmp_path / "cache")
+    shifted = type(reference)(chosen=reference.chosen + torch.arange(20.0), rejected=reference.rejected)
+    for size, accumulation in ((20, 1), (5, 4), (1, 20)):
+        args = config(
+            tmp_path / str(size), loss="re_po", learning_rate=1e-12, max_steps=3, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=shifted)
+        trainer = ROPOTrainer(copy.deepcopy(model), args, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        found.append(trainer.training_objective.reliability)
+    assert found[0][0] != pytest.approx(0.9, abs=1e-3)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-5)
+
+
+def test_other_evaluation_sets_have_metrics_of_their_own(model, tokenizer, pairs, tmp_path):
+    """Fewer pairs and more than those of the first, and another prefix."""
+    args = config(tmp_path, loss="dpo", per_device_eval_batch_size=4)
+
+    def tokenized(some):
+        made = tokenize_pairs(some, tokenizer, max_length=128)
+        reference = reference_logps(model, made.tokens, BATCHING, cache_dir=tmp_path / "cache")
+        shift = 3.0 * torch.arange(len(made.pairs))
+        return PairDataset(
+            made.pairs,
+            made.tokens,
+            reference=type(reference)(chosen=reference.chosen - shift, rejected=reference.rejected),
+        )
+
+    alone = {}
+    for number in (3, 8, 12):
+        trainer = ROPOTrainer(model, args, eval_dataset=tokenized(pairs[:number]), processing_class=tokenizer)
+        alone[number] = trainer.evaluate()["eval_rewards/margins"]
+    trainer = ROPOTrainer(model, args, eval_dataset=tokenized(pairs[:8]), processing_class=tokenizer)
+    for number in (8, 3, 12, 8):
+        found = trainer.evaluate(tokenized(pairs[:number]), metric_key_prefix="test")
+        assert found["test_rewards/margins"] == pytest.approx(alone[number], rel=1e-5)
+        assert len(trainer.gather_eval_margins()) == number
+    assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(alone[8], rel=1e-5)
+
+
+def test_a_loss_without_reference_has_no_rewards(model, tokenizer, pairs, tmp_path):
+    tokenized = tokenize_pairs(pairs[:4], tokenizer, max_length=128)
+    reference = reference_logps(model, tokenized.tokens, BATCHING, cache_dir=tmp_path / "cache")
+    dataset = PairDataset(tokenized.pairs, tokenized.tokens, reference=reference)
+    args = config(tmp_path, loss="simpo", beta=2.0)
+    found = ROPOTrainer(model, args, eval_dataset=dataset, processing_class=tokenizer).evaluate()
+    assert "eval_rewards/margins" in found
+    assert "eval_rewards/chosen" not in found
+
+
+@pytest.mark.parametrize("loss", ["dr_dpo", "rappo", "re_po", "plc_dpo", "gamma_po"])
+def test_losses_that_see_more_than_a_margin_rank_pairs_as_dpo_does(loss):
+    margins = np.array([-3.0, 0.0, 1.0, 4.0])
+    np.testing.assert_allclose(losses_at(margins, bind_loss(loss, beta=0.1, options={})), np.logaddexp(0, -margins))
+
+
 WHOLE_BATCH = [name for name, spec in LOSSES.items() if spec.needs_whole_batch]
 
 
@@ -503,13 +569,14 @@ def test_a_loss_of_the_batch_sees_all_processes(loss, model, tokenizer, pairs, t
     trainer = ROPOTrainer(model, config(tmp_path, loss=loss), train_dataset=pairs, processing_class=tokenizer)
     h = torch.tensor([-2.0, 0.5, 1.0, -0.3, 0.1, 0.7])
     ratio = torch.tensor([-1.0, 0.2, -0.4, -0.1, 0.3, -2.0])
-    everywhere = {"reference_chosen": ratio, "reference_rejected": torch.zeros(6)}
+    weight = torch.tensor([1.0, 0.5, 0.25, 1.0, 0.3, 0.7])
+    everywhere = {"reference_chosen": ratio, "reference_rejected": torch.zeros(6), "weight": weight}
     alone = h.clone().requires_grad_()
     expected = trainer.training_objective.loss(alone, everywhere, progress=0.0)
     (slope,) = torch.autograd.grad(expected.sum(), alone)
 
     def gather(here):
-        return torch.cat([h[:3] if here.equal(h[3:]) else ratio[:3], here])
+        return torch.cat([next(one[:3] for one in (h, ratio, weight) if here.equal(one[3:])), here])
 
     mine, inputs = h[3:].clone().requires_grad_(), {name: values[3:] for name, values in everywhere.items()}
     monkeypatch.setattr("ropo.train.objective.gather", gather)

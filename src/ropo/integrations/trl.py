@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["AuditedDPOTrainer", "DPOConfig"]
 
 _WEIGHT = "ropo_weight"  # a column of its own: TRL ignores `weight`, and the evaluation set may have one
+_LOSSES = ("ropo", "dpo")  # whose α ROPO's loss from TRL's has
 _WHOLE_TEXTS = 131_072  # tokens; TRL's `max_length` None cuts nothing
 
 
@@ -81,6 +82,7 @@ class AuditedDPOTrainer(DPOTrainer):
             )
         if isinstance(audit, AuditResult):
             _check_same_pairs(audit, dataset)
+            _check_audited_loss(audit)
             self.audit = audit
         else:
             config = _audit_config(args, audit or {})
@@ -100,6 +102,11 @@ class AuditedDPOTrainer(DPOTrainer):
         # TRL has made its collator now, and has read the reference with it, which takes no weights.
         self.data_collator = _Weighted(self.data_collator)
         self._is_pair_by_pair = _WEIGHT in kept.dataset.column_names or self.audit.alpha.value > 0
+        if self._is_pair_by_pair and (of_batch := [name for name in args.loss_type if name.startswith("aot")]):
+            raise ValueError(
+                f"Weights of pairs need a loss of pairs alone; got loss_type {of_batch[0]!r}, which sorts those of a "
+                "batch. Take another loss, or drop the column of weights and rules that weigh."
+            )
         if self.audit.alpha.value and getattr(self, "aux_loss_enabled", False):
             raise ValueError("alpha above 0 needs a loss of pairs alone; got router_aux_loss_coef. Set it to 0.")
 
@@ -221,8 +228,13 @@ def _audit_config(args: Any, audit: Mapping[str, Any]) -> ROPOConfig:
             **audit,
         }
     )
-    if config.loss not in ("ropo", "dpo"):
+    if config.loss not in _LOSSES:
         raise ValueError(f"audit needs no loss; got {config.loss!r}. It is loss_type of DPOConfig here.")
+    if config.sft_weight:
+        raise ValueError(
+            f"audit needs no sft_weight; got {config.sft_weight}. It is loss_type ['sigmoid', 'sft'] with loss_weights "
+            "of DPOConfig here."
+        )
     return config
 
 
@@ -254,6 +266,17 @@ def _check_same_pairs(audit: AuditResult, dataset: Dataset) -> None:
         raise ValueError(
             f"audit needs to be of train_dataset; {audit.folder} is of other pairs. Audit these, or leave audit out."
         )
+
+
+def _check_audited_loss(audit: AuditResult) -> None:
+    """α of an audit is that of its loss.
+
+    Raises:
+        ValueError: If that is neither ROPO nor DPO.
+    """
+    loss = read_json(audit.folder / "ropo_config.json")["options"]["loss"]
+    if loss not in _LOSSES:
+        raise ValueError(f"audit needs to be one for the loss ropo or dpo; got one for {loss!r}. Audit with these.")
 
 
 def _run_audit(arguments: Mapping[str, Any], args: Any, config: ROPOConfig) -> AuditResult:

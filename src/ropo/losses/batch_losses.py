@@ -4,8 +4,6 @@ Three things may be more: the margins of the whole batch, which must then be tha
 processes; what was learned on the way; what else is known of the pair. The last two are `INPUTS` in `table`.
 """
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +14,9 @@ from ropo.losses.ranges import check_positive, check_share
 _MIN_SPREAD = 1e-6  # nats; σ_min of plc_dpo, which the paper leaves open: it only keeps the division defined
 
 
-def dr_dpo(margin: Float[Tensor, " pairs"], *, beta_prime: float = 1.0) -> Float[Tensor, " pairs"]:
+def dr_dpo(
+    margin: Float[Tensor, " pairs"], *, beta_prime: float = 1.0, weight: Float[Tensor, " pairs"] | None = None
+) -> Float[Tensor, " pairs"]:
     """Dr.DPO: a loss of the whole batch that trusts pairs by how well they fit.
 
     ::
@@ -30,9 +30,10 @@ def dr_dpo(margin: Float[Tensor, " pairs"], *, beta_prime: float = 1.0) -> Float
     Args:
         margin: h, the margin of each pair of the whole batch.
         beta_prime: β′, positive. → ∞ is the mean of DPO, → 0 follows the best-fitting pair alone. The authors use 1.
+        weight: wᵢ of each pair; then 1/B·Σᵢ above is Σᵢ wᵢ/Σⱼ wⱼ. All 1 by default.
 
     Returns:
-        L for each pair, with gradients as above; take the mean.
+        L for each pair, with gradients as above; take the mean, with the weights if there are some.
 
     Examples:
         >>> batch = torch.tensor([-5.0, -1.0, 0.0, 0.5, 3.0])
@@ -41,10 +42,11 @@ def dr_dpo(margin: Float[Tensor, " pairs"], *, beta_prime: float = 1.0) -> Float
     """
     check_positive("dr_dpo", "beta_prime", beta_prime, "The authors use 1; for the limit beta_prime → ∞ use dpo.")
     loss = dpo(margin)
-    log_sum = torch.logsumexp(-loss.detach() / beta_prime, dim=0)
-    share = torch.exp(-loss.detach() / beta_prime - log_sum)
-    batch_loss = beta_prime * (math.log(len(loss)) - log_sum)
-    return batch_loss + len(loss) * share * (loss - loss.detach())
+    weight = torch.ones_like(margin) if weight is None else weight.to(margin)
+    total, trust = weight.sum(), -loss.detach() / beta_prime
+    log_sum = torch.logsumexp(trust + weight.log(), dim=0)
+    batch_loss = beta_prime * (total.log() - log_sum)
+    return batch_loss + total * torch.exp(trust - log_sum) * (loss - loss.detach())
 
 
 def gamma_po_targets(
@@ -110,6 +112,7 @@ def rappo(
     *,
     num_dropped: float = 1.0,
     reference_ratio: Float[Tensor, " pairs"] | None = None,
+    weight: Float[Tensor, " pairs"] | None = None,
 ) -> Float[Tensor, " pairs"]:
     """RAPPO: DPO without the worst pairs of each step among those that the reference ranks the other way.
 
@@ -128,9 +131,11 @@ def rappo(
         margin: h, the margin of each pair of the whole batch.
         num_dropped: q, pairs dropped at each step, a whole number; all of U if it is smaller. The paper studies 1 to 8.
         reference_ratio: log π_ref(y_w) − log π_ref(y_l) of each pair, nats; without it no pair is in U.
+        weight: Of each pair: one of weight ½ is half a pair of the q, and of the mean. All 1 by default.
 
     Returns:
-        Loss per pair, 0 where dropped, scaled up elsewhere so that the mean over the batch is that over the kept pairs.
+        Loss per pair, 0 where dropped, scaled up elsewhere so that the mean over the batch, with the weights if there
+        are some, is that over the kept pairs.
 
     Examples:
         >>> batch, ratio = torch.tensor([-5.0, -1.0, 0.0]), torch.tensor([0.3, -0.2, -0.1])
@@ -142,14 +147,19 @@ def rappo(
     loss = dpo(margin)
     if reference_ratio is None:
         return loss
-    is_suspect, value = reference_ratio <= 0, loss.detach()
-    quota = min(int(num_dropped), int(is_suspect.sum()))
-    if quota == 0:
+    weight = torch.ones_like(margin) if weight is None else weight.to(margin)
+    is_suspect, value = (reference_ratio <= 0) & (weight > 0), loss.detach()
+    suspected = weight[is_suspect].sum()
+    quota = suspected.clamp(max=num_dropped)
+    if not quota > 0:
         return loss
-    last = value[is_suspect].topk(quota).values[-1]
+    values, order = value[is_suspect].sort(descending=True)
+    counted = weight[is_suspect][order].cumsum(dim=0)
+    last = values[min(int((counted < quota * (1 - 1e-6)).sum()), len(values) - 1)]  # with which the quota is reached
     worse, tied = (is_suspect & (value > last)).to(loss), (is_suspect & (value == last)).to(loss)
-    kept = 1 - worse - tied * (quota - worse.sum()) / tied.sum()
-    return loss * kept * len(loss) / max(len(loss) - quota, 1)
+    kept = 1 - worse - tied * (quota - (worse * weight).sum()) / (tied * weight).sum()
+    left = weight.sum() - quota
+    return loss * kept * weight.sum() / torch.where(left > 0, left, 1.0)
 
 
 def plc_dpo(

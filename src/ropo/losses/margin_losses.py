@@ -56,7 +56,7 @@ def ropo(margin: Float[Tensor, " pairs"], *, alpha: float = 14.0) -> Float[Tenso
     Args:
         margin: h, the margin of each pair.
         alpha: α, share of the noise-aware part. Positive; usual 6-30, more for noisier labels; → 0 is DPO up to scale,
-            → ∞ is 4·na. Warns at 2 or less: a fully contradicted pair then weighs at least as much as an undecided one.
+            → ∞ is 4·na. Warns below 2, where a fully contradicted pair weighs more than an undecided one.
 
     Examples:
         >>> ropo(torch.tensor([-5.0, 0.0, 3.0]))
@@ -78,7 +78,7 @@ def ropo_v1(margin: Float[Tensor, " pairs"], *, alpha: float, gamma: float) -> F
     Args:
         margin: h, the margin of each pair.
         alpha: α, scale of the noise-aware part. Positive; seen in use are 2 and 0.2, both with gamma = 0.1.
-        gamma: γ, scale of the DPO part. Positive. Warns if alpha / gamma is 2 or less, for the reason given in `ropo`.
+        gamma: γ, scale of the DPO part. Positive. Warns if alpha / gamma is below 2, for the reason given in `ropo`.
     """
     check_positive("ropo_v1", "alpha", alpha, "Without the noise-aware part use dpo.")
     check_positive("ropo_v1", "gamma", gamma, "Without the DPO part use na.")

@@ -19,7 +19,9 @@ class LossOptions:
     """
 
     loss: str = option("ropo", "Loss of the training stages: one of the names that `ropo losses` lists.")
-    beta: float = option(0.3, "Strength of the pull to the reference, per nat. Usual 0.01-0.5.")
+    beta: float = option(
+        0.3, "Strength of the pull to the reference, per nat. Usual 0.01-0.5; of simpo, per token, 2-10."
+    )
     alpha: Annotated[str | None, Rule(may_be_number=True)] = option(
         None,
         "ropo, ropo_v1: weight of the noise-tolerant part, or auto (ropo's default): 0, DPO on what is kept.",

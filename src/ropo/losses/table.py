@@ -46,6 +46,7 @@ INPUTS: Mapping[str, str] = MappingProxyType(
         "moments": "moving moments of margins",
         "progress": "progress of training",
         "reference_ratio": "ratio under the reference",
+        "weight": "weights of pairs",
     }
 )
 
@@ -94,8 +95,8 @@ class LossSpec:
 
     @property
     def allows_pieces(self) -> bool:
-        """Whether the pairs of a batch may come in several calls; what is learned of annotators moves with each."""
-        return not (self.needs_whole_batch or "reliability" in self.inputs)
+        """Whether the pairs of a batch may come in several calls."""
+        return not self.needs_whole_batch
 
     @property
     def is_per_pair(self) -> bool:

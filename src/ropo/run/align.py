@@ -19,6 +19,7 @@ from ropo.audit.weights import Choice, Why, resolve_alpha
 from ropo.config import ROPOConfig
 from ropo.judge.options import make_judge
 from ropo.judge.verdicts import Judge
+from ropo.losses import LOSSES
 from ropo.models.source import Model
 from ropo.processes import on_main
 from ropo.run.evaluation import evaluate
@@ -200,7 +201,14 @@ def _setup(made: Prepared, args: ROPOConfig, audit: Audit | None, judge: Judge |
     """What every round of a run is given."""
     alpha, beta = resolve_alpha(args.fixed_alpha, is_audited=False), Choice(value=args.beta, why=Why.GIVEN)
     if audit is not None:
-        alpha, beta = audit.judgement.alpha, audit.judgement.beta
+        judged = audit.judgement
+        alpha, beta = judged.alpha, judged.beta
+        if LOSSES[args.loss].needs_flip_rate and judged.rho.value > 0:
+            logger.warning(
+                "%s takes flip_rate for the share of wrong labels that it trains on. The filter has taken %.1f %% of "
+                "the pairs, and about %.1f %% of the labels left are wrong: give that rate, or --rho 0.",
+                args.loss, 100 * judged.rho.value, 100 * judged.noise_left,
+            )  # fmt: skip
     return Setup(
         folder=made.folder / "rounds", args=args, loss=args.bound_loss(alpha.value, beta.value), alpha=alpha, beta=beta,
         model=made.model, reference=made.reference, audit=audit, judge=judge,

@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         "pair_id": "hash of prompt and unordered responses",
         "row": "place in the input, from 0; of the parent for resampled pairs",
         "margin": "implicit-reward margin in nats, as the data labels the pair",
-        "loss": "training loss at that margin",
+        "loss": "training loss at that margin; DPO's for losses that see more than the margin",
         "weight": "weight given for the next round",
         "p_flip": "probability that the label is wrong",
         "decision": "keep, drop, flip, or resample (dropped, and replaced by a new pair)",

@@ -39,12 +39,13 @@ def check_finite(model: nn.Module, loss: Tensor, pairs: Sequence[Pair], position
     )
 
 
-def how_to_save_memory(pieces: Sequence[Batch], *, allows_pieces: bool) -> str:
+def how_to_save_memory(pieces: Sequence[Batch], *, allows_pieces: bool, needs_whole_batch: bool = False) -> str:
     """What to change when the largest piece of a batch does not fit, in a few sentences.
 
     Args:
         pieces: Of the batch that failed.
         allows_pieces: Whether loss and launch let a batch be taken in smaller pieces.
+        needs_whole_batch: Whether the loss sees all pairs of a step at once.
     """
     tokens = max(piece["input_ids"].numel() for piece in pieces)
     text = f"Training ran out of the device's memory in a forward and backward pass over {tokens:,} tokens. "
@@ -52,6 +53,8 @@ def how_to_save_memory(pieces: Sequence[Batch], *, allows_pieces: bool) -> str:
         return text + "It was a single pair: lower max_length, use bf16 and activation_checkpointing, or use_peft."
     if allows_pieces:
         text += f"Set max_tokens_per_batch to {tokens // 2} or less: a step and its loss stay the same. "
+    elif needs_whole_batch:
+        text += "This loss sees the pairs of a step at once: lower max_length, or share the step among more processes. "
     else:
         text += "Halve per_device_train_batch_size and double gradient_accumulation_steps. "
     return text + "Or use bf16, activation_checkpointing or use_peft."

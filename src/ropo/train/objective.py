@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ropo.logps.batch import Batch
 from ropo.logps.load_balance import LoadBalance
-from ropo.losses import LOSSES, BoundLoss, gradient_weight, re_po_posterior, sft
+from ropo.losses import LOSSES, BoundLoss, dpo, gradient_weight, re_po_posterior, sft
 from ropo.pairs import PairLogps, margin, margin_per_token
 from ropo.train.options import TrainOptions
 
@@ -46,7 +46,7 @@ class Objective:
         spec: Its entry in `LOSSES`.
         reliability: Probability that a label is right, per annotator, shape (annotators + 1,). The last one is that of
             annotators who are in the evaluation set only; nothing is learned of them.
-        moments: Moving sums of weights, means and variances of the margins, shape (3,); see `update_moments`.
+        moments: Moving sums of weights, means and variances of the margins, shape (3,); see `_update_moments`.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Objective:
         self.reliability = torch.full((num_annotators + 1,), first, device=device)
         self.moments = torch.zeros(3, device=device)
         self._step_margins: list[Tensor] = []
+        self._step_posteriors: Tensor | None = None
 
     def margin(self, logps: PairLogps, inputs: Batch) -> Tensor:
         """Margin of each pair of a batch, nats, shape (B,); a gradient too small to matter does not pass through it.
@@ -85,6 +86,7 @@ class Objective:
             "reliability": lambda: everywhere(self.reliability[inputs["annotator"]]),
             "moments": lambda: self.moments[1:] / self.moments[0].clamp(min=_MOMENTS_RATE),
             "progress": lambda: progress,
+            "weight": lambda: everywhere(inputs["weight"]),
             "reference_ratio": lambda: everywhere(inputs["reference_chosen"] - inputs["reference_rejected"]),
         }
         given = {name: known[name]() for name in self.spec.inputs}
@@ -120,7 +122,7 @@ class Objective:
 
     def rewards(self, logps: PairLogps, inputs: Batch) -> dict[str, Tensor]:
         """β·(log π − log π_ref) of both responses, by the name that is logged, each (B,); none without a reference."""
-        if "reference_chosen" not in inputs:
+        if "reference_chosen" not in inputs or not self.spec.needs_reference:
             return {}
         return {
             "rewards/chosen": self.loss_of_margin.beta * (logps.chosen - inputs["reference_chosen"]),
@@ -133,12 +135,21 @@ class Objective:
 
     def _learn(self, h: Tensor, inputs: Batch) -> None:
         if "reliability" in self.spec.inputs:
-            self._update_reliability(h, inputs["annotator"])
+            annotator = inputs["annotator"]
+            posterior, zeros = re_po_posterior(h, self.reliability[annotator]), torch.zeros_like(self.reliability)
+            both = [zeros.index_add(0, annotator, one) for one in (posterior, torch.ones_like(posterior))]
+            before = self._step_posteriors
+            self._step_posteriors = torch.stack(both) if before is None else before + torch.stack(both)
         if "moments" in self.spec.inputs:
             self._step_margins.append(h)
 
-    def update_moments(self) -> None:
-        """Moving mean and variance of the margins of each optimizer step (arXiv:2608.30597), over all processes.
+    def after_step(self) -> None:
+        """Learn of the pairs of an optimizer step, over all processes, however it was divided into batches."""
+        self._update_reliability()
+        self._update_moments()
+
+    def _update_moments(self) -> None:
+        """Moving mean and variance of the margins (arXiv:2608.30597).
 
         The paper does not say where they start. Here the averages carry the sum of their weights, which they are
         divided by, so that they start nowhere: after n steps they are averages of n steps.
@@ -149,16 +160,12 @@ class Objective:
             self.moments = (1 - _MOMENTS_RATE) * self.moments + _MOMENTS_RATE * of_step
             self._step_margins.clear()
 
-    def _update_reliability(self, h: Tensor, annotator: Tensor) -> None:
+    def _update_reliability(self) -> None:
         """Moving average of the posterior that a label is right, per annotator (arXiv:2509.24159, eq. 7)."""
-        posterior = re_po_posterior(h, self.reliability[annotator])
-        zeros = torch.zeros_like(self.reliability)
-        sums = torch.stack(
-            [zeros.index_add(0, annotator, posterior), zeros.index_add(0, annotator, torch.ones_like(posterior))]
-        )
-        total, count = reduce(sums, reduction="sum")
-        moved = (1 - _RELIABILITY_RATE) * self.reliability + _RELIABILITY_RATE * total / count.clamp(min=1)
-        self.reliability = torch.where(count > 0, moved, self.reliability)
+        if self._step_posteriors is not None:
+            total, count = reduce(self._step_posteriors, reduction="sum")
+            moved = (1 - _RELIABILITY_RATE) * self.reliability + _RELIABILITY_RATE * total / count.clamp(min=1)
+            self.reliability, self._step_posteriors = torch.where(count > 0, moved, self.reliability), None
 
     def state(self) -> dict[str, Tensor]:
         """What is learned, on the CPU, for a checkpoint."""
@@ -210,6 +217,7 @@ def margins_of(policy: PairLogps, reference: PairLogps | None, loss: BoundLoss) 
 
 
 def losses_of(margins: NDArray[np.float64], loss: BoundLoss) -> NDArray[np.float64]:
-    """Loss at each margin, shape (pairs,)."""
-    values: NDArray[np.float64] = loss(torch.from_numpy(np.ascontiguousarray(margins))).numpy()
+    """Loss at each margin, shape (pairs,); DPO's where that of a pair depends on others, or on what is learned."""
+    of_pair = loss if loss.spec.is_per_pair else dpo
+    values: NDArray[np.float64] = of_pair(torch.from_numpy(np.ascontiguousarray(margins))).numpy()
     return values

@@ -134,7 +134,7 @@ class ROPOTrainer(Trainer):
         )  # fmt: skip
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)
-        self._evaluated = ByPair(len(self.pairs["eval"]))
+        self._evaluated, self._eval_prefix = ByPair(len(self.pairs["eval"])), "eval_"
         self._checks = Checks(self.gather_eval_margins)
         self._order: Replayable | None = None
         self._order_to_replay: Tensor | None = None
@@ -170,7 +170,7 @@ class ROPOTrainer(Trainer):
     def _own_callbacks(self) -> list[TrainerCallback]:
         return [
             self._checks,
-            AfterStep(self.training_objective.update_moments),
+            AfterStep(self.training_objective.after_step),
             CompleteCheckpoint(self._learned, limit=self.options.save_total_limit),
         ]
 
@@ -334,8 +334,11 @@ class ROPOTrainer(Trainer):
             losses.append(super().training_step(model, last, num_items_in_batch))
         except torch.OutOfMemoryError as error:
             is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            allows_pieces = self.training_objective.spec.allows_pieces and not is_sharded
-            remedy = how_to_save_memory(inputs["pieces"], allows_pieces=allows_pieces)
+            spec = self.training_objective.spec
+            remedy = how_to_save_memory(
+                inputs["pieces"], allows_pieces=spec.allows_pieces and not is_sharded,
+                needs_whole_batch=spec.needs_whole_batch,
+            )  # fmt: skip
             raise torch.OutOfMemoryError(f"{remedy} ({error})") from error
         return torch.stack(losses).sum()
 
@@ -383,10 +386,21 @@ class ROPOTrainer(Trainer):
             ]
         return torch.stack(losses).sum(), None, None
 
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """As in `Trainer`; in a run, random numbers are what they would be without, and so is the model."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in `Trainer`; in a run, random numbers are what they would be without, and so is the model.
+
+        Another evaluation set is a `PairDataset`; `gather_eval_margins` then speaks of its pairs.
+        """
         before = torch.get_rng_state()
-        found: dict[str, float] = super().evaluate(*args, **options)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, PairDataset):
+            if eval_dataset is not None and isinstance(self.train_dataset, PairDataset):
+                eval_dataset = dataset = dataset.with_annotators(self.train_dataset.annotators)
+            self.pairs["eval"], self._evaluated = dataset.pairs, ByPair(len(dataset))
+            self._eval_prefix = f"{metric_key_prefix}_"
+        found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.options.eval_strategy != "no":
             torch.set_rng_state(before)  # a data loader draws a seed, and the order of an epoch comes after it
         return found
@@ -405,8 +419,9 @@ class ROPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of every metric in METRICS over the pairs since the last time."""
-        if any(name.startswith("eval_") for name in logs):
-            logs |= {f"eval_{name}": mean for name, mean in self._evaluated.means(self.accelerator.gather).items()}
+        prefix = self._eval_prefix
+        if any(name.startswith(prefix) for name in logs):
+            logs |= {f"{prefix}{name}": mean for name, mean in self._evaluated.means(self.accelerator.gather).items()}
         else:
             logs |= self._means.take(partial(self.accelerator.reduce, reduction="sum"))
         super().log(logs, start_time)

@@ -256,6 +256,7 @@ def test_a_model_with_an_adapter_takes_a_finished_audit(model_folder, model, aud
         ({"audit": {"alpha": 6}, "loss_type": "hinge"}, "needs loss_type 'sigmoid' alone"),
         ({"audit": {"alpha": 6}, "use_weighting": True}, "got use_weighting"),
         ({"audit": {"loss": "hinge"}}, "It is loss_type of DPOConfig here"),
+        ({"audit": {"sft_weight": 1.0}}, "audit needs no sft_weight; got 1.0"),
         ({"audit": "other"}, "is of other pairs"),
         ({"tokenizer": 1}, "unexpected keyword argument 'tokenizer'"),
     ],
@@ -270,6 +271,21 @@ def test_refusals_come_before_an_audit(options, says, model_folder, rows, tmp_pa
         options |= {"audit": audited, "train_dataset": rows.select(range(19))}
     with pytest.raises((TypeError, ValueError), match=says):
         AuditedDPOTrainer(str(model_folder), args=config(tmp_path / "O", **loss), **{"train_dataset": rows, **options})
+
+
+def test_a_loss_of_the_batch_is_refused_where_pairs_have_weights(model_folder, audited, rows, tmp_path):
+    """AOT sorts the pairs of a batch; of one pair it would be DPO."""
+    given = {"train_dataset": rows, "audit": weighing(audited, p3=0.5)}
+    with pytest.raises(ValueError, match="Weights of pairs need a loss of pairs alone; got loss_type 'aot'"):
+        AuditedDPOTrainer(str(model_folder), args=config(tmp_path / "O", loss_type="aot"), **given)
+
+
+def test_an_audit_for_another_loss_is_refused(model_folder, rows, tmp_path):
+    """Its alpha is that of another formula."""
+    options = {"loss": "ropo_v1", "alpha": 2.0, "loss_args": {"gamma": 0.1}, "rho": "0", "use_cpu": True}
+    audit = run_audit(model_folder, rows, ROPOConfig(output_dir=str(tmp_path / "v1"), **options))
+    with pytest.raises(ValueError, match="needs to be one for the loss ropo or dpo; got one for 'ropo_v1'"):
+        AuditedDPOTrainer(str(model_folder), args=config(tmp_path / "O"), train_dataset=rows, audit=audit)
 
 
 def test_without_trl_one_sentence_says_how_to_install_it(monkeypatch):
