@@ -175,7 +175,7 @@ def test_weights_go_in_and_out(model_folder, pairs, tmp_path, caplog):
     is_kept = ledger["decision"] == "keep"
     assert is_kept.sum() == 14
     assert ledger["weight"].tolist() == [w if kept else 0.0 for w, kept in zip(weights, is_kept, strict=True)]
-    assert [pair.weight for pair in cleaned.pairs] == ledger.loc[is_kept, "weight"].tolist()
+    assert [pair.weight for pair in cleaned.pairs] == [weight for weight in ledger.loc[is_kept, "weight"] if weight]
 
 
 def test_a_sample_of_two_datasets(model_folder, pairs, tmp_path):
@@ -192,6 +192,18 @@ def test_a_sample_of_two_datasets(model_folder, pairs, tmp_path):
         )
     cleaned = [json.loads(line) for line in (tmp_path / "O" / "cleaned.jsonl").read_text().splitlines()]
     assert {row["source"] for row in cleaned} < set(ledger["source"])
+
+
+def test_pairs_of_weight_0_are_not_among_the_cleaned(model_folder, pairs, tmp_path):
+    """Other trainers know no weights; they would be trained on fully."""
+    weighted = [replace(pair, weight=float(place % 2)) for place, pair in enumerate(pairs)]
+    run_audit(model_folder, weighted, config(tmp_path / "O", rho="0"))
+    rows = {
+        name: [json.loads(line)["row"] for line in (tmp_path / "O" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("cleaned", "dropped")
+    }
+    assert rows["cleaned"] == [pair.row for pair in weighted if pair.weight]
+    assert rows["dropped"] == [pair.row for pair in weighted if not pair.weight]
 
 
 def fill(folder, verdicts):

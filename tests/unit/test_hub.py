@@ -145,7 +145,8 @@ def test_refused_before_anything_is_read(hub, model_folder, tmp_path, monkeypatc
 
 def test_what_the_card_says_of_hub_models_and_datasets():
     summary = {
-        "config": {"loss": "dpo", "output_dir": "/secret/O", "beta": 0.1}, "model": "owner/base", "num_pairs": 3,
+        "config": {"loss": "dpo", "output_dir": "/secret/O", "beta": 0.1, "judge_url": "http://secret"},
+        "model": "owner/base", "num_pairs": 3,
         "flip_rate": {"estimate": 0.1, "low": 0.0, "high": 0.2}, "is_informative": True, "num_kept": 3,
         "num_dropped": 0, "num_flipped": 0, "num_resampled": 0, "rounds": [{}], "data_sha256": "00",
         "datasets": names_on_hub(Mixture(parts=(HubDataset(name="owner/a"), "owner/b", __file__, []))),
@@ -154,4 +155,4 @@ def test_what_the_card_says_of_hub_models_and_datasets():
         data = ModelCard(model_card(summary, is_adapter=is_adapter)).data
         assert (data.base_model, data.base_model_relation) == ("owner/base", relation)
         assert data.datasets == ["owner/a", "owner/b"]
-    assert "/secret" not in model_card(summary, is_adapter=False)
+    assert "secret" not in model_card(summary, is_adapter=False)

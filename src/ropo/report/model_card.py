@@ -29,13 +29,13 @@ def model_card(summary: Mapping[str, Any], *, is_adapter: bool) -> str:
     )
     counts = ", ".join(str(summary[name]) for name in ("num_kept", "num_dropped", "num_flipped"))
     spec = LOSSES[config["loss"]]
-    given = {name: value for name, value in sorted(config.items()) if value is not None and name not in _OF_MACHINE}
+    given = {name: value for name, value in sorted(config.items()) if value is not None and not _is_private(name)}
     options = "\n".join(f"{name}: {value}" for name, value in given.items())
     return f"""---
 {_metadata(summary, is_adapter=is_adapter)}
 ---
 
-# {Path(config["output_dir"]).name}
+# {Path(config["output_dir"]).absolute().name}
 
 Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs with the loss `{config["loss"]}`
 ({spec.paper}) in {len(summary["rounds"])} round(s).
@@ -97,3 +97,8 @@ def _license_of(model: Path) -> dict[str, Any]:
     except ValueError:  # no metadata, or none that can be read
         return {}
     return {name: str(found[name]) for name in ("license", "license_name", "license_link") if name in found}
+
+
+def _is_private(option: str) -> bool:
+    """Whether an option speaks of a machine or a network, which nobody else should read of."""
+    return option in _OF_MACHINE or option.endswith("_url")

@@ -189,9 +189,10 @@ def _write_tables(folder: Path, audit: Audit) -> None:
     order = [int(i) for i in review_order(p_flip, margins, by_margin=by_margin) if is_data[i]]
     in_order = [(rows[i][0], rows[i][1], margins[i], rows[i][2]) for i in order]
     rows = [row for row in rows if row[0].origin == "data"]
-    for name, wanted in (("cleaned.jsonl", ("keep", "flip")), ("dropped.jsonl", ("drop",))):
+    for name, is_trained in (("cleaned.jsonl", True), ("dropped.jsonl", False)):
         with write_aside(folder / name) as aside:
-            lines = [_cleaned(*row) for row in rows if row[2] in wanted]
+            # Other trainers know no weights, and would train fully on what has none.
+            lines = [_cleaned(*row) for row in rows if (row[2] != "drop" and row[3] > 0) == is_trained]
             aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     _write_review(folder / "review.csv", in_order)
 

@@ -283,7 +283,7 @@ class Round:
         lost = [
             i
             for i, pair in enumerate(self.data.pairs[: self.num_data])
-            if found[i] == "drop" and pair.row not in has_new and pair.weight > 0
+            if found[i] == "drop" and pair.row not in has_new and pair.weight > 0 and pair.verdict != "drop"
         ]
         made = self._resampled_pairs(lost, digest) if lost and self.args.num_candidates else NewPairs()
         reference: dict[str, torch.Tensor] = {}

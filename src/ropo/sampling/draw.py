@@ -74,7 +74,7 @@ def _weights(probs_BV: Tensor) -> Tensor:
 
 def _likeliest(probs_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Falling weights, 0 past the token with which they reach `top_p`, and the tokens they belong to."""
-    size, threshold = min(_PROMISING, probs_BV.shape[1]), int(top_p * 2**_WEIGHT_BITS)
+    size, threshold = min(_PROMISING, probs_BV.shape[1]), max(1, int(top_p * 2**_WEIGHT_BITS))
     values_BV, ids_BV = probs_BV.topk(size, dim=-1)
     if size < probs_BV.shape[1] and not bool((_weights(values_BV).sum(dim=-1) >= threshold).all()):
         values_BV, ids_BV = probs_BV.sort(dim=-1, descending=True)

@@ -48,7 +48,18 @@ def test_nucleus():
 
 @pytest.mark.parametrize(
     ("top_p", "num_kept"),
-    [(0.001, 1), (0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.874, 3), (0.876, 4), (1.0, 4)],
+    [
+        (1e-300, 1),
+        (1e-10, 1),
+        (0.001, 1),
+        (0.499, 1),
+        (0.501, 2),
+        (0.749, 2),
+        (0.751, 3),
+        (0.874, 3),
+        (0.876, 4),
+        (1.0, 4),
+    ],
 )
 def test_nucleus_ends_where_it_reaches_top_p(top_p, num_kept):
     """Of 1/2, 1/4, 1/8, 1/8; the greatest noise draws the last token that is kept, the least one the likeliest."""

@@ -1,5 +1,6 @@
 """Sampling inside a run: killed between two shards it resumes, and what an engine needs reaches it."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ from peft import LoraConfig
 
 from ropo.config import ROPOConfig
 from ropo.provenance import hash_file
-from ropo.run.align import run_rounds
+from ropo.run.align import run_audit, run_rounds
+from ropo.run.inputs import ReviewInputs
 from ropo.run.rounds import Round
 from ropo.sampling import generate
 from ropo.sampling import transformers_engine as in_transformers
@@ -109,7 +111,7 @@ def test_where_the_model_is(is_adapter, run, model_folder, tmp_path, monkeypatch
 
 
 def test_new_pairs_take_the_weight_of_their_parents(model_folder, pairs, tmp_path, tokenizer, monkeypatch):
-    """The prompt of a pair of weight 0 gets no response: nobody trains on it."""
+    """The prompt of a pair of weight 0, or that a person has left out, gets no response: nobody trains on it."""
     asked = []
 
     def spelling(self, prompts, sampling, advance):
@@ -119,10 +121,21 @@ def test_new_pairs_take_the_weight_of_their_parents(model_folder, pairs, tmp_pat
 
     monkeypatch.setattr(in_transformers.TransformersEngine, "sample", spelling)
     weighted = [replace(pair, weight=0.5 if pair.row > 2 else 0.0) for pair in pairs]
-    run_rounds(model_folder, weighted, config(tmp_path / "O", resampled_weight=0.5))
+    run_audit(model_folder, weighted, config(tmp_path / "A", num_folds=4))
+    table = tmp_path / "A" / "review.csv"
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "verdict": "drop" if row["row"] == "5" else ""} for row in rows)
+    run_rounds(
+        model_folder, weighted, config(tmp_path / "O", resampled_weight=0.5), review=ReviewInputs(decisions=table)
+    )
     made = (tmp_path / "O" / "rounds" / "00" / "resampled.jsonl").read_text().splitlines()
     assert {json.loads(line)["weight"] for line in made} == {0.25}
     assert not any(pair.prompt in prompt for prompt in asked for pair in weighted if pair.weight == 0)
+    assert not any(weighted[5].prompt in prompt for prompt in asked)
 
 
 def test_the_tokens_that_were_drawn_are_trained_on(run, model_folder, pairs, tmp_path, tokenizer, monkeypatch):
