@@ -34,13 +34,18 @@ def by_device(values: Mapping[str, int], device: torch.device) -> int:
 
 
 class Caller:
-    """Calls a model with just the arguments that its forward knows."""
+    """Calls a model with just the arguments that its forward knows.
+
+    Attributes:
+        first_position: Number of the first token's position: 0, but for models that count on from their padding.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.causal_lm: Any = getattr(model, "get_base_model", lambda: model)()  # what PEFT wraps
         self.device = next(model.parameters()).device
         self.pad_token_id = pad_token_id_of(tokenizer)
+        self.first_position = 0
         known = inspect.signature(type(self.causal_lm).forward).parameters
         self._has_positions, self._has_logits_to_keep = "position_ids" in known, "logits_to_keep" in known
 
@@ -55,7 +60,7 @@ class Caller:
         if cache is not None:
             arguments["past_key_values"] = cache
         if self._has_positions:
-            arguments["position_ids"] = positions_BT
+            arguments["position_ids"] = positions_BT + self.first_position
         if self._has_logits_to_keep:
             arguments["logits_to_keep"] = 1
         logits_BV: Tensor = self.model(**arguments).logits[:, -1]
@@ -65,6 +70,19 @@ class Caller:
         """Read texts from their beginning; logits of what follows each, shape (B, V)."""
         ids_BT, mask_BT = self.left_padded(texts)
         return self(ids_BT, mask_BT, (mask_BT.cumsum(dim=1) - 1).clamp(min=0), cache)
+
+    def plain(self, text: Sequence[int]) -> Tensor:
+        """Logits of what follows a text by the model's own positions, without padding and cache; shape (1, V)."""
+        ids_BT = torch.tensor([list(text)], device=self.device)
+        found = self.model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)
+        logits_BV: Tensor = found.logits[:, -1]
+        return logits_BV.to(device=self.device, dtype=torch.float32)
+
+    def positions(self, num_rows: int, length: int) -> dict[str, Tensor]:
+        """The argument of `generate` that gives rows of one length their positions; none where it knows them."""
+        if not (self._has_positions and self.first_position):
+            return {}
+        return {"position_ids": (torch.arange(length, device=self.device) + self.first_position).repeat(num_rows, 1)}
 
     def left_padded(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, both of shape (B, T)."""
@@ -80,8 +98,9 @@ class Caller:
             ValueError: If nothing can follow.
         """
         limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is None or getattr(self.config, "rope_parameters", None) is not None:
+        if limit is None or limit < 1 or getattr(self.config, "rope_parameters", None) is not None:
             return 2**31
+        limit -= self.first_position
         if len(ids) >= limit:
             raise ValueError(
                 f"Sampling needs prompts shorter than the model's {limit} positions; got one of {len(ids)} tokens. "

@@ -10,6 +10,7 @@ Shapes: B rows, T positions, V vocabulary, N new tokens.
 
 import contextlib
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from ropo.sampling.call import Ended, Job
 
 
 def ask_generate(job: Job) -> Ended:
-    """Sample with `model.generate`."""
+    """Sample with `model.generate`, from prompts of one length at a time.
+
+    Whoever gets here may read padding: recurrent models and those with positions of their own do, without a word.
+    """
     call, num_candidates = job.call, job.sampling.num_candidates
-    per_batch = job.num_rows // num_candidates
     model: Any = call.model
-    for start in range(0, len(job.places), per_batch):
-        places = job.places[start : start + per_batch]
+    for places in _of_one_length(job):
         ids_BT, mask_BT = call.left_padded([job.prompts[i].ids for i in places for _ in range(num_candidates)])
         options = GenerationConfig(
             max_new_tokens=min(job.most[i] for i in places),
@@ -41,9 +43,18 @@ def ask_generate(job: Job) -> Ended:
                 attention_mask=mask_BT,
                 generation_config=options,
                 logits_processor=LogitsProcessorList([chooser]),
+                **call.positions(*ids_BT.shape),
             )
         for row, ids in enumerate(output_BT[:, ids_BT.shape[1] :].tolist()):
             yield places[row // num_candidates], row % num_candidates, ids
+
+
+def _of_one_length(job: Job) -> Iterator[list[int]]:
+    """Places of prompts that are read at once."""
+    for _, same in groupby(job.places, key=lambda i: len(job.prompts[i].ids)):
+        places = list(same)
+        per_batch = job.num_rows // job.sampling.num_candidates
+        yield from (places[start : start + per_batch] for start in range(0, len(places), per_batch))
 
 
 class _Chooser(LogitsProcessor):

@@ -41,6 +41,7 @@ class TransformersEngine:
     ) -> None:
         self._load, self._tokenizer, self._use_bf16 = load, tokenizer, use_bf16
         self._model: PreTrainedModel | None = None
+        self._call: Caller | None = None
         self._chosen: tuple[str, int] | None = None  # decoder, bytes of the cache per token
 
     @property
@@ -61,7 +62,7 @@ class TransformersEngine:
             torch.OutOfMemoryError: If not even the candidates of one prompt fit.
         """
         model = self._model = self._load() if self._model is None else self._model
-        call = Caller(model, self._tokenizer)
+        call = self._call = Caller(model, self._tokenizer) if self._call is None else self._call
         precision = (
             torch.autocast(call.device.type, dtype=torch.bfloat16) if self._use_bf16 else contextlib.nullcontext()
         )
@@ -75,19 +76,19 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Release the model."""
-        self._model = None
+        self._model = self._call = self._chosen = None
 
     def _sample(
         self, call: Caller, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance
     ) -> list[list[Response]]:
         stop_ids = stop_tokens(self._tokenizer, call.causal_lm.generation_config)
-        most = [min(sampling.max_new_tokens, call.max_response_tokens(prompt.ids)) for prompt in prompts]
         longest = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
         if self._chosen is None:
             name, why, num_bytes = choose_decoder(call, prompts[0].ids, longest=longest)
             logger.info("Sampling by %s: %s.", name, why)
             self._chosen = name, num_bytes
         name, num_bytes = self._chosen
+        most = [min(sampling.max_new_tokens, call.max_response_tokens(prompt.ids)) for prompt in prompts]
         drawn: list[dict[int, Response]] = [{} for _ in prompts]
 
         def keep(place: int, candidate: int, ids: list[int]) -> None:

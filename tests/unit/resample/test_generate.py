@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ropo.data.tokenize import encode_prompts
 from ropo.progress import Progress
@@ -92,6 +92,37 @@ def test_chance_belongs_to_the_prompt(model, tokenizer, prompts):
     twice = texts([prompts[0], prompts[1], prompts[0]])
     assert twice[:2] == whole[:2]
     assert twice[2] != twice[0]
+
+
+FAMILIES = {
+    "roberta": {"intermediate_size": 64, "is_decoder": True},
+    "pegasus": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64},
+    "llama": {"intermediate_size": 64},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_likeliest_tokens_are_those_of_the_model_alone(family, tokenizer):
+    """Without neighbours, padding, cache and positions; RoBERTa counts on from its padding, Pegasus reads it."""
+    torch.manual_seed(0)
+    sizes = {"max_position_embeddings": 64}
+    if family != "pegasus":
+        sizes |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[family](**special, **sizes, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # so that no two tokens are about as likely
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(5, len(tokenizer), (n,), generator=generator).tolist() for n in (3, 9, 20, 9)]
+    sampling = Sampling(num_candidates=1, max_new_tokens=6, temperature=1e-4)
+    for prompt, found in zip(prompts, sample_responses(model, tokenizer, prompts, sampling), strict=True):
+        for place, token in enumerate(found.ids):
+            text = torch.tensor([[*prompt, *found.ids[:place]]])
+            with torch.no_grad():
+                logps = model(input_ids=text).logits[0, -1].log_softmax(-1)
+            assert logps[token] > logps.max() - 1e-2
 
 
 def test_texts_and_counts(model, tokenizer, prompts):
