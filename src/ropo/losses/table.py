@@ -94,11 +94,6 @@ class LossSpec:
         return tuple(name for name in inspect.signature(self.fn).parameters if name in INPUTS)
 
     @property
-    def allows_pieces(self) -> bool:
-        """Whether the pairs of a batch may come in several calls."""
-        return not self.needs_whole_batch
-
-    @property
     def is_per_pair(self) -> bool:
         """Whether the loss of a pair follows from its margin and the options alone."""
         return not (self.needs_whole_batch or self.inputs)

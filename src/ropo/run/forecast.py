@@ -256,7 +256,7 @@ def largest_pass(tokens: Sequence[TokenizedPair], args: ROPOConfig, layout: str,
     limit = args.max_tokens_per_batch or (CPU_TOKENS if device == "cpu" else None)
     longest = sorted(tokens, key=len)[-args.per_device_train_batch_size :]
     lengths = [len(pair) for pair in longest]
-    pieces = split_by_tokens(lengths, max_tokens=limit if LOSSES[args.loss].allows_pieces else None)
+    pieces = split_by_tokens(lengths, max_tokens=None if LOSSES[args.loss].needs_whole_batch else limit)
     batches = [LAYOUTS[layout]([longest[i] for i in piece], pad_token_id=pad_token_id) for piece in pieces]
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
     step = Pass(

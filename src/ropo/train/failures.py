@@ -39,19 +39,19 @@ def check_finite(model: nn.Module, loss: Tensor, pairs: Sequence[Pair], position
     )
 
 
-def how_to_save_memory(pieces: Sequence[Batch], *, allows_pieces: bool, needs_whole_batch: bool = False) -> str:
+def how_to_save_memory(pieces: Sequence[Batch], *, needs_whole_batch: bool, is_sharded: bool) -> str:
     """What to change when the largest piece of a batch does not fit, in a few sentences.
 
     Args:
         pieces: Of the batch that failed.
-        allows_pieces: Whether loss and launch let a batch be taken in smaller pieces.
         needs_whole_batch: Whether the loss sees all pairs of a step at once.
+        is_sharded: Whether processes gather weights for each other, so that no batch is taken in pieces.
     """
     tokens = max(piece["input_ids"].numel() for piece in pieces)
     text = f"Training ran out of the device's memory in a forward and backward pass over {tokens:,} tokens. "
     if max(len(piece["position"]) for piece in pieces) == 1:
         return text + "It was a single pair: lower max_length, use bf16 and activation_checkpointing, or use_peft."
-    if allows_pieces:
+    if not (needs_whole_batch or is_sharded):
         text += f"Set max_tokens_per_batch to {tokens // 2} or less: a step and its loss stay the same. "
     elif needs_whole_batch:
         text += "This loss sees the pairs of a step at once: lower max_length, or share the step among more processes. "

@@ -215,7 +215,7 @@ class TrainOptions(LossOptions, DataOptions, TrainingArguments):
             )
         if self.max_tokens_per_batch is None:
             return
-        if not spec.allows_pieces:
+        if spec.needs_whole_batch:
             raise ValueError(
                 f"{self.loss} needs the whole batch at once; got max_tokens_per_batch={self.max_tokens_per_batch}. "
                 "Leave it out and lower per_device_train_batch_size."

@@ -200,7 +200,7 @@ class ROPOTrainer(Trainer):
         max_tokens = self.options.max_tokens_per_batch
         if max_tokens is None and self.options.device.type == "cpu":
             max_tokens = CPU_TOKENS
-        if not self.training_objective.spec.allows_pieces or self.options.sharding != "none":
+        if self.training_objective.spec.needs_whole_batch or self.options.sharding != "none":
             max_tokens = None  # processes that gather weights for each other run as many forward passes as each other
         pad_token_id = pad_token_id_of(self.tokenizer)
         return PairCollator(dataset=dataset, layout=self.layout, pad_token_id=pad_token_id, max_tokens=max_tokens)
@@ -334,11 +334,8 @@ class ROPOTrainer(Trainer):
             losses.append(super().training_step(model, last, num_items_in_batch))
         except torch.OutOfMemoryError as error:
             is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            spec = self.training_objective.spec
-            remedy = how_to_save_memory(
-                inputs["pieces"], allows_pieces=spec.allows_pieces and not is_sharded,
-                needs_whole_batch=spec.needs_whole_batch,
-            )  # fmt: skip
+            needs_whole_batch = self.training_objective.spec.needs_whole_batch
+            remedy = how_to_save_memory(inputs["pieces"], needs_whole_batch=needs_whole_batch, is_sharded=is_sharded)
             raise torch.OutOfMemoryError(f"{remedy} ({error})") from error
         return torch.stack(losses).sum()
 
@@ -389,10 +386,7 @@ class ROPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in `Trainer`; in a run, random numbers are what they would be without, and so is the model.
-
-        Another evaluation set is a `PairDataset`; `gather_eval_margins` then speaks of its pairs.
-        """
+        """As in `Trainer`; in a run, random numbers and the model are what they would be without."""
         before = torch.get_rng_state()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, PairDataset):
