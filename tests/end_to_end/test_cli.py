@@ -597,6 +597,10 @@ def test_audit_keeps_its_contract(model_folder, dataset, recipe, tmp_path, capsy
     assert main(["audit", *map(str, words), str(output)]) == 0
     assert "wrogn" in (output / "review.before.csv").read_text()
     assert (output / "review.csv").read_text().splitlines() == review
+    (output / "review.csv").write_text(verdict.replace("wrong", "rihgt"))
+    assert main(["audit", *map(str, words), str(output)]) == 0
+    assert "wrogn" in (output / "review.before.csv").read_text()  # what is there already is somebody's work, too
+    assert "rihgt" in (output / "review.before.2.csv").read_text()
     more = ["--decisions", str(tmp_path / "mine.csv")]
     capsys.readouterr()
     assert main(["train", *map(str, words), str(tmp_path / "T"), *more]) == 0

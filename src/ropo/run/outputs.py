@@ -203,7 +203,8 @@ def _write_review(path: Path, rows: Sequence[tuple[Pair, float | None, float, st
     try:
         pairs = with_verdicts(pairs, read_verdicts(path) if path.exists() else {})
     except (ValueError, OSError) as error:
-        kept = path.with_name("review.before.csv")
+        names = ("review.before.csv", *(f"review.before.{number}.csv" for number in range(2, 1000)))
+        kept = next(one for one in map(path.with_name, names) if not one.exists())  # each may hold a person's work
         path.replace(kept)
         logger.warning("%s\nIt could not be read, so it is now %s.", error, kept)
     with write_aside(path) as aside:
