@@ -172,8 +172,7 @@ def contents(folder: Path) -> dict[str, str]:
             summary = {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
             found[name] = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
         elif path.suffix in (".safetensors", ".parquet", ".jsonl") or path.parent.name in STAGE_FOLDERS:
-            has_times = path.name in ("manifest.json", "training_log.json")
-            found[name] = "" if has_times else hash_file(path)
+            found[name] = "" if path.name == "manifest.json" else hash_file(path)
         else:
             found[name] = ""
     return found

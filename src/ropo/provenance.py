@@ -12,8 +12,9 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import metadata
@@ -26,6 +27,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("ropo", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scipy", "pyarrow")
+os.umask(_UMASK := os.umask(0o077))  # there is no other way to ask for it
 _NO_FILES = (
     ("a folder", Path.is_dir),
     ("a pipe (FIFO)", Path.is_fifo),
@@ -144,23 +146,35 @@ def write_aside(path: Path) -> Iterator[Path]:
             yield aside
             put_in_place(aside, path)
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
+        remove(aside)
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Rename a finished file or folder to `path`, after its content has reached the disk."""
+    """Rename a finished file or folder to `path`, after its content has reached the disk.
+
+    Who may read it is what the umask says, as of any file that a command writes: safetensors would have its own read
+    by the user alone.
+    """
+    for file in (aside, *aside.rglob("*")):
+        if file.is_file():
+            file.chmod(0o666 & ~_UMASK)
     sync(aside)
     if path.is_dir():
         old = _aside(path)
         path.rename(old)
         aside.rename(path)
-        shutil.rmtree(old)
+        remove(old)
     else:
         aside.replace(path)
     sync_entry(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link to either, of which what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _aside(path: Path) -> Path:
@@ -189,6 +203,7 @@ def sync_entry(path: Path) -> None:
         os.close(descriptor)
 
 
+_SECONDS_OF_A_DAY = 86_400.0
 # Of `write_aside`, of a model that several processes write, and of safetensors, which writes aside as well.
 _LEFTOVER = re.compile(r"\..+\.(?:[0-9a-f]{8}|partial)|\.tmp[A-Za-z0-9]{6}")
 
@@ -198,22 +213,26 @@ def is_leftover(path: Path) -> bool:
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def remove_leftovers(folder: Path, *, lock_file: str) -> None:
+def remove_leftovers(folder: Path, *, lock_file: str, caches: Collection[Path] = ()) -> None:
     """Remove what killed runs have left under a folder, which must be ours alone.
 
     Args:
-        folder: Searched in all its depth, but for the reference cache and folders of other runs; it need not exist.
+        folder: Searched in all its depth, but for folders of other runs; it need not exist.
         lock_file: Name of the file by which another run holds a folder in it.
+        caches: Folders to which other runs may be writing; in them, only what is a day old is removed.
     """
+    in_caches: set[Path] = {path.absolute() for path in caches}
     for here, folders, files in os.walk(folder):
+        is_shared = Path(here).absolute() in in_caches
         for name in [*folders, *files]:
             path = Path(here) / name
-            if is_leftover(path):
+            if is_leftover(path) and not (is_shared and time.time() - path.lstat().st_mtime < _SECONDS_OF_A_DAY):
                 logger.info("%s is left of a run that was killed; it is removed.", path)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # What a shared cache holds may be another run's, which is writing it.
-        inside = {name: Path(here) / name for name in folders if name != "reference_cache"}
+                remove(path)
+        inside = {name: Path(here) / name for name in folders}
         folders[:] = [name for name, path in inside.items() if path.exists() and not (path / lock_file).exists()]
+        if is_shared:
+            in_caches |= {inside[name].absolute() for name in folders}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -96,17 +96,28 @@ def test_killed_in_the_first_checkpoint(made, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "ropo_state.safetensors", MARKER]
+    "name",
+    [
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "model.safetensors",
+        "ropo_state.safetensors",
+        "trainer_state.json",
+        MARKER,
+    ],
 )
-@pytest.mark.parametrize("how", ["cut short", "missing"])
+@pytest.mark.parametrize("how", ["cut short", "missing", "of other bytes"])
 def test_a_damaged_checkpoint_is_none(how, name, made, monkeypatch, tmp_path):
     """A file that is missing would be left out by `Trainer` without a word, and another model come of it."""
     killed(made("killed"), monkeypatch, callbacks, "complete", when=3)
     path = tmp_path / "killed" / "checkpoint-4" / name
     if how == "missing":
         path.unlink()
-    else:
+    elif how == "cut short":
         path.write_bytes(path.read_bytes()[:-7])
+    else:
+        path.write_bytes(path.read_bytes()[:-7] + b"\0\1\2\3\4\5\6")
     assert name in str(why_incomplete(path.parent))
     assert newest_complete(tmp_path / "killed") is None
     assert steps_in(tmp_path / "killed") == []
@@ -164,7 +175,7 @@ def test_no_checkpoint_at_the_end_where_the_model_is_saved_anyway(made, tmp_path
 def test_resuming_by_name_needs_a_complete_checkpoint(made, tmp_path):
     made("run").train()
     checkpoint = tmp_path / "run" / "checkpoint-10"
-    assert json.loads((checkpoint / MARKER).read_text())["bytes"]["optimizer.pt"] > 0
+    assert json.loads((checkpoint / MARKER).read_text())["sha256"]["optimizer.pt"]
     (checkpoint / MARKER).unlink()
     with pytest.raises(ValueError, match=r"checkpoint-10, .*no complete.js"):
         made("run").train(resume_from_checkpoint=str(checkpoint))
@@ -178,3 +189,10 @@ def test_a_checkpoint_of_the_model_alone_is_not_resumed_from(made, monkeypatch, 
     """Without the optimizer's state other weights would come of it."""
     killed(made("killed", save_only_model=True), monkeypatch, callbacks, "save_file", when=2)
     assert torch.equal(train(made("killed", save_only_model=True)), train(made("whole")))
+
+
+def test_checkpoints_of_another_training_go_with_a_word(made, monkeypatch, tmp_path, caplog):
+    killed(made("run"), monkeypatch, callbacks, "complete", when=3)
+    trainer = made("run")
+    trainer.train_or_resume("other pairs")
+    assert f"{tmp_path / 'run' / 'checkpoint-4'} belongs to another training" in caplog.text

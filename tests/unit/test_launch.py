@@ -1,6 +1,7 @@
 """What the launcher was asked for is what runs, and a change of it between two calls is told."""
 
 import copy
+import json
 import logging
 import pickle
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 
 from ropo.config import ROPOConfig
 from ropo.run.align import run_rounds
-from ropo.train.launch import Launch, refuse_other_launch
+from ropo.train.launch import Launch, refuse_other_launch, tell_other_launch
 from ropo.train.trainer import ROPOTrainer
 
 ONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}  # `accelerate launch --cpu --num_processes 1`
@@ -135,3 +136,10 @@ def test_another_number_of_processes(model_folder, pairs, tmp_path, monkeypatch,
     caplog.clear()
     run_rounds(model_folder, pairs, config(tmp_path / "O", **options))
     assert "was last run" not in caplog.text
+
+
+def test_a_note_of_an_earlier_launch_that_says_nothing_is_written_anew(tmp_path, caplog):
+    (tmp_path / "launch.json").write_text("{}")
+    tell_other_launch(tmp_path, Launch.of(config()))
+    assert json.loads((tmp_path / "launch.json").read_text())["last"] == str(Launch.of(config()))
+    assert not caplog.text

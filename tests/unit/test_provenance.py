@@ -127,6 +127,42 @@ def test_leftovers_of_killed_runs(tmp_path):
         aside.touch()
 
 
+def test_leftovers_in_a_cache_go_when_they_are_old(tmp_path):
+    for name in ("new", "old"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / ".a.json.0123abcd").touch()
+    os.utime(tmp_path / "cache" / "old" / ".a.json.0123abcd", (0, 0))
+    remove_leftovers(tmp_path, lock_file="ropo.lock", caches=[tmp_path / "cache"])
+    assert [path.parent.name for path in tmp_path.rglob(".a*")] == ["new"]
+
+
+def test_links_are_removed_and_what_they_lead_to_stays(tmp_path):
+    """A user may have moved a model to another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "weights").touch()
+    for name in ("model", ".a.json.0123abcd"):
+        (tmp_path / "O").mkdir(exist_ok=True)
+        (tmp_path / "O" / name).symlink_to(tmp_path / "disk")
+    remove_leftovers(tmp_path / "O", lock_file="ropo.lock")
+    with write_aside(tmp_path / "O" / "model") as aside:
+        aside.mkdir()
+    assert [path.name for path in (tmp_path / "O").iterdir()] == ["model"]
+    assert not (tmp_path / "O" / "model").is_symlink()
+    assert (tmp_path / "disk" / "weights").exists()
+
+
+def test_who_may_read_a_file_is_what_the_umask_says(tmp_path):
+    """safetensors lets nobody but the user read what it writes."""
+    (tmp_path / "usual").touch()
+    with write_aside(tmp_path / "a.safetensors") as aside:
+        save_file({"a": torch.zeros(1)}, aside)
+    with write_aside(tmp_path / "model") as aside:
+        aside.mkdir()
+        save_file({"a": torch.zeros(1)}, aside / "model.safetensors")
+    modes = {(tmp_path / name).stat().st_mode for name in ("usual", "a.safetensors", "model/model.safetensors")}
+    assert len(modes) == 1
+
+
 def test_hashes():
     tensors = {"a": torch.zeros(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
     digest = hash_tensors(tensors)

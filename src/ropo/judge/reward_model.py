@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ropo.data.tokenize import TokenizedPair, tokenize_pairs
 from ropo.judge.answer_cache import Answers
 from ropo.logps.batch import batches_by_length, plain_batch
 from ropo.logps.cache import reference_hash
+from ropo.models.digest import at_commit
 from ropo.models.files import (
     TOKENIZER_SETTINGS,
     ModelKind,
@@ -81,8 +83,9 @@ class RewardModelJudge:
     """
 
     def __init__(self, name_or_path: str, folder: Path) -> None:
-        make_skeleton(_REWARD_MODEL, name_or_path)
         self.name_or_path = name_or_path
+        self._load_options = at_commit(name_or_path, {})
+        make_skeleton(_REWARD_MODEL, name_or_path, self._load_options)
         self._answers = Answers(folder, "reward_model")
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float | None]:
@@ -93,7 +96,7 @@ class RewardModelJudge:
         """
         if not pairs:
             return []
-        model, tokenizer = load_reward_model(self.name_or_path)
+        model, tokenizer = load_reward_model(self.name_or_path, self._load_options)
         max_length = _context_tokens(model, tokenizer)
         numbered = [replace(pair, row=i) for i, pair in enumerate(pairs)]
         tokenized = tokenize_pairs(numbered, tokenizer, max_length=max_length)
@@ -145,26 +148,32 @@ def _key(model: str, tokens: TokenizedPair) -> str:
     return hash_value([model, *(ids.tolist() for ids in (tokens.prompt, tokens.chosen, tokens.rejected))])
 
 
-def load_reward_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_reward_model(
+    name_or_path: str, load_options: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a reward model and its tokenizer.
+
+    Args:
+        name_or_path: Folder or hub id.
+        load_options: Passed to `from_pretrained`.
 
     Raises:
         ValueError: If there is no sequence classifier as safetensors, it needs code of its own, or weights are missing
             or not finite.
     """
     with whole_models():
-        model = load_whole(_REWARD_MODEL, name_or_path)
-    tokenizer = _tokenizer(name_or_path)
+        model = load_whole(_REWARD_MODEL, name_or_path, load_options)
+    tokenizer = _tokenizer(name_or_path, load_options)
     if names := not_finite(model):
         raise ValueError(f"A reward model needs finite weights; {name_or_path} has NaN or infinity in {names}.")
     model.config.use_cache = False  # nothing is generated
     return model.to(PartialState().device).eval(), tokenizer
 
 
-def _tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    check_json(name_or_path, files=TOKENIZER_SETTINGS)
+def _tokenizer(name_or_path: str, load_options: Mapping[str, Any] | None) -> PreTrainedTokenizerBase:
+    check_json(name_or_path, load_options, TOKENIZER_SETTINGS)
     with explained(_PLACE, name_or_path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **for_config(None))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **for_config(load_options))
     return tokenizer
 
 

@@ -17,6 +17,7 @@ import logging
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from ropo.logps.sharded import WholeTensors
 from ropo.logps.shared_prefix import causal_lm_of
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.processes import meet
-from ropo.provenance import DamagedFileError, hash_tensors, hash_value, write_aside
+from ropo.provenance import DamagedFileError, RunError, hash_tensors, hash_value, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -242,19 +243,45 @@ def _keys_in(shard: dict[str, torch.Tensor]) -> list[bytes]:
 
 
 def _shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
-    for path in sorted(folder.glob("*.safetensors")):
-        shard = _read(path)
-        if shard is not None:
+    with _telling(folder):
+        paths = sorted(folder.iterdir()) if folder.exists() else []
+    for path in paths:
+        if path.suffix == ".safetensors" and (shard := _read(path)) is not None:
             yield shard
 
 
-def _read(path: Path) -> dict[str, torch.Tensor] | None:
-    """A shard; None if it is not what was written there. Its pairs are then scored again."""
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """What cannot be opened is a reason to end: nothing is known of what it holds, and scoring may take hours.
+
+    Raises:
+        RunError: In place of what the system says.
+    """
     try:
-        with safe_open(path, "pt") as file:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise RunError(
+            f"reference_cache_dir needs files that can be read; got {path}: {getattr(error, 'strerror', error)}. Mend "
+            "that, or name another folder."
+        ) from error
+
+
+def _read(path: Path) -> dict[str, torch.Tensor] | None:
+    """A shard; None if it is not what was written there. Its pairs are then scored again.
+
+    Raises:
+        RunError: If it cannot be opened, which says nothing of what it holds.
+    """
+    try:
+        # Opened here first: safetensors calls whatever it cannot open a file that is not there.
+        with _telling(path), path.open("rb"), safe_open(path, "pt") as file:
             shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             written = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, FileNotFoundError):  # or another process has just removed it
+    except FileNotFoundError:  # another process has just removed it
+        return None
+    except SafetensorError:
         shard, written = {}, None
     if shard and written in (None, hash_tensors(shard)):  # those of the first version say nothing of themselves
         return shard

@@ -35,8 +35,9 @@ TOKENIZER_SETTINGS = (
     "chat_template.json",
 )  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_IN_OTHER_FILES = ("variant", "subfolder", "gguf_file", "key_mapping")  # options that say which weights are read
-OF_INITIAL_FILES = (*_IN_OTHER_FILES, "revision")
+IN_OTHER_FILES = ("variant", "subfolder", "gguf_file", "key_mapping")
+"""Options that say which weights are read."""
+OF_INITIAL_FILES = (*IN_OTHER_FILES, "revision")
 """Options that say where the initial weights are; what a training has written is not there."""
 _FOR_CONFIG = ("revision", "trust_remote_code")
 _NO_CODE = {"trust_remote_code": False}  # left out, `transformers` asks at the terminal whether to run it
@@ -152,7 +153,7 @@ def _shapes_in(
     folder = _folder_of(name_or_path, load_options)
     if (
         folder is None
-        or any(load_options.get(name) for name in _IN_OTHER_FILES)
+        or any(load_options.get(name) for name in IN_OTHER_FILES)
         or getattr(config, "transformers_weights", None)
         or getattr(type(config), "extra_files", None)
     ):

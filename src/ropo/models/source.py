@@ -32,9 +32,9 @@ from ropo.models.adapters import (
     load_adapter,
 )
 from ropo.models.causal import CAUSAL_LM, NEEDS_MODEL
+from ropo.models.digest import at_commit, model_digest
 from ropo.models.files import (
     OF_INITIAL_FILES,
-    SETTINGS,
     TOKENIZER_SETTINGS,
     check_json,
     explained,
@@ -48,10 +48,7 @@ from ropo.models.files import (
 from ropo.models.quantized import compute_as_in_training
 from ropo.models.sharding import forget_engines, loads_in_parts, whole_models
 from ropo.pairs import PairFeatures, PairLogps
-from ropo.provenance import hash_file, hash_value
-
-_WEIGHTS = (".safetensors", ".model", ".jinja", ".py")  # code, too, where it is trusted
-_NAMED = (*SETTINGS, *TOKENIZER_SETTINGS, "merges.txt")
+from ropo.provenance import hash_value
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in every folder
 _NEEDS_TOKENIZER = "model_name_or_path needs a model with its tokenizer"
@@ -130,11 +127,14 @@ class Model:
 
     @cached_property
     def base(self) -> tuple[str, dict[str, Any]]:
-        """The whole model, below the adapter that training starts from: folder or hub id, and how it is loaded."""
+        """The whole model, below the adapter that training starts from: folder or hub id, and how it is loaded.
+
+        All that is loaded of a hub id is of one commit.
+        """
         if self.start is None:
-            return self.name_or_path, self.load_options
+            return self.name_or_path, at_commit(self.name_or_path, self.load_options)
         name, revision = base_of(self.start)  # the one that was given is the adapter's
-        return name, {**self.load_options, "revision": revision}
+        return name, at_commit(name, {**self.load_options, "revision": revision})
 
     @property
     def peft_config(self) -> PeftConfig | None:
@@ -254,9 +254,8 @@ class Model:
 
     def fingerprint(self) -> str:
         """Name of the initial model's content; see `model_digest`."""
-        name, options = self.base
-        found = model_digest(name, options.get("revision"))
-        return (found if self.start is None else hash_value([found, model_digest(str(self.start), None)]))[:16]
+        found = model_digest(*self.base)
+        return (found if self.start is None else hash_value([found, model_digest(str(self.start), {})]))[:16]
 
     def reference(self, *, cache_dir: Path, batching: Batching) -> "Reference":
         """The initial model as the frozen one that margins are measured against.
@@ -306,25 +305,6 @@ class Reference:
 def _of_any(names: str) -> str:
     """What a process has found in its part of the weights, in all of them: they stop together."""
     return next((one for one in gather_object([names]) if one), "")
-
-
-def model_digest(name_or_path: str, revision: str | None) -> str:
-    """Name a model by the bytes of its files: another training may have left files of the same names and sizes.
-
-    A hub id is named by itself and the revision.
-
-    Args:
-        name_or_path: Folder or hub id.
-        revision: Branch, tag or commit of a hub model.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return hash_value([name_or_path, revision])
-    files = [path for path in sorted(folder.iterdir()) if path.name in _NAMED or path.suffix in _WEIGHTS]
-    return hash_value([(path.name, hash_file(path)) for path in files])
 
 
 def find_model(model: str | Path) -> str:

@@ -5,6 +5,7 @@ what differs.
 """
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ropo.audit.scorers import SCORED_FILES
 from ropo.config import ROPOConfig
 from ropo.data.template import date_of, writes_date
-from ropo.models.source import Model, model_digest
+from ropo.models.digest import at_commit, model_digest
+from ropo.models.source import Model
 from ropo.processes import meet, on_main
 from ropo.provenance import (
     DamagedFileError,
@@ -31,12 +33,15 @@ from ropo.provenance import (
     write_json,
 )
 from ropo.run.lock import LOCK_FILE
+from ropo.train.checkpoints import MARKER
 
+REFERENCE_CACHE = "reference_cache"
+"""Where what the reference says is kept, if no other folder is named."""
 INITIAL_MODEL = "initial_model"
 """Where a model that is given as an object is saved."""
 
 # What a run writes before it claims its folder.
-_MADE_BEFORE = (LOCK_FILE, INITIAL_MODEL, f"{INITIAL_MODEL}.json", "reference_cache")
+_MADE_BEFORE = (LOCK_FILE, INITIAL_MODEL, f"{INITIAL_MODEL}.json", REFERENCE_CACHE)
 
 _IDENTITY_REMEDY = "It says which run this folder holds. Restore it from a copy, or use another output_dir."
 # What stands in a run's identity by a digest, in words.
@@ -71,16 +76,20 @@ def identity_of(
     """
     found = {
         "options": args.identity(),
-        "model": [model.fingerprint(), _as_told(model.load_options)],
+        "model": [model.fingerprint(), _as_told(model.base[1])],
         "tokenizer": _fingerprint(model.tokenizer),
         **digests,
         "adapter": None if model.adapter is None else model.adapter.to_dict(),
         **({} if date is None else {"date": date}),
-        **({"judge": model_digest(str(args.judge_model), None)[:16]} if args.judge == "reward_model" else {}),
+        **({"judge": _digest_of(str(args.judge_model))} if args.judge == "reward_model" else {}),
     }
     identity: Json = json.loads(json.dumps(found, sort_keys=True, default=_as_json))
     identity["audit_from"] = None if args.audit_from is None else _margins_of(Path(args.audit_from), identity)
     return identity
+
+
+def _digest_of(judge_model: str) -> str:
+    return model_digest(judge_model, at_commit(judge_model, {}))[:16]
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -161,7 +170,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def has_trained(folder: Path) -> bool:
     """Whether anything would be lost: before that, whoever mistyped an option may go on in the same folder."""
-    return any(any(folder.glob(f"{part}/**/manifest.json")) for part in ("audit", "rounds"))
+    kept = {"manifest.json", MARKER}  # of a stage, of a checkpoint
+    inside = (os.walk(folder / part, followlinks=True) for part in ("audit", "rounds"))
+    return any(not kept.isdisjoint(files) for part in inside for _, _, files in part)
 
 
 def refuse_what_is_not_ours(folder: Path) -> None:
@@ -199,14 +210,27 @@ def refuse_other_run(folder: Path, identity: Json) -> None:
             # The user may have filled in review.csv there.
             has_audit = (folder / "review.csv").exists() and _scored_by(old) == _scored_by(identity)
             remedy = f" and --audit_from {folder}" if has_audit else ", or remove this one to start anew"
+            began, now = (_revision(one) for one in (old, identity))
+            if began not in (None, now):
+                remedy += f". To go on with the model that it began with, add --model_revision {began}"
             raise ValueError(
                 f"{folder} holds a run with other settings:\n{_differences(old, identity)}\n"
                 f"Use another output_dir{remedy}."
             )
 
 
-def claim(folder: Path, identity: Json) -> None:
+def _revision(identity: Mapping[str, Any]) -> str | None:
+    found: str | None = identity.get("model", [None, {}])[1].get("revision")
+    return found
+
+
+def claim(folder: Path, identity: Json, *, cache: Path | None = None) -> None:
     """Make the output folder this run's, or make sure that it already is.
+
+    Args:
+        folder: The output folder.
+        identity: See `identity_of`.
+        cache: Of the reference, if it is not the usual one in the folder.
 
     Raises:
         ValueError: If another run is there, or processes have read different things.
@@ -215,7 +239,7 @@ def claim(folder: Path, identity: Json) -> None:
     meet()
     if PartialState().is_main_process:
         write_json(folder / "ropo_config.json", identity)
-        remove_leftovers(folder, lock_file=LOCK_FILE)
+        remove_leftovers(folder, lock_file=LOCK_FILE, caches=[cache or folder / REFERENCE_CACHE])
     meet()
 
 

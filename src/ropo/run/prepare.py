@@ -24,6 +24,7 @@ from ropo.data.problems import PROBLEMS, Problem, render, summarise
 from ropo.data.review import with_verdicts
 from ropo.data.tokenize import TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.data.validate import DataError, read_checked
+from ropo.models.digest import model_digest
 from ropo.models.fit import check_adapter, check_ids, check_positions, ids_of
 from ropo.models.quantized import in_words
 from ropo.models.source import Model, Reference, find_model
@@ -33,7 +34,15 @@ from ropo.provenance import Json, hash_tensors, hash_value, read_json, write_asi
 from ropo.run.checks import check_run
 from ropo.run.evaluation import EvaluationSet, read_evaluation
 from ropo.run.forecast import tell_forecast
-from ropo.run.identity import INITIAL_MODEL, claim, dated, has_trained, identity_of, refuse_what_is_not_ours
+from ropo.run.identity import (
+    INITIAL_MODEL,
+    REFERENCE_CACHE,
+    claim,
+    dated,
+    has_trained,
+    identity_of,
+    refuse_what_is_not_ours,
+)
 from ropo.run.inputs import DataSource, ReviewInputs
 from ropo.run.known_labels import Verdicts, known_labels, tell_idle
 from ropo.stages import Stages
@@ -202,13 +211,13 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
     """
     checked, folder = check(given, args, is_audit=is_audit), Path(str(args.output_dir))
     model, tokenized = checked.model, checked.tokenized
-    claim(folder, checked.identity)
+    cache_dir = Path(args.reference_cache_dir or folder / REFERENCE_CACHE)
+    claim(folder, checked.identity, cache=cache_dir)
     tell_other_launch(folder, Launch.of(args))
     _report_problems(folder, checked.problems)
     tell_idle(checked.labelled.verdicts, tokenized.pairs.pairs)
     if args.audit_from is None:  # else most of what it counts is there
         tell_forecast(model, checked.skeleton, checked.tokens, args, is_audit=is_audit)
-    cache_dir = Path(args.reference_cache_dir or folder / "reference_cache")
     reference = model.reference(cache_dir=cache_dir, batching=batching(args, model.tokenizer))
     digest, data = hash_value(checked.identity), tokenized.dataset()
     if args.reads_reference:
@@ -319,15 +328,17 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
     path = folder / INITIAL_MODEL
     content = {"weights": hash_tensors(model.state_dict()), "config": _hash_config(model)}
     owner = path.with_suffix(".json")
-    is_there = path.exists() and owner.exists() and read_json(owner) == content
-    if path.exists() and not is_there and has_trained(folder):
+    written = read_json(owner) if owner.exists() else {}
+    is_same = {**written, **content} == written
+    if path.exists() and not is_same and has_trained(folder):
         raise ValueError(f"{folder} holds a run that began with another model. Use another output_dir.")
+    is_whole = is_same and path.exists() and written.get("files") == model_digest(str(path), {})
     meet()
-    if PartialState().is_main_process and not is_there:
+    if PartialState().is_main_process and not is_whole:
         with write_aside(path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-        write_json(owner, content)
+        write_json(owner, {**content, "files": model_digest(str(path), {})})
     meet()
     return str(path)
 
@@ -347,7 +358,7 @@ def _tell_launch(args: ROPOConfig, model: str | Path | PreTrainedModel | Model) 
     if PartialState().is_main_process:
         named = model.name_or_path if isinstance(model, Model) else model
         name = named if isinstance(named, str | Path) else "the model given"
-        cache = args.reference_cache_dir or Path(str(args.output_dir)) / "reference_cache"
+        cache = args.reference_cache_dir or Path(str(args.output_dir)) / REFERENCE_CACHE
         is_read = args.reads_reference
         reference = f"Reference: {name}, scored once into {cache}." if is_read else f"{args.loss} reads no reference."
         logger.info("%s. %s", Launch.of(args), reference)

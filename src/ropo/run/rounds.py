@@ -204,7 +204,7 @@ class Round:
                 save_file({"margins": first_margins}, path)
             # Without its last line, which holds times: the same training leaves the same files.
             log = [line for line in trainer.state.log_history if "train_runtime" not in line]
-            log = [{name: value for name, value in line.items() if not _TIMES.fullmatch(name)} for line in log]
+            log = [{name: line[name] for name in sorted(line) if not _TIMES.fullmatch(name)} for line in log]
             write_json(self.folder / "training_log.json", log)
 
     def _evaluation(self) -> PairDataset | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import IntervalStrategy
 
 from ropo.processes import meet
 from ropo.progress import Progress
@@ -94,6 +95,12 @@ class CompleteCheckpoint(TrainerCallback):
 
     def __init__(self, collect: Callable[[], dict[str, Tensor]], *, limit: int | None) -> None:
         self.collect, self.limit = collect, limit
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        """Log with every checkpoint: sums that a log is made of begin anew where a training is resumed."""
+        control.should_log |= control.should_save and args.logging_strategy != IntervalStrategy.NO
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         """Write them into the checkpoint's folder, then its marker; then remove older checkpoints."""

@@ -4,7 +4,7 @@ In: a folder in which `transformers.Trainer` has left checkpoints. Out: `complet
 lists its files; the newest of these.
 
 `Trainer` takes the checkpoint with the highest number, removes the one with the oldest date before the new one is
-known to be whole, and reads whatever files are there. Here a checkpoint with a file missing or of another size is no
+known to be whole, and reads whatever files are there. Here a checkpoint with a file missing or of other bytes is no
 checkpoint, and an older one goes only when the next one is complete.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ropo.processes import meet, on_main
-from ropo.provenance import DamagedFileError, read_json, sync, write_aside, write_json
+from ropo.provenance import DamagedFileError, hash_file, read_json, remove, sync, write_aside, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def complete(checkpoint: Path) -> None:
         DiskFullError: If there is no room for the marker.
     """
     sync(checkpoint)
-    write_json(checkpoint / MARKER, {"bytes": _sizes(checkpoint)})
+    write_json(checkpoint / MARKER, {"sha256": _hashes(checkpoint)})
 
 
 def why_incomplete(checkpoint: Path) -> str | None:
@@ -44,12 +44,12 @@ def why_incomplete(checkpoint: Path) -> str | None:
     if not path.exists():
         return f"it has no {MARKER}, which is written last"
     try:
-        listed: dict[str, int] = read_json(path)["bytes"]
+        listed: dict[str, str] = read_json(path)["sha256"]
     except (DamagedFileError, KeyError, TypeError):
         return f"its {MARKER} is damaged"
-    found = _sizes(checkpoint)
-    wrong = sorted(name for name, size in listed.items() if found.get(name) != size)
-    return f"{wrong[0]} is missing or cut short" if wrong else None
+    found = _hashes(checkpoint)
+    wrong = sorted(name for name, content in listed.items() if found.get(name) != content)
+    return f"{wrong[0]} is missing, or holds other bytes than were written" if wrong else None
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -69,7 +69,7 @@ def _newest_complete(folder: Path) -> Path | None:
         if reason is None:
             return checkpoint
         logger.warning("%s cannot be resumed from, since %s; it is removed.", checkpoint, reason)
-        shutil.rmtree(checkpoint)
+        remove(checkpoint)
     return None
 
 
@@ -106,8 +106,9 @@ def remove_others(folder: Path, *, made_from: str) -> None:
     """
     path = folder / _OWNER_FILE
     if PartialState().is_main_process and not (path.exists() and path.read_text("utf-8") == made_from):
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for checkpoint in _by_step(folder):
+            logger.warning("%s belongs to another training, with other pairs or options; it is removed.", checkpoint)
+            remove(checkpoint)
         with write_aside(path) as aside:
             aside.write_text(made_from, encoding="utf-8")
     meet()
@@ -145,6 +146,6 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def _sizes(checkpoint: Path) -> dict[str, int]:
+def _hashes(checkpoint: Path) -> dict[str, str]:
     files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MARKER)
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+    return {path.relative_to(checkpoint).as_posix(): hash_file(path) for path in files}

@@ -106,7 +106,7 @@ def tell_other_launch(folder: Path, launch: Launch) -> None:
     """
     path, state = folder / "launch.json", PartialState()
     if state.is_main_process:
-        before = read_json(path)["last"] if path.exists() else str(launch)
+        before = read_json(path).get("last", str(launch)) if path.exists() else str(launch)
         if before != str(launch):
             logger.warning(
                 "%s was last run with %s; this run has %s. Finished stages stay as they are; a training that was "

@@ -1,6 +1,7 @@
 """The reference cache: what is a hit, what is a miss, and what a killed pass leaves behind."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from ropo.logps.batch import Batching
 from ropo.logps.cache import reference_features, reference_hash, reference_logps
 from ropo.logps.features import FeatureReader, Sketch
 from ropo.pairs import PairFeatures
-from ropo.provenance import DamagedFileError
+from ropo.provenance import DamagedFileError, RunError
 from ropo.train.trainer import ROPOTrainer
 
 
@@ -136,6 +137,20 @@ def test_a_damaged_shard_is_scored_again(how, model, tokens, tmp_path, computed,
     assert torch.equal(first.rejected, second.rejected)
     assert f"{path} is damaged" in caplog.text
     assert not path.exists()
+
+
+def test_a_shard_that_cannot_be_opened_stays(model, tokens, tmp_path, monkeypatch):
+    """It is another user's, or too many files are open: no reason to score for hours, or to remove it."""
+    read(model, tokens, tmp_path)
+    [path] = tmp_path.rglob("*.safetensors")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        with pytest.raises(RunError, match=r"needs files that can be read; got .*: Too many open files"):
+            read(model, tokens, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert cache._read(path) is not None
 
 
 def test_options_do_not_matter_and_templates_do(model, tokenizer, pairs, tmp_path, computed, monkeypatch):
