@@ -20,6 +20,7 @@ from ropo.models.source import Model
 from ropo.report.costs import ASSUMED
 from ropo.run import forecast, probe
 from ropo.run.formats import formats_of
+from ropo.run.memory import linear_audit_bytes
 from ropo.run.plan import PairSize, forward_operations
 from ropo_bench.toy import make_pairs, save_toy
 
@@ -181,6 +182,18 @@ def test_disk_holds_models_and_checkpoints(toy, tmp_path, timed):
     assert one.disk_bytes == 2 * one.memory.weights
     more = options(tmp_path, num_folds=0, rho="0", num_train_epochs=3, save_total_limit=1)
     assert forecast.forecast(*toy, more).disk_bytes == (2 + 2 * 3) * one.memory.weights
+    # What a filter takes away is made up for by a part of a second epoch, which follows on a checkpoint.
+    filtered = options(tmp_path, rho="0.2")
+    features = 2 * 40 * (2048 + 2 * toy[1].config.hidden_size)
+    assert forecast.forecast(*toy, filtered).disk_bytes == (2 + 3) * one.memory.weights + features
+    halfway = {"num_candidates": 2, "selection_rule": "uncertainty_aware", "num_folds": 0, "rho": "0", "rounds": 2}
+    sampled = options(tmp_path, save_strategy="no", **halfway)
+    assert forecast.forecast(*toy, sampled).disk_bytes == (3 + 1) * one.memory.weights
+
+
+def test_the_host_holds_the_features_of_an_audit():
+    """`audit_cost.csv`: 3.6 GiB more at 60,000 pairs than at 500, of a model of hidden size 128."""
+    assert linear_audit_bytes(128, num_pairs=59_500) == pytest.approx(3.6 * 2**30, rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "auto"])

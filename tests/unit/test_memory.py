@@ -1,12 +1,23 @@
 """Bytes of a training: counted as PyTorch, PEFT, bitsandbytes, FSDP and DeepSpeed keep them."""
 
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma3nTextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from ropo import ROPOConfig
 from ropo.logps.shared_prefix import FORWARDS, enable_response_logps
@@ -24,6 +35,7 @@ CONFIG = LlamaConfig(
     vocab_size=300, hidden_size=32, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
+STEP = Pass(num_tokens=64, num_read=10, is_plain=False, use_bf16=False, is_checkpointed=False, device="cpu")
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -175,3 +187,35 @@ def test_layers_that_run_again_keep_their_inputs():
     kept = Kept(layer=100, outside=7, hidden=3, head=50)
     assert kept.bytes(10, is_checkpointed=False) == 1057
     assert kept.bytes(10, is_checkpointed=True) == 30 + 100 + 7
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(hidden_size=32, num_hidden_layers=4, vocab_size=300),
+        Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+                     num_key_value_heads=2, vocab_size=300),
+        Gemma3nTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, head_dim=8,
+                          num_key_value_heads=2, vocab_size=300, vocab_size_per_layer_input=300, laurel_rank=4,
+                          hidden_size_per_layer_input=8, num_kv_shared_layers=2),
+    ],
+    ids=["layers follow from their number", "no sdpa", "layers share keys"],
+)  # fmt: skip
+def test_families_with_layers_of_their_own_are_counted(config):
+    kept = kept_for_backward(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, STEP, dtype=torch.float32)
+    assert kept.layer > 0
+
+
+def test_what_cannot_be_counted_logs_no_traceback(caplog):
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300,
+    )  # fmt: skip
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    torchs.addHandler(caplog.handler)
+    try:
+        with pytest.raises(RuntimeError):
+            kept_for_backward(MixtralForCausalLM, config, STEP, dtype=torch.float32)
+    finally:
+        torchs.removeHandler(caplog.handler)
+    assert not caplog.records

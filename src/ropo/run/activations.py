@@ -9,8 +9,10 @@ and the head are counted as they are, for any architecture and any size, on any 
 Shapes: B rows, T positions of a row, N response tokens.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +128,10 @@ def with_layers(config: PretrainedConfig, number: int) -> PretrainedConfig:
     text = small.get_text_config(decoder=True)
     text.num_hidden_layers = min(number, text.num_hidden_layers)
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
+        with contextlib.suppress(AttributeError):  # where it follows from the number
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+    if getattr(text, "num_kv_shared_layers", 0):
+        text.num_kv_shared_layers = 0  # with layers that are not there any more
     return small
 
 
@@ -160,7 +165,8 @@ def _saved_bytes(
     peft_config: PeftConfig | None,
 ) -> int:
     """Of everything that autograd keeps, weights left out, each storage once."""
-    config._attn_implementation = "sdpa"  # keeps as much as every attention that makes no square of scores
+    # Keeps as much as every attention that makes no square of scores.
+    config._attn_implementation = "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
     with torch.device("meta"):
         model = model_class(config).to(dtype)
         if peft_config is not None:
@@ -176,7 +182,7 @@ def _saved_bytes(
             found[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode():
+    with _quiet(), FakeTensorMode():
         _without_memory(model)
         weights |= {weight.untyped_storage()._cdata for weight in model.parameters()}
         with (
@@ -186,6 +192,18 @@ def _saved_bytes(
             logps = FORWARDS["plain" if step.is_plain else "plain_rows"](model, batch.tensors())
         del logps
         return sum(storage.nbytes() for storage in found.values())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """`torch` logs what it cannot count with its traceback; whoever asked is told by the error."""
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    level = fake.level
+    fake.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        fake.setLevel(level)
 
 
 def _without_memory(model: nn.Module) -> None:

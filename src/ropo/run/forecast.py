@@ -30,10 +30,11 @@ from ropo.models.adapters import add_adapter
 from ropo.models.source import Model
 from ropo.processes import on_main
 from ropo.report.costs import cost_sentence
+from ropo.resample.select import SELECTION_RULES
 from ropo.run.activations import Kept, Pass, kept_for_backward
 from ropo.run.formats import formats_of, is_checkpointed, shards_of
-from ropo.run.memory import Formats, Memory, Shards, scoring_memory, training_memory
-from ropo.run.plan import Machine, ModelSize, PairSize, RunSize, Stage, forward_operations, plan_stages
+from ropo.run.memory import Formats, Memory, Shards, linear_audit_bytes, scoring_memory, training_memory
+from ropo.run.plan import NUM_FEATURES, Machine, ModelSize, PairSize, RunSize, Stage, forward_operations, plan_stages
 from ropo.run.probe import Rates, time_steps
 from ropo.train.trainer import CPU_TOKENS
 
@@ -159,6 +160,8 @@ def forecast(
     if not is_trained:
         memory = _scoring(size, formats, shards, kept or _guessed(size, step, formats), step)
     run, pairs = run_size(args, is_audit=is_audit), _pair_size(tokens)
+    if run.has_linear_audit:
+        memory = replace(memory, host=max(memory.host, linear_audit_bytes(size.hidden_size, num_pairs=len(tokens))))
     machine = _machine(rates, size, formats, model.peft_config, args, make)
     return Plan(
         stages=plan_stages(size, pairs, run, machine),
@@ -293,7 +296,9 @@ def memory_of(size: ModelSize, formats: Formats, shards: Shards, kept: Kept, ste
 def disk_bytes(size: ModelSize, formats: Formats, args: ROPOConfig, run: RunSize, *, num_pairs: int) -> float:
     """Bytes of the output folder: models of all rounds, the last one once more, and checkpoints of a training.
 
-    A new checkpoint is whole before an older one is removed; none is written at the end of a training.
+    A new checkpoint is whole before an older one is removed; none is written at the end of a training. Where pairs may
+    be filtered, the last epoch may be a part of another one, so that one more checkpoint is written. A model half way
+    through a training, which resampling asks, stands beside them.
 
     Args:
         size: Of the model.
@@ -309,13 +314,16 @@ def disk_bytes(size: ModelSize, formats: Formats, args: ROPOConfig, run: RunSize
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy in every:
         every_steps = every[strategy] * (steps if strategy == "steps" and args.save_steps < 1 else 1)
-        num_checkpoints = max(0, int(np.ceil(steps / every_steps)) - 1)
+        may_filter = args.needs_audit and run.max_steps <= 0
+        num_checkpoints = max(0, int(np.ceil(steps / every_steps)) - 1) + may_filter
     else:
         num_checkpoints = 0
     num_kept = min(num_checkpoints, (args.save_total_limit or num_checkpoints) + 1)
     trains = bool(run.rounds) or run.scorer == "models"
-    features = num_pairs * 2 * (64 * 32 + 2 * size.hidden_size) if run.num_folds and run.scorer == "features" else 0
-    return (run.rounds + bool(run.rounds)) * saved + trains * num_kept * (saved + state) + features
+    features = num_pairs * 2 * (NUM_FEATURES + 2 * size.hidden_size) if run.has_linear_audit else 0
+    has_halfway = bool(run.rounds and run.num_candidates and SELECTION_RULES[args.selection_rule].needs_views)
+    num_models = run.rounds + bool(run.rounds) + has_halfway
+    return num_models * saved + trains * num_kept * (saved + state) + features
 
 
 def _dtype(asked: str | torch.dtype | None) -> torch.dtype:

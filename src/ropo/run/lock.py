@@ -122,5 +122,5 @@ def _holder(lock: SoftFileLock) -> str:
     try:
         pid, host, *_ = Path(lock.lock_file).read_text("utf-8").splitlines()
     except (OSError, ValueError):
-        return "a process that has left no name"
+        return "a process that has left no name (on a full disk there was no room for it)"
     return f"process {pid} on {host.partition('?')[0]}"  # a container's name goes on with its process namespace

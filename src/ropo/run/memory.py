@@ -8,7 +8,7 @@ activations come from `ropo.run.activations`.
 
 from dataclasses import dataclass
 
-from ropo.run.plan import ModelSize
+from ropo.run.plan import NUM_FEATURES, ModelSize
 
 # States that an optimizer keeps of each trained weight, by the first part of its name; 2 for all others (AdamW).
 _NUM_STATES = {"sgd": 0, "adafactor": 0, "lomo": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "ademamix": 3}
@@ -19,7 +19,11 @@ _DOUBLE_QUANTIZED = 0.5 + 1 / 64 + 4 / (64 * 256)  # the factors of 256 blocks a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on each device while the most expensive stage runs; `host` is what is offloaded to the CPU's memory."""
+    """Bytes on each device while the most expensive stage runs.
+
+    `host` is of the CPU's memory: what is offloaded there, or what the linear models of an audit hold there while no
+    model is loaded, whichever is more.
+    """
 
     weights: float = 0.0
     gradients: float = 0.0
@@ -164,6 +168,20 @@ def scoring_memory(model: ModelSize, formats: Formats, shards: Shards, *, activa
     """
     whole = training_memory(model, formats, shards, activations=activations)
     return Memory(weights=whole.weights, activations=activations, host=whole.host if shards.offloads_weights else 0.0)
+
+
+def linear_audit_bytes(hidden_size: int, *, num_pairs: int) -> float:
+    """Memory of the linear models of an audit, which are fitted in float32 on the CPU.
+
+    The features of all pairs stay, as does what each kind is written in (its eigenbasis); a kind is in memory three
+    times while it is scaled and put together.
+
+    Args:
+        hidden_size: Of the model.
+        num_pairs: Of the data.
+    """
+    widths = (NUM_FEATURES, 2 * hidden_size, NUM_FEATURES)  # gradients, hidden states, n-grams
+    return 4.0 * num_pairs * (2 * sum(widths) + 3 * max(widths))
 
 
 def quantized_bytes(bits: int, *, is_double: bool) -> float:

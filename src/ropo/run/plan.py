@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 _FORWARD, _TRAINING = 1, 3  # a backward pass costs two forward passes
 _NUM_CHECKS = 3  # how often held-out pairs are scored while a fold trains (`ropo.audit.models`)
-_NUM_OUTPUTS, _NUM_FEATURES = 64, 2048  # of the gradient that an audit reads (`ropo.logps.features.Sketch`)
+_NUM_OUTPUTS = 64  # of the gradient that an audit reads (`ropo.logps.features.Sketch`)
+NUM_FEATURES = 2048
+"""Of a gradient, and of the n-grams (`ropo.audit.features`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,11 @@ class RunSize:
     num_candidates: int = 0
     new_tokens: float = 0.0
     needs_reference: bool = True
+
+    @property
+    def has_linear_audit(self) -> bool:
+        """Whether labels are judged by linear models."""
+        return bool(self.num_folds) and self.scorer == "features"
 
     def read_in_training(self, num_pairs: float) -> float:
         """Pairs that one training on so many reads; `max_steps` is what each training is given."""
@@ -193,7 +200,7 @@ def plan_stages(model: ModelSize, pairs: PairSize, run: RunSize, machine: Machin
         )
 
     stages = [stage("reference", scored=n, num_loads=1)] if run.needs_reference else []
-    if run.num_folds and run.scorer == "features":
+    if run.has_linear_audit:
         alone = 0 if run.needs_reference else 1
         others = _linear_seconds(n) if machine.has_linear_audit else 0.0
         others += n * _feature_operations(model, pairs) / scoring_rate / machine.num_devices
@@ -234,7 +241,7 @@ def _linear_seconds(num_pairs: int) -> float:
 
     Fitted to benchmarks/audit_cost.csv, whose five sizes it meets within a quarter.
     """
-    num_kept = min(num_pairs, _NUM_FEATURES)
+    num_kept = min(num_pairs, NUM_FEATURES)
     return 0.2 + 5e-11 * num_kept**3 + 5e-7 * num_pairs * num_kept
 
 
