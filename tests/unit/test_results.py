@@ -92,6 +92,29 @@ def test_cleaned_is_the_file(audited, pairs):
     assert flipped["chosen"] == pairs[flipped["row"]].rejected
 
 
+def test_calls_of_tools_keep_their_arguments(model_folder, pairs, tmp_path):
+    """Those of one call are not those of another, in name or in type."""
+
+    def answer(text, arguments):
+        call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+        return [{"role": "assistant", "content": text, "tool_calls": [call]}]
+
+    talks = [
+        replace(
+            pair,
+            prompt=[{"role": "user", "content": pair.prompt}],
+            chosen=answer(pair.chosen, {"x": 1} if pair.row % 2 else {"y": "b"}),
+            rejected=answer(pair.rejected, {"x": "c"}),
+        )
+        for pair in pairs
+    ]
+    found = run_audit(model_folder, talks, config(tmp_path / "O"))
+    lines = [json.loads(line) for line in (found.folder / "cleaned.jsonl").read_text().splitlines()]
+    assert found.cleaned().to_list() == lines
+    for suspect in found.suspects(100):
+        assert suspect["chosen"] == list(talks[suspect["row"]].chosen)
+
+
 def test_a_run_is_what_its_folder_holds(model_folder, pairs, tmp_path):
     args = config(tmp_path / "O", decision_rule="lowest_loss", rounds=2)
     unseen = [replace(pair, prompt=f"Q {pair.row}", id="") for pair in pairs[:8]]

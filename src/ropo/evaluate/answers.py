@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from ropo.data.template import date_of
 from ropo.data.tokenize import encode_prompts
 from ropo.evaluate.export import EXPORTS, Answer, Question, read_questions, write_answers
-from ropo.evaluate.options import LIKELIEST, ExportArguments
+from ropo.evaluate.options import ExportArguments
 from ropo.models.fit import check_ids
 from ropo.models.source import Model, find_model
 from ropo.pairs import Text
 from ropo.processes import meet
 from ropo.provenance import Json, read_json, versions, write_json
-from ropo.sampling.engine import Engine, Sampling
+from ropo.sampling.engine import LIKELIEST, Engine, Sampling
 from ropo.sampling.engines import ENGINES, Reach, open_engine
 from ropo.sampling.generate import Sample, sample_responses
 
@@ -155,7 +155,7 @@ def _converse(
                 Sampling(
                     num_candidates=1,
                     max_new_tokens=int(args.max_new_tokens or 0),
-                    temperature=max(temperature, LIKELIEST),
+                    temperature=max(temperature, LIKELIEST),  # FastChat, too, draws nothing below it
                     top_p=args.top_p,
                 ),
                 seed=args.seed,

@@ -15,7 +15,6 @@ from ropo.options import Rule, check_folder, check_options, option
 from ropo.sampling.options import EngineOptions
 
 DTYPES = ("auto", "float32", "bfloat16")
-LIKELIEST = 1e-4  # the temperature that stands for 0: FastChat, too, draws nothing below it
 
 
 @dataclass

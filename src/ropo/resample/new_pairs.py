@@ -16,7 +16,7 @@ from ropo.data.template import control_tokens
 from ropo.data.tokenize import SampledIds, TokenizedPair, TokenizedPairs, tokenize_pairs
 from ropo.judge.verdicts import Judge, settle
 from ropo.pairs import Pair, PairLogps, Text
-from ropo.resample.select import Candidate, Criteria, Refusal, new_pair, select_candidates
+from ropo.resample.select import Candidate, Criteria, Refusal, capped, new_pair, select_candidates
 from ropo.sampling.generate import Sample
 
 Scorer = Callable[[Sequence[TokenizedPair]], PairLogps]
@@ -87,7 +87,7 @@ def resample_pairs(
 
     Each sample is scored once, beside its parent's chosen response; its margin against either original response
     follows from that and the parent's own log-probabilities. The judge is asked only about prompts for which the rule
-    takes no candidate, about the best one that is fit to be read.
+    takes no candidate, about the best one that is fit to be read, and about no more than there is room for.
 
     Args:
         parents: The dropped pairs.
@@ -100,17 +100,21 @@ def resample_pairs(
         weight: Weight of the new pairs in training, as a share of their parents'.
     """
     finished, refused = _finished(samples, tokenizer)
-    tokenized = _beside_chosen(parents, finished, tokenizer, max_length=max_length)
-    refused[Refusal.NOT_NEW] += len(finished) - len(tokenized)
+    beside = _beside_chosen(parents, finished, tokenizer, max_length=max_length)
+    refused[Refusal.NOT_NEW] += len(finished) - len(beside)
+    tokenized = _uncut(beside, max_length=max_length)
+    refused[Refusal.CUT] += len(beside) - len(tokenized)
     scored = _score(parents, finished, tokenized, scoring)
     candidates, margins = scored.candidates, scored.margins
     selection = select_candidates(candidates, margins, criteria, views=scored.views)
     pairs = [new_pair(candidates[i], is_sampled_better=bool(margins[i] > 0), weight=weight) for i in selection.taken]
-    settled, settled_margins, from_judge = _settled(judge, candidates, margins, selection.unsettled, weight)
+    asked, num_over = ([], 0) if judge is None else capped(selection.unsettled, selection.room, criteria.seed)
+    settled, settled_margins, from_judge = _settled(judge, candidates, margins, asked, weight)
     pairs += settled
     sources = [candidates[i] for i in [*selection.taken, *from_judge]]
     refused.update(selection.refused)
-    refused[Refusal.PROMPT_UNSETTLED] += len(selection.unsettled) - len(settled)
+    refused[Refusal.OVER_LIMIT] += num_over
+    refused[Refusal.PROMPT_UNSETTLED] += len(selection.unsettled) - num_over - len(settled)
     return NewPairs(
         pairs=pairs,
         margins=np.concatenate([np.abs(margins[selection.taken]), settled_margins]),
@@ -123,8 +127,15 @@ def resample_pairs(
 def _finished(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Sample], Counter[Refusal]]:
     """Samples that the model has ended and whose text shows everything that they hold."""
     ended = [sample for sample in samples if sample.is_finished]
-    control = set(control_tokens(tokenizer).values())
-    finished = [sample for sample in ended if control.isdisjoint((sample.ids or ())[:-1])]
+    control = control_tokens(tokenizer)
+    numbers = set(control.values())
+
+    def is_plain(sample: Sample) -> bool:
+        if sample.ids is None:  # of a server that gives the text alone, in which they are letters
+            return not any(token in sample.text for token in control)
+        return numbers.isdisjoint(sample.ids[:-1])
+
+    finished = [sample for sample in ended if is_plain(sample)]
     counts = {Refusal.UNFINISHED: len(samples) - len(ended), Refusal.CONTROL_TOKEN: len(ended) - len(finished)}
     return finished, Counter(counts)
 
@@ -140,6 +151,17 @@ def _beside_chosen(
     ]  # fmt: skip
     ids = [None if sample.ids is None else SampledIds(name="chosen", ids=sample.ids) for sample in samples]
     return tokenize_pairs(pairs, tokenizer, max_length=max_length, sampled=ids)
+
+
+def _uncut(tokenized: TokenizedPairs, *, max_length: int) -> TokenizedPairs:
+    """Those whose sample has its end, which `max_length` has taken from others: nobody has judged half of an answer."""
+    cut = {problem.row for problem in tokenized.problems if problem.kind == "truncated"}
+    stay = [
+        i
+        for i, (pair, ids) in enumerate(zip(tokenized.pairs, tokenized.tokens, strict=True))
+        if pair.row not in cut or len(ids.prompt) + len(ids.chosen) < max_length
+    ]
+    return replace(tokenized, pairs=[tokenized.pairs[i] for i in stay], tokens=[tokenized.tokens[i] for i in stay])
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ class Refusal(StrEnum):
     UNFINISHED = "response did not end within max_new_tokens"
     CONTROL_TOKEN = "response holds a control token"
     NOT_NEW = "no new text once tokenized"
+    CUT = "response is cut to max_length"
     EMPTY = "empty response"
     SAME_TEXT = "same text as an original response"
     LENGTHS = "lengths too different"
@@ -197,11 +198,13 @@ class Selection:
     Attributes:
         taken: Places of the candidates that become pairs, at most one per parent, in the order of the parents.
         unsettled: For each parent without one, the place of its best candidate that is fit to be read, if it has any.
+        room: How many more pairs there may be.
         refused: Number of candidates, or prompts, not used, by reason.
     """
 
     taken: list[int]
     unsettled: list[int]
+    room: float
     refused: Counter[Refusal]
 
 
@@ -232,9 +235,9 @@ def select_candidates(
             refused[Refusal.PROMPT_WITHOUT_USABLE] += 1
     share = criteria.guards.max_share
     limit = np.inf if np.isinf(share) else share * len(criteria.kept_losses)
-    taken, num_over = _capped(taken, limit, criteria.seed)
+    taken, num_over = capped(taken, limit, criteria.seed)
     refused[Refusal.OVER_LIMIT] += num_over
-    return Selection(taken=taken, unsettled=unsettled, refused=+refused)
+    return Selection(taken=taken, unsettled=unsettled, room=limit - len(taken), refused=+refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,12 +283,21 @@ def _choose(
     return places[best]
 
 
-def _capped(taken: list[int], limit: float, seed: int) -> tuple[list[int], int]:
-    """At most `limit` of the places, drawn at random so that no kind of pair is favoured, and how many went."""
-    if len(taken) <= limit:
-        return taken, 0
-    stay = np.sort(np.random.default_rng(seed).permutation(len(taken))[: int(limit)])
-    return [taken[i] for i in stay], len(taken) - len(stay)
+def capped(places: list[int], limit: float, seed: int) -> tuple[list[int], int]:
+    """At most so many of the places, drawn at random so that no kind of pair is favoured.
+
+    Args:
+        places: In order.
+        limit: Most that may stay.
+        seed: Of the draw.
+
+    Returns:
+        Those that stay, in order, and how many go.
+    """
+    if len(places) <= limit:
+        return places, 0
+    stay = np.sort(np.random.default_rng(seed).permutation(len(places))[: int(limit)])
+    return [places[i] for i in stay], len(places) - len(stay)
 
 
 def _prompts_by_text(candidates: Sequence[Candidate]) -> Counter[str]:

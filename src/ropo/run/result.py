@@ -7,14 +7,14 @@ as one that has just ended.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -156,11 +156,13 @@ class AuditResult(_Folder):
             "p_flip": pa.array([None if by_margin else float(self.p_flip[i]) for i in places], pa.float64()),
             "margin_nats": pa.array(self.margins_nats[places]),
             "decision": pa.array(self.decisions[places].tolist(), pa.string()),
-            **({name: pa.array([texts[row][name] for row in rows]) for name in _TEXTS} if texts else {}),
         }
         for name, column in columns.items():
             names = names.append_column(name, column)
-        return Dataset(names)
+        if not texts or not rows:
+            return Dataset(names)
+        shown = _dataset([{name: texts[row][name] for name in _TEXTS} for row in rows])
+        return concatenate_datasets([Dataset(names), shown], axis=1)
 
     def cleaned(self) -> Dataset:
         """The pairs to train on, as `cleaned.jsonl` holds them: flipped ones are swapped, dropped ones left out.
@@ -171,7 +173,7 @@ class AuditResult(_Folder):
         path = self.folder / "cleaned.jsonl"
         if not path.exists():
             raise FileNotFoundError(f"cleaned needs the output folder of run_audit; {self.folder} has no {path.name}.")
-        return Dataset.from_list(_lines(path))
+        return _dataset(_lines(path))
 
     @cached_property
     def _first_round(self) -> pa.Table:
@@ -280,6 +282,11 @@ def _finished(folder: str | Path, taker: str, *, needs: str) -> Path:
                 "the command again."
             )
     return folder
+
+
+def _dataset(lines: Sequence[Json]) -> Dataset:
+    """Lines as they are: calls of tools keep their arguments, which differ from call to call."""
+    return Dataset.from_list(list(lines), on_mixed_types="use_json")
 
 
 def _lines(path: Path) -> list[Json]:

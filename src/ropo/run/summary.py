@@ -101,7 +101,7 @@ def _round_summary(this: Round) -> Json:
         "num_dropped": counts["drop"] + counts["resample"],
         "num_flipped": counts["flip"],
         "num_resampled": len(this.new_pairs()),
-        "num_resampled_trained_on": len(this.data) - this.num_read,
+        "num_resampled_trained_on": sum(weight > 0 for weight in this.data.weights[this.num_read :]),
         **{name: told.get(name, default) for name, default in (("num_judged", 0), ("refused", {}))},
     }
 

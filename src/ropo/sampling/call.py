@@ -104,7 +104,7 @@ class Caller:
         if len(ids) >= limit:
             raise ValueError(
                 f"Sampling needs prompts shorter than the model's {limit} positions; got one of {len(ids)} tokens. "
-                "Leave it out, or set max_length below that."
+                "Leave it out, or shorten it: a run does so by max_length."
             )
         return int(limit) - len(ids)
 

@@ -21,6 +21,10 @@ from ropo.provenance import hash_value
 Advance = Callable[[int, int], None]  # number of prompts and of tokens just finished
 
 
+LIKELIEST = 1e-4
+"""The temperature at which only the likeliest tokens are left; 0 would divide by 0."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How responses are drawn.
@@ -46,10 +50,16 @@ class Sampling:
                 raise ValueError(f"{name} needs 1 or more; got {getattr(self, name)}.")
         if self.temperature <= 0:
             raise ValueError(
-                f"temperature needs a number above 0; got {self.temperature}. For the likeliest tokens alone take 1e-4."
+                f"temperature needs a number above 0; got {self.temperature}. For the likeliest tokens alone take "
+                f"{LIKELIEST:g}."
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p needs a share in (0, 1]; got {self.top_p}. 1 keeps all tokens.")
+
+    @property
+    def vllm_temperature(self) -> float:
+        """As vLLM takes it: 0 for the likeliest tokens, of which there is one response; others below 0.01 it raises."""
+        return 0.0 if self.temperature <= LIKELIEST and self.num_candidates == 1 else self.temperature
 
 
 @dataclass(frozen=True, slots=True)

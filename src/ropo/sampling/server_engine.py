@@ -83,7 +83,7 @@ class ServerEngine:
             "prompt": list(prompt.ids),
             "n": sampling.num_candidates,
             "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
+            "temperature": sampling.vllm_temperature,
             "top_p": sampling.top_p,
             "top_k": -1,
             "min_p": 0.0,

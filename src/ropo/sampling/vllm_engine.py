@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ropo.provenance import RunError
 from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, with_end
 
 _TOKENS_PER_SHARD = 2**21
 _MEMORY_SHARE = 0.9  # of the GPU memory that is free when it starts
+_NO_LIMIT = 2**31
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ones that vLLM allows as the largest
 
 
@@ -75,15 +76,21 @@ class VllmEngine:
         """Draw responses.
 
         Raises:
-            RunError: If vLLM gives another number of responses.
+            RunError: If a prompt has as many tokens as the model has positions, or vLLM gives another number of
+                responses.
         """
         vllm: Any = importlib.import_module("vllm")
-        self._start(vllm, max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens)
+        longest, limit = max(len(prompt.ids) for prompt in prompts), self._max_positions()
+        if longest >= limit:
+            raise RunError(
+                f"Engine vllm needs prompts shorter than the model's {limit:,} positions; got one of {longest:,} "
+                "tokens. Leave it out, or shorten it: a run does so by max_length. Or use engine transformers."
+            )
+        self._start(vllm, min(longest + sampling.max_new_tokens, limit))
         stop_ids = stop_tokens(self._tokenizer, self._published())
         options = {
             "n": sampling.num_candidates,
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
+            "temperature": sampling.vllm_temperature,
             "top_p": sampling.top_p,
             "stop_token_ids": list(stop_ids),
             "detokenize": False,
@@ -93,7 +100,12 @@ class VllmEngine:
             lora = importlib.import_module("vllm.lora.request").LoRARequest("policy", 1, str(self._adapter))
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts],
-            [vllm.SamplingParams(seed=prompt.seed, **options) for prompt in prompts],
+            [
+                vllm.SamplingParams(
+                    seed=prompt.seed, max_tokens=min(sampling.max_new_tokens, limit - len(prompt.ids)), **options
+                )
+                for prompt in prompts
+            ],
             use_tqdm=False,
             lora_request=lora,
         )
@@ -143,6 +155,19 @@ class VllmEngine:
             free, total = torch.cuda.mem_get_info()
             options.setdefault("gpu_memory_utilization", round(_MEMORY_SHARE * free / total, 3))
         self._llm, self._max_tokens = vllm.LLM(model=self._model, **options), max_tokens
+
+    def _max_positions(self) -> int:
+        """Most tokens that vLLM takes of prompt and response; where positions are scaled, it works that out itself."""
+        names = ("revision", "trust_remote_code")
+        given = {name: self._options[name] for name in names if self._options.get(name)}
+        try:
+            config = AutoConfig.from_pretrained(self._model, **{"trust_remote_code": False, **given}).get_text_config()
+        except (OSError, ValueError):  # vLLM says what is wrong with it
+            return _NO_LIMIT
+        rope = getattr(config, "rope_parameters", None) or {}
+        is_scaled = any(value not in (None, "default") for name, value in rope.items() if name == "rope_type")
+        positions = getattr(config, "max_position_embeddings", None)
+        return _NO_LIMIT if is_scaled or not positions else int(positions)
 
     def _published(self) -> GenerationConfig | None:
         try:

@@ -9,8 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
+from ropo.provenance import RunError
 from ropo.sampling.engine import Prompt, Response, Sampling
 from ropo.sampling.generate import sample_responses
 from ropo.sampling.vllm_engine import VllmEngine
@@ -58,10 +59,10 @@ def vllm(monkeypatch):
     return made
 
 
-def sample(engine, *prompts):
+def sample(engine, *prompts, sampling=SAMPLING):
     advanced = []
     return engine.sample(
-        [Prompt(ids, 11 + i) for i, ids in enumerate(prompts)], SAMPLING, lambda *n: advanced.append(n)
+        [Prompt(ids, 11 + i) for i, ids in enumerate(prompts)], sampling, lambda *n: advanced.append(n)
     )
 
 
@@ -115,6 +116,22 @@ def test_started_once_and_again_for_longer_texts(vllm, tokenizer):
     assert vllm.events == ["start", "shutdown", "start", "shutdown"]
     engine.close()
     assert vllm.events == ["start", "shutdown", "start", "shutdown"]
+
+
+def test_the_likeliest_tokens_are_asked_for_by_0(vllm, tokenizer):
+    """vLLM raises a temperature below 0.01 to that, at which others are drawn, too."""
+    sample(VllmEngine("m", tokenizer), [3], sampling=Sampling(num_candidates=1, max_new_tokens=5, temperature=1e-4))
+    assert vllm.asked[0][1].temperature == 0
+
+
+def test_responses_end_where_positions_do(vllm, tokenizer, model_folder):
+    LlamaConfig(max_position_embeddings=10).save_pretrained(model_folder)
+    engine = VllmEngine(model_folder, tokenizer)
+    sample(engine, [3] * 8, [3] * 2)
+    assert [options["max_model_len"] for options in vllm.started] == [10]
+    assert [params.max_tokens for _, params, _ in vllm.asked] == [2, 5]
+    with pytest.raises(RunError, match="shorter than the model's 10 positions; got one of 10 tokens"):
+        sample(engine, [3] * 10)
 
 
 def test_adapters_are_handed_over(vllm, tokenizer, tmp_path):

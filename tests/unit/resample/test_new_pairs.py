@@ -39,9 +39,12 @@ def parents(pairs):
     return pairs[:4]
 
 
-def run(model, reference, tokenizer, parents, samples, *, earlier=None, rule="min_loss", guards=GUARDS, **options):
+def run(
+    model, reference, tokenizer, parents, samples, *,
+    earlier=None, rule="min_loss", guards=GUARDS, max_length=128, **options,
+):  # fmt: skip
     """`earlier` is what the earlier model says of tokenized pairs."""
-    tokens = tokenize_pairs(parents, tokenizer, max_length=128).tokens
+    tokens = tokenize_pairs(parents, tokenizer, max_length=max_length).tokens
 
     def scored(each):
         score = (
@@ -59,7 +62,7 @@ def run(model, reference, tokenizer, parents, samples, *, earlier=None, rule="mi
         rule=rule, loss_of=lambda margins: np.log1p(np.exp(-margins)), kept_losses=np.array([9.0]), guards=guards
     )
     return resample_pairs(
-        parents, samples, scoring=scoring, criteria=criteria, tokenizer=tokenizer, max_length=128, **options
+        parents, samples, scoring=scoring, criteria=criteria, tokenizer=tokenizer, max_length=max_length, **options
     )
 
 
@@ -156,6 +159,30 @@ def test_a_judge_turns_pairs_round_or_leaves_them(model, reference, tokenizer, p
     np.testing.assert_allclose(margin(*scored, beta=0.1).numpy(), made.margins, atol=1e-4)
 
 
+def test_a_judge_is_asked_about_no_more_than_there_is_room_for(model, reference, tokenizer, parents):
+    """What it settles counts among the new pairs, and every question may cost money."""
+    samples = [sample(*each) for each in SAMPLES]
+    judge = Spy(0.9)
+    made = run(
+        model, reference, tokenizer, parents, samples, judge=judge, guards=Guards(max_abs_margin=1e-9, max_share=2)
+    )
+    assert (len(made.pairs), len(judge.asked)) == (2, 2)
+    assert made.refused[Refusal.OVER_LIMIT] == 2
+    assert Refusal.PROMPT_UNSETTLED not in made.refused
+    judge = Spy(0.9)
+    made = run(model, reference, tokenizer, parents, samples, judge=judge, guards=Guards(max_share=2))
+    assert (len(made.pairs), judge.asked) == (2, [])
+
+
+def test_a_response_that_is_cut_is_refused(model, reference, tokenizer, parents):
+    """Training would never read its end; a parent that is cut says nothing of its sample."""
+    longest = max(len(tokenizer(pair.prompt)["input_ids"]) for pair in parents)
+    samples = [sample(0, " very kind" * 40), sample(1, " kind")]
+    made = run(model, reference, tokenizer, parents, samples, max_length=longest + 8)
+    assert [pair.row for pair in made.pairs] == [1]
+    assert made.refused[Refusal.CUT] == 1
+
+
 def test_sampling_is_repeatable_and_in_order(model, tokenizer, pairs):
     prompts = encode_prompts([pair.prompt for pair in pairs], tokenizer)
     options = {"sampling": Sampling(num_candidates=3, max_new_tokens=8), "seed": 5}
@@ -201,6 +228,9 @@ def test_a_response_with_a_control_token_is_refused(model, reference, tokenizer,
     made = run(model, reference, tokenizer, parents, [replace(sample(0, " kind"), ids=ids)])
     assert made.pairs == []
     assert made.refused[Refusal.CONTROL_TOKEN] == 1
+    said = run(model, reference, tokenizer, parents, [sample(0, f" kind{tokenizer.eos_token} and more")])  # of a server
+    assert said.pairs == []
+    assert said.refused[Refusal.CONTROL_TOKEN] == 1
 
 
 def test_white_space_makes_no_new_response(model, reference, tokenizer, parents):
