@@ -48,7 +48,13 @@ def test_a_pull_that_may_be_none_is_not_divided_by():
     for seed in range(200):
         margins = np.random.default_rng(seed).normal(size=400)
         kept = np.where(margins > 0, 1.0, 0.0)
-        factors.append(resolve_beta(1.0, margins, before=np.ones(400), after=kept).value)
+        copies = {"before": np.ones(1600), "after": np.tile(kept, 4), "clusters": np.tile(np.arange(400), 4)}
+        found = [
+            resolve_beta(1.0, margins, before=np.ones(400), after=kept).value,
+            resolve_beta(1.0, np.tile(margins, 4), **copies).value,  # four copies of a pair are no more evidence
+        ]
+        assert found[0] == pytest.approx(found[1])
+        factors.append(found[0])
     assert np.mean(np.array(factors) > 1) < 0.1
     assert max(factors) < 15
 

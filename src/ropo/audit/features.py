@@ -48,7 +48,7 @@ def by_features(question: Question) -> Scores:
     without those pairs is asked of the gradients alone, if they follow the labels: to first order DPO is the
     regression on them. Margins are in nats up to a scale, which the views, one of each kind, share.
     """
-    inputs = [question.digest, [_STAGE, *KINDS, question.args.length_is_evidence]]
+    inputs = [question.digest, [_STAGE, *KINDS, question.args.length_is_evidence, MOST]]
 
     def make() -> None:
         blocks = question.features().blocks  # all processes read their share

@@ -197,9 +197,8 @@ class Audit:
         if not (knows_labels and self.args.adapt_beta and self.args.reads_reference):
             return Choice(value=self.args.beta, why=Why.GIVEN)
         before = self._labels.sign * [pair.weight for pair in self.data.pairs]
-        return resolve_beta(
-            self.args.beta, margins, before=before, after=np.where(decisions == "flip", -weights, weights)
-        )
+        after = np.where(decisions == "flip", -weights, weights)
+        return resolve_beta(self.args.beta, margins, before=before, after=after, clusters=self._labels.clusters)
 
     def _estimate(self, margins: Floats) -> FlipEstimate:
         """The estimate from margins of the pairs that are not to be left out."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ropo.data.validate import text_id
 from ropo.noise.decide import decide
 from ropo.noise.estimate import FlipEstimate
+from ropo.noise.shares import Clusters
 from ropo.pairs import Pair, PairLogps
 from ropo.train.dataset import PairDataset
 
@@ -182,7 +183,9 @@ def resolve_alpha(fixed: float | None, *, is_audited: bool) -> Choice:
     return Choice(value=0.0, why=Why.AFTER_FILTER)
 
 
-def resolve_beta(given: float, margins: Floats, *, before: Floats, after: Floats) -> Choice:
+def resolve_beta(
+    given: float, margins: Floats, *, before: Floats, after: Floats, clusters: Clusters | None = None
+) -> Choice:
     """The β with which filtered labels move a model about as far from the reference as all labels would with `given`.
 
     To first order the margin of a fine-tuned model is linear in its parameters, h_i = β·g_i·δ. So the gradient that
@@ -195,6 +198,7 @@ def resolve_beta(given: float, margins: Floats, *, before: Floats, after: Floats
         margins: Held-out margin of each pair as the data labels it, shape (pairs,).
         before: Signed weight of each label without a filter, shape (pairs,); negative for one that is swapped.
         after: The same as they are trained on.
+        clusters: Names of copies, which say no more than one of them, one for each pair.
 
     Returns:
         β, as given where the labels do not pull harder than before, or where the pull of all of them may be none: what
@@ -207,7 +211,10 @@ def resolve_beta(given: float, margins: Floats, *, before: Floats, after: Floats
     """
     sizes = [max(float(np.abs(weights).sum()), 1e-12) for weights in (before, after)]
     pulls = [float(weights @ margins) / size for weights, size in zip((before, after), sizes, strict=True)]
-    error = float(np.linalg.norm(before * (np.sign(before) * margins - pulls[0]))) / sizes[0]
+    deviations = before * (np.sign(before) * margins - pulls[0])
+    if clusters is not None:
+        deviations = np.bincount(np.unique(np.asarray(clusters), return_inverse=True)[1], weights=deviations)
+    error = float(np.linalg.norm(deviations)) / sizes[0]
     if not _SURE * error < pulls[0] < pulls[1]:
         return Choice(value=given, why=Why.GIVEN)
     factor = pulls[1] / pulls[0]
