@@ -211,7 +211,7 @@ def resolve_beta(
     """
     sizes = [max(float(np.abs(weights).sum()), 1e-12) for weights in (before, after)]
     pulls = [float(weights @ margins) / size for weights, size in zip((before, after), sizes, strict=True)]
-    deviations = before * (np.sign(before) * margins - pulls[0])
+    deviations: NDArray[Any] = before * (np.sign(before) * margins - pulls[0])
     if clusters is not None:
         deviations = np.bincount(np.unique(np.asarray(clusters), return_inverse=True)[1], weights=deviations)
     error = float(np.linalg.norm(deviations)) / sizes[0]
