@@ -1,6 +1,6 @@
-"""The plain decoder: `model.generate`, one batch after the other, for every model; the fast one is tested against it.
+"""The plain decoders: `model.generate`, one batch after the other, and the forward pass alone, where that is wrong.
 
-In: a job. Out: responses, batch by batch.
+In: a job. Out: responses, batch by batch; the fast decoder is tested against them.
 
 The one idea: `generate` reads prompts and computes logits; which token comes next is decided by our noise, so the
 result is that of the other decoder, and the global random state is neither read nor moved.
@@ -9,7 +9,7 @@ Shapes: B rows, T positions, V vocabulary, N new tokens.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ropo.sampling.call import Ended, Job
+from ropo.sampling.call import Caller, Ended, Job
 
 
 def ask_generate(job: Job) -> Ended:
@@ -25,36 +25,85 @@ def ask_generate(job: Job) -> Ended:
 
     Whoever gets here may read padding: recurrent models and those with positions of their own do, without a word.
     """
-    call, num_candidates = job.call, job.sampling.num_candidates
+    return _generate(job, num_rows=job.num_rows)
+
+
+def ask_generate_alone(job: Job) -> Ended:
+    """The same, one row at a time, for models that mix up the rows of a batch."""
+    return _generate(job, num_rows=1)
+
+
+def ask_forward(job: Job) -> Ended:
+    """Read the whole text for every token, for models whose `generate` says something else than their forward pass."""
+    for place in job.places:
+        for number, noise_N in enumerate(job.noise([place])):
+            prompt = list(job.prompts[place].ids)
+            drawn: list[int] = []
+            while len(drawn) < job.most[place] and not (drawn and drawn[-1] in job.stop_ids):
+                chosen_B = job.choose(job.call.plain([*prompt, *drawn]), noise_N[len(drawn)][None])
+                job.check(int((chosen_B < 0).sum()), 1)
+                drawn.append(int(chosen_B))
+            yield place, number, drawn
+
+
+def _generate(job: Job, *, num_rows: int) -> Ended:
+    for rows in _of_one_length(job, num_rows):
+        places = list(dict.fromkeys(place for place, _ in rows))
+        noise = {place: job.noise([place]) for place in places}
+        ids_BT, mask_BT = job.call.left_padded([job.prompts[place].ids for place, _ in rows])
+        chooser = _Chooser(job, torch.stack([noise[place][number] for place, number in rows]), ids_BT.shape[1])
+        most = min(job.most[place] for place in places)
+        drawn_BN = _call(job.call, ids_BT, mask_BT, chooser, max_new_tokens=most, stop_ids=job.stop_ids)
+        for (place, number), ids in zip(rows, drawn_BN.tolist(), strict=True):
+            yield place, number, ids
+
+
+def _call(
+    call: Caller, ids_BT: Tensor, mask_BT: Tensor, chooser: LogitsProcessor, *, max_new_tokens: int,
+    stop_ids: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """What `generate` puts after texts, shape (B, N)."""
+    options = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=call.pad_token_id,
+    )
     model: Any = call.model
-    for places in _of_one_length(job):
-        ids_BT, mask_BT = call.left_padded([job.prompts[i].ids for i in places for _ in range(num_candidates)])
-        options = GenerationConfig(
-            max_new_tokens=min(job.most[i] for i in places),
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=list(job.stop_ids) or None,
-            pad_token_id=call.pad_token_id,
+    with _no_published_options(call.causal_lm):
+        output_BT: Tensor = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            generation_config=options,
+            logits_processor=LogitsProcessorList([chooser]),
+            **call.positions(*ids_BT.shape),
         )
-        chooser = _Chooser(job, job.noise(places), ids_BT.shape[1])
-        with _no_published_options(call.causal_lm):
-            output_BT = model.generate(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                generation_config=options,
-                logits_processor=LogitsProcessorList([chooser]),
-                **call.positions(*ids_BT.shape),
-            )
-        for row, ids in enumerate(output_BT[:, ids_BT.shape[1] :].tolist()):
-            yield places[row // num_candidates], row % num_candidates, ids
+    return output_BT[:, ids_BT.shape[1] :]
 
 
-def _of_one_length(job: Job) -> Iterator[list[int]]:
-    """Places of prompts that are read at once."""
+def generated_both_ways(call: Caller, rows: Sequence[Sequence[int]], *, num_read: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities in `generate` and by the plain forward, each of shape (B · N, V).
+
+    Args:
+        call: The model.
+        rows: Texts of one length.
+        num_read: How many tokens of each are the prompt; the N others are what `generate` is made to say.
+    """
+    texts_BT = torch.tensor([list(row) for row in rows], device=call.device)
+    speaker = _Speaker(texts_BT)
+    read_BT = texts_BT[:, :num_read]
+    most = texts_BT.shape[1] - num_read
+    _call(call, read_BT, torch.ones_like(read_BT), speaker, max_new_tokens=most, stop_ids=())
+    plain = [call.plain(row[:end]) for end in range(num_read, texts_BT.shape[1]) for row in rows]
+    return torch.cat(speaker.heard).log_softmax(dim=-1), torch.cat(plain).log_softmax(dim=-1)
+
+
+def _of_one_length(job: Job, num_rows: int) -> Iterator[list[tuple[int, int]]]:
+    """Places and numbers of candidates that are drawn at once."""
     for _, same in groupby(job.places, key=lambda i: len(job.prompts[i].ids)):
-        places = list(same)
-        per_batch = job.num_rows // job.sampling.num_candidates
-        yield from (places[start : start + per_batch] for start in range(0, len(places), per_batch))
+        rows = [(place, number) for place in same for number in range(job.sampling.num_candidates)]
+        yield from (rows[start : start + num_rows] for start in range(0, len(rows), num_rows))
 
 
 class _Chooser(LogitsProcessor):
@@ -67,6 +116,19 @@ class _Chooser(LogitsProcessor):
         chosen_B = self._job.choose(scores, self._noise_BN[:, input_ids.shape[1] - self._width])
         self._job.check(int((chosen_B < 0).sum()), len(chosen_B))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B[:, None], 0.0)
+
+
+class _Speaker(LogitsProcessor):
+    """Has `generate` say what is given, and keeps the logits on the way."""
+
+    def __init__(self, texts_BT: Tensor) -> None:
+        self._texts_BT = texts_BT
+        self.heard: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.heard.append(scores.float().clone())
+        said_B = self._texts_BT[:, input_ids.shape[1]]
+        return torch.full_like(scores, -torch.inf).scatter_(1, said_B[:, None], 0.0)
 
 
 @contextlib.contextmanager

@@ -23,10 +23,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from ropo.logps.shared_prefix import has_exact_products
 from ropo.sampling.call import Caller, Ended, Job
 from ropo.sampling.growing_cache import bytes_per_token, new_cache, regroup
-from ropo.sampling.plain_generate import ask_generate
+from ropo.sampling.plain_generate import ask_forward, ask_generate, ask_generate_alone, generated_both_ways
 
 _SPARE_COLUMNS = 64  # columns that the cache can grow by before it is copied
 _LEAVE_SHARE = 4  # rows are regrouped when one in so many has ended; before, copying costs more than their idle steps
+_REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError)  # of a model that is called
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # a row's positions follow from the longest row of its batch
 
 
@@ -187,7 +188,7 @@ class _Flight:
 
 
 def choose_decoder(call: Caller, ids: Sequence[int], *, longest: int) -> tuple[str, str, int]:
-    """Find out whether a model may be decoded by `share_prompts`, by comparing it with the plain forward.
+    """Find out how a model may be decoded, by comparing with the plain forward.
 
     Args:
         call: The model.
@@ -200,24 +201,43 @@ def choose_decoder(call: Caller, ids: Sequence[int], *, longest: int) -> tuple[s
     text = [ids[i % len(ids)] for i in range(20)]
     call.first_position = _first_position(call, text)
     obstacle = _obstacle(call, longest=longest)
-    if obstacle:
-        return "generate", obstacle, 0
-    try:
-        cached_BV, plain_BV, num_bytes = _both_ways(call, text)
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
-        return "generate", f"the model does not take our cache ({type(error).__name__}: {str(error)[:120]})", 0
+    if obstacle is None:
+        try:
+            cached_BV, plain_BV, num_bytes = _both_ways(call, text)
+        except _REFUSALS as error:
+            obstacle = f"the model does not take our cache ({type(error).__name__}: {str(error)[:120]})"
+        else:
+            off, agrees = _compared(call, cached_BV, plain_BV)
+            if agrees:
+                return "share_prompts", f"it agrees with the plain forward to {off:.1e} nats", num_bytes
+            obstacle = f"our cache changes this model's log-probabilities by up to {off:.3g} nats"
+    name, more = _way_to_generate(call, text)
+    return name, obstacle + more, 0
+
+
+def _way_to_generate(call: Caller, text: Sequence[int]) -> tuple[str, str]:
+    """Whether `generate` may draw several rows at once, or one, or none; and why not several."""
+    off = []
+    for name, starts in (("generate", (0, 5)), ("generate_alone", (0,))):
+        try:
+            both = generated_both_ways(call, [text[start : start + 11] for start in starts], num_read=8)
+        except _REFUSALS:  # it is met again, where it can be told
+            return "generate", ""
+        difference, agrees = _compared(call, *both)
+        off.append(difference)
+        if agrees:
+            return name, f"; in a batch, `generate` is off by {off[0]:.3g} nats" if name == "generate_alone" else ""
+    return "forward", f"; `generate` is off by {off[-1]:.3g} nats, so every token reads its text anew"
+
+
+def _compared(call: Caller, found_BV: Tensor, plain_BV: Tensor) -> tuple[float, bool]:
+    """Largest difference in nats, and whether it is no more than rounding."""
     # Minus infinity on both sides is agreement.
-    difference_BV = torch.where(cached_BV == plain_BV, 0.0, (cached_BV - plain_BV).abs())
+    difference_BV = torch.where(found_BV == plain_BV, 0.0, (found_BV - plain_BV).abs())
     # A wrong mask or position shifts a log-probability by nats; rounding in half precision by a per cent or so.
     is_exact = has_exact_products(call.model) and not torch.is_autocast_enabled(call.device.type)
     relative, absolute = (1e-4, 1e-3) if is_exact else (2e-2, 0.5)
-    if not bool((difference_BV <= absolute + relative * plain_BV.abs()).all()):
-        return (
-            "generate",
-            f"our cache changes this model's log-probabilities by up to {difference_BV.max():.3g} nats",
-            0,
-        )
-    return "share_prompts", f"it agrees with the plain forward to {difference_BV.max():.1e} nats", num_bytes
+    return float(difference_BV.max()), bool((difference_BV <= absolute + relative * plain_BV.abs()).all())
 
 
 def _first_position(call: Caller, text: Sequence[int]) -> int:
@@ -233,7 +253,7 @@ def _first_position(call: Caller, text: Sequence[int]) -> int:
         plain_BV = call.plain(text).log_softmax(dim=-1)
         # Where positions are relative, any start agrees but for rounding.
         return after_padding if 10 * off(after_padding) < off(0) else 0
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
+    except _REFUSALS:
         return 0  # whatever it is, it is met again
 
 
@@ -284,5 +304,10 @@ def _continued(call: Caller, rows: Sequence[Sequence[int]], cache: Cache) -> Ten
 
 
 DECODERS: Mapping[str, Callable[[Job], Ended]] = MappingProxyType(
-    {"generate": ask_generate, "share_prompts": share_prompts}
+    {
+        "share_prompts": share_prompts,
+        "generate": ask_generate,
+        "generate_alone": ask_generate_alone,
+        "forward": ask_forward,
+    }
 )
