@@ -246,10 +246,16 @@ def add(root, addition):
 
 @pytest.fixture(scope="module")
 def added(tmp_path_factory):
-    """Places and files by addition, and what the checks of all of them say in one process."""
+    """A folder with the source and all additions, and places and files by addition."""
     root = tmp_path_factory.mktemp("added")
     shutil.copytree(SOURCE, root / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    places = {name: add(root / "src", addition) for name, addition in ADDITIONS.items()}
+    return root, {name: add(root / "src", addition) for name, addition in ADDITIONS.items()}
+
+
+@pytest.fixture(scope="module")
+def said(added):
+    """What the checks of all additions say in one process, and its errors."""
+    root, _ = added
     checks = [f"folder = {str(root / 'out')!r}", REFUSED]
     for name, addition in ADDITIONS.items():
         body = "".join(f"    {line}\n" for line in addition.check.strip().splitlines())
@@ -262,18 +268,19 @@ def added(tmp_path_factory):
         text=True,
         check=False,
     )
-    return places, done.stdout, done.stderr
+    return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADDITIONS)
-def test_what_is_added_works(name, added):
-    _, output, errors = added
+def test_what_is_added_works(name, said):
+    output, errors = said
     assert f"{name} works" in output, errors
 
 
 @pytest.mark.parametrize("name", ADDITIONS)
 def test_adding_touches_few_places(name, added):
-    places, *_ = added
+    _, places = added
     assert places[name] == PLACES[name]
     num_places, num_files = places[name]
     assert num_places <= MOST_PLACES

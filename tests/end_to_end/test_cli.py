@@ -22,6 +22,8 @@ from ropo.data.read import HubDataset
 from ropo.run.ledger import SCHEMA
 from ropo.train.trainer import ROPOTrainer
 
+SLOW = pytest.mark.slow
+
 RECIPE = """\
 learning_rate: 3e-3
 per_device_train_batch_size: 4
@@ -146,7 +148,7 @@ def test_lora(model_folder, dataset, recipe, tmp_path):
     AutoModelForCausalLM.from_pretrained(output)
 
 
-@pytest.mark.parametrize("loss", ["simpo", "ipo", "plc_dpo", "rappo"])
+@pytest.mark.parametrize("loss", ["simpo", *(pytest.param(name, marks=SLOW) for name in ("ipo", "plc_dpo", "rappo"))])
 def test_other_losses_run_through(loss, model_folder, dataset, recipe, tmp_path):
     assert train(model_folder, dataset, recipe, tmp_path / "O", "--loss", loss, "--decision_rule", "relabel") == 0
 

@@ -454,6 +454,7 @@ def test_flex_attention(as_on_a_gpu, shape):
 
 
 @DYNAMO
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral", "gemma3, nested", "llama4, chunks"])
 def test_flex_attention_within_windows(as_on_a_gpu, name):
     """Block masks with windows and chunks, several kinds of them in one model."""

@@ -75,7 +75,8 @@ def dying_stages(monkeypatch):
     return made, lambda: monkeypatch.setattr(stages.Stages, "run", run)
 
 
-@pytest.mark.parametrize("scorer", ["features", pytest.param("models", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scorer", ["features", "models"])
 def test_killed_after_every_stage(scorer, model_folder, pairs, tmp_path, dying_stages):
     """One run, killed after each of its stages in turn; every start repeats none of those done before."""
     folder, (made, live) = tmp_path / "killed", dying_stages
@@ -304,6 +305,7 @@ def test_one_more_round(model_folder, pairs, tmp_path):
     assert [this["round"] for this in summary["rounds"]] == [0, 1]
 
 
+@pytest.mark.slow
 def test_fewer_rounds_are_those_of_a_shorter_run(model_folder, pairs, tmp_path):
     """New pairs that the last round made for a round after it stay on the disk, and out of the results."""
     run_rounds(model_folder, pairs, config(tmp_path / "long", rounds=3, num_candidates=3))

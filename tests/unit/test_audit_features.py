@@ -221,6 +221,7 @@ def test_pairs_are_shrunk_by_what_is_largest_in_them():
     np.testing.assert_array_equal(features._shrinkage([np.zeros((3, 2), np.float16)]), 1)
 
 
+@pytest.mark.slow
 def test_margins_that_know_nothing_filter_nothing(tmp_path, tokenizer):
     """By chance some comparisons are in favour of a filter, which would drop every other right label."""
     case, num_favoured = Case(share=0.0), 0
