@@ -69,6 +69,7 @@ class Pair:
         annotator: Who labelled the pair, if the data says so.
         weight: Weight that the data gives the pair, 0 or more; 1 when it gives none.
         verdict: What a person has said about the label: "right", "wrong", "drop", or None for nothing.
+        is_vouched: Whether the verdict is that of a trusted pair, which was chosen for being right.
         source: Dataset and row in it, such as "b.jsonl:3", where several are mixed and `row` counts on through all.
         parent_id: Id of the pair whose prompt a resampled pair answers; None for others.
         id: `pair_id` of the three texts; computed when not given.
@@ -82,6 +83,7 @@ class Pair:
     annotator: str | None = None
     weight: float = 1.0
     verdict: str | None = None
+    is_vouched: bool = False
     source: str | None = None
     parent_id: str | None = None
     id: str = field(default="")

@@ -216,6 +216,28 @@ def test_a_review_of_the_most_contradicted_labels_does_no_harm(seed, num_reviewe
     assert (reviewed.p_flip[first] == 0).all()
 
 
+@pytest.mark.parametrize(("num_right", "num_wrong"), [(60, 0), (200, 0), (0, 40), (30, 30)])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_labels_that_were_vouched_for_say_nothing_of_how_many_others_are_wrong(seed, num_right, num_wrong):
+    """They were chosen for being right, or wrong; taken for a sample they made 25 % into "cannot tell"."""
+    rng = np.random.default_rng(seed)
+    is_flipped = rng.random(800) < 0.25
+    margins = np.where(is_flipped, -1.0, 1.0) * rng.normal(2.0, 1.5, size=800)
+    reviews = np.zeros(800)
+    reviews[rng.choice(np.flatnonzero(~is_flipped), num_right, replace=False)] = 1.0
+    reviews[rng.choice(np.flatnonzero(is_flipped), num_wrong, replace=False)] = -1.0
+    found = estimate_flips(margins, reviews=reviews, is_vouched=reviews != 0)
+    assert found.is_informative
+    assert found.low <= is_flipped.mean() <= found.high
+    assert found.rate == pytest.approx(is_flipped.mean(), abs=0.05)
+    assert found.p_flip[reviews == 0].sum() == pytest.approx(is_flipped[reviews == 0].sum(), abs=35)
+    names = np.array(["a", "b"])[is_flipped.astype(int)]  # b is always wrong, and a never
+    rates = {one.name: one.rate for one in estimate_flips(
+        margins, reviews=reviews, is_vouched=reviews != 0, annotators=list(names)
+    ).annotators}  # fmt: skip
+    assert rates["a"] < 0.15 < 0.7 < rates["b"]
+
+
 def test_trusted_pairs_show_sure_errors():
     """The model is surely wrong on 10 % of right labels; 300 trusted pairs say so, and the rate falls to the truth."""
     rng = np.random.default_rng(15)

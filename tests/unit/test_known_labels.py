@@ -9,7 +9,7 @@ from ropo.data.load import load_pairs
 from ropo.pairs import pair_id
 from ropo.run.align import run_audit
 from ropo.run.inputs import ReviewInputs
-from ropo.run.known_labels import known_labels
+from ropo.run.known_labels import Known, known_labels
 
 ROWS = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
 
@@ -29,18 +29,20 @@ def test_trusted_pairs_that_the_data_holds_settle_its_labels(caplog):
     pairs = load_pairs(ROWS).pairs
     trusted = [ROWS[3], turned(ROWS[5]), ROWS[3] | {"prompt": "another"}]
     with caplog.at_level("INFO"):
-        verdicts, further, digest = known_labels(pairs, ReviewInputs(trusted=trusted))
-    assert {row: verdict for row, (_, verdict) in verdicts.items()} == {3: "right", 5: "wrong"}
-    assert [(pair.prompt, pair.origin) for pair in further] == [("another", "trusted")]
-    assert digest == load_pairs(trusted).sha256
+        known = known_labels(pairs, ReviewInputs(trusted=trusted))
+    assert {row: verdict for row, (_, verdict) in known.verdicts.items()} == {3: "right", 5: "wrong"}
+    assert known.vouched == {3, 5}
+    assert [(pair.prompt, pair.origin) for pair in known.trusted] == [("another", "trusted")]
+    assert known.trusted_sha256 == load_pairs(trusted).sha256
     assert any(said.endswith(" settle: 1 right, 1 wrong.") for said in caplog.messages)
-    assert known_labels(pairs, ReviewInputs()) == ({}, [], None)
+    assert known_labels(pairs, ReviewInputs()) == Known()
 
 
 def test_two_sources_of_verdicts_must_agree(tmp_path):
     pairs = load_pairs(ROWS).pairs
     table = write_table(tmp_path / "review.csv", (3, "right"), (4, "drop"))
-    assert set(known_labels(pairs, ReviewInputs(trusted=[ROWS[3], ROWS[5]], decisions=table))[0]) == {3, 4, 5}
+    known = known_labels(pairs, ReviewInputs(trusted=[ROWS[3], ROWS[5]], decisions=table))
+    assert (set(known.verdicts), known.vouched) == ({3, 4, 5}, {3, 5})
     with pytest.raises(ValueError, match=r"Row 3 .*--decisions .*--trusted"):
         known_labels(pairs, ReviewInputs(trusted=[turned(ROWS[3])], decisions=table))
 

@@ -42,6 +42,7 @@ from ropo.losses import LOSSES
 from ropo.models.source import Model, Reference
 from ropo.noise.calibrate import Calibration, calibrate
 from ropo.noise.estimate import FlipEstimate, estimate_flips
+from ropo.noise.shares import wilson_interval
 from ropo.provenance import hash_tensors, read_json, write_json
 from ropo.stages import Stages
 from ropo.train.dataset import PairDataset
@@ -159,6 +160,7 @@ class Audit:
         # Of margins that know nothing, some comparisons favour a filter, which would drop every other pair.
         knows_labels = estimate.obstacle is None or not estimate.obstacle.hides_labels
         filter_helps = knows_labels and scores.filter is not None and scores.filter.helps
+        _doubt_trusted(labels, scores.margins, estimate)
         p_flip = estimate.p_flip_at(scores.margins)  # also of what is to be left out, which nobody has called wrong
         stays = labels.sign != 0
         p_flip[stays] = np.where(labels.sign[stays] < 0, 1.0, estimate.p_flip)
@@ -209,6 +211,7 @@ class Audit:
             annotators=[self.data.pairs[i].annotator for i in stays],
             is_trusted=labels.is_trusted[stays],
             reviews=(labels.sign * labels.is_reviewed)[stays],
+            is_vouched=labels.is_vouched[stays],
             clusters=labels.clusters[stays],
             covariate=np.log([len(one.chosen) + len(one.rejected) for one in tokens]),
         )
@@ -264,3 +267,18 @@ class Audit:
         """Seconds that each stage took."""
         stages = {**Stages(self.folder / self.args.scorer).seconds, **Stages(self.folder).seconds}
         return {f"audit {name}": value for name, value in stages.items()}
+
+
+def _doubt_trusted(labels: Labels, margins: Floats, estimate: FlipEstimate) -> None:
+    """Warn if labels may be taken for right only because as many of the trusted ones are contradicted."""
+    contradicted = labels.sign * margins < 0
+    trusted, others = contradicted[labels.is_trusted | labels.is_vouched], contradicted[labels.is_open]
+    if len(trusted) and estimate.is_informative and estimate.low == 0.0 and others.mean() > estimate.high:
+        share = float(trusted.mean())
+        if wilson_interval(share, len(trusted))[1] >= others.mean():
+            logger.warning(
+                "Held-out margins contradict %.0f %% of the trusted labels and %.0f %% of all others. Either the data is "
+                "as right as they are, or nobody has checked them: then leave them out.",
+                100 * share,
+                100 * others.mean(),
+            )

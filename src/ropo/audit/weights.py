@@ -38,12 +38,14 @@ class Labels:
         sign: +1 where the label stands, −1 where a person has called it wrong, 0 where the pair is to be left out.
         is_known: Whether it is known to be right or wrong; of trusted pairs it is.
         is_trusted: Which pairs are no part of the data.
+        is_vouched: Of which pairs of the data the label is that of a trusted pair.
     """
 
     pairs: Sequence[Pair]
     sign: Floats
     is_known: NDArray[np.bool_]
     is_trusted: NDArray[np.bool_]
+    is_vouched: NDArray[np.bool_]
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Labels":
@@ -55,6 +57,7 @@ class Labels:
             sign=np.array([_SIGNS.get(pair.verdict, 1.0) for pair in pairs]),
             is_known=is_trusted | is_judged,
             is_trusted=is_trusted,
+            is_vouched=is_judged & np.array([pair.is_vouched for pair in pairs], dtype=bool),
         )
 
     @cached_property

@@ -10,7 +10,7 @@ import csv
 import io
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -128,13 +128,18 @@ def read_verdicts(path: Path) -> dict[int, tuple[str, str]]:
 
 
 def with_verdicts(
-    pairs: Sequence[Pair], verdicts: Mapping[int, tuple[str, str]], *, is_whole: bool = False
+    pairs: Sequence[Pair],
+    verdicts: Mapping[int, tuple[str, str]],
+    *,
+    vouched: Collection[int] = (),
+    is_whole: bool = False,
 ) -> list[Pair]:
     """The pairs with what a person said about them.
 
     Args:
         pairs: Those of the data.
         verdicts: As `read_verdicts` gives them.
+        vouched: Rows whose verdict is that of a trusted pair.
         is_whole: Whether `pairs` are all that could be read. Otherwise verdicts on others are passed over.
 
     Raises:
@@ -163,7 +168,7 @@ def with_verdicts(
                 f"The verdict on row {pair.row} is about pair {printable(name)}; the data holds {pair.id} there. "
                 f"{remedy}"
             )
-        found.append(replace(pair, verdict=verdict))
+        found.append(replace(pair, verdict=verdict, is_vouched=pair.is_vouched or pair.row in vouched))
     return found
 
 

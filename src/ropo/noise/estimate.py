@@ -172,6 +172,7 @@ def estimate_flips(
     annotators: Sequence[str | None] | None = None,
     is_trusted: np.ndarray | None = None,
     reviews: np.ndarray | None = None,
+    is_vouched: np.ndarray | None = None,
     clusters: Clusters | None = None,
     covariate: np.ndarray | None = None,
 ) -> FlipEstimate:
@@ -187,6 +188,8 @@ def estimate_flips(
         is_trusted: Which pairs are no part of the data, with labels that are known to be right, shape (pairs,), bool.
         reviews: Of each label of the data, +1 if it was reviewed and is right, −1 if wrong, else 0. Which ones are
             reviewed may depend on the margins, as when the most contradicted come first.
+        is_vouched: Which of the reviewed labels were chosen for being known, such as those of trusted pairs that the
+            data holds, shape (pairs,), bool. They say how sure the model is, and nothing of how many others are wrong.
         clusters: A name for each pair, the same for copies of one pair, which weigh 1 in all.
         covariate: What the model's errors may depend on, shape (pairs,), such as the log of the number of response
             tokens. Only its order matters.
@@ -206,13 +209,17 @@ def estimate_flips(
     num_pairs = len(margins)
     trusted = np.zeros(num_pairs, dtype=bool) if is_trusted is None else np.asarray(is_trusted, dtype=bool)
     signs = np.zeros(num_pairs) if reviews is None else np.asarray(reviews)
-    per_pair = {"is_trusted": trusted, "reviews": signs, "annotators": annotators, "clusters": clusters}
+    vouched = np.zeros(num_pairs, dtype=bool) if is_vouched is None else np.asarray(is_vouched, dtype=bool)
+    per_pair = {
+        "is_trusted": trusted, "reviews": signs, "is_vouched": vouched, "annotators": annotators, "clusters": clusters,
+    }  # fmt: skip
     _check(num_pairs, level, trusted, {**per_pair, "covariate": covariate})
     sample = Labelled(
         margins=margins,
         weights=cluster_weights(clusters, num_pairs),
         is_trusted=trusted,
         reviews=np.where(trusted, 0, signs),
+        is_vouched=vouched & ~trusted & (signs != 0),
     )
     estimate, fits = _estimate_all(sample, covariate, level)
     if annotators is None:
@@ -254,15 +261,19 @@ def _estimate_all(sample: Labelled, covariate: np.ndarray | None, level: float) 
     near = [one for one in (*profiles, steep) if one.best.log_likelihood >= best.log_likelihood - drop]
     ends = [(best.rate, best.rate), *(one.interval(drop) for one in near)]
     low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    fits = [best, *(_likeliest(one.at(end) for one in profiles) for end in (low, high) if end != best.rate)]
     signal = 2.0 * (best.log_likelihood - profiles[0].of_reviews(best.rate) - profiles[0].of_coin_flips)
     obstacle = _obstacle(labelled, own, signal=signal, width=high - low, has_link=bool(links))
     levels = None if covariate is None else np.asarray(covariate, dtype=np.float64)[in_data]
-    if obstacle is None and _p_fit(labelled, own, levels, best) < MISFIT_LEVEL:
+    of_all = replace(best, rate=sample.rate_of_all(best.rate))
+    if obstacle is None and _p_fit(labelled, own, levels, of_all) < MISFIT_LEVEL:
         obstacle = Obstacle.MISFIT
+    low, high = sample.rate_of_all(low), sample.rate_of_all(high)
     if obstacle is not None:
         low, high = 0.0, _bound(labelled, own, level)
+        fits = [best, *(_likeliest(one.at(end) for one in profiles) for end in (low, high) if end != best.rate)]
     estimate = FlipEstimate(
-        rate=min(best.rate, high),
+        rate=min(of_all.rate, high),
         low=low,
         high=high,
         level=level,
@@ -275,7 +286,7 @@ def _estimate_all(sample: Labelled, covariate: np.ndarray | None, level: float) 
         num_trusted=int(sample.is_known.sum()),
         p_flip=np.where(sample.is_known, 0.0, best.link.p_flip(best.rate, best.scale, sample.margins)),
     )
-    return estimate, [best, *(_likeliest(one.at(end) for one in profiles) for end in (low, high) if end != best.rate)]
+    return estimate, fits
 
 
 def _likeliest(fits: Iterable[Fit]) -> Fit:
@@ -376,8 +387,9 @@ def _annotator_rates(
             profile = PRIOR_PAIRS * (xlogy(fit.rate, grid) + xlog1py(1 - fit.rate, -grid))
             labels = log_label(grid[:, None], fit.p_right(sample.margins[None, is_open]))
             profile = profile + (sample.weights[is_open] * labels).sum(axis=1)
-            profile += xlogy(sample.weights[own & (sample.reviews < 0)].sum(), grid)
-            profile += xlog1py(sample.weights[own & (sample.reviews > 0)].sum(), -grid)
+            reviews = np.where(own & ~sample.is_vouched, sample.reviews, 0)
+            profile += xlogy(sample.weights[reviews < 0].sum(), grid)
+            profile += xlog1py(sample.weights[reviews > 0].sum(), -grid)
             inside = grid[profile >= profile.max() - drop]
             ends.append((float(grid[profile.argmax()]), float(inside[0]), float(inside[-1])))
         best, low, high = ends[0][0], min(end[1] for end in ends), max(end[2] for end in ends)

@@ -83,17 +83,27 @@ class Labelled:
         weights: 1 / (number of copies of the pair).
         is_trusted: Which are right labels from elsewhere, no part of the data.
         reviews: Of the others, +1 for labels that were reviewed and are right, −1 if wrong, else 0.
+        is_vouched: Which reviewed labels were chosen for being known, whatever their margins.
     """
 
     margins: PerPair
     weights: PerPair
     is_trusted: Bool[np.ndarray, " pairs"]
     reviews: Shaped[np.ndarray, " pairs"]
+    is_vouched: Bool[np.ndarray, " pairs"]
 
     @property
     def is_known(self) -> Bool[np.ndarray, " pairs"]:
         """Whose label is known."""
         return np.asarray(self.is_trusted | (self.reviews != 0))
+
+    def rate_of_all(self, rate: float) -> float:
+        """The share of flipped labels of the data, from that among those which nobody has vouched for."""
+        own, vouched = self.weights * ~self.is_trusted, self.weights * self.is_vouched
+        if not vouched.any():
+            return rate
+        num_wrong = vouched[self.reviews < 0].sum()
+        return float((rate * (own.sum() - vouched.sum()) + num_wrong) / own.sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +165,10 @@ class ProfileLikelihood:
 
         Σ w·log[(1−ε)·F(T·h) + ε·F(−T·h)]        over labels that nobody has reviewed
       + Σ w·log[(1−ε)·F(T·h)]  or  w·log[ε·F(T·h)]      over reviewed labels, right or wrong; h as it should be
-      + Σ w·log F(T·h)                           over trusted pairs, which are no part of the data
+      + Σ w·log F(T·h)                           over trusted pairs, and labels that were vouched for
 
-    Which labels are reviewed may depend on the margins: given those, the choice says nothing of ε or T.
+    Which labels are reviewed may depend on the margins: given those, the choice says nothing of ε or T. Those that are
+    vouched for were chosen for being known: they say nothing of ε, which is the rate of all others.
     Margins within a percent of each other are counted together, at their mean: this moves the rate by less than 1e-5
     and makes the cost almost independent of the number of pairs.
     """
@@ -169,7 +180,8 @@ class ProfileLikelihood:
         self._relative_link = replace(link, peak=link.peak / self._unit)
         self._points, self._counts = _binned(margins[~is_known] / self._unit, weights[~is_known])
         self._trusted, self._trusted_counts = _binned(margins[is_known] / self._unit, weights[is_known])
-        self._num_wrong, self._num_right = weights[sample.reviews < 0].sum(), weights[sample.reviews > 0].sum()
+        reviews = np.where(sample.is_vouched, 0, sample.reviews)
+        self._num_wrong, self._num_right = weights[reviews < 0].sum(), weights[reviews > 0].sum()
         self.of_coin_flips = -(self._counts.sum() + self._trusted_counts.sum()) * np.log(2.0)
         grid = _RELATIVE_SCALES[:, None]
         self._p_right_grid = self._relative_link.p_right(grid, self._points)

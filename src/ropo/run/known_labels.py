@@ -7,7 +7,7 @@ data does not hold.
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ropo.data.problems import render
@@ -18,12 +18,29 @@ from ropo.run.inputs import DataSource, ReviewInputs
 
 logger = logging.getLogger(__name__)
 
+_MANY = 20  # verdicts that are hardly the same by chance, where the most suspect labels come first
+
 Verdicts = dict[int, tuple[str, str]]  # by row: id of the pair, and what was said of its label
 
 
-def known_labels(
-    pairs: Sequence[Pair], review: ReviewInputs, *, columns: Mapping[str, str] | None = None
-) -> tuple[Verdicts, list[Pair], str | None]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of labels.
+
+    Attributes:
+        verdicts: On rows of the data.
+        vouched: Rows whose verdict is that of a trusted pair: they were chosen for their labels.
+        trusted: The trusted pairs that the data does not hold.
+        trusted_sha256: Of all trusted pairs; None without.
+    """
+
+    verdicts: Verdicts = field(default_factory=dict)
+    vouched: frozenset[int] = frozenset()
+    trusted: list[Pair] = field(default_factory=list)
+    trusted_sha256: str | None = None
+
+
+def known_labels(pairs: Sequence[Pair], review: ReviewInputs, *, columns: Mapping[str, str] | None = None) -> Known:
     """What is known of labels before anything is estimated.
 
     Args:
@@ -31,15 +48,12 @@ def known_labels(
         review: What people have said.
         columns: Of the data; the trusted pairs have the same unless they say otherwise.
 
-    Returns:
-        Verdicts on rows of the data, the trusted pairs that it does not hold, and the digest of all trusted ones.
-
     Raises:
         ValueError: If there is no verdict, or a trusted pair contradicts another one or a verdict.
     """
     verdicts = {} if review.decisions is None else _verdicts_in(Path(review.decisions))
     if review.trusted is None:
-        return verdicts, [], None
+        return Known(verdicts=verdicts)
     shared = {ours: theirs for ours, theirs in (columns or {}).items() if ours not in ("annotator", "weight")}
     trusted = DataSource.of(review.trusted, columns=shared)
     read, known, found = read_checked(trusted.data, split=trusted.split, columns=trusted.columns, on_bad_rows="refuse")
@@ -60,7 +74,12 @@ def known_labels(
             "Labels of the data that trusted pairs settle: %d right, %d wrong.", counts["right"], counts["wrong"]
         )
     settled = {name for name, _ in said.values()}
-    return verdicts, [replace(pair, origin="trusted") for pair in known if pair.id not in settled], read.sha256
+    return Known(
+        verdicts=verdicts,
+        vouched=frozenset(said),
+        trusted=[replace(pair, origin="trusted") for pair in known if pair.id not in settled],
+        trusted_sha256=read.sha256,
+    )
 
 
 def tell_idle(verdicts: Verdicts, pairs: Sequence[Pair]) -> None:
@@ -84,4 +103,10 @@ def _verdicts_in(path: Path) -> Verdicts:
     counts = Counter(verdict for _, verdict in verdicts.values())
     parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     logger.info("%d verdict%s read: %s.", len(verdicts), "" if len(verdicts) == 1 else "s", parts)
+    if len(counts) == 1 and len(verdicts) >= _MANY and "drop" not in counts:
+        logger.warning(
+            "All %d verdicts are the same. How many of the labels that were read are wrong says how many others are: "
+            "fill in every row that was read, not those with one answer.",
+            len(verdicts),
+        )
     return verdicts

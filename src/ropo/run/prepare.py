@@ -44,7 +44,7 @@ from ropo.run.identity import (
     refuse_what_is_not_ours,
 )
 from ropo.run.inputs import DataSource, ReviewInputs
-from ropo.run.known_labels import Verdicts, known_labels, tell_idle
+from ropo.run.known_labels import Known, known_labels, tell_idle
 from ropo.stages import Stages
 from ropo.train.checks import check_warmup
 from ropo.train.dataset import PairDataset, batching
@@ -105,22 +105,18 @@ class _Labelled:
         loaded: The data.
         pairs: Those to go on with.
         problems: Of the data.
-        verdicts: By row.
-        trusted: Trusted pairs that the data does not hold.
-        trusted_sha256: Of all trusted pairs; None without.
+        known: Verdicts and trusted pairs.
     """
 
     loaded: Loaded
     pairs: list[Pair]
     problems: list[Problem]
-    verdicts: Verdicts
-    trusted: list[Pair]
-    trusted_sha256: str | None
+    known: Known
 
     def digests(self) -> dict[str, str | None]:
         """What stands for the data in a run's identity."""
-        verdicts = hash_value(sorted(self.verdicts.items())) if self.verdicts else None
-        return {"data": self.loaded.sha256, "trusted": self.trusted_sha256, "verdicts": verdicts}
+        verdicts = hash_value(sorted(self.known.verdicts.items())) if self.known.verdicts else None
+        return {"data": self.loaded.sha256, "trusted": self.known.trusted_sha256, "verdicts": verdicts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +211,7 @@ def prepare(given: Given, args: ROPOConfig, *, is_audit: bool) -> Prepared:
     claim(folder, checked.identity, cache=cache_dir)
     tell_other_launch(folder, Launch.of(args))
     _report_problems(folder, checked.problems)
-    tell_idle(checked.labelled.verdicts, tokenized.pairs.pairs)
+    tell_idle(checked.labelled.known.verdicts, tokenized.pairs.pairs)
     if args.audit_from is None:  # else most of what it counts is there
         tell_forecast(model, checked.skeleton, checked.tokens, args, is_audit=is_audit)
     reference = model.reference(cache_dir=cache_dir, batching=batching(args, model.tokenizer))
@@ -248,17 +244,16 @@ def _read(given: Given, args: ROPOConfig) -> _Labelled:
         source.data, split=source.split, columns=source.columns, on_bad_rows=args.on_bad_rows,
         max_samples=args.max_samples, seed=args.seed,
     )  # fmt: skip
-    verdicts, trusted, sha256 = known_labels(pairs, given.review or ReviewInputs(), columns=source.columns)
+    known = known_labels(pairs, given.review or ReviewInputs(), columns=source.columns)
+    verdicts, vouched = known.verdicts, known.vouched
     read = _Labelled(
-        loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, is_whole=True)),
-        pairs=with_verdicts(pairs, verdicts),
+        loaded=replace(loaded, pairs=with_verdicts(loaded.pairs, verdicts, vouched=vouched, is_whole=True)),
+        pairs=with_verdicts(pairs, verdicts, vouched=vouched),
         problems=problems,
-        verdicts=verdicts,
-        trusted=trusted,
-        trusted_sha256=sha256,
+        known=known,
     )
     if args.needs_audit:
-        folds_of([*read.pairs, *trusted], args.num_folds, seeds=[args.seed])  # raises if there are too few pairs
+        folds_of([*read.pairs, *known.trusted], args.num_folds, seeds=[args.seed])  # raises if there are too few pairs
     return read
 
 
@@ -273,7 +268,7 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
     pairs = tokenize_pairs(read.pairs, tokenizer, max_length=args.max_length)
     if not pairs.pairs:
         raise DataError(f"No pair is left to train on.\n{render([*read.problems, *pairs.problems])}")
-    trusted = tokenize_pairs(read.trusted, tokenizer, max_length=args.max_length)
+    trusted = tokenize_pairs(read.known.trusted, tokenizer, max_length=args.max_length)
     if found := [problem for problem in trusted.problems if problem.row is not None]:
         logger.warning("Trusted pairs:\n%s", render(found))
     check_warmup(args, num_pairs=args.fewest_trained_on(len(pairs) + len(trusted)))
@@ -285,7 +280,7 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
         columns = {name: column for name, column in named.items() if name not in ("annotator", "weight")}
         evaluation = read_evaluation(
             DataSource.of(given.eval_dataset, columns=columns),
-            trained_on=[*read.pairs, *read.trusted],
+            trained_on=[*read.pairs, *read.known.trusted],
             tokenizer=tokenizer,
             max_length=args.max_length,
             on_bad_rows=args.on_bad_rows,

@@ -19,7 +19,7 @@ def flipped_margins(num_pairs, rate, seed=0):
 def logistic(margins):
     """The profile of one link, without those that widen the interval."""
     ones = np.ones(len(margins))
-    sample = Labelled(margins=margins, weights=ones, is_trusted=ones == 0, reviews=0 * ones)
+    sample = Labelled(margins=margins, weights=ones, is_trusted=ones == 0, is_vouched=ones == 0, reviews=0 * ones)
     return ProfileLikelihood(Link(), sample)
 
 
