@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +15,11 @@ from safetensors.numpy import load_file
 from ropo.audit import features
 from ropo.audit.features import KINDS
 from ropo.audit.run import Audit
-from ropo.audit.weights import Why
+from ropo.audit.weights import Why, filter_pays
 from ropo.config import ROPOConfig
 from ropo.data.tokenize import TokenizedPair
 from ropo.models.source import Model
-from ropo.noise.linear import LinearModels
+from ropo.noise.linear import Gain, LinearModels
 from ropo.pairs import Pair, PairFeatures
 from ropo.provenance import read_json
 from ropo.run.align import run_audit
@@ -124,8 +124,59 @@ def test_every_audit_shows_what_each_kind_knows_and_never_goes_by_length(tmp_pat
     assert rows["length"].agreement > rows["together"].agreement + 0.1
     found = json.loads((tmp_path / "audit" / "scorers.json").read_text())
     assert [row["name"] for row in found["rows"]] == list(rows)
-    assert found["filter"].keys() == {"gain", "error"}
+    assert found["filter"].keys() == {"gain", "error", "with_covariates", "with_covariates_error"}
     assert audit.scores.views.shape == (len(KINDS), NUM_PAIRS)
+
+
+def test_right_labels_that_follow_length_filter_nothing(tmp_path, tokenizer):
+    """Short answers are better as they should be: without lengths a third of the labels looks contradicted.
+
+    Fitted without them, models agree better with what lengths leave of the labels; a training would lose a third of its
+    pairs, all of them right.
+    """
+    num_helped = 0
+    for seed in range(3):
+        rng, num_pairs = np.random.default_rng(seed), 800
+        case = Case(seed, share=0.0, num_pairs=num_pairs)
+        polite, longer = rng.normal(size=(2, num_pairs))
+        sign = np.sign(polite - 1.2 * longer)
+        known = np.concatenate([(sign * polite)[:, None], 0.5 * rng.normal(size=(num_pairs, 60))], axis=1)
+        case.blocks = {name: known.astype(np.float32) for name in case.blocks}
+        case.tokens = [
+            TokenizedPair(
+                prompt=[1], chosen=rng.integers(3, 40, one).tolist(), rejected=rng.integers(3, 40, 30).tolist()
+            )
+            for one in np.maximum(np.rint(30 * np.exp(0.4 * sign * longer)), 2).astype(int)
+        ]
+        audit = case.audit(tmp_path / str(seed), tokenizer)
+        gain = audit.scores.filter
+        num_helped += gain.helps
+        assert gain.rests_on_covariates
+        assert (audit.judgement.rho.value, set(audit.judgement.decisions)) == (0.0, {"keep"})
+    assert num_helped
+
+
+LOST = Gain(gain=0.02, error=0.01, with_covariates=-0.02, with_covariates_error=0.01)  # once lengths count
+
+
+@pytest.mark.parametrize(
+    ("gain", "contradicted", "most", "pays"),
+    [
+        (Gain(gain=0.02, error=0.01), 0.4, 0.0, True),  # flips are where margins are small, and no bound holds
+        (Gain(gain=0.005, error=0.01), 0.2, 0.2, False),
+        (
+            Gain(gain=0.02, error=0.01, with_covariates=-0.02, with_covariates_error=0.01),
+            0.29,
+            0.2,
+            True,
+        ),  # labels that were flipped towards the longer response
+        (LOST, 0.31, 0.2, False),
+        (replace(LOST, with_covariates=-0.005), 0.31, 0.2, True),
+        (None, 0.2, 0.2, False),
+    ],
+)
+def test_a_filter_that_pays_without_lengths_alone_needs_flips(gain, contradicted, most, pays):
+    assert filter_pays(gain, contradicted=contradicted, most=most) is pays
 
 
 def test_a_pair_is_not_judged_by_length_unless_length_is_evidence(tmp_path, tokenizer):
@@ -169,7 +220,7 @@ def test_gradients_say_what_a_training_gains_whatever_judges(tmp_path, tokenizer
     assert audit.judgement.rho.why in (Why.FILTER_HELPS, Why.ESTIMATED)
     written = read_json(tmp_path / "audit" / "scorers.json")
     for name in ("refit", "filter"):
-        assert written[name] == {"gain": getattr(audit.scores, name).gain, "error": getattr(audit.scores, name).error}
+        assert written[name] == asdict(getattr(audit.scores, name))
 
 
 def test_two_folds_are_too_few_to_try_a_filter(tmp_path, tokenizer, monkeypatch):

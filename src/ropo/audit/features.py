@@ -73,7 +73,12 @@ def _score(question: Question, blocks: Mapping[str, np.ndarray]) -> Scores:
     first = found = models.held_out()
     refit = None
     if folds.max() >= 2:  # the suspects of a fold are found by fits without two
-        refit = models.without_suspects(first, trained=KINDS.index(GRADIENTS), is_known=~labels.is_open)
+        refit = models.without_suspects(
+            first,
+            trained=KINDS.index(GRADIENTS),
+            is_known=~labels.is_open,
+            counts_covariates=question.args.length_is_evidence,
+        )
         found = refit.held_out if refit.of_judges.helps else first
     surface = 0.0 if question.args.length_is_evidence else 1.0  # how much of it is no evidence
 

@@ -33,6 +33,7 @@ from ropo.audit.weights import (
     Why,
     decide_all,
     evidence_for,
+    filter_pays,
     resolve_alpha,
     resolve_beta,
     resolve_rho,
@@ -159,16 +160,17 @@ class Audit:
         estimate, labels = self._estimate(scores.margins), self._labels
         # Of margins that know nothing, some comparisons favour a filter, which would drop every other pair.
         knows_labels = estimate.obstacle is None or not estimate.obstacle.hides_labels
-        filter_helps = knows_labels and scores.filter is not None and scores.filter.helps
         _doubt_trusted(labels, scores.margins, estimate)
         p_flip = estimate.p_flip_at(scores.margins)  # also of what is to be left out, which nobody has called wrong
         stays = labels.sign != 0
         p_flip[stays] = np.where(labels.sign[stays] < 0, 1.0, estimate.p_flip)
         evidence = evidence_for(scores.margins, p_flip, estimate)
+        contradicted = float((evidence[labels.is_open] < 0).mean())
+        filter_helps = knows_labels and filter_pays(scores.filter, contradicted=contradicted, most=estimate.high)
         rho = resolve_rho(
             self.args.fixed_rho,
             estimate,
-            contradicted=float((evidence[labels.is_open] < 0).mean()) if filter_helps else 0.0,
+            contradicted=contradicted if filter_helps else 0.0,
             of_open=labels.share_of_open,
         )
         ranked = evidence if rho.why is Why.FILTER_HELPS else scores.margins
@@ -277,8 +279,8 @@ def _doubt_trusted(labels: Labels, margins: Floats, estimate: FlipEstimate) -> N
         share = float(trusted.mean())
         if wilson_interval(share, len(trusted))[1] >= others.mean():
             logger.warning(
-                "Held-out margins contradict %.0f %% of the trusted labels and %.0f %% of all others. Either the data is "
-                "as right as they are, or nobody has checked them: then leave them out.",
+                "Held-out margins contradict %.0f %% of the trusted labels and %.0f %% of all others. Either the data "
+                "is as right as they are, or nobody has checked them: then leave them out.",
                 100 * share,
                 100 * others.mean(),
             )

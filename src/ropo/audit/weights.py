@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ropo.data.validate import text_id
 from ropo.noise.decide import decide
 from ropo.noise.estimate import FlipEstimate
+from ropo.noise.linear import Gain
 from ropo.noise.shares import Clusters
 from ropo.pairs import Pair, PairLogps
 from ropo.train.dataset import PairDataset
@@ -128,6 +129,21 @@ def evidence_for(margins: Floats, p_flip: Floats, estimate: FlipEstimate) -> Flo
     """
     has_rates = estimate.is_informative and estimate.rate > 0 and bool(estimate.annotators)
     return estimate.rate - p_flip if has_rates else margins
+
+
+def filter_pays(gain: Gain | None, *, contradicted: float, most: float) -> bool:
+    """Whether a training should do without the pairs that held-out margins contradict.
+
+    Margins say nothing of lengths, so where labels follow lengths and are right, half of the pairs look contradicted,
+    and models without these agree better with what lengths leave of the labels. A training learns whole labels. So a
+    gain that is a loss once lengths count is believed only if two of three of these pairs may be flipped.
+
+    Args:
+        gain: Of models that were fitted without those pairs; None where it was not tried.
+        contradicted: Their share.
+        most: The largest share of flipped labels that the margins allow.
+    """
+    return gain is not None and gain.helps and not (gain.rests_on_covariates and 2 * contradicted > 3 * most)
 
 
 def resolve_rho(

@@ -74,15 +74,25 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """By how much more unseen labels models agree with that were fitted without suspects, and its standard error."""
+    """By how much more unseen labels models agree with that were fitted without suspects, and its standard error.
+
+    `with_covariates` and its error are the same if what covariates add to the margins counts, too.
+    """
 
     gain: float
     error: float
+    with_covariates: float = 0.0
+    with_covariates_error: float = 0.0
 
     @property
     def helps(self) -> bool:
         """Whether the gain exceeds its standard error: without one the simpler model stays (Breiman et al. 1984)."""
         return self.gain > self.error
+
+    @property
+    def rests_on_covariates(self) -> bool:
+        """Whether it is a loss, beyond its standard error, once covariates count: labels follow them."""
+        return self.with_covariates < -self.with_covariates_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -151,7 +161,9 @@ class LinearModels:
         chosen = [self._choose(basis, strengths) for basis in self._bases]
         return self._held_out([fits for fits, _ in chosen], tuple(strength for _, strength in chosen))
 
-    def without_suspects(self, before: HeldOut, *, trained: int = 0, is_known: np.ndarray | None = None) -> Refit:
+    def without_suspects(
+        self, before: HeldOut, *, trained: int = 0, is_known: np.ndarray | None = None, counts_covariates: bool = False
+    ) -> Refit:
         """Leave out what held-out margins contradict, fit again, and compare by labels that neither fit has seen.
 
         This is ROPO's alternation of filtering and training (arXiv:2404.04102, section 3) on linear models, nested:
@@ -163,11 +175,12 @@ class LinearModels:
             before: The fits with all pairs; of three folds or more.
             trained: The kind of features that a training works with: a place among them.
             is_known: Pairs that are never suspects, shape (pairs,), bool.
+            counts_covariates: Whether what covariates add to a margin is evidence as well.
 
         Returns:
             The new fits, and what leaving out has gained.
         """
-        suspects = self._suspects(before)
+        suspects = self._suspects(before, counts_covariates=counts_covariates)
         if is_known is not None:
             suspects &= ~is_known[:, None]
         seen = self._seen & ~suspects
@@ -175,7 +188,9 @@ class LinearModels:
         kinds = zip(self._bases, before.strengths, before.shares + alone, before.fits, strict=True)
         fits = [self._solve(basis, seen, strength) if share else old for basis, strength, share, old in kinds]
         after = self._held_out(fits, before.strengths, before.shares)
-        of_judges, of_training = (self._gain(before, after, shares) for shares in (before.shares, alone))
+        of_judges, of_training = (
+            self._gain(before, after, shares, counts_covariates=counts_covariates) for shares in (before.shares, alone)
+        )
         return Refit(held_out=after, of_judges=of_judges, of_training=of_training)
 
     def _choose(self, basis: "_Basis", strengths: Sequence[float]) -> tuple[np.ndarray, float]:
@@ -215,7 +230,7 @@ class LinearModels:
         found = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * num_kinds).x)
         return found if found.any() else np.eye(num_kinds)[np.argmin([self._loss(one) for one in totals])]
 
-    def _suspects(self, before: HeldOut) -> np.ndarray:
+    def _suspects(self, before: HeldOut, *, counts_covariates: bool) -> np.ndarray:
         """Which pairs are contradicted by fits without their own fold and without that of the column."""
         both = list(combinations(range(self._num_folds), 2))
         seen = np.stack([(deal != one) & (deal != other) for deal in self._folds for one, other in both], axis=1)
@@ -223,7 +238,8 @@ class LinearModels:
         for basis, strength, share in zip(self._bases, before.strengths, before.shares, strict=True):
             if share:
                 fits = self._solve(basis, seen, strength)
-                margins += np.float32(share) * (basis.margins(fits) - basis.surface(fits))
+                surface = 0.0 if counts_covariates else basis.surface(fits)
+                margins += np.float32(share) * (basis.margins(fits) - surface)
         suspects = np.zeros_like(self._seen)
         for number, deal in enumerate(self._folds):
             for place, (one, other) in enumerate(both, start=number * len(both)):
@@ -243,20 +259,29 @@ class LinearModels:
         margins, surface = (np.take_along_axis(values, columns, axis=1).astype(np.float64) for values in both)
         return margins, surface
 
-    def _gain(self, before: HeldOut, after: HeldOut, shares: np.ndarray) -> Gain:
+    def _gain(self, before: HeldOut, after: HeldOut, shares: np.ndarray, *, counts_covariates: bool) -> Gain:
         """How much more the second fits agree with, by kinds of features with these weights."""
-        change = self._agreement(after, shares) - self._agreement(before, shares)
-        gain = mean_of(change, self._weights)
-        error = np.sqrt(mean_of((change - gain) ** 2, self._weights)) / np.sqrt(self._weights.sum())
-        return Gain(gain=gain, error=float(error))
+        without, within = (
+            new - old for new, old in zip(*(self._agreement(one, shares) for one in (after, before)), strict=True)
+        )
+        gain, error = self._mean(within if counts_covariates else without)
+        with_covariates, its_error = self._mean(within)
+        return Gain(gain=gain, error=error, with_covariates=with_covariates, with_covariates_error=its_error)
 
-    def _agreement(self, found: HeldOut, shares: np.ndarray) -> PerPair:
-        """In what share of the deals the margin agrees with the label; 0 counts half."""
-        margins = np.zeros(self._folds.T.shape)
+    def _mean(self, change: PerPair) -> tuple[float, float]:
+        """The weighted mean, and its standard error."""
+        mean = mean_of(change, self._weights)
+        return mean, float(np.sqrt(mean_of((change - mean) ** 2, self._weights) / self._weights.sum()))
+
+    def _agreement(self, found: HeldOut, shares: np.ndarray) -> tuple[PerPair, PerPair]:
+        """In what share of the deals the margin agrees with the label, without and with covariates; 0 counts half."""
+        margins, surfaces = np.zeros((2, *self._folds.T.shape))
         for basis, fits, share in zip(self._bases, found.fits, shares, strict=True):
             if share:
-                margins += share * np.subtract(*self._by_deal(basis, fits))
-        return np.asarray((np.sign(margins).mean(axis=1) + 1) / 2)
+                both = self._by_deal(basis, fits)
+                margins, surfaces = margins + share * both[0], surfaces + share * both[1]
+        without, within = ((np.sign(one).mean(axis=1) + 1) / 2 for one in (margins - surfaces, margins))
+        return without, within
 
     def _loss(self, margins: PerPair) -> float:
         return mean_of(np.logaddexp(0.0, -margins), self._weights)

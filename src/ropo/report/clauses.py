@@ -49,7 +49,7 @@ OBSTACLES: Mapping[str, tuple[str, str]] = {
     Obstacle.IN_SAMPLE: (
         "no held-out margins",
         "The only margins at hand are of a model that was trained on these very labels, the wrong ones among them. "
-        "With num_folds of 2 or more, the rate is estimated on pairs that the judging model has not seen.",
+        "An audit (rho auto, and num_folds of 2 or more) estimates the rate on pairs that its models have not seen.",
     ),
 }
 """Why no rate is given: in a few words; and in sentences, with what to do about it."""
@@ -62,7 +62,8 @@ def reason(estimate: FlipEstimate) -> str:
     if estimate.obstacle is None:
         text = f"The margins place the flip rate between {100 * estimate.low:.1f} % and {100 * estimate.high:.1f} %."
     else:
-        text = f"At most {100 * estimate.high:.1f} % of the labels are flipped. {OBSTACLES[estimate.obstacle][1]}"
+        most = f"At most {100 * estimate.high:.1f} % of the labels are flipped, if flips do not follow a pattern."
+        text = f"{most} {OBSTACLES[estimate.obstacle][1]}"
     if estimate.num_different < estimate.num_labels:
         text += f" Copies count once: {estimate.num_labels} pairs count as {estimate.num_different}."
     return text

@@ -45,7 +45,7 @@ def title(tables: Table) -> str:
     """The one sentence that a reader takes away."""
     estimate = tables["estimate"]
     if not estimate["is_informative"]:
-        return "The margins carry too little signal to tell how many labels are flipped"
+        return "How many labels are flipped cannot be told"
     if estimate["may_be_clean"]:
         if estimate["is_vague"]:
             return f"Anything from none to {percent(estimate['high'])} of the labels may be flipped"
@@ -196,9 +196,9 @@ def done(tables: Table) -> str:
         pieces += [f"flip {count(counts['flip'])}"] if counts["flip"] else []
         text = f"Training would {listed(pieces)}."
     else:
-        pieces = [f"{count(counts['keep'])} kept", f"{count(counts['drop'])} dropped"]
+        pieces = [f"{count(counts['keep'])} kept", f"{count(counts['drop'] + counts['resample'])} dropped"]
         pieces += [f"{count(counts['flip'])} flipped"] if counts["flip"] else []
-        pieces += [f"{count(counts['resample'])} dropped and replaced by a new pair"] if counts["resample"] else []
+        pieces += [f"{count(counts['resample'])} of the dropped replaced by a new pair"] if counts["resample"] else []
         text = f"Of {pairs}, {listed(pieces)}."
     text = f"{text} {budget(tables)}".rstrip()
     if loss["noise_left"] and percent(loss["noise_left"]) != percent(0):
@@ -263,13 +263,11 @@ def _untested(tables: Table) -> list[str]:
     estimate, counts = tables["estimate"], tables["counts"]
     if not tables["margins"]["is_held_out"]:
         return [
-            "The test with labels flipped on purpose needs models that have not seen the pairs. There were none: "
-            "`--num_folds 5` makes them."
+            "The test with labels flipped on purpose needs models that have not seen the pairs. There were none: an "
+            "audit makes them (`--rho auto` with `--num_folds 5`)."
         ]
     if not estimate["is_informative"]:
-        return [
-            "We did not test the estimate with labels flipped on purpose: with so little signal there is none to test."
-        ]
+        return ["We did not test the estimate with labels flipped on purpose: none is given."]
     if estimate["rate"] == 0:
         return ["We did not test the estimate with labels flipped on purpose: it says that none is flipped."]
     if counts["num_judged"]:
@@ -323,6 +321,12 @@ def _refit(tables: Table) -> str:
         return ""
     which = "so they judge here" if judges["helps"] else "which is not enough, so models of all pairs judge here"
     enough = "enough to leave them out" if training["helps"] else "not enough to leave all of them out"
+    if training["helps"] and training["rests_on_covariates"]:
+        fewer = decimal(-100 * training["with_covariates"], 1)
+        enough = (
+            f"but with {fewer} points fewer once the lengths of the responses count: leaving them out rests on lengths "
+            "being no evidence"
+        )
     text = f" Models that were fitted without the pairs that others contradict agree with {_points(judges)}, {which}."
     if training == judges:  # gradients follow no labels, and were not asked
         return text

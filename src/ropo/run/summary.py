@@ -18,6 +18,7 @@ from ropo.audit.weights import CHOICES, Choice
 from ropo.data.problems import rows_left_out, summarise
 from ropo.losses import BoundLoss, gradient_weight
 from ropo.noise.estimate import FlipEstimate, Obstacle
+from ropo.noise.linear import Gain
 from ropo.provenance import Json, command, machine, read_json, versions
 from ropo.report.clauses import reason
 from ropo.run.evaluation import Evaluation
@@ -186,6 +187,10 @@ def _token_lengths(lengths: Sequence[int], max_length: int, num_truncated: int) 
     }
 
 
+def _about_gain(gain: Gain) -> Json:
+    return {**asdict(gain), "helps": gain.helps, "rests_on_covariates": gain.rests_on_covariates}
+
+
 def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> Json:
     """What only an audit knows; empty values without one."""
     if audit is None:
@@ -196,8 +201,8 @@ def _about_labels(audit: Audit | None, *, num_trusted: int = 0) -> Json:
     return {
         "annotators": [asdict(one) for one in judged.estimate.annotators],
         "scorers": [asdict(row) for row in scores.rows],
-        "refit": scores.refit and {**asdict(scores.refit), "helps": scores.refit.helps},
-        "filter": scores.filter and {**asdict(scores.filter), "helps": scores.filter.helps},
+        "refit": scores.refit and _about_gain(scores.refit),
+        "filter": scores.filter and _about_gain(scores.filter),
         "flip_rate_with_length": None if judged.with_length is None else _flip_rate(judged.with_length),
         "num_trusted": judged.estimate.num_trusted,
         "num_contradicted": audit.num_contradicted,

@@ -149,8 +149,8 @@ def audit_summary() -> dict[str, Any]:
             {"name": "hidden states", "agreement": 0.68, "low": 0.66, "high": 0.7, "is_taken": False},
             {"name": "gradients", "agreement": 0.71, "low": 0.69, "high": 0.73, "is_taken": True},
         ],
-        "refit": {"gain": 0.021, "error": 0.004, "helps": True},
-        "filter": {"gain": 0.014, "error": 0.003, "helps": True},
+        "refit": {"gain": 0.021, "error": 0.004, "helps": True, "rests_on_covariates": False},
+        "filter": {"gain": 0.014, "error": 0.003, "helps": True, "rests_on_covariates": False},
         "flip_rate_with_length": {"estimate": 0.15, "low": 0.05, "high": 0.25},
         "annotators": [
             {"name": name, "num_pairs": num, "rate": rate, "low": low, "high": high}

@@ -86,6 +86,10 @@ def scorer(name, agreement, **more):
     return {"name": name, "agreement": agreement, "low": agreement - 0.02, "high": agreement + 0.02} | more
 
 
+def gain(points, *, helps=True):
+    return {"gain": points, "error": 0.004, "helps": helps, "rests_on_covariates": False}
+
+
 def rate_of(name, rate, low, high):
     return {"name": name, "num_pairs": 30, "rate": rate, "low": low, "high": high}
 
@@ -133,9 +137,12 @@ SUMMARIES = {
             "refit": None,
             "filter": None,
         },
-        "a refit that does not help": {"refit": {"gain": 0.0213, "error": 0.004, "helps": False}},
-        "a filter that does not help": {"filter": {"gain": 0.0213, "error": 0.004, "helps": False}},
-        "gradients that follow no labels": {"filter": {"gain": 0.021, "error": 0.004, "helps": True}},
+        "a refit that does not help": {"refit": gain(0.0213, helps=False)},
+        "a filter that does not help": {"filter": gain(0.0213, helps=False)},
+        "a filter that rests on lengths": {
+            "filter": {**gain(0.0213), "with_covariates": -0.19, "rests_on_covariates": True}
+        },
+        "gradients that follow no labels": {"filter": gain(0.021)},
         "with lengths none may be flipped": {"flip_rate_with_length": {"estimate": None, "low": 0.0, "high": 0.3}},
         "lengths are not told apart": {"flip_rate_with_length": None},
         "trusted pairs were given": {"num_trusted": 60},
