@@ -20,6 +20,7 @@ from ropo.logps import response_head
 from ropo.logps.batch import Batching, pad_token_id_of
 from ropo.logps.score import score_pairs
 from ropo.models.adapters import add_adapter, load_adapter, read_peft_config
+from ropo.models.fit import check_adapter
 from ropo.models.quantized import compute_as_in_training, quantization
 from ropo.models.source import Model
 from ropo.run.align import run_audit, run_rounds
@@ -166,6 +167,48 @@ def test_adapters_that_begin_elsewhere(begin, model_folder, model, tokenizer, pa
         Model(model_folder, adapter=adapter)
     with pytest.raises(ValueError, match="init_lora_weights"):
         ROPOTrainer(model, config(tmp_path), train_dataset=pairs, processing_class=tokenizer, peft_config=adapter)
+
+
+def test_an_adapter_of_a_part_of_each_text(model_folder):
+    """Packed rows hold several texts, and PEFT looks for the tokens that switch it on once in a row."""
+    with pytest.raises(ValueError, match="got alora_invocation_tokens"):
+        Model(model_folder, adapter=lora(alora_invocation_tokens=[5, 6]))
+
+
+@pytest.mark.parametrize("given", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_what_is_trained_in_16_bits_is_refused(given, model_folder, pairs, tmp_path, model, tokenizer):
+    """LoRA's own weights are kept in 32, whatever the model has; whatever else is trained would hardly move."""
+    adapter = lora(**given)
+    model.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    with pytest.raises(ValueError, match=r"needs 32 bits, .*; got .* of an adapter in 16"):
+        check_adapter(model.bfloat16(), adapter)
+    check_adapter(model.float(), adapter)
+    if "modules_to_save" in given:
+        source = Model(model_folder, adapter=adapter, load_options={"dtype": "bfloat16"})
+        with pytest.raises(ValueError, match=r"got lm_head.*weight of an adapter in 16"):
+            run_rounds(source, pairs, config(tmp_path / "O"))
+    check_adapter(model.bfloat16(), lora())
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")  # the trouble that is tested
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers:UserWarning")
+@pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_one_side_of_tied_embeddings_is_merged_there(where, model_folder, model, tmp_path):
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(model_folder)
+    adapted = add_adapter(AutoModelForCausalLM.from_pretrained(model_folder), lora(target_modules=["q_proj", where]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.save_pretrained(tmp_path / "trained")
+    merged = Model(model_folder, adapter=lora(target_modules=["q_proj", where])).merged(tmp_path / "trained")
+    merged.save_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[5, 9, 33, 7]])
+    with torch.no_grad():
+        wanted = adapted.eval()(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_pissa_of_quantized_weights(model_folder):

@@ -112,3 +112,13 @@ def test_a_step_with_it(use_peft, tokenizer, pairs, tmp_path):
 def test_no_model_of_experts(model, tokenizer, pairs, tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
         ROPOTrainer(model, config(tmp_path, router_aux_loss_coef=0.1), train_dataset=pairs, processing_class=tokenizer)
+
+
+def test_checkpoints_that_would_take_its_gradient(tokenizer, pairs, tmp_path):
+    """Reentrant ones read the routers in a pass without gradients."""
+    again = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="needs activation checkpoints that are not reentrant"):
+        ROPOTrainer(
+            MODELS["mixtral"](), config(tmp_path, router_aux_loss_coef=0.5, **again), train_dataset=pairs,
+            processing_class=tokenizer,
+        )  # fmt: skip

@@ -459,6 +459,23 @@ def test_ligers_losses_are_never_asked_for(tmp_path, monkeypatch):
         check_training(args)
 
 
+@pytest.mark.parametrize("name", ["split_batches", "dispatch_batches", "even_batches"])
+def test_several_processes_are_dealt_as_many_batches_each(name, tmp_path, monkeypatch):
+    """Otherwise they wait for each other for ever, or train on other steps than the log says."""
+    args = config(tmp_path, accelerator_config={name: name != "even_batches"})
+    check_training(args)
+    monkeypatch.setattr(ROPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=f"accelerator_config needs {name}"):
+        check_training(args)
+
+
+def test_a_batch_that_is_dropped_leaves_something(tmp_path):
+    args = config(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8)
+    check_warmup(args, num_pairs=8)
+    with pytest.raises(ValueError, match="dataloader_drop_last needs pairs for a whole batch; got 7 for 8"):
+        check_warmup(args, num_pairs=7)
+
+
 def test_a_warm_up_ends(tmp_path):
     args = config(tmp_path, warmup_steps=1e9, num_folds=0, rho=0, alpha="14")
     with pytest.raises(ValueError, match=r"warmup_steps .* 13 steps .*; got 1e\+09"):

@@ -37,7 +37,8 @@ _FILES = ("adapter_*", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja
 _OF_SAVED = ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 # Beginnings with which a new adapter leaves the model as it is, and which PEFT makes again when it loads the adapter.
 _BEGINNINGS = (True, "gaussian", "pissa", "olora", "orthogonal", "mica")
-_READ_WEIGHTS = ("pissa", "olora", "mica")
+READ_WEIGHTS = ("pissa", "olora", "mica")
+"""Those that are taken out of the model's weights, which PEFT does again when it loads the adapter."""
 
 
 @contextlib.contextmanager
@@ -156,13 +157,18 @@ def check_beginning(peft_config: PeftConfig | None, *, is_quantized: bool) -> No
     """
     if isinstance(peft_config, AdaLoraConfig):
         raise ValueError("An adapter needs to be trained as it is; got ADALORA, which wants to be called after steps.")
+    if getattr(peft_config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "An adapter needs to be on for whole texts; got alora_invocation_tokens, which are looked for once in a "
+            "row that holds several. Leave them out."
+        )
     begin = getattr(peft_config, "init_lora_weights", True)
     if begin not in _BEGINNINGS:
         raise ValueError(
             f"init_lora_weights needs one of {', '.join(map(str, _BEGINNINGS))}; got {begin!r}, with which training "
             "begins elsewhere than at the reference, or the adapter cannot be loaded again as it was trained."
         )
-    if is_quantized and begin in _READ_WEIGHTS:
+    if is_quantized and begin in READ_WEIGHTS:
         raise ValueError(
             f"init_lora_weights {begin} needs weights that are not quantized; got them in 4 or 8 bits. Leave out "
             "load_in_4bit and load_in_8bit, or take another beginning."

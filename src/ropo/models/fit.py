@@ -22,6 +22,7 @@ from ropo.logps.sharded import class_of
 from ropo.logps.shared_prefix import causal_lm_of
 from ropo.logps.small_copy import small_copies
 from ropo.models.adapters import add_adapter
+from ropo.models.files import some
 from ropo.models.source import Model
 from ropo.pairs import Pair
 
@@ -91,27 +92,29 @@ def _reads(model: nn.Module, num_tokens: int) -> bool:
     return True
 
 
-def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
+def check_adapter(model: nn.Module, peft_config: PeftConfig, *, dtype: torch.dtype | None = None) -> None:
     """Refuse an adapter that the model cannot take: it is put on a copy without weights, and on a small one with some.
 
     Args:
         model: With or without weights; it is left as it is.
         peft_config: Of the adapter.
+        dtype: Of the weights as they will be loaded; None for those of `model`.
 
     Raises:
-        ValueError: If a module is not there, a number is out of range, or the adapter changes the model before it is
-            trained.
+        ValueError: If a module is not there, a number is out of range, what is trained would have 16 bits, or the
+            adapter changes the model before it is trained.
     """
     no_weights = {
         id(one): nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for one in model.parameters()
     }
     skeleton: Any = copy.deepcopy(model, no_weights)
     wanted: Any = copy.deepcopy(peft_config)
+    adapted: nn.Module | None = None
     if hasattr(wanted, "init_lora_weights"):
         wanted.init_lora_weights = True  # other ways to begin read the weights
     try:
         with contextlib.suppress(RuntimeError, AttributeError, TypeError):  # it reads weights, and may yet fit
-            add_adapter(skeleton, wanted)
+            adapted = add_adapter(skeleton if dtype is None else skeleton.to(dtype), wanted)
     except ValueError as error:
         linear = {
             name.rpartition(".")[2]
@@ -122,6 +125,8 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
             f"An adapter (peft_config, lora_*) needs to fit its model; got: {error} Linear layers of this model: "
             f"{', '.join(sorted(linear))}."
         ) from error
+    if adapted is not None:
+        _check_precision(adapted)
     # Of a usual LoRA adapter, `init_lora_weights` says it (`check_beginning`).
     is_usual = isinstance(peft_config, LoraConfig) and not peft_config.layer_replication
     if not is_usual and (peft_config.is_prompt_learning or _begins_elsewhere(model, peft_config)):
@@ -129,6 +134,25 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig) -> None:
         raise ValueError(
             f"An adapter needs to begin at the reference, from which margins are measured; got peft_type {name}, "
             "which changes the model before it is trained. Take LORA, or options with which it begins there."
+        )
+
+
+def _check_precision(adapted: nn.Module) -> None:
+    """PEFT keeps LoRA's weights in 32 bits whatever the model has, and whatever else is trained in those of the model.
+
+    Raises:
+        ValueError: If what is trained has fewer: small steps are rounded away.
+    """
+    short = [
+        name.removeprefix("base_model.model.")
+        for name, weight in adapted.named_parameters()
+        if weight.requires_grad and weight.is_floating_point() and weight.itemsize < 4
+    ]
+    if short:
+        raise ValueError(
+            f"What is trained needs 32 bits, or small steps are rounded away; got {some(short)} of an adapter in 16. "
+            "Train LoRA's own weights alone (no modules_to_save, bias or other kind), or leave out dtype; with bf16 "
+            "the model computes in 16 bits all the same."
         )
 
 

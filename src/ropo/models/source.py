@@ -104,6 +104,13 @@ class Model:
         return found
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the weights as they are loaded; None for that of the files."""
+        asked = self.load_options["dtype"]
+        found: torch.dtype | None = getattr(torch, asked, None) if isinstance(asked, str) else asked
+        return found
+
+    @property
     def is_quantized(self) -> bool:
         """Whether its linear layers hold 4 or 8 bits per weight, or are quantized otherwise."""
         return bool(self.load_options.get("quantization_config"))
@@ -210,6 +217,8 @@ class Model:
             base: Any = self._weights(None)
             if self.is_quantized:
                 base = base.dequantize(dtype=base.dtype)
+            if _adapts_embeddings(base, trained):
+                _untie(base)
             adapted = load_adapter(base, trained, is_trainable=False, advice=_again(trained))
         whole: PreTrainedModel = adapted.merge_and_unload()
         return whole
@@ -327,6 +336,22 @@ def find_model(model: str | Path) -> str:
     elif isinstance(model, Path) or looks_like_path(name):
         raise FileNotFoundError(f"{NEEDS_MODEL}; got {name!r}: no such folder.{instead_of_missing(name)}")
     return name
+
+
+def _adapts_embeddings(model: PreTrainedModel, adapter: Path) -> bool:
+    """Whether LoRA is on the embeddings or on the head alone, of a model that has one tensor for both."""
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [f".{name}.lora_" for name, module in model.named_modules() if module in both]
+    return any(name in tensor for tensor in header(adapter / ADAPTER_WEIGHTS) for name in names)
+
+
+def _untie(model: Any) -> None:
+    """Give the head a tensor of its own: what is merged into one of the two would else be in both."""
+    weight = model.get_output_embeddings().weight
+    if weight is model.get_input_embeddings().weight:
+        model.get_output_embeddings().weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
 
 
 def _again(trained: Path) -> str:

@@ -273,7 +273,7 @@ def _tokenize(given: Given, read: _Labelled, args: ROPOConfig, model: Model, ske
         logger.warning("Trusted pairs:\n%s", render(found))
     check_warmup(args, num_pairs=args.fewest_trained_on(len(pairs) + len(trusted)))
     if (peft_config := model.peft_config) is not None:
-        check_adapter(skeleton, peft_config)
+        check_adapter(skeleton, peft_config, dtype=model.dtype)
     evaluation = None
     if given.eval_dataset is not None:
         named = DataSource.of(given.dataset).columns or {}

@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from ropo.models.adapters import READ_WEIGHTS
 from ropo.provenance import RunError
 from ropo.sampling.engine import Advance, Prompt, Response, Sampling, response_of, stop_tokens, with_end
 
@@ -57,6 +58,7 @@ class VllmEngine:
         self._model, self._tokenizer, self._adapter = str(model), tokenizer, adapter
         self._options = {"dtype": "bfloat16" if use_bf16 else "auto", **(options or {})}
         if adapter is not None:
+            _check_beginning(adapter)
             self._options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _largest_rank(adapter)}
         self._llm: Any = None
         self._forget_tokenizer: Callable[[], object] = lambda: None
@@ -194,6 +196,20 @@ def check_vllm(num_processes: int) -> None:
         raise ValueError(
             f"Engine vllm needs one process; got {num_processes}. Start `vllm serve` on GPUs of its own and use engine "
             "server, or use engine transformers."
+        )
+
+
+def _check_beginning(adapter: Path) -> None:
+    """Refuse an adapter that belongs to weights without its beginning, which vLLM does not take out of them.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    begin = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("init_lora_weights")
+    if begin in READ_WEIGHTS:
+        raise ValueError(
+            f"Engine vllm needs an adapter of the model as it is; got {adapter}, which began by {begin}, so that PEFT "
+            "takes its beginning out of the weights, and vLLM does not. Use engine transformers, or merge it."
         )
 
 

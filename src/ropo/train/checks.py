@@ -48,6 +48,7 @@ def check_training(args: TrainOptions) -> None:
             f"Training needs one process per GPU; got {args.n_gpu} GPUs in this one. Add --accelerate_config ddp (or "
             "start it with `accelerate launch`), or hide the others with CUDA_VISIBLE_DEVICES."
         )
+    _check_dealing(args)
     refuse_other_launch(args)
     check_sharding(args)
     _check_equal_batches(args)
@@ -72,7 +73,13 @@ def check_warmup(args: TrainOptions, *, num_pairs: int) -> None:
     Raises:
         ValueError: If the learning rate would never reach `learning_rate`.
     """
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+    at_once = args.per_device_train_batch_size * max(1, args.world_size)
+    if args.dataloader_drop_last and num_pairs < at_once:
+        raise ValueError(
+            f"dataloader_drop_last needs pairs for a whole batch; got {num_pairs} for {at_once}. Leave it out, or "
+            "lower per_device_train_batch_size."
+        )
+    per_step = at_once * args.gradient_accumulation_steps
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_pairs / per_step * args.num_train_epochs)
     if args.warmup_steps >= max(1, num_steps) and args.warmup_steps > 1:
         raise ValueError(
@@ -89,6 +96,17 @@ def _check_equal_batches(args: TrainOptions) -> None:
             f"{args.loss} needs as many pairs in each process, whose margins it collects; got train_sampling_strategy "
             "batch_rebalance. Set it to group_by_length."
         )
+
+
+def _check_dealing(args: TrainOptions) -> None:
+    """Each process is dealt batches of its own, and as many as the others."""
+    given, usual = args.accelerator_config, {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+    for name, value in usual.items():
+        if args.world_size > 1 and (found := getattr(given, name, value)) not in (value, value or False):
+            raise ValueError(
+                f"accelerator_config needs {name} {value} with several processes, which are dealt batches of their own "
+                f"and as many each; got {found}. Leave it out."
+            )
 
 
 def _check_loggers(args: TrainOptions) -> None:

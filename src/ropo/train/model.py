@@ -6,6 +6,7 @@ In: a model or its name, a tokenizer or none, the settings of an adapter or none
 import copy
 import logging
 import re
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from torch import nn
@@ -19,6 +20,7 @@ from ropo.models.adapters import add_adapter, check_beginning
 from ropo.models.fit import check_adapter
 from ropo.models.quantized import compute_as_in_training
 from ropo.models.source import Model, find_model, load_tokenizer
+from ropo.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -105,23 +107,30 @@ def parts_beside_language(model: nn.Module) -> list[str]:
     return found
 
 
-def load_balance_of(model: nn.Module, coefficient: float | None, *, layout: str) -> LoadBalance | None:
+def load_balance_of(model: nn.Module, args: TrainOptions, *, layout: str) -> LoadBalance | None:
     """The auxiliary loss of a model's routers, computed from now on; None where nobody asks for it.
 
     Args:
         model: A causal language model, with or without an adapter.
-        coefficient: As the user gave it, see `coefficient_of`.
+        args: Options.
         layout: How the model is read.
 
     Raises:
-        ValueError: If the model has no such loss, or is read by the plain forward.
+        ValueError: If the model has no such loss, is read by the plain forward, or runs its layers without gradients
+            first, when routers are read.
     """
-    asked = coefficient_of(model, coefficient)
+    asked = coefficient_of(model, args.router_aux_loss_coef)
     if not asked:
         return None
     if layout == "plain":
         raise ValueError(
             f"router_aux_loss_coef {asked:g} needs another forward than the plain one, which this model takes. Set it "
             "to 0."
+        )
+    given: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    if (args.activation_checkpointing or args.gradient_checkpointing) and given.get("use_reentrant"):
+        raise ValueError(
+            f"router_aux_loss_coef {asked:g} needs activation checkpoints that are not reentrant, or it has no "
+            "gradient; got use_reentrant true. Leave that out, or set router_aux_loss_coef to 0."
         )
     return balance_load(model, asked)

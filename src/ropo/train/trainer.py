@@ -130,7 +130,7 @@ class ROPOTrainer(Trainer):
             warn_about_alpha(args)
         self.training_objective = Objective(
             bound_loss, num_annotators=len(sample.annotators), device=args.device,
-            balance=load_balance_of(model, args.router_aux_loss_coef, layout=self.layout),
+            balance=load_balance_of(model, args, layout=self.layout),
         )  # fmt: skip
         self.pairs = {"train": sample.pairs, "eval": sample.pairs if eval_dataset is None else eval_dataset.pairs}
         self.first_margins = torch.full((len(sample),), float("nan"), device=args.device)

@@ -145,6 +145,9 @@ def test_adapters_are_handed_over(vllm, tokenizer, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1024}))
     with pytest.raises(ValueError, match=r"LoRA rank .*512; got 1024"):
         VllmEngine("base", tokenizer, adapter=tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match=r"adapter of the model as it is; got .* began by pissa"):
+        VllmEngine("base", tokenizer, adapter=tmp_path)
 
 
 def test_published_ends_are_told(vllm, tokenizer, model_folder):
