@@ -73,7 +73,9 @@ def test_the_language_model_is_trained(name, tokenizer, pairs, tmp_path):
     folder = tmp_path / name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 28}')  # what reads images is loaded with it
     run_rounds(folder, pairs, config(tmp_path / "O"))
+    assert (tmp_path / "O" / "preprocessor_config.json").read_text() == '{"size": 28}'
     trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "O", dtype=torch.float32).eval()
     assert type(trained) is type(model)
     beside = parts_beside_language(model)

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from ropo.data.read import instead_of_missing, looks_like_path
 from ropo.data.tokenize import TokenizedPair
@@ -50,6 +51,7 @@ from ropo.models.sharding import forget_engines, loads_in_parts, whole_models
 from ropo.pairs import PairFeatures, PairLogps
 from ropo.provenance import hash_value
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # one of them is in every folder
 _NEEDS_TOKENIZER = "model_name_or_path needs a model with its tokenizer"
 
@@ -260,6 +262,18 @@ class Model:
             ImportError: If the attention needs a package that is not installed.
         """
         return self._with_room(make_skeleton(CAUSAL_LM, *self.base))
+
+    def processor_files(self) -> list[Path]:
+        """What reads images and videos, of a model that could take them; a trained one is loaded with it, too."""
+        config = self.config()
+        if config.get_text_config(decoder=True) is config:
+            return []
+        name, options = self.base
+        found = (
+            cached_file(name, one, revision=options.get("revision"), _raise_exceptions_for_missing_entries=False)
+            for one in _PROCESSOR_FILES
+        )
+        return [Path(one) for one in found if one is not None]
 
     def fingerprint(self) -> str:
         """Name of the initial model's content; see `model_digest`."""

@@ -73,7 +73,8 @@ def upload(repository: str | None, args: ROPOConfig, rounds: Sequence[Round]) ->
     if repository is not None:
         model = rounds[-1].model_folder
         names = sorted(path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file())
-        names = [*dict.fromkeys([*names, "README.md"])]
+        beside = [path.name for path in rounds[-1].model.processor_files()]
+        names = [*dict.fromkeys([*names, *beside, "README.md"])]
         words = f"`hf upload {repository} {folder} . {' '.join(f'--include {name}' for name in names)}`"
         with _explained(f"The model is finished, in {folder}, but was not uploaded. Try {words}, or the same command"):
             url = HfApi(token=args.hub_token).upload_folder(

@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         "margin": "implicit-reward margin in nats, as the data labels the pair",
         "loss": "training loss at that margin; DPO's for losses that see more than the margin",
         "weight": "weight given for the next round",
-        "p_flip": "probability that the label is wrong",
+        "p_flip": "probability that the label is wrong at the likeliest flip rate; says nothing where none can be told",
         "decision": "keep, drop, flip, or resample (dropped, and replaced by a new pair)",
         "origin": "data, trusted or resampled",
         "held_out_margin": "margin under a model that was not trained on the pair; p_flip comes from it; null if none",

@@ -57,6 +57,8 @@ def publish(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | No
         with _published(folder) as aside:
             if _copy_model(rounds[-1].model_folder, aside, published=folder):
                 shutil.rmtree(folder / MERGED, ignore_errors=True)  # it holds another adapter
+            for path in made.model.processor_files():
+                shutil.copyfile(path, aside / path.name)
             (aside / "README.md").write_text(_card(summary, rounds[-1].model_folder), encoding="utf-8")
             write_ledger(aside / "ledger.parquet", ledger)
             write_report(aside, ledger=ledger, summary=summary, pairs=pairs, training_log=log, checks=checks)
@@ -107,6 +109,8 @@ def publish_merged(model: Model, folder: Path) -> None:
         with write_aside(folder / MERGED) as aside:
             model.merged(folder).save_pretrained(aside)
             model.tokenizer.save_pretrained(aside)
+            for path in model.processor_files():
+                shutil.copyfile(path, aside / path.name)
         logger.info("Adapter and model, merged: %s", folder / MERGED)
     meet()
 
