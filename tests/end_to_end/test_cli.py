@@ -183,7 +183,7 @@ def test_conversations(model_folder, recipe, tmp_path, pairs):
             ["--loss", "ropo_v1", "--loss_args", "gamma=1", "--alpha", "auto"],
             "alpha needs a number for ropo_v1; got 'auto'",
         ),
-        (["--alpha", "0"], "alpha"),
+        (["--alpha", "-1"], "alpha"),
         (["--rounds", "1"], "num_candidates needs rounds of 2 or more; got 8 with one round"),
         (["--num_folds", "1"], "num_folds needs 2 or more, or 0 for none"),
         (["--num_folds", "30"], "num_folds needs at least as many different pairs; got 30 folds and 20 pairs"),

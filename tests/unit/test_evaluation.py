@@ -93,6 +93,8 @@ def test_a_finished_run_takes_it_and_nothing_else_changes(model_folder, pairs, u
     assert fewer["num_pairs"] == 4
     margins = load_file(folder / "evaluation" / "round_01.safetensors")["margins"]
     assert fewer["rounds"][1]["margin"] == pytest.approx(margins.mean().item())
+    assert run_rounds(model_folder, pairs, config(folder)).summary["evaluation"] is None
+    assert "leave out the evaluation that they had" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])

@@ -75,6 +75,13 @@ def test_the_data_itself_is_not_trusted(audit, tmp_path):
         audit(trusted=[ROWS[0], turned(ROWS[0])])
 
 
+def test_where_all_labels_are_judged_there_is_no_audit(audit, tmp_path):
+    """It is told before the model is looked for, and what to do with the verdicts."""
+    table = write_table(tmp_path / "review.csv", *((row, "right") for row in range(20)))
+    with pytest.raises(ValueError, match=r"whose label nobody has judged; got none. .*--loss dpo --rho 0"):
+        audit(decisions=table)
+
+
 def test_a_verdict_on_a_row_that_is_not_there(audit, tmp_path):
     table = write_table(tmp_path / "review.csv", (3, "right"), (20, "wrong"), (99, "drop"))
     with pytest.raises(ValueError, match=r"got 2 .* row 20"):

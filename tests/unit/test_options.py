@@ -630,3 +630,10 @@ def test_options_of_model_and_data_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"lora_dropout .*got nan"):
         parse_train([*WORDS, "--config", str(path)])
     assert {field.name for field in dataclasses.fields(TrainArguments)} >= {"lora_dropout"}
+
+
+def test_alpha_of_0_is_dpo(tmp_path):
+    """It is what an audit chooses, so it can be given."""
+    args = ROPOConfig(output_dir=str(tmp_path / "O"), use_cpu=True, alpha=0)
+    assert args.bound_loss().name == "dpo"
+    assert args.fixed_alpha == 0.0

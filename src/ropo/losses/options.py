@@ -68,11 +68,12 @@ class LossOptions:
             The loss.
         """
         name, options = self.loss, dict(self.loss_args) if isinstance(self.loss_args, dict) else {}
+        alpha = self.fixed_alpha if alpha is None else alpha
         if self.loss == "ropo" and alpha == 0:
             name, options = "dpo", {}
         elif self.loss == "ropo" and alpha is not None:
             options["alpha"] = alpha
-        elif self.alpha not in (None, "auto"):
+        elif self.alpha not in (None, "auto"):  # of another loss
             options["alpha"] = float(self.alpha)
         return replace(bind_loss(name, beta=beta or self.beta, options=options), sft_weight=self.sft_weight)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from ropo.audit.weights import CHOICES
 from ropo.losses import LOSSES
 
 _OF_MACHINE = ("output_dir", "reference_cache_dir", "audit_from", "run_name", "logging_dir")
@@ -28,6 +29,8 @@ def model_card(summary: Mapping[str, Any], *, is_adapter: bool) -> str:
         else f"cannot tell: {summary['reason']}"
     )
     counts = ", ".join(str(summary[name]) for name in ("num_kept", "num_dropped", "num_flipped"))
+    chosen = ", ".join("-" if (value := summary.get(name)) is None else f"{value:.4g}" for name in CHOICES)
+    num_rounds = len(summary["rounds"])
     spec = LOSSES[config["loss"]]
     given = {name: value for name, value in sorted(config.items()) if value is not None and not _is_private(name)}
     options = "\n".join(f"{name}: {value}" for name, value in given.items())
@@ -38,12 +41,13 @@ def model_card(summary: Mapping[str, Any], *, is_adapter: bool) -> str:
 # {Path(config["output_dir"]).absolute().name}
 
 Aligned from `{summary["model"]}` on {summary["num_pairs"]} preference pairs with the loss `{config["loss"]}`
-({spec.paper}) in {len(summary["rounds"])} round(s).
+({spec.paper}) in {num_rounds} round{"" if num_rounds == 1 else "s"}.
 
 | | |
 |---|---|
 | estimated share of flipped labels | {noise} |
 | pairs kept, dropped, flipped in the last decision | {counts} |
+| ρ, α and β of the last training | {chosen} |
 | resampled pairs in the last training | {summary["num_resampled"]} |
 | SHA-256 of the data | `{summary["data_sha256"]}` |
 

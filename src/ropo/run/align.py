@@ -28,7 +28,7 @@ from ropo.run.hub import open_repository, upload
 from ropo.run.identity import refuse_other_run
 from ropo.run.inputs import ReviewInputs
 from ropo.run.lock import owning
-from ropo.run.outputs import publish, publish_audit
+from ropo.run.outputs import had_evaluation, publish, publish_audit
 from ropo.run.prepare import Given, Prepared, check, prepare, tell_problems
 from ropo.run.result import AuditResult, RunResult
 from ropo.run.rounds import run_all
@@ -93,6 +93,8 @@ def run_rounds(
         found = None
         if made.evaluation is not None:
             found = evaluate(made.evaluation, rounds, folder=made.folder / "evaluation")
+        elif had_evaluation(made.folder):
+            logger.warning("The results leave out the evaluation that they had: eval_dataset brings it back.")
         publish(rounds, made, found)
         upload(repository, args, rounds)
         return RunResult.load(made.folder)

@@ -66,6 +66,12 @@ def publish(rounds: Sequence[Round], made: Prepared, evaluation: Evaluation | No
     meet()
 
 
+def had_evaluation(folder: Path) -> bool:
+    """Whether the results in an output folder are with an evaluation."""
+    path = folder / "summary.json"
+    return path.exists() and bool(read_json(path).get("evaluation"))
+
+
 def publish_audit(audit: Audit, made: Prepared) -> None:
     """Write everything that an audit promises.
 

@@ -253,6 +253,11 @@ def _read(given: Given, args: ROPOConfig) -> _Labelled:
         known=known,
     )
     if args.needs_audit:
+        if all(pair.verdict is not None for pair in read.pairs):
+            raise ValueError(
+                "An audit needs a pair whose label nobody has judged; got none. To train on the verdicts, add --loss "
+                "dpo --rho 0."
+            )
         folds_of([*read.pairs, *known.trusted], args.num_folds, seeds=[args.seed])  # raises if there are too few pairs
     return read
 
