@@ -160,23 +160,19 @@ LOST = Gain(gain=0.02, error=0.01, with_covariates=-0.02, with_covariates_error=
 
 
 @pytest.mark.parametrize(
-    ("gain", "contradicted", "most", "pays"),
+    ("gain", "p_flip", "pays"),
     [
-        (Gain(gain=0.02, error=0.01), 0.4, 0.0, True),  # flips are where margins are small, and no bound holds
-        (Gain(gain=0.005, error=0.01), 0.2, 0.2, False),
-        (
-            Gain(gain=0.02, error=0.01, with_covariates=-0.02, with_covariates_error=0.01),
-            0.29,
-            0.2,
-            True,
-        ),  # labels that were flipped towards the longer response
-        (LOST, 0.31, 0.2, False),
-        (replace(LOST, with_covariates=-0.005), 0.31, 0.2, True),
-        (None, 0.2, 0.2, False),
+        (Gain(gain=0.02, error=0.01), [0.0, 0.0], True),  # flips are where margins are small, and look like doubt
+        (Gain(gain=0.005, error=0.01), [0.9, 0.9], False),
+        (LOST, [0.9, 0.9, 0.1], True),  # labels that were flipped towards the longer response
+        (LOST, [0.9, 0.1, 0.1], False),
+        (replace(LOST, with_covariates=-0.005), [0.0], True),
+        (LOST, [], False),
+        (None, [0.9], False),
     ],
 )
-def test_a_filter_that_pays_without_lengths_alone_needs_flips(gain, contradicted, most, pays):
-    assert filter_pays(gain, contradicted=contradicted, most=most) is pays
+def test_a_filter_that_pays_without_lengths_alone_needs_flips(gain, p_flip, pays):
+    assert filter_pays(gain, p_flip=np.array(p_flip)) is pays
 
 
 def test_a_pair_is_not_judged_by_length_unless_length_is_evidence(tmp_path, tokenizer):

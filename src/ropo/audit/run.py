@@ -165,12 +165,12 @@ class Audit:
         stays = labels.sign != 0
         p_flip[stays] = np.where(labels.sign[stays] < 0, 1.0, estimate.p_flip)
         evidence = evidence_for(scores.margins, p_flip, estimate)
-        contradicted = float((evidence[labels.is_open] < 0).mean())
-        filter_helps = knows_labels and filter_pays(scores.filter, contradicted=contradicted, most=estimate.high)
+        suspects = labels.is_open & (evidence < 0)
+        filter_helps = knows_labels and filter_pays(scores.filter, p_flip=p_flip[suspects])
         rho = resolve_rho(
             self.args.fixed_rho,
             estimate,
-            contradicted=contradicted if filter_helps else 0.0,
+            contradicted=float(suspects.sum() / labels.is_open.sum()) if filter_helps else 0.0,
             of_open=labels.share_of_open,
         )
         ranked = evidence if rho.why is Why.FILTER_HELPS else scores.margins

@@ -131,19 +131,20 @@ def evidence_for(margins: Floats, p_flip: Floats, estimate: FlipEstimate) -> Flo
     return estimate.rate - p_flip if has_rates else margins
 
 
-def filter_pays(gain: Gain | None, *, contradicted: float, most: float) -> bool:
+def filter_pays(gain: Gain | None, *, p_flip: Floats) -> bool:
     """Whether a training should do without the pairs that held-out margins contradict.
 
     Margins say nothing of lengths, so where labels follow lengths and are right, half of the pairs look contradicted,
     and models without these agree better with what lengths leave of the labels. A training learns whole labels. So a
-    gain that is a loss once lengths count is believed only if two of three of these pairs may be flipped.
+    gain that is a loss once lengths count is believed only if the likeliest rate makes flips of most of these pairs.
 
     Args:
         gain: Of models that were fitted without those pairs; None where it was not tried.
-        contradicted: Their share.
-        most: The largest share of flipped labels that the margins allow.
+        p_flip: P(flipped) of each of them, whether or not a rate can be told.
     """
-    return gain is not None and gain.helps and not (gain.rests_on_covariates and 2 * contradicted > 3 * most)
+    if gain is None or not gain.helps or not len(p_flip):
+        return False
+    return not gain.rests_on_covariates or float(p_flip.mean()) > 0.5
 
 
 def resolve_rho(

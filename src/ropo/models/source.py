@@ -270,9 +270,12 @@ class Model:
             return []
         name, options = self.base
         found = (
-            cached_file(name, one, revision=options.get("revision"), _raise_exceptions_for_missing_entries=False)
+            cached_file(
+                name, one, revision=options.get("revision"),
+                _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+            )
             for one in _PROCESSOR_FILES
-        )
+        )  # fmt: skip
         return [Path(one) for one in found if one is not None]
 
     def fingerprint(self) -> str:
