@@ -15,7 +15,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
@@ -157,7 +157,8 @@ def put_in_place(aside: Path, path: Path) -> None:
     """
     for file in (aside, *aside.rglob("*")):
         if file.is_file():
-            file.chmod(0o666 & ~_UMASK)
+            with suppress(OSError):  # some mounts know no modes
+                file.chmod(0o666 & ~_UMASK)
     sync(aside)
     if path.is_dir():
         old = _aside(path)

@@ -163,6 +163,15 @@ def test_who_may_read_a_file_is_what_the_umask_says(tmp_path):
     assert len(modes) == 1
 
 
+def test_a_mount_without_modes_is_written_to(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+
+
 def test_hashes():
     tensors = {"a": torch.zeros(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
     digest = hash_tensors(tensors)
